@@ -1,0 +1,717 @@
+"""FLAME: a frozen decoder LLM as the text tower of language-image pre-training.
+
+Cao, Wei, Ma: "FLAME: Frozen Large Language Models Enable Data-Efficient Language-Image Pre-training", CVPR 2025.
+This file is the whole method and reads in the order data flows:
+
+    caption -> prompts -> segment forest -> frozen decoder -> facet embeddings     (text; never trained)
+    picture -> vision transformer -> projector                                     (image; trained to meet the facets)
+    similarity of the two = mean over facets of the cosine
+
+    >>> import flame
+    >>> text = flame.TextEncoder("data/demo/llm").encode(["A red kite above a beach."], prompts="long")   # [1, 7, D]
+    >>> model = flame.load("out/demo")
+    >>> image = model.encode_image(model.preprocess(picture)[None])                                       # [1, D]
+    >>> flame.similarity(image, model.encode_text(text, "long"))                                          # [1, 1]
+
+The stages embed.py, train.py and evaluate.py import this file; it parses no arguments and prints nothing.
+"""
+import functools
+import hashlib
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+try:
+    import flame_ext  # the C++/CUDA extension in ext/; every line that uses it has a PyTorch twin beside it
+except ImportError:
+    flame_ext = None
+
+
+class InputError(Exception):
+    """Bad input from outside. Its text is one line: the file, the line in it, what is wrong, and the cure."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Prompts: one caption is asked K questions, each to be answered "in just one word" (paper, section 3.2)
+
+class PromptSet(NamedTuple):
+    prefix: str              # holds "{}" where the caption goes
+    facets: tuple[str, ...]  # K questions; the state at a question's last token, the answer's opening quote, is a facet
+
+
+_FACETS = tuple(f'{subject} means in just one word:"' for subject in (
+    "this image description",                                                        # the whole
+    "the category of the main object in this image",                                 # entity level
+    "the prominent characteristic or pattern of the main object in this image",
+    "the category of the minor object in this image",
+    "the prominent characteristic or pattern of the minor object in this image",
+    "the primary action or event taking place in this image",                        # interaction level
+    "the overall atmosphere or emotion of this image"))                              # scene level
+
+PROMPTS = {
+    "raw": PromptSet('Image description : "{}" . After thinking step by step ,', _FACETS[:1]),
+    "short": PromptSet('Image description : "{}" . After thinking step by step ,', _FACETS[:3]),
+    "long": PromptSet('Detailed Image description : "{}" . After thinking step by step ,', _FACETS),
+}
+# The columns of a store and of the text projection, always in this order: raw 1, short 3, long 7.
+COLUMNS = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(prompt.facets))]
+
+
+def clean(caption):
+    """Caption as the template wants it: it ends like a sentence and holds no quote that would close the template's own."""
+    caption = caption.strip()
+    if not caption.endswith((".", "?", '"', "'")):
+        caption += "."
+    caption = caption.replace('"', "'")
+    return caption[:-1] + "." if caption.endswith("?") else caption
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The segment forest: the trie of the strings' token sequences. It *is* facet-decoupled attention.
+
+class Forest(NamedTuple):
+    """A packed row of T tokens cut into S segments; a segment hangs from the end of its parent, which lies before it.
+
+    The rule: key k is visible to query q if and only if k's segment is q's segment or one of its ancestors, and
+    depth(k) <= depth(q), where a token's depth is counted from its root.
+    """
+    tokens: torch.Tensor     # [T] int64
+    positions: torch.Tensor  # [T] int64, what RoPE sees; visibility never looks at it
+    lengths: np.ndarray      # [S] int32
+    parents: np.ndarray      # [S] int32, -1 for a root
+    answers: torch.Tensor    # [N] int64, packed index of each sequence's last token
+
+
+def build_forest(sequences, positions=None):
+    """Trie of N token sequences (non-empty lists of ints below 2**32) -> Forest.
+
+    positions: N lists of ints as long as the sequences; None numbers each sequence 0, 1, 2 ...
+    Tokens are shared between sequences where all that comes before, and the positions, agree.
+    """
+    if positions is not None:  # one number for both, so that the trie below has a single kind of key to compare
+        sequences = [[p << 32 | t for p, t in zip(ps, ts, strict=True)] for ps, ts in zip(positions, sequences, strict=True)]
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    rows = [sequences[i] for i in order]
+    shared = [0] + [_shared_prefix(a, b) for a, b in zip(rows, rows[1:])]  # with the row above
+    packed, lengths, parents, answers = [], [], [], np.zeros(len(rows), np.int64)
+    todo = [(0, len(rows), 0, -1)] if rows else []  # rows [lo, hi) agree on their first `depth` tokens, held by `parent`
+    while todo:
+        lo, hi, depth, parent = todo.pop()
+        common = min(shared[lo + 1:hi], default=len(rows[lo]))
+        if common > depth:
+            packed += rows[lo][depth:common]
+            lengths.append(common - depth)
+            parents.append(parent)
+            parent = len(lengths) - 1
+        while lo < hi and len(rows[lo]) == common:  # sequences that end here come first, being the shortest
+            answers[order[lo]] = len(packed) - 1
+            lo += 1
+        forks = [lo] + [i for i in range(lo + 1, hi) if shared[i] == common] + [hi]
+        todo += [(a, b, common, parent) for a, b in zip(forks, forks[1:]) if a < b][::-1]  # first branch next: preorder
+    keys = torch.tensor(packed, dtype=torch.int64)
+    lengths, parents = np.array(lengths, np.int32), np.array(parents, np.int32)
+    where = torch.from_numpy(token_depths(lengths, parents)) if positions is None else keys >> 32
+    return Forest(keys & 0xFFFFFFFF, where, lengths, parents, torch.from_numpy(answers))
+
+
+def _shared_prefix(a, b):
+    """Length of the common prefix of two lists, by bisection: comparing slices runs at C speed."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def token_depths(lengths, parents):
+    """[S], [S] -> int64 [T], each token's depth in its tree."""
+    below = np.zeros(len(lengths) + 1, np.int64)  # depth at which a segment's children begin; below[-1] = 0 for roots
+    for s, (length, parent) in enumerate(zip(lengths.tolist(), parents.tolist())):
+        below[s] = below[parent] + length
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(below[:-1] - ends, lengths)
+
+
+def visible(forest, queries, keys):
+    """The rule, as a boolean mask [len(queries), len(keys)] over packed token indices (int64 arrays)."""
+    segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)
+    depth = token_depths(forest.lengths, forest.parents)
+    own = np.unique(segment[queries])  # rows of the ancestor table that are needed
+    table = np.zeros((len(own), len(forest.lengths)), bool)
+    for row, s in enumerate(own):
+        while s >= 0:
+            table[row, s] = True
+            s = forest.parents[s]
+    return table[np.searchsorted(own, segment[queries])][:, segment[keys]] & (depth[keys] <= depth[queries][:, None])
+
+
+def _branches(forest, rows):
+    """Cut attention where trees fork first: [(index into rows, index of keys, mask)]: a few small dense problems.
+
+    A branch is a root, or a child of a root with all that hangs from it; it needs its own keys and the root's.
+    """
+    branch = np.zeros(len(forest.lengths), np.int64)
+    root = np.full(len(forest.lengths), -1)
+    for s, parent in enumerate(forest.parents.tolist()):
+        if parent < 0 or forest.parents[parent] < 0:
+            branch[s], root[s] = s, parent
+        else:
+            branch[s], root[s] = branch[parent], root[parent]
+    segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)
+    out = []
+    for b in np.unique(branch[segment[rows]]):
+        queries = np.flatnonzero(branch[segment[rows]] == b)
+        keys = np.flatnonzero((branch[segment] == b) | (segment == root[b]))
+        out.append([torch.from_numpy(x) for x in (queries, keys, visible(forest, rows[queries], keys))])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The frozen decoder (Mistral / Llama family), hand-written: RMSNorm, RoPE, grouped-query attention, SwiGLU
+
+class Decoder(NamedTuple):
+    config: dict
+    embedding: torch.Tensor  # [vocabulary, D]
+    blocks: list[dict]       # the kept blocks only
+    inv_freq: torch.Tensor   # [head_dim / 2] float32, RoPE's angular frequencies
+
+    @property
+    def heads(self):  # H, Hkv, head_dim
+        return self.config["num_attention_heads"], self.config["num_key_value_heads"], self.config["head_dim"]
+
+
+def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
+    """Reads the first `layer` blocks (default: all but the last) of a Hugging Face checkpoint folder.
+
+    Tensors are read one at a time, straight to device and dtype; norms stay float32.
+    Raises InputError where the folder lacks a file, is of another family, or a shape does not match its config.
+    """
+    llm_dir = Path(llm_dir)
+    config = _llm_config(llm_dir)
+    n_layers, D, inner = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    layer = n_layers - 1 if layer is None else layer
+    if not 1 <= layer <= n_layers:
+        raise InputError(f"{llm_dir}: layer {layer} asked for, but the model has {n_layers} blocks; choose 1 to {n_layers}")
+    read, names = _weights_reader(llm_dir)
+
+    def load(name, *shape, to=dtype):
+        if name not in names:
+            raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; the folder is not a whole {config['model_type']} checkpoint")
+        tensor = read(name)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{llm_dir}: tensor {name} has shape {list(tensor.shape)} where config.json implies {list(shape)}; weights and config belong to different models")
+        return tensor.to(device, to)
+
+    def block(i):
+        p = f"model.layers.{i}."
+        if extra := sorted(n for n in names if n.startswith(p) and n.endswith(".bias")):
+            raise InputError(f"{llm_dir}: tensor {extra[0]}: projections with a bias are not supported; use a Mistral or Llama checkpoint")
+        return {
+            "attention_norm": load(p + "input_layernorm.weight", D, to=torch.float32),
+            "wqkv": torch.cat([load(p + f"self_attn.{x}_proj.weight", n * head_dim, D) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))]),
+            "wo": load(p + "self_attn.o_proj.weight", D, heads * head_dim),
+            "mlp_norm": load(p + "post_attention_layernorm.weight", D, to=torch.float32),
+            "w_gate_up": torch.cat([load(p + f"mlp.{x}_proj.weight", inner, D) for x in ("gate", "up")]),
+            "w_down": load(p + "mlp.down_proj.weight", D, inner),
+        }
+
+    embedding = load("model.embed_tokens.weight", config["vocab_size"], D)
+    inv_freq = config["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return Decoder(config, embedding, [block(i) for i in range(layer)], inv_freq.float().to(device))
+
+
+def _llm_config(llm_dir):
+    path = llm_dir / "config.json"
+    config = _read_json(path, "--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer")
+    if config.get("model_type") not in ("llama", "mistral"):
+        raise InputError(f"{path}: model_type {config.get('model_type')!r} is not supported; supported: llama, mistral")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 and 4 name it differently
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise InputError(f"{path}: RoPE scaling {rope} is not supported; use a checkpoint without it")
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+    try:
+        config["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
+        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        for name in ("num_hidden_layers", "intermediate_size", "vocab_size", "rms_norm_eps"):
+            config[name]
+    except KeyError as e:
+        raise InputError(f"{path}: {e} is missing; download config.json anew") from None
+    return config
+
+
+def _weights_reader(llm_dir):
+    """(read(name) -> tensor, names) over model.safetensors or the shards of model.safetensors.index.json."""
+    from safetensors import SafetensorError, safe_open
+    files = sorted(llm_dir.glob("*.safetensors"))
+    index = llm_dir / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({llm_dir / Path(f).name for f in _read_json(index)["weight_map"].values()})
+    if not files:
+        raise InputError(f"{llm_dir}: no *.safetensors; download the model's weights into this folder")
+    where = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{file}: cannot be read ({e}); download it anew") from None
+        where.update(dict.fromkeys(handle.keys(), handle))
+    return lambda name: where[name].get_tensor(name), where.keys()
+
+
+def _read_json(path, cure="download or write it anew"):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path}: no such file; {cure}") from None
+    except ValueError as e:
+        raise InputError(f"{path}: not JSON ({e}); {cure}") from None
+
+
+@torch.inference_mode()
+def decode(decoder, forest):
+    """Runs the kept blocks over the packed row; -> float32 [N, D], the residual stream at the N answers (no final norm).
+
+    The residual stream and the norms are float32 whatever the matrix products use: one dimension carries 0.8 of a
+    state's norm, and rounding it to bfloat16 once a block drowns the rest (DESIGN section 6, Precision).
+    """
+    (heads, kv_heads, head_dim), eps = decoder.heads, decoder.config["rms_norm_eps"]
+    device, dtype = decoder.embedding.device, decoder.embedding.dtype
+    angle = torch.outer(forest.positions.float().to(device), decoder.inv_freq)  # [T, head_dim / 2]
+    cos, sin = angle.cos(), angle.sin()
+    ends, end_of = torch.unique(forest.answers, return_inverse=True)  # equal captions share their answers
+    attend, attend_at_ends = attention_over(forest, device), attention_over(forest, device, ends)
+    ends = ends.to(device)
+
+    x = decoder.embedding[forest.tokens.to(device)].float()  # [T, D], the residual stream
+    update = None                                            # what the last sublayer adds to it
+    for i, block in enumerate(decoder.blocks):
+        h = add_and_norm(x, update, block["attention_norm"], eps, dtype)
+        if i < len(decoder.blocks) - 1:
+            qkv = F.linear(h, block["wqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
+            rope(qkv, cos, sin, heads + kv_heads)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
+            mixed = attend(q, k, v)
+        else:  # nobody reads the last block's output but at the answers: keys and values for all, the rest for them
+            wq, wkv = block["wqkv"].split((heads * head_dim, 2 * kv_heads * head_dim))
+            kv = F.linear(h, wkv).view(len(x), 2 * kv_heads, head_dim)
+            rope(kv, cos, sin, kv_heads)
+            k, v = kv.split(kv_heads, dim=1)
+            q = F.linear(h[ends], wq).view(len(ends), heads, head_dim)
+            rope(q, cos[ends], sin[ends], heads)
+            mixed, x = attend_at_ends(q, k, v), x[ends]
+        h = add_and_norm(x, F.linear(mixed.flatten(1), block["wo"]), block["mlp_norm"], eps, dtype)
+        update = F.linear(swiglu(F.linear(h, block["w_gate_up"])), block["w_down"])
+    return (x + update)[end_of.to(device)]
+
+
+def attention_over(forest, device, rows=None):
+    """-> attend(q [Q, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [Q, H, d]: attention by the rule, no S x S buffer.
+
+    rows: int64 [Q], the queries' places in the packed row; None: all T.
+    With the extension every ancestor's keys and values are read in place. Without it: dense attention per branch.
+    """
+    if flame_ext and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda):
+        layout = flame_ext.layout(forest.lengths, forest.parents)
+        rows = rows if rows is None else rows.to(device)
+
+        def attend(q, k, v):
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+            flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, rows, stream)
+            return out
+        return attend
+
+    rows = np.arange(len(forest.tokens)) if rows is None else rows.numpy()
+    branches = [[x.to(device) for x in branch] for branch in _branches(forest, rows)]
+
+    def attend(q, k, v):
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # a key head serves its group
+        for queries, keys, mask in branches:
+            parts = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))  # [1, H, tokens, d]
+            out[queries] = F.scaled_dot_product_attention(*parts, attn_mask=mask)[0].transpose(0, 1)
+        return out
+    return attend
+
+
+def add_and_norm(x, update, weight, eps, dtype):
+    """x float32 [T, D] += update, in place; -> RMSNorm(x) * weight [T, D] in dtype."""
+    if flame_ext and x.device.type == "cpu":
+        out = torch.empty(x.shape, dtype=dtype)
+        flame_ext.rmsnorm(x, weight, out, eps, update)
+        return out
+    if update is not None:
+        x += update
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+
+
+def rope(qkv, cos, sin, heads):
+    """Rotates the first `heads` heads of [T, heads + others, d] in place; the pairs are (i, i + d/2)."""
+    if flame_ext and qkv.device.type == "cpu":
+        return flame_ext.rope(qkv, cos, sin, heads)
+    a, b = qkv[:, :heads].float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    qkv[:, :heads] = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
+
+
+def swiglu(gate_up):
+    """[T, 2F] -> [T, F], silu(gate) * up."""
+    if flame_ext and gate_up.device.type == "cpu":
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        flame_ext.swiglu(gate_up, out)
+        return out
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The text tower: tokenizer + forest + decoder
+
+class Tokenizer(NamedTuple):
+    encode: object        # str -> list[int], special tokens as the model's own tokenizer adds them by default
+    encode_batch: object  # list[str] -> list[list[int]]
+    decode: object        # list[int] -> str
+
+
+def load_tokenizer(llm_dir):
+    """tokenizer.json (through `tokenizers`) or tokenizer.model (through `sentencepiece`) of a checkpoint folder."""
+    llm_dir = Path(llm_dir)
+    try:
+        if (path := llm_dir / "tokenizer.json").exists():
+            from tokenizers import Tokenizer as Published
+            published = Published.from_file(str(path))
+            published.no_padding(), published.no_truncation()  # a file may carry both settings
+            return Tokenizer(lambda text: published.encode(text).ids, lambda texts: [e.ids for e in published.encode_batch(texts)], published.decode)
+        if (path := llm_dir / "tokenizer.model").exists():
+            from sentencepiece import SentencePieceProcessor
+            pieces = SentencePieceProcessor(model_file=str(path))
+            settings = llm_dir / "tokenizer_config.json"
+            bos = not settings.exists() or _read_json(settings).get("add_bos_token", True)  # LlamaTokenizer's default
+            encode = lambda text: pieces.encode(text, add_bos=bos)  # one str or a list of them
+            return Tokenizer(encode, encode, pieces.decode)
+    except InputError:
+        raise
+    except Exception as e:  # both libraries raise bare exceptions of their own on a broken file
+        raise InputError(f"{path}: not a tokenizer ({e}); download it anew") from None
+    raise InputError(f"{llm_dir}: neither tokenizer.json nor tokenizer.model; download the model's tokenizer into this folder")
+
+
+def tokenize(tokenizer, captions, prompts):
+    """-> ([N] prefix ids, [N][K] facet ids); prefix + facet are the ids of the whole string `prefix(c) + " " + facet`."""
+    prefix, facets = PROMPTS[prompts]
+    texts = [prefix.replace("{}", clean(c)) for c in captions]
+    if suffixes := _facet_ids(tokenizer, prompts):
+        return tokenizer.encode_batch(texts), [suffixes] * len(texts)
+    wholes = [_tokenize_whole(tokenizer, text, facets) for text in texts]
+    return [w[0] for w in wholes], [w[1] for w in wholes]
+
+
+@functools.lru_cache
+def _facet_ids(tokenizer, prompts):
+    """Facets' ids where they may be tokenized once for all captions, which the tokenizer itself is asked; else None."""
+    prefix, facets = PROMPTS[prompts]
+    probes = ("A cat.", "", " ", "'(", '"', "1 2", "\u732b", "\u0301", "\U0001f98a", "a\n\n", "x" * 99)
+    answers = [_tokenize_whole(tokenizer, prefix.replace("{}", probe), facets) for probe in probes]
+    alone = [tokenizer.encode(prefix.replace("{}", probe)) for probe in probes]
+    return answers[0][1] if all(a == (p, answers[0][1]) for a, p in zip(answers, alone)) else None
+
+
+def _tokenize_whole(tokenizer, text, facets):
+    """K whole strings, tokenized -> (what they share with the prefix alone, the K remainders)."""
+    prefix, *strings = tokenizer.encode_batch([text] + [f"{text} {facet}" for facet in facets])
+    cut = min(_shared_prefix(prefix, s) for s in strings)
+    return prefix[:cut], [s[cut:] for s in strings]
+
+
+def caption_forest(prefixes, suffixes, positions="restart"):
+    """[N] prefix ids, [N][K] facet ids -> the Forest of all N * K strings, answers caption by caption, facet by facet."""
+    sequences = [p + f for p, fs in zip(prefixes, suffixes) for f in fs]
+    if positions == "restart":
+        return build_forest(sequences)
+    where = []  # as if the K facets stood one after the other
+    for p, fs in zip(prefixes, suffixes):
+        starts = np.cumsum([len(p)] + [len(f) for f in fs]).tolist()
+        where += [[*range(len(p)), *range(start, start + len(f))] for start, f in zip(starts, fs)]
+    return build_forest(sequences, where)
+
+
+def default_dtype(device):
+    """bfloat16 where matrix products in it are fast, else float32."""
+    if torch.device(device).type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16
+
+
+class TextEncoder:
+    """The frozen text tower.
+
+    llm_dir    Hugging Face checkpoint folder (config.json, safetensors, tokenizer.json or tokenizer.model)
+    layer      how many blocks to keep; the paper takes the output of all but the last
+    positions  "restart": every facet's RoPE positions go on from the caption, so that an embedding is fixed by its string;
+               "sequential": consecutive over all K facets, as in the released code
+    budget     tokens in one packed row; default 2,048 on CPU (its activations stay in cache), 16,384 on GPU
+    """
+
+    def __init__(self, llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart", budget=None):
+        if positions not in ("restart", "sequential"):
+            raise ValueError(f"positions must be 'restart' or 'sequential', not {positions!r}")
+        self.tokenizer = load_tokenizer(llm_dir)
+        self.decoder = load_decoder(llm_dir, layer, torch.device(device), dtype)
+        self.layer, self.positions = len(self.decoder.blocks), positions
+        self.dim = self.decoder.config["hidden_size"]
+        self.budget = budget or (2048 if torch.device(device).type == "cpu" else 16384)
+
+    def encode(self, captions, prompts="long"):
+        """list[str] -> float32 [N, K, D] on the CPU: the state at each facet's last token, not normalised."""
+        out = torch.empty(len(captions), len(PROMPTS[prompts].facets), self.dim)
+        for rows, facets in self.encode_batches(captions, prompts):
+            out[rows] = facets
+        return out
+
+    def encode_batches(self, captions, prompts="long"):
+        """Yields (rows, facets float32 [n, K, D]) a packed row at a time; together the rows are all captions, once each.
+
+        Captions are sorted by length, since the bar's ETA and the memory are steadier that way; nothing is padded.
+        """
+        prefixes, suffixes = tokenize(self.tokenizer, captions, prompts)
+        batch, tokens = [], 0
+        for i in sorted(range(len(captions)), key=lambda i: len(prefixes[i])):
+            size = len(prefixes[i]) + sum(map(len, suffixes[i]))  # an upper bound: facets share their openings
+            if batch and tokens + size > self.budget:
+                yield self._encode_row(batch, prefixes, suffixes)
+                batch, tokens = [], 0
+            batch.append(i)
+            tokens += size
+        if batch:
+            yield self._encode_row(batch, prefixes, suffixes)
+
+    def _encode_row(self, batch, prefixes, suffixes):
+        forest = caption_forest([prefixes[i] for i in batch], [suffixes[i] for i in batch], self.positions)
+        return batch, decode(self.decoder, forest).cpu().view(len(batch), -1, self.dim)
+
+
+def llm_fingerprint(llm_dir):
+    """Names an LLM by content: SHA-256 over config.json and, of each safetensors file, size, header and 16 samples.
+
+    Sampling keeps it at milliseconds for a 24-GB model and still tells a fine-tune from its base.
+    """
+    digest = hashlib.sha256()
+    files = sorted(Path(llm_dir).glob("*.safetensors"))
+    for path in [Path(llm_dir) / "config.json", *files]:
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                digest.update(f"{path.name} {size}\n".encode())
+                for k in range(17):
+                    f.seek(size * k // 17)
+                    digest.update(f.read(65536))
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({e.strerror}); --llm wants a Hugging Face checkpoint folder") from None
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The embedding store, written by embed.py, read by train.py
+
+class Store:
+    """A finished store folder: embeddings.npy [N, M, D] float16 unit vectors, keys.txt, images.txt, meta.json."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not (self.path / "meta.json").exists():
+            state = "is not finished; run the same embed.py command again" if (self.path / "journal.json").exists() else "is not an embedding store; make one with embed.py"
+            raise InputError(f"{self.path}: {state}")
+        self.meta = _read_json(self.path / "meta.json")
+        try:
+            self.vectors = np.load(self.path / "embeddings.npy", mmap_mode="r")  # never unpickles: allow_pickle is off
+            self.keys, self.images = ((self.path / f).read_text(encoding="utf-8").split("\n")[:-1] for f in ("keys.txt", "images.txt"))
+        except (OSError, ValueError) as e:
+            raise InputError(f"{self.path}: cannot be read ({e}); run embed.py --overwrite") from None
+        shape = (self.meta["N"], len(self.meta["columns"]), self.meta["D"])
+        if self.vectors.shape != shape or not len(self.keys) == len(self.images) == shape[0]:
+            raise InputError(f"{self.path}: embeddings.npy, keys.txt, images.txt and meta.json disagree on N, M or D; run embed.py --overwrite")
+
+    def __len__(self):
+        return len(self.keys)
+
+    def read(self, rows, columns):
+        """int [n] rows, int [n, m] or [m] columns -> float32 tensor [n, m, D] of unit vectors."""
+        rows, columns = np.asarray(rows), np.asarray(columns)
+        picked = self.vectors[rows[:, None], columns if columns.ndim == 2 else columns[None]]
+        return F.normalize(torch.from_numpy(picked).float(), dim=-1)
+
+
+def open_store(path):
+    """Opens a finished store -> Store with .read(rows, columns), .keys, .images, .meta. Raises InputError otherwise."""
+    return Store(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The image tower: a CLIP-style vision transformer under open_clip's weight names, and the projector
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):  # [B, tokens, width]
+        B, S, width = x.shape
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, width))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's ViT up to the last block's raw output: FLAME uses neither ln_post nor proj.
+
+    Published config (ViT-B/16): image 224, patch 16, width 768, 12 blocks, 12 heads; LayerNorm eps 1e-5, exact GELU.
+    """
+
+    def __init__(self, image_size, patch_size, width, layers, heads):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn((image_size // patch_size) ** 2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        for block in self.transformer.resblocks:  # CLIP's initialisation: residual branches shrink with depth
+            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+
+    def forward(self, pixels):
+        """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token."""
+        x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, patches, width]
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positional_embedding.to(x.dtype)
+        x = self.ln_pre(x)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return x
+
+
+class TextProjection(nn.Module):
+    """A linear map of each store column: unit facet state u -> normalise(A (u - mean)).
+
+    A = rest * I + basis diag(gain) basis^T, kept in this low-rank form since eleven full 5120 x 5120 maps are 1.15 GB.
+    "none", "center" and "whiten" are closed-form (train.py computes them from the store) and frozen;
+    "linear" is one trained matrix shared by all columns. The published recipe has none of this.
+    """
+
+    def __init__(self, dim, rank=0, linear=False):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(len(COLUMNS), dim))
+        self.register_buffer("basis", torch.zeros(len(COLUMNS), dim, rank))
+        self.register_buffer("gain", torch.zeros(len(COLUMNS), rank))
+        self.register_buffer("rest", torch.ones(len(COLUMNS)))
+        self.weight = nn.Parameter(torch.eye(dim)) if linear else None
+
+    def forward(self, facets, columns):
+        """[N, K, D], int [K] or [N, K] store columns -> [N, K, D] unit vectors."""
+        columns = torch.as_tensor(columns, device=self.mean.device).expand(facets.shape[:2])
+        x = F.normalize(facets.float(), dim=-1) - self.mean[columns]
+        if self.basis.shape[-1]:
+            out = torch.empty_like(x)
+            for c in columns.unique().tolist():  # one product per column, not one small matrix per vector
+                at = columns == c
+                out[at] = self.rest[c] * x[at] + (x[at] @ self.basis[c] * self.gain[c]) @ self.basis[c].T
+            x = out
+        if self.weight is not None:
+            x = F.linear(x, self.weight)
+        return F.normalize(x, dim=-1)
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_pixels(image):
+    """PIL image or uint8 [H, W, 3] array -> float32 [3, H, W], normalised by CLIP's mean and deviation."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+class Flame(nn.Module):
+    """The trained half: image tower (visual.*), projector (mm.*), text projection (text.*), scale and bias.
+
+    config: image_size, patch_size, width, layers, heads; text_dim (D), projector_hidden, pool_first;
+    text_rank, text_linear (shape of the text projection); llm (which LLM the texts came from).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(*(config[k] for k in ("image_size", "patch_size", "width", "layers", "heads")))
+        hidden, D = config["projector_hidden"], config["text_dim"]
+        self.mm = nn.Sequential(nn.Linear(config["width"], hidden), nn.GELU(), nn.Linear(hidden, D), nn.LayerNorm(D))
+        self.text = TextProjection(D, config["text_rank"], config["text_linear"])
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.get("init_logit_scale", np.log(10)))))
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.get("init_logit_bias", -10.0))))
+
+    def encode_image(self, pixels):
+        """[B, 3, H, W] -> [B, D], L2-normalised: project every patch token, then average (the class token is dropped).
+
+        pool_first averages before projecting: near the same accuracy on small towers at about half the time.
+        """
+        patches = self.visual(pixels)[:, 1:]
+        x = self.mm(patches.mean(1)) if self.config["pool_first"] else self.mm(patches).mean(1)
+        return F.normalize(x.float(), dim=-1)
+
+    def encode_text(self, facets, prompts="long"):
+        """[N, K, D] facet states of a prompt set -> [N, K, D], its text projection applied, L2-normalised."""
+        columns = [i for i, name in enumerate(COLUMNS) if name.split(".")[0] == prompts]
+        if facets.shape[1] != len(columns) or facets.shape[2] != self.config["text_dim"]:
+            raise ValueError(f"facets must be [N, {len(columns)}, {self.config['text_dim']}] for prompts {prompts!r}, not {list(facets.shape)}")
+        return self.text(facets, columns)
+
+    def preprocess(self, image):
+        """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise."""
+        from PIL import Image
+        image, size = image.convert("RGB"), self.config["image_size"]
+        w, h = image.size
+        w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+        left, top = round((w - size) / 2), round((h - size) / 2)
+        return to_pixels(image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+
+
+def similarity(image, facets):
+    """[M, D], [N, K, D] -> [N, M], mean over facets of the cosine."""
+    return F.normalize(facets, dim=-1).mean(1) @ F.normalize(image, dim=-1).T
+
+
+def load(checkpoint_dir):
+    """Checkpoint folder written by train.py -> Flame in eval mode. Raises InputError where it is missing or does not fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    folder = Path(checkpoint_dir)
+    config = _read_json(folder / "config.json", "make a checkpoint with train.py")
+    try:
+        model = Flame(config["model"] | {"llm": config["llm"]})
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (SafetensorError, OSError, KeyError, RuntimeError) as e:
+        raise InputError(f"{folder}: model.safetensors and config.json do not make a model ({' '.join(str(e).split())[:200]}); train it anew") from None
+    return model.eval()
