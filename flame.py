@@ -193,7 +193,7 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     Raises InputError where the folder lacks a file, is of another family, or a shape does not match its config.
     """
     llm_dir = Path(llm_dir)
-    config = _llm_config(llm_dir)
+    config = llm_config(llm_dir)
     n_layers, D, inner = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
     heads, kv_heads, head_dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     layer = n_layers - 1 if layer is None else layer
@@ -227,8 +227,9 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     return Decoder(config, embedding, [block(i) for i in range(layer)], inv_freq.float().to(device))
 
 
-def _llm_config(llm_dir):
-    path = llm_dir / "config.json"
+def llm_config(llm_dir):
+    """config.json of a checkpoint folder, checked, and with what it may leave to defaults filled in."""
+    path = Path(llm_dir) / "config.json"
     config = _read_json(path, "--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer")
     if config.get("model_type") not in ("llama", "mistral"):
         raise InputError(f"{path}: model_type {config.get('model_type')!r} is not supported; supported: llama, mistral")
@@ -451,6 +452,9 @@ def default_dtype(device):
     return torch.bfloat16
 
 
+BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row: on CPU its activations stay in cache
+
+
 class TextEncoder:
     """The frozen text tower.
 
@@ -458,7 +462,7 @@ class TextEncoder:
     layer      how many blocks to keep; the paper takes the output of all but the last
     positions  "restart": every facet's RoPE positions go on from the caption, so that an embedding is fixed by its string;
                "sequential": consecutive over all K facets, as in the released code
-    budget     tokens in one packed row; default 2,048 on CPU (its activations stay in cache), 16,384 on GPU
+    budget     tokens in one packed row (default: BUDGET)
     """
 
     def __init__(self, llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart", budget=None):
@@ -468,7 +472,7 @@ class TextEncoder:
         self.decoder = load_decoder(llm_dir, layer, torch.device(device), dtype)
         self.layer, self.positions = len(self.decoder.blocks), positions
         self.dim = self.decoder.config["hidden_size"]
-        self.budget = budget or (2048 if torch.device(device).type == "cpu" else 16384)
+        self.budget = budget or BUDGET[torch.device(device).type]
 
     def encode(self, captions, prompts="long"):
         """list[str] -> float32 [N, K, D] on the CPU: the state at each facet's last token, not normalised."""

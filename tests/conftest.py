@@ -1,0 +1,59 @@
+"""What several test files need: the demo's real LLM, small random LLMs, and the command line run in this process."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def llm():
+    """SmolLM2-135M-Instruct as the demo has it; made on first use and kept, since the demo wants it too."""
+    folder = ROOT / "data" / "demo" / "llm"
+    if not (folder / "config.json").exists():
+        from data.demo import make_llm
+        make_llm(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_random_llm(llm, tmp_path_factory):
+    """make(**config) -> folder of a small random Llama or Mistral, saved by transformers, with the demo's tokenizer."""
+    def make(family="Llama", max_shard_size="1GB", seed=0, **config):
+        import transformers
+        base = dict(vocab_size=49152, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.2)
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**base | config))
+        folder = tmp_path_factory.mktemp("llm")
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        (folder / "tokenizer.json").write_bytes((llm / "tokenizer.json").read_bytes())
+        return folder
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(make_random_llm):
+    return make_random_llm()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run("embed.py", "--captions", ...) in an empty folder of its own -> completed process with text output."""
+    def run(script, *args, cwd=tmp_path):
+        return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return run
+
+
+@pytest.fixture
+def refused():
+    """Asserts the contract for bad input: exit code 2 and, on stderr, one clear line that names what is named here."""
+    def check(done, *names):
+        assert done.returncode == 2, done.stderr
+        message = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert all(str(name) in message for name in names), message
+    return check

@@ -1,0 +1,310 @@
+"""flame.py against independent references: transformers, open_clip, torchvision, mistral-common, and slow obvious twins."""
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import flame
+
+CAPTIONS = ["A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat.", "", 'He said "(hello)" to the dog?',
+            '"Quoted"', "5 × 3 = 15?", "一只红色的风筝在海上飞。", "Une très longue promenade " * 12, "a\u0301 🦊\tand  two  spaces", "A cat."]
+
+
+def centered_error(ours, reference):
+    """Largest error relative to the largest value, the mean over texts (dim 0) subtracted: DESIGN section 6 says why."""
+    mean = reference.mean(0)
+    return ((ours - reference).abs().max() / (reference - mean).abs().max()).item()
+
+
+@functools.lru_cache
+def their_tokenizer(llm_dir):
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast(tokenizer_file=str(llm_dir / "tokenizer.json"))
+
+
+@functools.lru_cache
+def separate_passes(llm_dir, prompts, layer, positions="restart"):
+    """The oracle: K whole strings a caption, each run alone and causally by transformers. float32 [N, K, D]."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32).eval()
+    tokenizer = their_tokenizer(llm_dir)
+    template, facets = flame.PROMPTS[prompts]
+    out = []
+    for caption in CAPTIONS:
+        prefix = template.replace("{}", flame.clean(caption))
+        start, states = len(tokenizer(prefix).input_ids), []
+        before = start  # sequential positions: a facet stands behind those that come earlier
+        for facet in facets:
+            ids = torch.tensor([tokenizer(prefix + " " + facet).input_ids])
+            where = torch.arange(ids.shape[1])
+            if positions == "sequential":
+                where[start:] += before - start
+                before += ids.shape[1] - start
+            with torch.no_grad():
+                hidden = model(ids, position_ids=where[None], output_hidden_states=True).hidden_states
+            states.append(hidden[layer][0, -1])
+        out.append(torch.stack(states))
+    return torch.stack(out)
+
+
+@pytest.fixture(params=["extension", "pytorch"])
+def path(request, monkeypatch):
+    """Runs a test on the native path and on its PyTorch twin."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(flame, "flame_ext", None)
+    else:
+        assert flame.flame_ext, "flame_ext is not built"
+    return request.param
+
+
+# --- prompts and tokens
+
+our_tokenizer = functools.lru_cache(flame.load_tokenizer)
+
+
+@pytest.mark.parametrize("caption, cleaned", [("A cat", "A cat."), ("A cat.", "A cat."), ("A cat?", "A cat."), (' say "hi" ', "say 'hi'"),
+                                              ("it's 'so'", "it's 'so'"), ("", "."), ("Really?!", "Really?!.")])
+def test_clean(caption, cleaned):
+    assert flame.clean(caption) == cleaned
+
+
+def test_prompt_sets_are_the_papers():
+    assert [len(flame.PROMPTS[n].facets) for n in ("raw", "short", "long")] == [1, 3, 7] and len(flame.COLUMNS) == 11
+    assert flame.PROMPTS["long"].facets[:3] == flame.PROMPTS["short"].facets
+    assert flame.PROMPTS["long"].facets[3] == 'the category of the minor object in this image means in just one word:"'
+
+
+@settings(max_examples=100, deadline=None)
+@given(caption=st.text(max_size=40), prompts=st.sampled_from(["raw", "short", "long"]))
+def test_pieces_have_the_ids_of_the_whole_string(llm, caption, prompts):
+    tokenizer, reference = our_tokenizer(llm), their_tokenizer(llm)
+    (prefix,), (facets,) = flame.tokenize(tokenizer, [caption], prompts)
+    for facet, text in zip(facets, flame.PROMPTS[prompts].facets, strict=True):
+        whole = flame.PROMPTS[prompts].prefix.replace("{}", flame.clean(caption)) + " " + text
+        assert prefix + facet == reference(whole).input_ids == tokenizer.encode(whole)
+
+
+def test_unstable_piece_boundaries_are_noticed():
+    """A tokenizer of two-letter tokens: where a facet's tokens begin depends on the caption's length."""
+    encode = lambda text: [ord(a) * 5000 + ord(b) for a, b in zip(text[::2], text[1::2] + " ")]
+    tokenizer = flame.Tokenizer(encode, lambda texts: [encode(t) for t in texts], None)
+    for caption in ("A cat.", "A cats."):
+        (prefix,), (facets,) = flame.tokenize(tokenizer, [caption], "long")
+        for facet, text in zip(facets, flame.PROMPTS["long"].facets, strict=True):
+            assert prefix + facet == encode(flame.PROMPTS["long"].prefix.replace("{}", caption) + " " + text)
+
+
+def test_sentencepiece_tokenizer(tmp_path):
+    import mistral_common
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+    file = sorted((Path(mistral_common.__file__).parent / "data").glob("tokenizer.model.v1*"))[0]
+    shutil.copy(file, tmp_path / "tokenizer.model")
+    ours, reference = flame.load_tokenizer(tmp_path), SentencePieceTokenizer(file)
+    for caption in CAPTIONS:
+        text = flame.PROMPTS["long"].prefix.replace("{}", flame.clean(caption)) + " " + flame.PROMPTS["long"].facets[0]
+        assert ours.encode(text) == reference.encode(text, bos=True, eos=False)
+        (prefix,), (facets,) = flame.tokenize(ours, [caption], "long")
+        assert prefix + facets[0] == ours.encode(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert flame.load_tokenizer(tmp_path).encode("A cat") == reference.encode("A cat", bos=False, eos=False)
+
+
+# --- the forest
+
+sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(sequences)
+def test_forest_is_the_trie(rows):
+    forest = flame.build_forest(rows)
+    prefixes = {tuple(row[:n + 1]) for row in rows for n in range(len(row))}
+    assert len(forest.tokens) == forest.lengths.sum() == len(prefixes)  # nothing is held twice
+    everything = np.arange(len(forest.tokens))
+    mask = flame.visible(forest, everything, everything)
+    for row, answer in zip(rows, forest.answers.tolist(), strict=True):
+        seen = np.flatnonzero(mask[answer])
+        order = forest.positions[seen].argsort()
+        assert forest.tokens[seen][order].tolist() == row  # an answer sees its own string and nothing else
+        assert forest.positions[seen][order].tolist() == list(range(len(row)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sequences, st.data())
+def test_forest_with_positions(rows, data):
+    where = [data.draw(st.lists(st.integers(0, 2), min_size=len(row), max_size=len(row))) for row in rows]
+    forest = flame.build_forest(rows, where)
+    assert len(forest.tokens) == len({tuple(zip(row, p))[:n + 1] for row, p in zip(rows, where) for n in range(len(row))})
+    mask = flame.visible(forest, forest.answers.numpy(), np.arange(len(forest.tokens)))
+    for row, p, seen in zip(rows, where, mask, strict=True):
+        assert forest.tokens[seen].tolist() == row and forest.positions[seen].tolist() == p
+
+
+def test_forest_of_captions_shares_what_it_can(llm):
+    prefixes, facets = flame.tokenize(flame.load_tokenizer(llm), ["A cat.", "A dog.", "A cat."], "long")
+    forest = flame.caption_forest(prefixes, facets)
+    assert forest.parents.tolist().count(-1) == 1            # the template's opening is one root
+    assert forest.answers[:7].equal(forest.answers[14:])     # equal captions are one branch
+    assert len(forest.tokens) < 0.5 * sum(len(p) + len(f) for p, fs in zip(prefixes, facets) for f in fs)
+
+
+# --- the decoder
+
+@pytest.mark.parametrize("prompts", ["raw", "short", "long"])
+def test_one_pass_equals_separate_passes_smollm2(llm, path, prompts):
+    ours = flame.TextEncoder(llm, dtype=torch.float32).encode(CAPTIONS, prompts)
+    reference = separate_passes(llm, prompts, layer=29)
+    assert centered_error(ours, reference) <= 1e-4
+
+
+RANDOM_MODELS = [dict(), dict(family="Mistral", head_dim=32, sliding_window=None), dict(num_key_value_heads=1), dict(num_key_value_heads=4, tie_word_embeddings=True),
+                 dict(num_attention_heads=6, num_key_value_heads=2, head_dim=8), dict(max_shard_size="2MB")]
+
+
+@pytest.mark.parametrize("config", RANDOM_MODELS, ids=str)
+@pytest.mark.parametrize("positions", ["restart", "sequential"])
+def test_one_pass_equals_separate_passes_random_models(make_random_llm, path, config, positions):
+    folder = make_random_llm(**config)
+    for layer in (None, 1, 4):
+        ours = flame.TextEncoder(folder, dtype=torch.float32, layer=layer, positions=positions, budget=500).encode(CAPTIONS, "long")
+        reference = separate_passes(folder, "long", layer or 3, positions)
+        if layer == 4:  # transformers puts the final norm on the last hidden state
+            weight = flame._weights_reader(folder)[0]("model.norm.weight")
+            ours = ours * torch.rsqrt(ours.square().mean(-1, keepdim=True) + 1e-6) * weight
+        assert centered_error(ours, reference) <= 1e-4
+
+
+def test_bfloat16_keeps_the_centered_states(llm, path):
+    many = [f"A {size} {thing} {place}." for size in ("tiny", "huge") for thing in ("fox", "lamp", "boat", "cake") for place in ("in the snow", "on a beach at night")]
+    exact, rounded = (flame.TextEncoder(llm, dtype=dtype).encode(many, "long") for dtype in (torch.float32, torch.bfloat16))
+    cosine = torch.cosine_similarity(exact - exact.mean(0), rounded - exact.mean(0), dim=-1)
+    assert cosine.mean() >= 0.999
+
+
+def test_embedding_does_not_depend_on_its_company(llm, path):
+    encoder = flame.TextEncoder(llm, dtype=torch.float32)
+    together = encoder.encode(CAPTIONS, "short")
+    alone = torch.cat([encoder.encode([c], "short") for c in CAPTIONS])
+    assert centered_error(together, alone) <= 1e-5
+    encoder.budget = 1
+    assert centered_error(encoder.encode(CAPTIONS, "short"), alone) <= 1e-6
+
+
+def broken_llms(llm):
+    """(what is done to a folder, words that the message must hold)."""
+    def config(**changes):
+        return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    return [(lambda f: (f / "config.json").unlink(), "config.json"), (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+            (lambda f: (f / "model.safetensors").unlink(), "safetensors"), (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors"),
+            (config(hidden_size=64, head_dim=12), "shape"), (config(model_type="gpt2"), "gpt2"), (config(num_hidden_layers=9), "layers.4"),
+            (config(rope_scaling={"rope_type": "llama3"}, rope_parameters=None), "RoPE"),
+            (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"), (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json")]
+
+
+@pytest.mark.parametrize("case", range(10))
+def test_broken_llm_folders_are_refused_by_name(tiny_llm, tmp_path, case):
+    change, word = broken_llms(tiny_llm)[case]
+    folder = shutil.copytree(tiny_llm, tmp_path / "llm")
+    change(folder)
+    with pytest.raises(flame.InputError, match=word) as error:
+        flame.TextEncoder(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fingerprint_tells_models_apart(make_random_llm, tiny_llm, tmp_path):
+    assert flame.llm_fingerprint(tiny_llm) == flame.llm_fingerprint(shutil.copytree(tiny_llm, tmp_path / "copy"))
+    assert flame.llm_fingerprint(tiny_llm) != flame.llm_fingerprint(make_random_llm(seed=1))
+
+
+# --- the image side
+
+CONFIG = dict(image_size=32, patch_size=8, width=48, layers=3, heads=4, projector_hidden=40, text_dim=24, pool_first=False, text_rank=0, text_linear=False)
+
+
+def test_vit_equals_open_clip():
+    from open_clip.transformer import VisionTransformer
+    torch.manual_seed(0)
+    reference = VisionTransformer(image_size=32, patch_size=8, width=48, layers=3, heads=4, mlp_ratio=4, output_dim=16, output_tokens=True).eval()
+    for p in reference.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    reference.ln_post = torch.nn.Identity()
+    ours = flame.VisionTransformer(32, 8, 48, 3, 4)
+    missing = ours.load_state_dict(reference.state_dict(), strict=False)
+    assert not missing.missing_keys and missing.unexpected_keys == ["proj"]
+    pixels = torch.randn(2, 3, 32, 32)
+    _, tokens = reference(pixels)  # patch tokens before ln_post
+    with torch.no_grad():
+        assert centered_error(ours(pixels)[:, 1:].flatten(0, 1), tokens.flatten(0, 1)) <= 1e-4
+
+
+@pytest.mark.parametrize("pool_first", [False, True])
+def test_projection_and_pooling(pool_first):
+    torch.manual_seed(0)
+    model = flame.Flame(CONFIG | {"pool_first": pool_first})
+    pixels = torch.randn(2, 3, 32, 32)
+    tokens = model.visual(pixels)[:, 1:]
+    expected = model.mm(tokens.mean(1)) if pool_first else torch.stack([model.mm(t) for t in tokens.unbind(1)]).mean(0)
+    expected = expected / expected.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(model.encode_image(pixels), expected)
+
+
+@pytest.mark.parametrize("size", [(50, 80), (81, 50), (32, 32), (20, 31), (33, 97)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_preprocess_equals_torchvision(size, mode):
+    from PIL import Image
+    from torchvision import transforms as T
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+    reference = T.Compose([T.Resize(32, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.ToTensor(), T.Normalize(flame.CLIP_MEAN, flame.CLIP_STD)])
+    torch.testing.assert_close(flame.Flame(CONFIG).preprocess(image), reference(image.convert("RGB")))
+
+
+def test_similarity_is_the_mean_cosine_over_facets():
+    image, facets = torch.randn(4, 24), torch.randn(3, 7, 24)
+    ours = flame.similarity(image, facets)
+    for n in range(3):
+        for m in range(4):
+            torch.testing.assert_close(ours[n, m], torch.stack([torch.cosine_similarity(facets[n, k], image[m], dim=0) for k in range(7)]).mean())
+
+
+def test_text_projection_is_its_formula():
+    torch.manual_seed(0)
+    projection = flame.TextProjection(24, rank=5)
+    for buffer in projection.buffers():
+        torch.nn.init.normal_(buffer)
+    facets, columns = torch.randn(3, 7, 24), [4, 5, 6, 7, 8, 9, 10]
+    ours = projection(facets, columns)
+    for n in range(3):
+        for k, c in enumerate(columns):
+            A = projection.rest[c] * torch.eye(24) + projection.basis[c] @ torch.diag(projection.gain[c]) @ projection.basis[c].T
+            expected = A @ (facets[n, k] / facets[n, k].norm() - projection.mean[c])
+            torch.testing.assert_close(ours[n, k], expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_encode_text_uses_the_columns_of_its_prompt_set():
+    model = flame.Flame(CONFIG)
+    torch.nn.init.normal_(model.text.mean)
+    facets = torch.randn(2, 3, 24)
+    torch.testing.assert_close(model.encode_text(facets, "short"), model.text(facets, [1, 2, 3]))
+    with pytest.raises(ValueError, match="long"):
+        model.encode_text(facets, "long")
+
+
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    from safetensors.torch import save_file
+    with pytest.raises(flame.InputError, match="config.json"):
+        flame.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": CONFIG, "llm": {}}))
+    with pytest.raises(flame.InputError, match="model.safetensors"):
+        flame.load(tmp_path)
+    model = flame.Flame(CONFIG)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for name, tensor in flame.load(tmp_path).state_dict().items():
+        assert tensor.equal(model.state_dict()[name])
+    (tmp_path / "config.json").write_text(json.dumps({"model": CONFIG | {"width": 24}, "llm": {}}))
+    with pytest.raises(flame.InputError, match="do not make a model"):
+        flame.load(tmp_path)
