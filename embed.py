@@ -173,34 +173,36 @@ def draw(args):
     colors = [PALETTE[s % len(PALETTE)] for s in range(S)]
 
     cell = max(4, min(18, 2000 // T))
-    font, small = ImageFont.load_default(max(7, cell - 2)), ImageFont.load_default(20)
+    side = T * cell
+    font, text_font = ImageFont.load_default(max(7, cell - 2)), ImageFont.load_default(max(11, side // 84))
     left = max(int(font.getlength(w)) for w in words) + 16
-    top, legend = left + 60, 760
-    image = Image.new("RGB", (left + T * cell + 40 + legend, max(top + T * cell + 20, 140 + 30 * S)), "white")
+    top = left + 60
+    image = Image.new("RGB", (left + side + 20, top + side + 20), "white")
     pen = ImageDraw.Draw(image)
-    title = f"{prompts} prompts: {len(suffixes[0])} facets of one caption in one pass, {T} tokens instead of {sum(len(prefixes[0]) + len(f) for f in suffixes[0])}"
-    pen.text((16, 12), title, fill="black", font=ImageFont.load_default(26))
+    separate = sum(len(prefixes[0]) + len(f) for f in suffixes[0])
+    pen.text((16, 12), f"{prompts} prompts, {len(suffixes[0])} facets of one caption in one pass: {T} tokens instead of {separate}", fill="black", font=ImageFont.load_default(max(14, side // 72)))
     for i, word in enumerate(words):
-        y, x = top + i * cell, left + i * cell
-        pen.text((left - 8, y + cell / 2), word, fill=colors[segment[i]], font=font, anchor="rm")
+        color = colors[segment[i]]
+        pen.text((left - 8, top + (i + 0.5) * cell), word, fill=color, font=font, anchor="rm")
         label = Image.new("RGBA", (left, cell + 4))
-        ImageDraw.Draw(label).text((4, cell / 2 + 1), word, fill=colors[segment[i]], font=font, anchor="lm")
+        ImageDraw.Draw(label).text((4, cell / 2 + 1), word, fill=color, font=font, anchor="lm")
         label = label.rotate(90, expand=True)
-        image.paste(label, (x - 1, top - label.height - 4), label)
+        image.paste(label, (left + i * cell - 1, top - label.height - 4), label)
     for i, j in zip(*np.nonzero(mask)):
         x, y = left + j * cell, top + i * cell
         pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colors[segment[j]])
     for i in set(forest.answers.tolist()):  # the facet states are read in these rows
         pen.rectangle((left - 2, top + i * cell - 1, left + (i + 1) * cell, top + (i + 1) * cell - 1), outline="black", width=2)
-    x, depth = left + T * cell + 40, [0] * S
-    pen.text((x, top - 40), "the segments (a child goes on from its parent's end)", fill="black", font=small)
+    # The upper right triangle is always empty: the list of segments goes there.
+    depth, line = [0] * S, max(14, side // 56)
+    x, y = left + side * 0.45, top + line
+    pen.text((x, y), "row: query, column: key it sees; framed: the answers' rows", fill="black", font=text_font)
     starts = np.cumsum(forest.lengths) - forest.lengths
     for s in range(S):
         depth[s] = 0 if forest.parents[s] < 0 else depth[forest.parents[s]] + 1
-        text = tokenizer.decode(forest.tokens[starts[s]:starts[s] + forest.lengths[s]].tolist()).strip()
-        text = text if len(text) < 60 else text[:28] + " ... " + text[-28:]
-        pen.text((x + 28 * depth[s], top + 30 * s), text, fill=colors[s], font=small)
-    pen.text((x, top + 30 * S + 20), "row: query, column: key; framed rows: the answers", fill="#475569", font=small)
+        text = tokenizer.decode(forest.tokens[starts[s]:starts[s] + forest.lengths[s]].tolist()).strip().split(" ")
+        text = " ".join(text if len(text) < 11 else text[:4] + ["..."] + text[-4:])
+        pen.text((x + line * depth[s], y + line * (s + 1.5)), text, fill=colors[s], font=text_font)
     path = Path(args.out or "forest.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -230,7 +230,7 @@ def train(args, s):
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # vectors, norms, biases, scale
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": s["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
-                                  lr=s["lr"], betas=(0.9, s["beta2"]), eps=1e-8)
+                                  lr=s["lr"], betas=(0.9, s["beta2"]), eps=1e-8, fused=True)
     loss_of = {"sigmoid": sigmoid_loss, "infonce": infonce_loss}[s["loss"]]
     half = flame.default_dtype(device) == torch.bfloat16
     batches = torch.utils.data.DataLoader(Batches(store, columns, rows, paths, s, s["steps"]), batch_size=None,

@@ -1,4 +1,5 @@
 """What several test files need: the demo's real LLM, small random LLMs, and the command line run in this process."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,12 @@ def refused():
         assert "Traceback" not in done.stderr
         assert all(str(name) in message for name in names), message
     return check
+
+
+def pytest_sessionfinish(session):
+    """In CI a skipped test is a failure, unless the machine lacks a GPU: what is skipped elsewhere rots unseen."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reasons = [report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr) for report in reporter.stats.get("skipped", [])]
+    if os.environ.get("CI") and (wrong := [reason for reason in reasons if "no CUDA GPU" not in reason]):
+        reporter.write_line(f"skipped in CI: {wrong}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,325 @@
+// The CPU kernels, included by cpu.cpp once per instruction set with ISA (a name), TARGET (the function attribute), WIDTH
+// (floats in a vector) and perhaps BF16_DOT (there is an instruction for products of bfloat16 pairs).
+//
+// Attention. A task is one tile of queries and one KV head; its rows are queries x query heads of that group, so that each
+// loaded key serves them all. For GROUP rows and a block of keys it computes two products by one micro-kernel:
+// S^T = K Q^T, lanes over rows, so that the softmax needs no horizontal step and keys are read where they lie; and
+// O = alpha O + P V, lanes over head_dim. Softmax is online and in base 2. The operands' unit is 32 bits: one float32, or a
+// pair of bfloat16, neighbours in the summed dimension, that BF16_DOT multiplies and adds at once.
+
+namespace ISA {
+namespace {
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
+typedef float vec_unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+constexpr int KEYS = 96;   // keys a block: with GROUP, a block's S and operands stay in the L1 cache
+constexpr int GROUP = 48;  // rows a block
+constexpr int STEP = 6;    // the micro-kernel's own rows: 6 x 4 accumulators and 4 loads fill the 32 registers of AVX-512
+constexpr float LOWEST = -INFINITY;
+
+TARGET inline vec load(const float* p) { return *(const vec_unaligned*)p; }
+TARGET inline void store(float* p, vec x) { *(vec_unaligned*)p = x; }
+TARGET inline vec splat(float x) { return x - vec{}; }
+
+TARGET inline float to_float(float x) { return x; }
+TARGET inline float to_float(bf16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+TARGET inline void from_float(float& to, float x) { to = x; }
+TARGET inline void from_float(bf16& to, float x) {  // to nearest even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  to.bits = x == x ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : (uint16_t)0x7fc0;
+}
+
+// 2^x for x <= 0, 0 below -126. 2^(x - round(x)) is a minimax polynomial: relative error 7.5e-5 (far below bfloat16's
+// 2e-3) or 1.5e-7. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, from where a shift moves
+// it into the exponent.
+template <bool ROUGH>
+TARGET inline vec exp2_of(vec x) {
+  const vec magic = splat(12582912.f), shifted = x + magic, f = x - (shifted - magic);
+  vec p;
+  if (ROUGH) p = ((0.05517167f * f + 0.24261113f) * f + 0.69326097f) * f + 0.99992806f;
+  else p = ((((0.0013276472f * f + 0.0096755410f) * f + 0.055507131f) * f + 0.24022120f) * f + 0.69314694f) * f + 1.f;
+  const vec y = (vec)((ivec)p + ((ivec)shifted << 23));
+  return x >= splat(-126.f) ? y : vec{};
+}
+
+// acc += a b, where a is one unit for all lanes.
+template <bool DOT>
+TARGET inline vec multiply_add(vec acc, const void* a, vec b) {
+#ifdef BF16_DOT
+  int pair;
+  std::memcpy(&pair, a, 4);  // keys may lie at odd multiples of two bytes
+  if (DOT) return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+#endif
+  float value;
+  std::memcpy(&value, a, 4);
+  return acc + splat(value) * b;
+}
+
+// c[STEP][V * WIDTH] = alpha c + a b. Unit (row r, step s) of a is a[r * a_row + s * a_step]; a null alpha starts from 0.
+template <bool DOT, int V>
+TARGET inline void product_block(const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step, int steps, float* c, int c_row, const float* alpha) {
+  vec acc[STEP][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) acc[r][j] = alpha ? splat(alpha[r]) * load(c + r * c_row + j * WIDTH) : vec{};
+  for (int s = 0; s < steps; ++s) {
+    vec column[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) column[j] = load((const float*)b + s * b_step + j * WIDTH);
+#pragma GCC unroll 8
+    for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) acc[r][j] = multiply_add<DOT>(acc[r][j], a + r * a_row + s * a_step, column[j]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) store(c + r * c_row + j * WIDTH, acc[r][j]);
+}
+
+// The same for `rows` rounded up to a multiple of STEP and `columns`, a multiple of 16.
+template <bool DOT>
+TARGET void product(int rows, int columns, const uint32_t* a, int64_t a_row, int64_t a_step, const uint32_t* b, int64_t b_step, int steps, float* c, int c_row, const float* alpha) {
+  constexpr int V = WIDTH == 16 ? 4 : 2;
+  for (int j = 0; j < columns; j += V * WIDTH)
+    for (int r = 0; r < rows; r += STEP) {
+      const uint32_t* ar = a + r * a_row;
+      float* cr = c + r * c_row + j;
+      const float* al = alpha ? alpha + r : nullptr;
+      const int left = (columns - j) / WIDTH;
+      if (left >= V) product_block<DOT, V>(ar, a_row, a_step, b + j, b_step, steps, cr, c_row, al);
+      else if (left == 3) product_block<DOT, 3>(ar, a_row, a_step, b + j, b_step, steps, cr, c_row, al);
+      else if (left == 2) product_block<DOT, 2>(ar, a_row, a_step, b + j, b_step, steps, cr, c_row, al);
+      else product_block<DOT, 1>(ar, a_row, a_step, b + j, b_step, steps, cr, c_row, al);
+    }
+}
+
+// A row of `dim` elements as units, zeros from there to `units`.
+template <bool DOT, class T>
+TARGET inline void to_units(const T* from, int dim, uint32_t* to, int units) {
+  for (int i = DOT ? dim / 2 : dim; i < units; ++i) to[i] = 0;
+  if (DOT) std::memcpy(to, from, sizeof(T) * dim);
+  else
+    for (int i = 0; i < dim; ++i) from_float(((float*)to)[i], to_float(from[i]));
+}
+
+// P as units of b: float32 itself, or two keys' values rounded to a bfloat16 pair (half up: they are not negative).
+TARGET inline vec pair_of(vec even, vec odd) {
+  return (vec)((ivec)((uvec)(ivec)((ivec)even + 0x8000) >> 16) | (((ivec)odd + 0x8000) & (int32_t)0xffff0000));
+}
+
+// Scores of one key that a row may not see become -inf.
+TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first, const int32_t* __restrict q_depth, int32_t k_first, int32_t k_last, int32_t k_depth) {
+  for (int r = 0; r < GROUP; ++r) {
+    const float x = s[r];
+    s[r] = visible(q_first[r], q_depth[r], k_first, k_last, k_depth) ? x : LOWEST;
+  }
+}
+
+template <class T, bool DOT>
+TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles, int64_t tile, int kv_head, std::vector<float>& scratch) {
+  constexpr int PER = DOT ? 2 : 1;  // elements a unit
+  const int share = a.heads / a.kv_heads, dim = a.dim, units = (dim + PER - 1) / PER, width = (dim + 15) / 16 * 16;
+  const int32_t* token = tiles.token.data() + tiles.tile[tile];
+  const int32_t* query = tiles.query.data() + tiles.tile[tile];
+  const int rows = (tiles.tile[tile + 1] - tiles.tile[tile]) * share, padded = (rows + GROUP - 1) / GROUP * GROUP;
+
+  scratch.resize((size_t)padded * (units + width + 4) + KEYS * (units + width) + 2 * (KEYS + STEP) * GROUP + 256);
+  float* free = (float*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
+  const auto take = [&free](size_t floats) { float* part = free; free += (floats + 15) / 16 * 16; return part; };  // on cache lines
+  float* s = take((KEYS + STEP) * GROUP);                           // [KEYS + STEP, GROUP]
+  float* p = DOT ? take(KEYS / 2 * GROUP) : s;                      // [KEYS / PER, GROUP]
+  uint32_t* k_copy = (uint32_t*)take((KEYS + STEP) * units);        // [KEYS + STEP, units], where keys can't be read in place
+  uint32_t* v_copy = (uint32_t*)take(KEYS / PER * width);           // [KEYS / PER, width]
+  uint32_t* q = (uint32_t*)take((size_t)units * padded);            // [units, padded]
+  float* o = take((size_t)padded * width);                          // [padded, width]
+  float *maximum = take(padded), *total = take(padded);            // [padded]
+  int32_t *q_first = (int32_t*)take(padded), *q_depth = (int32_t*)take(padded);
+
+  for (int r = 0; r < padded; ++r) {  // rows past the end repeat the last one
+    const int i = std::min(r, rows - 1) / share, head = kv_head * share + std::min(r, rows - 1) % share;
+    uint32_t row[MAX_DIM];
+    to_units<DOT>((const T*)a.q + query[i] * a.q_stride + head * dim, dim, row, units);
+    for (int u = 0; u < units; ++u) q[(size_t)u * padded + r] = row[u];
+    q_first[r] = forest.first[token[i]], q_depth[r] = forest.depth[token[i]];
+    maximum[r] = LOWEST, total[r] = 0;
+  }
+  std::memset(o, 0, sizeof(float) * padded * width);
+
+  const vec log2_scale = splat(a.scale * 1.44269504f);
+  const bool k_in_place = DOT ? dim % 2 == 0 : sizeof(T) == 4, v_in_place = !DOT && sizeof(T) == 4 && dim == width;
+  for (int32_t run = tiles.run[tile]; run < tiles.run[tile + 1]; ++run)
+    for (int32_t start = tiles.run_start[run]; start < tiles.run_stop[run]; start += KEYS) {
+      const int n = std::min(KEYS, tiles.run_stop[run] - start);
+      const bool masked = run >= tiles.full[tile];
+      const int32_t *first = forest.first.data() + start, *last = forest.last.data() + start, *depth = forest.depth.data() + start;
+
+      // The micro-kernel reads up to STEP - 1 keys past the block; at the end of the row there are none to read.
+      const T *k_rows = (const T*)a.k + start * a.k_stride + kv_head * dim, *v_rows = (const T*)a.v + start * a.v_stride + kv_head * dim;
+      const uint32_t *keys = (const uint32_t*)k_rows, *values = (const uint32_t*)v_rows;
+      int64_t k_row = a.k_stride / PER, v_step = a.v_stride;
+      if (!k_in_place || a.k_stride % PER || start + n + STEP > forest.tokens()) {
+        for (int j = 0; j < n; ++j) to_units<DOT>(k_rows + j * a.k_stride, dim, k_copy + j * units, units);
+        keys = k_copy, k_row = units;
+      }
+      if (!v_in_place) {
+        values = v_copy, v_step = width;
+        for (int j = 0; j < n; j += PER) {
+          uint32_t* to = v_copy + j / PER * width;
+          if (DOT) {
+            const uint16_t *even = (const uint16_t*)v_rows + j * a.v_stride, *odd = even + a.v_stride;
+            if (j + 1 < n)
+              for (int i = 0; i < dim; ++i) to[i] = even[i] | (uint32_t)odd[i] << 16;
+            else
+              for (int i = 0; i < dim; ++i) to[i] = even[i];
+            for (int i = dim; i < width; ++i) to[i] = 0;
+          } else to_units<false>(v_rows + j * a.v_stride, dim, to, width);
+        }
+      }
+
+      for (int r0 = 0; r0 < rows; r0 += GROUP) {
+        const int lanes = std::min(GROUP, (rows - r0 + 15) / 16 * 16);
+        int low = 0, high = n;
+        if (masked) {  // skip keys that no row of the group sees
+          const int32_t lowest = q_first[r0], highest = q_first[r0 + lanes - 1];
+          int32_t deepest = 0;
+          for (int r = r0; r < r0 + lanes; ++r) deepest = std::max(deepest, q_depth[r]);
+          const auto needed = [&](int j) { return visible_to_some(lowest, highest, deepest, first[j], last[j], depth[j]); };
+          while (high > 0 && !needed(high - 1)) --high;
+          while (low < high && !needed(low)) ++low;
+          if (low == high) continue;
+          low -= low % PER;
+        }
+        product<DOT>(high - low, lanes, keys + low * k_row, k_row, 1, q + r0, padded, units, s + low * GROUP, GROUP, nullptr);
+        if (masked)
+          for (int j = low; j < high; ++j)
+            hide(s + j * GROUP, q_first + r0, q_depth + r0, first[j], last[j], depth[j]);
+
+        alignas(64) float alpha[GROUP];
+        for (int r = 0; r < lanes; r += WIDTH) {
+          const vec before = load(maximum + r0 + r);
+          vec now = before, added{};
+          for (int j = low; j < high; ++j) {
+            const vec x = load(s + j * GROUP + r);
+            now = x > now ? x : now;
+          }
+          const vec base = now == splat(LOWEST) ? vec{} : now * log2_scale;  // nothing seen yet: keep -inf - -inf out
+          for (int j = low; j < high; j += PER) {
+            const vec even = exp2_of<DOT>(load(s + j * GROUP + r) * log2_scale - base);
+            added += even;
+            if (DOT) {
+              const vec odd = j + 1 < high ? exp2_of<DOT>(load(s + (j + 1) * GROUP + r) * log2_scale - base) : vec{};
+              added += odd;
+              store(p + j / 2 * GROUP + r, pair_of(even, odd));
+            } else store(p + j * GROUP + r, even);
+          }
+          const vec factor = exp2_of<false>(before * log2_scale - base);
+          store(alpha + r, factor), store(maximum + r0 + r, now);
+          store(total + r0 + r, load(total + r0 + r) * factor + added);
+        }
+        product<DOT>(std::min(lanes, rows - r0), width, (const uint32_t*)p + low / PER * GROUP, 1, GROUP, values + low / PER * v_step, v_step, (high - low + PER - 1) / PER, o + r0 * width,
+                     width, alpha);
+      }
+    }
+
+  for (int r = 0; r < rows; ++r) {
+    T* out = (T*)a.out + query[r / share] * a.out_stride + (kv_head * share + r % share) * dim;
+    const float scale = 1 / total[r];
+    for (int i = 0; i < dim; ++i) from_float(out[i], o[r * width + i] * scale);
+  }
+}
+
+TARGET void attend_any(const Attention& a, const Forest& forest, const Tiles& tiles, int64_t tile, int kv_head, std::vector<float>& scratch) {
+#ifdef BF16_DOT
+  constexpr bool DOT = true;
+#else
+  constexpr bool DOT = false;
+#endif
+  if (a.dtype == Dtype::f32) attend<float, false>(a, forest, tiles, tile, kv_head, scratch);
+  else attend<bf16, DOT>(a, forest, tiles, tile, kv_head, scratch);
+}
+
+TARGET void mask(const Forest& forest, uint8_t* out, int32_t query) {
+  const int32_t q_first = forest.first[query], q_depth = forest.depth[query];
+  const int32_t *first = forest.first.data(), *last = forest.last.data(), *depth = forest.depth.data();
+  for (int64_t k = 0, n = forest.tokens(); k < n; ++k) out[k] = visible(q_first, q_depth, first[k], last[k], depth[k]);
+}
+
+// ---- Element-wise parts of a decoder block ----------------------------------------------------------------------------
+
+template <class T>
+TARGET void rope(void* qkv, int64_t stride, int heads, int dim, const float* cos, const float* sin, int64_t from, int64_t to) {
+  const int half = dim / 2;
+  for (int64_t t = from; t < to; ++t)
+    for (int h = 0; h < heads; ++h) {
+      T *x = (T*)qkv + t * stride + h * dim, *y = x + half;
+      const float *c = cos + t * half, *s = sin + t * half;
+#pragma GCC ivdep
+      for (int i = 0; i < half; ++i) {
+        const float a = to_float(x[i]), b = to_float(y[i]);
+        from_float(x[i], a * c[i] - b * s[i]);
+        from_float(y[i], b * c[i] + a * s[i]);
+      }
+    }
+}
+
+template <class D, class T>
+TARGET void rmsnorm(float* x, const void* delta, const float* weight, void* out, int64_t width, float eps, int64_t from, int64_t to) {
+  for (int64_t t = from; t < to; ++t) {
+    float* row = x + t * width;
+    const D* add = (const D*)delta + t * width;
+    T* y = (T*)out + t * width;
+    if (delta)
+#pragma GCC ivdep
+      for (int64_t i = 0; i < width; ++i) row[i] += to_float(add[i]);
+    alignas(64) float squares[4 * WIDTH] = {}, square = 0;
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= width; i += 4 * WIDTH)
+      for (int j = 0; j < 4 * WIDTH; ++j) squares[j] += row[i + j] * row[i + j];
+    for (; i < width; ++i) square += row[i] * row[i];
+    for (float part : squares) square += part;
+    const float scale = 1 / std::sqrt(square / width + eps);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < width; ++i) from_float(y[i], row[i] * scale * weight[i]);
+  }
+}
+
+template <class T>
+TARGET void swiglu(const void* gate_up, void* out, int64_t width, int64_t from, int64_t to) {
+  constexpr int CHUNK = 256;
+  alignas(64) float gate[CHUNK] = {}, up[CHUNK] = {};
+  for (int64_t t = from; t < to; ++t)
+    for (int64_t i = 0; i < width; i += CHUNK) {
+      const T *g = (const T*)gate_up + 2 * t * width + i, *u = g + width;
+      T* y = (T*)out + t * width + i;
+      const int n = (int)std::min<int64_t>(CHUNK, width - i);
+      for (int j = 0; j < n; ++j) gate[j] = to_float(g[j]), up[j] = to_float(u[j]);
+      for (int j = 0; j < n; j += WIDTH) {
+        const vec x = load(gate + j), zero{}, e = exp2_of<false>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
+        store(gate + j, x * (x < zero ? e : splat(1)) / (1.f + e) * load(up + j));
+      }
+      for (int j = 0; j < n; ++j) from_float(y[j], gate[j]);
+    }
+}
+
+const Kernels kernels{NAME(ISA), attend_any, mask, {rope<float>, rope<bf16>},
+                      {{rmsnorm<float, float>, rmsnorm<float, bf16>}, {rmsnorm<bf16, float>, rmsnorm<bf16, bf16>}},
+                      {swiglu<float>, swiglu<bf16>}};
+
+}  // namespace
+}  // namespace ISA
+
+#undef ISA
+#undef TARGET
+#undef WIDTH
+#undef BF16_DOT
