@@ -573,7 +573,11 @@ class Attention(nn.Module):
     def forward(self, x):  # [B, tokens, width]
         B, S, width = x.shape
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, width))
+        if x.device.type == "cpu":  # the fused kernel's backward pass is several times slower there at a ViT's short rows
+            mixed = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(mixed.transpose(1, 2).reshape(B, S, width))
 
 
 class Block(nn.Module):
@@ -597,6 +601,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, image_size, patch_size, width, layers, heads):
         super().__init__()
+        self.patch_dropout = 0.0  # share of the patches that training leaves out of each picture
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn((image_size // patch_size) ** 2 + 1, width))
@@ -610,9 +615,16 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
     def forward(self, pixels):
-        """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token."""
+        """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token.
+
+        In training with patch dropout (FLIP, Li et al. 2023), only a random part of the patches: less to compute, harder to overfit.
+        """
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, patches, width]
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positional_embedding.to(x.dtype)
+        if self.training and self.patch_dropout:
+            patches = x.shape[1] - 1
+            kept = torch.rand(len(x), patches, device=x.device).topk(max(1, round(patches * (1 - self.patch_dropout))), dim=1).indices + 1
+            x = torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
         x = self.ln_pre(x)
         for block in self.transformer.resblocks:
             x = block(x)

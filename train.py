@@ -36,7 +36,7 @@ SETTINGS = {
     "projector_hidden": (0,       4096,     4096,      "projector's hidden width; at least the LLM's width is taken"),
     "pool_first":      (True,     False,    False,     "average the patches before projecting, not after"),
     "loss":            ("infonce", "sigmoid", "sigmoid", "sigmoid or infonce, both with several positives"),
-    "text_projection": ("whiten", "none",   "none",    "none, center, whiten, linear; or per set: raw=center,long=whiten"),
+    "text_projection": ("whiten", "none",   "none",    "none, center, whiten, linear; or raw=center,long=whiten:0.1 (:ridge)"),
     "ridge":           (0.01,     0.01,     0.01,      "whitening's ridge, a fraction of the largest deviation"),
     "text_rank":       (1024,     1024,     1024,      "directions that whitening treats one by one"),
     "positives":       (6,        6,        6,         "embeddings of its captions an image meets in a step"),
@@ -51,6 +51,7 @@ SETTINGS = {
     "init_scale":      (14.0,     10.0,     10.0,      "initial logit scale (not its log)"),
     "init_bias":       (-10.0,    -10.0,    -10.0,     "initial logit bias, sigmoid loss only"),
     "crop_scale":      (0.9,      0.9,      0.9,       "smallest share of the picture's area that a random crop keeps"),
+    "patch_dropout":   (0.0,      0.0,      0.0,       "share of a picture's patches that a step leaves out"),
     "workers":         (1,        8,        8,         "processes that load images"),
     "seed":            (0,        0,        0,         "of weights, order, crops and positives"),
 }
@@ -67,16 +68,16 @@ def fit_text_projection(store, spec, ridge, rank, max_rows=100_000):
     "whiten" maps u to V diag(1 / (s + ridge s_1)) V^T (u - mu); beyond `rank` directions all are scaled alike.
     More rows than max_rows add nothing to a D x D covariance but hours: then a sample drawn from a fixed seed is read.
     """
-    kinds = parse_kinds(spec)
+    kinds = parse_projection(spec, ridge)
     D = store.meta["D"]
-    linear = "linear" in kinds.values()
-    rank = min(rank, D) if "whiten" in kinds.values() else 0
+    linear = any(kind == "linear" for kind, _ in kinds.values())
+    rank = min(rank, D) if any(kind == "whiten" for kind, _ in kinds.values()) else 0
     projection = flame.TextProjection(D, rank, linear)
     rows = np.arange(len(store))
     if len(rows) > max_rows:
         rows = np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False))
     for at, name in enumerate(store.meta["columns"]):
-        kind, c = kinds[name.split(".")[0]], flame.COLUMNS.index(name)
+        (kind, ridge), c = kinds[name.split(".")[0]], flame.COLUMNS.index(name)
         if kind in ("none", "linear"):
             continue
         total, products = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
@@ -97,15 +98,22 @@ def fit_text_projection(store, spec, ridge, rank, max_rows=100_000):
     return projection
 
 
-def parse_kinds(spec):
-    kinds = dict.fromkeys(flame.PROMPTS, spec) if "=" not in spec else dict.fromkeys(flame.PROMPTS, "none") | dict(
+def parse_projection(spec, ridge):
+    """"whiten", or one a prompt set with a ridge of its own, "raw=whiten:0.1,long=whiten" -> {set: (kind, ridge)}."""
+    parts = dict.fromkeys(flame.PROMPTS, spec) if "=" not in spec else dict.fromkeys(flame.PROMPTS, "none") | dict(
         part.partition("=")[::2] for part in spec.split(","))
-    for name, kind in kinds.items():
+    out = {}
+    for name, part in parts.items():
+        kind, _, own = part.partition(":")
+        try:
+            out[name] = kind, float(own or ridge)
+        except ValueError:
+            kind = "wrong"
         if name not in flame.PROMPTS or kind not in ("none", "center", "whiten", "linear"):
-            raise flame.InputError(f"--text-projection: {spec!r}; give none, center, whiten or linear, or one a prompt set: raw=center,short=whiten,long=whiten")
-    if "linear" in kinds.values() and set(kinds.values()) != {"linear"}:
+            raise flame.InputError(f"--text-projection: {spec!r}; give none, center, whiten or linear, or one a prompt set: raw=whiten:0.1,short=whiten,long=whiten")
+    if len(kinds := {kind for kind, _ in out.values()}) > 1 and "linear" in kinds:
         raise flame.InputError(f"--text-projection: {spec!r}; linear is one matrix shared by all columns and does not mix with others")
-    return kinds
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,6 +234,7 @@ def train(args, s):
         "init_logit_scale": math.log(s["init_scale"]), "init_logit_bias": s["init_bias"]}
     model = flame.Flame(config)
     model.text = projection
+    model.visual.patch_dropout = s["patch_dropout"]
     model.to(device)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # vectors, norms, biases, scale

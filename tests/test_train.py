@@ -115,10 +115,10 @@ def test_low_rank_whitening_scales_the_rest_alike(small):
 
 
 def test_kinds_per_prompt_set():
-    assert train.parse_kinds("raw=center,long=whiten") == {"raw": "center", "short": "none", "long": "whiten"}
-    for bad in ("sharpen", "row=center", "raw=linear,long=whiten"):
+    assert train.parse_projection("raw=center,long=whiten:0.1", 0.01) == {"raw": ("center", 0.01), "short": ("none", 0.01), "long": ("whiten", 0.1)}
+    for bad in ("sharpen", "row=center", "raw=linear,long=whiten", "raw=whiten:much"):
         with pytest.raises(flame.InputError, match=bad):
-            train.parse_kinds(bad)
+            train.parse_projection(bad, 0.01)
 
 
 # --- batches
