@@ -10,6 +10,8 @@
 
 namespace py = pybind11;
 
+namespace {
+
 // ---- DLPack -----------------------------------------------------------------------------------------------------------
 
 struct DLTensor {
@@ -108,7 +110,7 @@ struct View {
 };
 
 // A one-dimensional list of integers (list, numpy, torch), refused where int64 would not hold it exactly.
-static std::vector<int64_t> integers(py::object object, const char* name) {
+std::vector<int64_t> integers(py::object object, const char* name) {
   if (py::hasattr(object, "cpu")) object = object.attr("cpu")();  // a torch tensor, wherever it is
   const py::array array = py::module_::import("numpy").attr("asarray")(object);
   if (array.ndim() != 1) throw py::value_error(std::string(name) + " has " + std::to_string(array.ndim()) + " dimensions, expected 1");
@@ -121,7 +123,7 @@ static std::vector<int64_t> integers(py::object object, const char* name) {
   return {exact.data(), exact.data() + exact.size()};
 }
 
-static std::vector<int32_t> integers32(const py::object& object, const char* name) {
+std::vector<int32_t> integers32(const py::object& object, const char* name) {
   const std::vector<int64_t> wide = integers(object, name);
   for (size_t i = 0; i < wide.size(); ++i)
     if (wide[i] < INT32_MIN || wide[i] > INT32_MAX)
@@ -131,13 +133,13 @@ static std::vector<int32_t> integers32(const py::object& object, const char* nam
 
 // ---- Functions --------------------------------------------------------------------------------------------------------
 
-static std::shared_ptr<Forest> layout(const py::object& lengths, const py::object& parents) {
+std::shared_ptr<Forest> layout(const py::object& lengths, const py::object& parents) {
   const auto l = integers32(lengths, "lengths"), p = integers32(parents, "parents");
   py::gil_scoped_release release;
   return std::make_shared<Forest>(l, p);
 }
 
-static void mask(const Forest& forest, const py::object& out_, uintptr_t stream) {
+void mask(const Forest& forest, const py::object& out_, uintptr_t stream) {
   View out(out_, "out");
   const int64_t n = forest.tokens();
   out.is({n, n}, 1, "[T, T]").written();
@@ -150,7 +152,7 @@ static void mask(const Forest& forest, const py::object& out_, uintptr_t stream)
 #endif
 }
 
-static void attention(const py::object& q_, const py::object& k_, const py::object& v_, const py::object& out_, const Forest& forest, double scale,
+void attention(const py::object& q_, const py::object& k_, const py::object& v_, const py::object& out_, const Forest& forest, double scale,
                       const py::object& rows, uintptr_t stream) {
   View q(q_, "q"), k(k_, "k"), v(v_, "v"), out(out_, "out");
   const int64_t tokens = forest.tokens();
@@ -181,7 +183,7 @@ static void attention(const py::object& q_, const py::object& k_, const py::obje
   else cpu_attention(a, forest, forest.tiles(&row_list, CPU_TILE));
 }
 
-static void rope(const py::object& qkv_, const py::object& cos_, const py::object& sin_, int64_t heads) {
+void rope(const py::object& qkv_, const py::object& cos_, const py::object& sin_, int64_t heads) {
   View qkv(qkv_, "qkv"), cos(cos_, "cos"), sin(sin_, "sin");
   qkv.on_cpu("torch");
   const Dtype dtype = qkv.is({-1, -1, -1}, 1, "[T, heads, d]").written().floating();
@@ -193,7 +195,7 @@ static void rope(const py::object& qkv_, const py::object& cos_, const py::objec
   cpu_rope(qkv.data, dtype, qkv.shape[0], qkv.stride[0], (int)heads, (int)qkv.shape[2], (const float*)cos.data, (const float*)sin.data);
 }
 
-static void rmsnorm(const py::object& x_, const py::object& weight_, const py::object& out_, double eps, const py::object& delta_) {
+void rmsnorm(const py::object& x_, const py::object& weight_, const py::object& out_, double eps, const py::object& delta_) {
   View x(x_, "x"), weight(weight_, "weight"), out(out_, "out");
   x.on_cpu("torch");
   x.is({-1, -1}, 0, "[T, D]").float32();
@@ -206,7 +208,7 @@ static void rmsnorm(const py::object& x_, const py::object& weight_, const py::o
   cpu_rmsnorm((float*)x.data, delta ? delta->data : nullptr, delta_dtype, (const float*)weight.data, out.data, out_dtype, x.shape[0], x.shape[1], (float)eps);
 }
 
-static void swiglu(const py::object& gate_up_, const py::object& out_) {
+void swiglu(const py::object& gate_up_, const py::object& out_) {
   View gate_up(gate_up_, "gate_up"), out(out_, "out");
   gate_up.on_cpu("torch");
   const Dtype dtype = gate_up.is({-1, -1}, 0, "[T, 2 F]").floating();
@@ -218,12 +220,14 @@ static void swiglu(const py::object& gate_up_, const py::object& out_) {
 
 // A read-only numpy view of one of the layout's arrays, which keeps the layout alive.
 template <std::vector<int32_t> Forest::*Member>
-static py::array array_of(const py::object& self) {
+py::array array_of(const py::object& self) {
   const auto& values = self.cast<const Forest&>().*Member;
   py::array_t<int32_t> array({(py::ssize_t)values.size()}, {(py::ssize_t)sizeof(int32_t)}, values.data(), self);
   array.attr("setflags")(py::arg("write") = false);
   return array;
 }
+
+}  // namespace
 
 PYBIND11_MODULE(flame_ext, m) {
   m.doc() = "The segment forest: key k is visible to query q iff k's segment is q's or an ancestor of it, and depth(k) <= depth(q).";

@@ -11,7 +11,6 @@ namespace ISA {
 namespace {
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
 typedef float vec_unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -47,7 +46,7 @@ TARGET inline vec exp2_of(vec x) {
   vec p;
   if (ROUGH) p = ((0.05517167f * f + 0.24261113f) * f + 0.69326097f) * f + 0.99992806f;
   else p = ((((0.0013276472f * f + 0.0096755410f) * f + 0.055507131f) * f + 0.24022120f) * f + 0.69314694f) * f + 1.f;
-  const vec y = (vec)((ivec)p + ((ivec)shifted << 23));
+  const vec y = (vec)((uvec)p + ((uvec)shifted << 23));
   return x >= splat(-126.f) ? y : vec{};
 }
 
@@ -115,7 +114,7 @@ TARGET inline void to_units(const T* from, int dim, uint32_t* to, int units) {
 
 // P as units of b: float32 itself, or two keys' values rounded to a bfloat16 pair (half up: they are not negative).
 TARGET inline vec pair_of(vec even, vec odd) {
-  return (vec)((ivec)((uvec)(ivec)((ivec)even + 0x8000) >> 16) | (((ivec)odd + 0x8000) & (int32_t)0xffff0000));
+  return (vec)((((uvec)even + 0x8000) >> 16) | (((uvec)odd + 0x8000) & 0xffff0000));
 }
 
 // Scores of one key that a row may not see become -inf.
@@ -124,6 +123,12 @@ TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first, 
     const float x = s[r];
     s[r] = visible(q_first[r], q_depth[r], k_first, k_last, k_depth) ? x : LOWEST;
   }
+}
+
+// Asks for a row well before it is read: strided rows of a fused buffer escape the hardware's own prefetching.
+template <class T>
+TARGET inline void prefetch(const T* row, int dim) {
+  for (int i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
 }
 
 template <class T, bool DOT>
@@ -146,12 +151,14 @@ TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles,
   float *maximum = take(padded), *total = take(padded);            // [padded]
   int32_t *q_first = (int32_t*)take(padded), *q_depth = (int32_t*)take(padded);
 
+  const auto q_row = [&](int r) { return (const T*)a.q + query[r / share] * a.q_stride + (kv_head * share + r % share) * dim; };
   for (int r = 0; r < padded; ++r) {  // rows past the end repeat the last one
-    const int i = std::min(r, rows - 1) / share, head = kv_head * share + std::min(r, rows - 1) % share;
+    const int i = std::min(r, rows - 1);
+    prefetch(q_row(std::min(r + 16, rows - 1)), dim);
     uint32_t row[MAX_DIM];
-    to_units<DOT>((const T*)a.q + query[i] * a.q_stride + head * dim, dim, row, units);
+    to_units<DOT>(q_row(i), dim, row, units);
     for (int u = 0; u < units; ++u) q[(size_t)u * padded + r] = row[u];
-    q_first[r] = forest.first[token[i]], q_depth[r] = forest.depth[token[i]];
+    q_first[r] = forest.first[token[i / share]], q_depth[r] = forest.depth[token[i / share]];
     maximum[r] = LOWEST, total[r] = 0;
   }
   std::memset(o, 0, sizeof(float) * padded * width);
@@ -159,8 +166,8 @@ TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles,
   const vec log2_scale = splat(a.scale * 1.44269504f);
   const bool k_in_place = DOT ? dim % 2 == 0 : sizeof(T) == 4, v_in_place = !DOT && sizeof(T) == 4 && dim == width;
   for (int32_t run = tiles.run[tile]; run < tiles.run[tile + 1]; ++run)
-    for (int32_t start = tiles.run_start[run]; start < tiles.run_stop[run]; start += KEYS) {
-      const int n = std::min(KEYS, tiles.run_stop[run] - start);
+    for (int64_t start = tiles.run_start[run]; start < tiles.run_stop[run]; start += KEYS) {
+      const int n = (int)std::min<int64_t>(KEYS, tiles.run_stop[run] - start);
       const bool masked = run >= tiles.full[tile];
       const int32_t *first = forest.first.data() + start, *last = forest.last.data() + start, *depth = forest.depth.data() + start;
 

@@ -1,0 +1,365 @@
+"""The extension against the rule of the segment forest, written densely in numpy and evaluated in float64.
+
+    pytest tests/test_ext.py
+
+Every instruction set that this machine has is tested, not only the one it would use.
+"""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flame_ext
+
+BEST = flame_ext.simd()
+
+
+def usable(name):
+    try:
+        return flame_ext.simd(name) == name
+    except ValueError:
+        return False
+    finally:
+        flame_ext.simd(BEST)
+
+
+SIMD = [name for name in ("plain", "avx2", "avx512", "avx512_bf16") if usable(name)]
+DTYPES = [torch.float32, torch.bfloat16]
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    flame_ext.simd(BEST)
+
+
+# ---- Oracles ---------------------------------------------------------------------------------------------------------
+
+def dense(lengths, parents):
+    """The rule -> visible [T, T], segment [T], depth [T]."""
+    S, ancestor, below = len(lengths), np.eye(len(lengths), dtype=bool), {-1: 0}
+    for s in range(S):
+        ancestor[s] |= ancestor[parents[s]] if parents[s] >= 0 else False
+        below[s] = below[parents[s]] + lengths[s]  # depth at which s's children begin
+    segment = np.repeat(np.arange(S), lengths)
+    depth = np.concatenate([below[parents[s]] + np.arange(lengths[s]) for s in range(S)] + [np.zeros(0, int)]).astype(int)
+    return ancestor[segment][:, segment] & (depth[None, :] <= depth[:, None]), segment, depth
+
+
+def dense_attention(q, k, v, visible, scale):
+    """float64 softmax attention -> out [Q, H, d] and sum of p |v|, which bounds what rounding p can do."""
+    q, k, v = (x.double().numpy() for x in (q, k, v))
+    share = q.shape[1] // k.shape[1]
+    out, size = np.empty_like(q), np.empty_like(q)
+    for h in range(q.shape[1]):
+        s = np.where(visible, q[:, h] @ k[:, h // share].T * scale, -np.inf)
+        p = np.exp(s - s.max(1, keepdims=True, initial=-1e300))
+        p /= p.sum(1, keepdims=True)
+        out[:, h], size[:, h] = p @ v[:, h // share], p @ abs(v[:, h // share])
+    return out, size
+
+
+def assert_attention(out, q, k, v, visible, scale):
+    want, size = dense_attention(q, k, v, visible, scale)
+    error = abs(out.double().numpy() - want)
+    if out.dtype == torch.float32:
+        assert error.max(initial=0) <= 1e-5 * abs(want).max(initial=0)
+    else:  # p and the result are each rounded to 8 bits, an error of at most 2^-8; a tenth more for the cheap 2^x
+        assert (error <= 1.1 * 2 ** -7 * size).all()
+
+
+# ---- Random forests --------------------------------------------------------------------------------------------------
+
+@st.composite
+def forests(draw):
+    """lengths, parents: empty, one-token, and block-sized segments; children anywhere after their parent, not depth-first."""
+    n = draw(st.integers(1, 12))
+    lengths = [draw(st.one_of(st.integers(0, 9), st.integers(60, 100))) for _ in range(n)]
+    return lengths, [draw(st.integers(-1, s - 1)) for s in range(n)]
+
+
+def random_qkv(T, Q, heads, kv_heads, dim, dtype, seed, gap=0):
+    """q [Q, H, d], k, v [T, Hkv, d] as views of fused buffers whose tokens lie `gap` elements further apart."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n):
+        row = (heads + 2 * kv_heads) * dim
+        return torch.randn(n, row + gap, generator=generator).to(dtype)[:, :row].unflatten(1, (-1, dim))
+    k, v = tokens(T)[:, heads:].split(kv_heads, 1)
+    return tokens(Q)[:, :heads] * 2, k, v
+
+
+@settings(max_examples=60, deadline=None)
+@given(forests())
+def test_layout(forest):
+    lengths, parents = forest
+    layout = flame_ext.layout(lengths, np.array(parents, np.int64))
+    visible, segment, depth = dense(lengths, parents)
+    assert layout.lengths.tolist() == lengths and layout.parents.tolist() == parents
+    assert layout.start.tolist() == np.cumsum([0, *lengths]).tolist()
+    assert (layout.segment == segment).all() and (layout.depth == depth).all()
+    for s in range(len(lengths)):
+        runs = range(layout.range_ptr[s], layout.range_ptr[s + 1])
+        starts, stops = layout.range_start[runs.start:runs.stop], layout.range_stop[runs.start:runs.stop]
+        assert (starts < stops).all() and (starts[1:] > stops[:-1]).all()  # ancestors first, joined where they touch
+        for i in range(layout.start[s], layout.start[s + 1]):
+            seen = np.zeros(len(segment), bool)
+            for start, stop in zip(starts, stops):
+                seen[start:stop] = True
+            seen[i + 1:stops[-1]] = False
+            assert (seen == visible[i]).all()
+    with pytest.raises(ValueError):
+        layout.depth[:] = 0
+
+
+@pytest.mark.parametrize("simd", SIMD)
+def test_mask(simd):
+    flame_ext.simd(simd)
+
+    @settings(max_examples=20, deadline=None)
+    @given(forests())
+    def check(forest):
+        visible, segment, _ = dense(*forest)
+        T, layout = len(segment), flame_ext.layout(*forest)
+        for out in (np.zeros((T, T), np.uint8), torch.zeros(T, T, dtype=torch.bool), torch.full((T, T + 3), 7, dtype=torch.uint8)[:, :T]):
+            flame_ext.mask(layout, out)
+            assert (np.asarray(out) == visible).all()
+    check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("simd", SIMD)
+def test_attention(simd, dtype):
+    flame_ext.simd(simd)
+
+    @settings(max_examples=30, deadline=None)
+    @given(forests(), st.sampled_from([(1, 1), (1, 4), (2, 1), (3, 3), (1, 7), (2, 2)]), st.sampled_from([64, 128, 8, 24, 40, 256, 5, 33]),
+           st.integers(0, 2 ** 32), st.sampled_from([0, 1, 8]), st.booleans())
+    def check(forest, heads, dim, seed, gap, some_rows):
+        visible, segment, _ = dense(*forest)
+        T, (kv_heads, share) = len(segment), heads
+        rows = np.random.default_rng(seed).integers(0, T, 2 * T // 3) if some_rows else None  # any order, some twice
+        if some_rows:
+            visible = visible[rows]
+        q, k, v = random_qkv(T, len(visible), kv_heads * share, kv_heads, dim, dtype, seed, gap)
+        out = torch.full((len(visible), kv_heads * share, dim + 1), torch.nan, dtype=dtype).flatten(1)[:, :kv_heads * share * dim].unflatten(1, (-1, dim))
+        flame_ext.attention(q, k, v, out, flame_ext.layout(*forest), dim ** -0.5, rows)
+        assert_attention(out, q, k, v, visible, dim ** -0.5)
+    check()
+
+
+@pytest.mark.parametrize("simd", SIMD)
+def test_scores_far_apart(simd):
+    """A running maximum that jumps by hundreds neither overflows nor leaves anything of what it replaces."""
+    flame_ext.simd(simd)
+    q, k, v = random_qkv(400, 400, 2, 1, 64, torch.float32, 0)
+    k = k * torch.linspace(0, 100, 400)[:, None, None]
+    out = torch.empty(q.shape)
+    flame_ext.attention(q, k, v, out, flame_ext.layout([150, 250], [-1, 0]), 1.0)
+    want, _ = dense_attention(q, k, v, np.tri(400, dtype=bool), 1.0)
+    assert abs(out.numpy() - want).max() < 0.02 * abs(want).max()  # a score of 1e4 has only 1e-3 left in float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_threads(dtype):
+    forest = [7, *[80, 9, 5, 12] * 6], [-1, *(p for b in range(6) for p in (0, 1 + 4 * b, 1 + 4 * b, 3 + 4 * b))]
+    layout = flame_ext.layout(*forest)
+    q, k, v = random_qkv(len(layout.depth), len(layout.depth), 6, 2, 64, dtype, 0)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(torch.empty(q.shape, dtype=dtype))
+        flame_ext.attention(q, k, v, results[-1], layout, 0.125)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_results_do_not_depend_on_the_rest_of_the_batch():
+    lengths, parents = [6, 100, 30, 9, 50, 8], [-1, 0, 0, 1, 2, 1]  # two captions on one root, their facets interleaved
+    q, k, v = random_qkv(sum(lengths), sum(lengths), 4, 2, 64, torch.float32, 0)
+    out = torch.empty(q.shape)
+    layout = flame_ext.layout(lengths, parents)
+    flame_ext.attention(q, k, v, out, layout, 0.125)
+    own = torch.from_numpy(np.isin(layout.segment, [0, 1, 3, 5]))
+    alone = torch.empty(int(own.sum()), 4, 64)
+    flame_ext.attention(q[own], k[own], v[own], alone, flame_ext.layout([6, 100, 9, 8], [-1, 0, 1, 1]), 0.125)
+    assert (out[own] - alone).abs().max() < 1e-6
+
+
+def test_memory_is_linear_and_torch_is_not_needed():
+    """16,384 tokens, numpy alone: a caption of 4,000 tokens and many of 200; S x S bytes would be 256 MiB."""
+    script = """
+import resource, sys
+import numpy as np, flame_ext
+lengths, parents = [4000, *[100, 50, 50] * 62][:160], [-1, *(p for b in range(62) for p in (-1, 1 + 3 * b, 1 + 3 * b))][:160]
+lengths[-1] += 16384 - sum(lengths)
+rng = np.random.default_rng(0)
+qkv = rng.standard_normal((16384, 3, 16), dtype=np.float32)
+q, k, v = qkv[:, :1], qkv[:, 1:2], qkv[:, 2:]
+out = np.zeros(q.shape, np.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+flame_ext.attention(q, k, v, out, flame_ext.layout(lengths, parents), 0.25)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+assert "torch" not in sys.modules
+for i in (0, 1, 3999):
+    p = np.exp(q[i, 0] @ k[:i + 1, 0].T * 0.25)
+    assert abs(p @ v[:i + 1, 0] / p.sum() - out[i, 0]).max() < 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 16384 ** 2 / 8
+
+
+# ---- Element-wise parts ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("simd", SIMD)
+def test_rope_rmsnorm_swiglu(simd, dtype):
+    flame_ext.simd(simd)
+    torch.manual_seed(0)
+    tolerance = 1e-5 if dtype == torch.float32 else 2 ** -8
+
+    def close(got, want):
+        assert got.dtype in DTYPES and ((got.double() - want).abs() <= tolerance * want.abs() + 1e-5).all()
+
+    for T, heads, dim in ((70, 5, 64), (3, 2, 6)):
+        qkv, angle = torch.randn(T, heads, dim).to(dtype), torch.rand(T, dim // 2) * 6
+        before, complex_angle = qkv.clone(), torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
+        flame_ext.rope(qkv, angle.cos(), angle.sin(), heads - 1)
+        a, b = before.double().chunk(2, -1)
+        turned = torch.complex(a, b) * complex_angle  # the pair (i, i + d/2) as a complex number
+        error = (qkv[:, :-1].double() - torch.cat([turned.real, turned.imag], -1)[:, :-1]).abs()
+        assert (error <= tolerance * torch.cat([turned.abs()] * 2, -1)[:, :-1] + 1e-6).all()
+        assert torch.equal(qkv[:, -1], before[:, -1])
+
+    for T, width in ((70, 576), (1, 7)):
+        x, weight, delta = torch.randn(T, width), torch.rand(width), torch.randn(T, width).to(dtype)
+        for update in (None, delta):
+            stream, out = x.clone(), torch.empty(T, width, dtype=dtype)
+            flame_ext.rmsnorm(stream, weight, out, 1e-5, update)
+            y = x if update is None else x + delta.float()
+            assert torch.equal(stream, y)
+            close(out, torch.nn.functional.rms_norm(y.double(), (width,), weight.double(), 1e-5))
+
+        gate_up, out = (torch.randn(T, 2 * width) * 20).to(dtype), torch.empty(T, width, dtype=dtype)
+        flame_ext.swiglu(gate_up, out)
+        gate, up = gate_up.double().chunk(2, -1)
+        close(out, torch.nn.functional.silu(gate) * up)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+LAYOUT = flame_ext.layout([2, 3], [-1, 0])
+
+
+def attention(q=(5, 4, 8), k=(5, 2, 8), v=None, out=None, scale=1.0, rows=None, dtype=torch.float32):
+    q, k = (x if not isinstance(x, tuple) else torch.zeros(x, dtype=dtype) for x in (q, k))
+    v, out = torch.zeros_like(k) if v is None else v, torch.zeros_like(q) if out is None else out
+    flame_ext.attention(q, k, v, out, LAYOUT, scale, rows)
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: flame_ext.layout([1, 2], [-1]), ValueError, "lengths has 2 segments, parents has 1"),
+    (lambda: flame_ext.layout([1, -2], [-1, 0]), ValueError, r"lengths\[1\] = -2"),
+    (lambda: flame_ext.layout([1, 2], [1, -1]), ValueError, r"parents\[0\] = 1.*earlier"),
+    (lambda: flame_ext.layout([1, 2], [-1, 1]), ValueError, r"parents\[1\] = 1.*cycle"),
+    (lambda: flame_ext.layout([1], [-2]), ValueError, r"parents\[0\] = -2"),
+    (lambda: flame_ext.layout([2 ** 31 - 1, 1], [-1, -1]), ValueError, "2\\^31"),
+    (lambda: flame_ext.layout([2 ** 31], [-1]), ValueError, r"lengths\[0\].*int32"),
+    (lambda: flame_ext.layout([1.5], [-1]), TypeError, "lengths is float64"),
+    (lambda: flame_ext.layout([[1]], [-1]), ValueError, "lengths has 2 dimensions"),
+    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 4, dtype=torch.bool)), ValueError, r"out has shape \[5, 4\]"),
+    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 5)), TypeError, "out is float32"),
+    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 5, dtype=torch.bool).T), ValueError, "out is not contiguous"),
+    (lambda: flame_ext.mask(LAYOUT, torch.zeros(1, 5, dtype=torch.bool).expand(5, 5)), ValueError, "out has rows that overlap"),
+    (lambda: flame_ext.mask(LAYOUT, [[True]]), TypeError, "out must be a torch tensor"),
+    (lambda: attention(q=(4, 4, 8)), ValueError, r"q has shape \[4, 4, 8\]"),
+    (lambda: attention(q=torch.zeros(5, 4 * 8)), ValueError, r"q has shape \[5, 32\]"),
+    (lambda: attention(q=(5, 3, 8)), ValueError, "q has 3 heads.*2"),
+    (lambda: attention(k=(5, 0, 8)), ValueError, "q has 4 heads.*0"),
+    (lambda: attention(k=(5, 2, 16)), ValueError, r"k has shape"),
+    (lambda: attention(v=torch.zeros(5, 1, 8)), ValueError, "v has shape"),
+    (lambda: attention(out=torch.zeros(5, 4, 9)), ValueError, "out has shape"),
+    (lambda: attention(dtype=torch.float16), TypeError, "q is float16"),
+    (lambda: attention(k=torch.zeros(5, 2, 8, dtype=torch.bfloat16)), TypeError, "v is bfloat16, but q is float32|k is bfloat16, but q is float32"),
+    (lambda: attention(out=torch.zeros(5, 4, 8, dtype=torch.bfloat16)), TypeError, "out is bfloat16"),
+    (lambda: attention(q=torch.zeros(5, 8, 4).transpose(1, 2)), ValueError, "q is not contiguous"),
+    (lambda: attention(out=torch.zeros(1, 4, 8).expand(5, 4, 8)), ValueError, "out has rows that overlap"),
+    (lambda: attention(q=torch.zeros(5, 4, 8, requires_grad=True)), TypeError, "q cannot be shared"),
+    (lambda: attention(q=torch.zeros(5, 4, 8, device="meta"), out=torch.zeros(5, 4, 8)), (TypeError, ValueError), "q"),
+    (lambda: attention(q=(5, 2, 520), k=(5, 2, 520)), ValueError, "head_dim 520"),
+    (lambda: attention(scale=0.0), ValueError, "scale"),
+    (lambda: attention(scale=float("nan")), ValueError, "scale"),
+    (lambda: attention(q=(2, 4, 8), rows=[0, 5]), ValueError, r"rows\[1\] = 5 is outside the 5"),
+    (lambda: attention(q=(2, 4, 8), rows=[0, -1]), ValueError, r"rows\[1\] = -1"),
+    (lambda: attention(q=(2, 4, 8), rows=[0]), ValueError, r"q has shape.*len\(rows\)"),
+    (lambda: attention(q=(2, 4, 8), rows=[0.0, 1.0]), TypeError, "rows is float64"),
+    (lambda: flame_ext.rope(torch.zeros(5, 2, 7), torch.zeros(5, 3), torch.zeros(5, 3), 1), ValueError, "odd head_dim"),
+    (lambda: flame_ext.rope(torch.zeros(5, 2, 8), torch.zeros(5, 3), torch.zeros(5, 3), 1), ValueError, "cos has shape"),
+    (lambda: flame_ext.rope(torch.zeros(5, 2, 8), torch.zeros(5, 4), torch.zeros(5, 4), 3), ValueError, "heads is 3"),
+    (lambda: flame_ext.rope(torch.zeros(5, 2, 8), torch.zeros(5, 4).double(), torch.zeros(5, 4), 1), TypeError, "cos is float64"),
+    (lambda: flame_ext.rmsnorm(torch.zeros(5, 8), torch.zeros(7), torch.zeros(5, 8), 1e-5), ValueError, "weight has shape"),
+    (lambda: flame_ext.rmsnorm(torch.zeros(5, 8).bfloat16(), torch.zeros(8), torch.zeros(5, 8), 1e-5), TypeError, "x is bfloat16"),
+    (lambda: flame_ext.rmsnorm(torch.zeros(5, 8), torch.zeros(8), torch.zeros(5, 8), 1e-5, torch.zeros(5, 16)[:, ::2]), ValueError, "delta is not contiguous"),
+    (lambda: flame_ext.swiglu(torch.zeros(5, 7), torch.zeros(5, 3)), ValueError, "odd width"),
+    (lambda: flame_ext.swiglu(torch.zeros(5, 8), torch.zeros(5, 3)), ValueError, "out has shape"),
+    (lambda: flame_ext.simd("sse9"), ValueError, "sse9.*plain"),
+])
+def test_refusals(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_nothing_to_do():
+    empty = flame_ext.layout([], [])
+    flame_ext.mask(empty, torch.zeros(0, 0, dtype=torch.bool))
+    flame_ext.attention(*(torch.zeros(0, 2, 8) for _ in range(4)), empty, 1.0)
+    attention(q=(0, 4, 8), rows=[])
+    flame_ext.swiglu(torch.zeros(0, 8), torch.zeros(0, 4))
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+@GPU
+@pytest.mark.parametrize("dtype, dim", [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 40), (torch.float32, 64)])
+def test_cuda_attention_equals_the_rule(dtype, dim):
+    @settings(max_examples=30, deadline=None)
+    @given(forests(), st.sampled_from([(1, 1), (2, 4), (3, 3), (1, 7), (1, 32)]), st.integers(0, 2 ** 32), st.booleans())
+    def check(forest, heads, seed, some_rows):
+        visible, segment, _ = dense(*forest)
+        T, (kv_heads, share) = len(segment), heads
+        rows = torch.from_numpy(np.random.default_rng(seed).integers(0, T, 2 * T // 3)).cuda() if some_rows else None
+        if some_rows:
+            visible = visible[rows.cpu().numpy()]
+        q, k, v = random_qkv(T, len(visible), kv_heads * share, kv_heads, dim, dtype, seed, gap=8)
+        out = torch.full(q.shape, torch.nan, dtype=dtype, device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            flame_ext.attention(q.cuda(), k.cuda(), v.cuda(), out, flame_ext.layout(*forest), dim ** -0.5, rows, side.cuda_stream)
+        side.synchronize()
+        assert_attention(out.cpu(), q, k, v, visible, dim ** -0.5)
+    check()
+
+
+@GPU
+def test_cuda_mask_and_refusals():
+    @settings(max_examples=20, deadline=None)
+    @given(forests())
+    def check(forest):
+        visible, segment, _ = dense(*forest)
+        for extra in (0, 3):
+            out = torch.full((len(segment), len(segment) + extra), 7, dtype=torch.uint8, device="cuda")
+            flame_ext.mask(flame_ext.layout(*forest), out[:, :len(segment)], torch.cuda.current_stream().cuda_stream)
+            assert (out.cpu().numpy()[:, :len(segment)] == visible).all() and (out[:, len(segment):] == 7).all()
+    check()
+    with pytest.raises(ValueError, match="different devices"):
+        attention(k=torch.zeros(5, 2, 8, device="cuda"), v=torch.zeros(5, 2, 8))
+    with pytest.raises(ValueError, match="for the CPU"):
+        flame_ext.swiglu(torch.zeros(5, 8, device="cuda"), torch.zeros(5, 4, device="cuda"))
