@@ -7,13 +7,7 @@ This file is the whole method and reads in the order data flows:
     picture -> vision transformer -> projector                                     (image; trained to meet the facets)
     similarity of the two = mean over facets of the cosine
 
-    >>> import flame
-    >>> text = flame.TextEncoder("data/demo/llm").encode(["A red kite above a beach."], prompts="long")   # [1, 7, D]
-    >>> model = flame.load("out/demo")
-    >>> image = model.encode_image(model.preprocess(picture)[None])                                       # [1, D]
-    >>> flame.similarity(image, model.encode_text(text, "long"))                                          # [1, 1]
-
-The stages embed.py, train.py and evaluate.py import this file; it parses no arguments and prints nothing.
+The stages embed.py, train.py and evaluate.py import this file; README.md shows how to use it from Python.
 """
 import functools
 import hashlib
@@ -181,10 +175,6 @@ class Decoder(NamedTuple):
     blocks: list[dict]       # the kept blocks only
     inv_freq: torch.Tensor   # [head_dim / 2] float32, RoPE's angular frequencies
 
-    @property
-    def heads(self):  # H, Hkv, head_dim
-        return self.config["num_attention_heads"], self.config["num_key_value_heads"], self.config["head_dim"]
-
 
 def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     """Reads the first `layer` blocks (default: all but the last) of a Hugging Face checkpoint folder.
@@ -282,15 +272,14 @@ def decode(decoder, forest):
     """Runs the kept blocks over the packed row; -> float32 [N, D], the residual stream at the N answers (no final norm).
 
     The residual stream and the norms are float32 whatever the matrix products use: one dimension carries 0.8 of a
-    state's norm, and rounding it to bfloat16 once a block drowns the rest (DESIGN section 6, Precision).
+    state's norm, and rounding it to bfloat16 once a block drowns the rest.
     """
-    (heads, kv_heads, head_dim), eps = decoder.heads, decoder.config["rms_norm_eps"]
+    heads, kv_heads, head_dim, eps = (decoder.config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"))
     device, dtype = decoder.embedding.device, decoder.embedding.dtype
     angle = torch.outer(forest.positions.float().to(device), decoder.inv_freq)  # [T, head_dim / 2]
     cos, sin = angle.cos(), angle.sin()
     ends, end_of = torch.unique(forest.answers, return_inverse=True)  # equal captions share their answers
-    attend, attend_at_ends = attention_over(forest, device), attention_over(forest, device, ends)
-    ends = ends.to(device)
+    attend, ends = attention_over(forest, device), ends.to(device)
 
     x = decoder.embedding[forest.tokens.to(device)].float()  # [T, D], the residual stream
     update = None                                            # what the last sublayer adds to it
@@ -308,36 +297,35 @@ def decode(decoder, forest):
             k, v = kv.split(kv_heads, dim=1)
             q = F.linear(h[ends], wq).view(len(ends), heads, head_dim)
             rope(q, cos[ends], sin[ends], heads)
-            mixed, x = attend_at_ends(q, k, v), x[ends]
+            mixed, x = attend(q, k, v, ends), x[ends]
         h = add_and_norm(x, F.linear(mixed.flatten(1), block["wo"]), block["mlp_norm"], eps, dtype)
         update = F.linear(swiglu(F.linear(h, block["w_gate_up"])), block["w_down"])
     return (x + update)[end_of.to(device)]
 
 
-def attention_over(forest, device, rows=None):
-    """-> attend(q [Q, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [Q, H, d]: attention by the rule, no S x S buffer.
+def attention_over(forest, device):
+    """-> attend(q [Q, H, d], k [T, Hkv, d], v [T, Hkv, d], rows=None) -> [Q, H, d]: attention by the rule, no S x S buffer.
 
     rows: int64 [Q], the queries' places in the packed row; None: all T.
     With the extension every ancestor's keys and values are read in place. Without it: dense attention per branch.
     """
     if flame_ext and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda):
         layout = flame_ext.layout(forest.lengths, forest.parents)
-        rows = rows if rows is None else rows.to(device)
 
-        def attend(q, k, v):
+        def attend(q, k, v, rows=None):
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
             flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, rows, stream)
             return out
         return attend
 
-    rows = np.arange(len(forest.tokens)) if rows is None else rows.numpy()
-    branches = [[x.to(device) for x in branch] for branch in _branches(forest, rows)]
+    every_row = _branches(forest, np.arange(len(forest.tokens)))
 
-    def attend(q, k, v):
+    def attend(q, k, v, rows=None):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # a key head serves its group
-        for queries, keys, mask in branches:
+        for branch in every_row if rows is None else _branches(forest, rows.cpu().numpy()):
+            queries, keys, mask = (x.to(device) for x in branch)
             parts = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))  # [1, H, tokens, d]
             out[queries] = F.scaled_dot_product_attention(*parts, attn_mask=mask)[0].transpose(0, 1)
         return out
@@ -527,7 +515,10 @@ def llm_fingerprint(llm_dir):
 # 5. The embedding store, written by embed.py, read by train.py
 
 class Store:
-    """A finished store folder: embeddings.npy [N, M, D] float16 unit vectors, keys.txt, images.txt, meta.json."""
+    """A finished store folder: embeddings.npy [N, M, D] float16 unit vectors, keys.txt, images.txt, meta.json.
+
+    Raises InputError where the folder is none, is unfinished, or does not hold together.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -554,9 +545,7 @@ class Store:
         return F.normalize(torch.from_numpy(picked).float(), dim=-1)
 
 
-def open_store(path):
-    """Opens a finished store -> Store with .read(rows, columns), .keys, .images, .meta. Raises InputError otherwise."""
-    return Store(path)
+open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -615,13 +604,10 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
     def forward(self, pixels):
-        """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token.
-
-        In training with patch dropout (FLIP, Li et al. 2023), only a random part of the patches: less to compute, harder to overfit.
-        """
+        """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token."""
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, patches, width]
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positional_embedding.to(x.dtype)
-        if self.training and self.patch_dropout:
+        if self.training and self.patch_dropout:  # FLIP (Li et al. 2023): less to compute, harder to overfit
             patches = x.shape[1] - 1
             kept = torch.rand(len(x), patches, device=x.device).topk(max(1, round(patches * (1 - self.patch_dropout))), dim=1).indices + 1
             x = torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))], dim=1)

@@ -36,23 +36,23 @@ SETTINGS = {
     "projector_hidden": (0,       4096,     4096,      "projector's hidden width; at least the LLM's width is taken"),
     "pool_first":      (True,     False,    False,     "average the patches before projecting, not after"),
     "loss":            ("infonce", "sigmoid", "sigmoid", "sigmoid or infonce, both with several positives"),
-    "text_projection": ("whiten", "none",   "none",    "none, center, whiten, linear; or raw=center,long=whiten:0.1 (:ridge)"),
+    "text_projection": ("raw=whiten:0.3,short=whiten,long=whiten", "none",   "none",    "none, center, whiten, linear; or raw=center,long=whiten:0.1 (:ridge)"),
     "ridge":           (0.01,     0.01,     0.01,      "whitening's ridge, a fraction of the largest deviation"),
     "text_rank":       (1024,     1024,     1024,      "directions that whitening treats one by one"),
     "positives":       (6,        6,        6,         "embeddings of its captions an image meets in a step"),
     "columns":         ("",       "",       "",        "train on these store columns only: raw.0,long.0,long.1 ..."),
     "batch":           (256,      3072,     3072,      "images a step (published: 8 GPUs x 384)"),
-    "epochs":          (30.0,     32.0,     25.0,      "passes over the images"),
+    "epochs":          (78.0,     32.0,     25.0,      "passes over the images"),
     "steps":           (0,        0,        0,         "steps in all; 0: as the epochs say"),
     "lr":              (1e-3,     5e-4,     5e-4,      "peak learning rate, AdamW"),
     "beta2":           (0.95,     0.95,     0.95,      "AdamW's second beta; the first is 0.9"),
-    "weight_decay":    (0.1,      0.5,      0.5,       "on matrices and the position table only"),
+    "weight_decay":    (0.5,      0.5,      0.5,       "on matrices and the position table only"),
     "warmup":          (40,       2000,     2000,      "steps of linear warm-up, at most a tenth of all; then cosine to 0"),
     "init_scale":      (14.0,     10.0,     10.0,      "initial logit scale (not its log)"),
     "init_bias":       (-10.0,    -10.0,    -10.0,     "initial logit bias, sigmoid loss only"),
-    "crop_scale":      (0.9,      0.9,      0.9,       "smallest share of the picture's area that a random crop keeps"),
-    "patch_dropout":   (0.0,      0.0,      0.0,       "share of a picture's patches that a step leaves out"),
-    "workers":         (1,        8,        8,         "processes that load images"),
+    "crop_scale":      (0.5,      0.9,      0.9,       "smallest share of the picture's area that a random crop keeps"),
+    "patch_dropout":   (0.5,      0.0,      0.0,       "share of a picture's patches that a step leaves out"),
+    "workers":         (0,        8,        8,         "processes that load images"),
     "seed":            (0,        0,        0,         "of weights, order, crops and positives"),
 }
 MAX_LOGIT_SCALE = math.log(100)
@@ -62,7 +62,10 @@ MAX_LOGIT_SCALE = math.log(100)
 # Texts: the closed-form text projection
 
 def fit_text_projection(store, spec, ridge, rank, max_rows=100_000):
-    """The text projection of DESIGN section 6, computed from the store in one pass; -> flame.TextProjection.
+    """The closed-form text projection, computed from the store in one pass; -> flame.TextProjection.
+
+    An LLM's facet states are strongly anisotropic: two captions' states for one facet have a mean cosine of 0.9. A fixed
+    linear map that evens this out lets the image tower learn several times faster at no cost.
 
     Per column: u = x / |x|, mean mu of u, singular values s and vectors V of the centered matrix / sqrt(N);
     "whiten" maps u to V diag(1 / (s + ridge s_1)) V^T (u - mu); beyond `rank` directions all are scaled alike.
@@ -129,7 +132,7 @@ def sigmoid_loss(image, text, scale, bias):
 
 def infonce_loss(image, text, scale, bias=None):
     """Half: mean over images of (mean over its positives of -log softmax over all texts); half: mean over texts of
-    -log softmax over all images (DESIGN section 6)."""
+    -log softmax over all images."""
     B, P, D = text.shape
     logits = (scale * image @ text.reshape(B * P, D).T).view(B, B, P)
     own = logits.diagonal(dim1=0, dim2=1).T  # [B, P]
