@@ -222,6 +222,7 @@ def train(args, s):
     s["projector_hidden"] = max(s["projector_hidden"], store.meta["D"])
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (len(rows) // s["batch"])))
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
+    s["workers"] = min(s["workers"], os.cpu_count() or 1)
     out = Path("out") / (args.name or store.path.resolve().name)
     try:  # found out now, not after the last step
         out.mkdir(parents=True, exist_ok=True)
