@@ -258,6 +258,12 @@ def _weights_reader(llm_dir):
     return lambda name: where[name].get_tensor(name), where.keys()
 
 
+def load_unembedding(llm_dir):
+    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: what turns a state into next-token scores."""
+    read, names = _weights_reader(Path(llm_dir))
+    return read("model.norm.weight").float(), read("lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight").float()
+
+
 def _read_json(path, cure="download or write it anew"):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -461,6 +467,8 @@ class TextEncoder:
         self.layer, self.positions = len(self.decoder.blocks), positions
         self.dim = self.decoder.config["hidden_size"]
         self.budget = budget or BUDGET[torch.device(device).type]
+        self.context = self.decoder.config.get("max_position_embeddings") or 1 << 20
+        self.truncated = 0  # captions cut so far because the model's context is shorter
 
     def encode(self, captions, prompts="long"):
         """list[str] -> float32 [N, K, D] on the CPU: the state at each facet's last token, not normalised."""
@@ -470,25 +478,46 @@ class TextEncoder:
         return out
 
     def encode_batches(self, captions, prompts="long"):
-        """Yields (rows, facets float32 [n, K, D]) a packed row at a time; together the rows are all captions, once each.
+        """Yields (rows, facets float32 [n, K, D]) a packed row at a time; together the rows are all captions, once each."""
+        for rows, forest in self.pack(captions, prompts):
+            yield rows, self.run(forest, len(rows))
+
+    def pack(self, captions, prompts="long"):
+        """Yields (rows, Forest of their strings), each a packed row; may run ahead of `run` in a thread of its own.
 
         Captions are sorted by length, since the bar's ETA and the memory are steadier that way; nothing is padded.
         """
         prefixes, suffixes = tokenize(self.tokenizer, captions, prompts)
+        for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
+            if len(prefix) + sum(map(len, facets)) > self.context:
+                (prefixes[i],), (suffixes[i],) = self._fitting(captions[i], prompts)
         batch, tokens = [], 0
         for i in sorted(range(len(captions)), key=lambda i: len(prefixes[i])):
             size = len(prefixes[i]) + sum(map(len, suffixes[i]))  # an upper bound: facets share their openings
             if batch and tokens + size > self.budget:
-                yield self._encode_row(batch, prefixes, suffixes)
+                yield batch, caption_forest([prefixes[j] for j in batch], [suffixes[j] for j in batch], self.positions)
                 batch, tokens = [], 0
             batch.append(i)
             tokens += size
         if batch:
-            yield self._encode_row(batch, prefixes, suffixes)
+            yield batch, caption_forest([prefixes[j] for j in batch], [suffixes[j] for j in batch], self.positions)
 
-    def _encode_row(self, batch, prefixes, suffixes):
-        forest = caption_forest([prefixes[i] for i in batch], [suffixes[i] for i in batch], self.positions)
-        return batch, decode(self.decoder, forest).cpu().view(len(batch), -1, self.dim)
+    def run(self, forest, n):
+        """The n captions' facet states, float32 [n, K, D] on the CPU, of a Forest that `pack` made."""
+        return decode(self.decoder, forest).cpu().view(n, -1, self.dim)
+
+    def _fitting(self, caption, prompts):
+        """tokenize() of the longest beginning of a caption that fits into the context: the prompt itself is never cut."""
+        low, high, best = 0, len(caption), tokenize(self.tokenizer, [""], prompts)
+        while low < high:
+            middle = (low + high + 1) // 2
+            (prefix,), (facets,) = found = tokenize(self.tokenizer, [caption[:middle]], prompts)
+            if len(prefix) + sum(map(len, facets)) <= self.context:
+                low, best = middle, found
+            else:
+                high = middle - 1
+        self.truncated += 1
+        return best
 
 
 def llm_fingerprint(llm_dir):
@@ -515,8 +544,10 @@ def llm_fingerprint(llm_dir):
 # 5. The embedding store, written by embed.py, read by train.py
 
 class Store:
-    """A finished store folder: embeddings.npy [N, M, D] float16 unit vectors, keys.txt, images.txt, meta.json.
+    """A finished store folder: embeddings.npy [N, M, D] of unit vectors, keys.txt, images.txt, meta.json.
 
+    float16; or int8 with statistics.npy [2, M, D] (each column's mean and deviation per dimension) and scales.npy [N, M]:
+    a vector is mean + deviation * scale * its 8-bit integers.
     Raises InputError where the folder is none, is unfinished, or does not hold together.
     """
 
@@ -526,13 +557,17 @@ class Store:
             state = "is not finished; run the same embed.py command again" if (self.path / "journal.json").exists() else "is not an embedding store; make one with embed.py"
             raise InputError(f"{self.path}: {state}")
         self.meta = _read_json(self.path / "meta.json")
+        self.scales = self.statistics = None
         try:
             self.vectors = np.load(self.path / "embeddings.npy", mmap_mode="r")  # never unpickles: allow_pickle is off
+            if self.meta.get("store") == "int8":
+                self.scales, self.statistics = np.load(self.path / "scales.npy", mmap_mode="r"), np.load(self.path / "statistics.npy")
             self.keys, self.images = ((self.path / f).read_text(encoding="utf-8").split("\n")[:-1] for f in ("keys.txt", "images.txt"))
         except (OSError, ValueError) as e:
             raise InputError(f"{self.path}: cannot be read ({e}); run embed.py --overwrite") from None
-        shape = (self.meta["N"], len(self.meta["columns"]), self.meta["D"])
-        if self.vectors.shape != shape or not len(self.keys) == len(self.images) == shape[0]:
+        N, M, D = self.meta["N"], len(self.meta["columns"]), self.meta["D"]
+        fits = self.scales is None or self.scales.shape == (N, M) and self.statistics.shape == (2, M, D)
+        if self.vectors.shape != (N, M, D) or not len(self.keys) == len(self.images) == N or not fits:
             raise InputError(f"{self.path}: embeddings.npy, keys.txt, images.txt and meta.json disagree on N, M or D; run embed.py --overwrite")
 
     def __len__(self):
@@ -540,9 +575,12 @@ class Store:
 
     def read(self, rows, columns):
         """int [n] rows, int [n, m] or [m] columns -> float32 tensor [n, m, D] of unit vectors."""
-        rows, columns = np.asarray(rows), np.asarray(columns)
-        picked = self.vectors[rows[:, None], columns if columns.ndim == 2 else columns[None]]
-        return F.normalize(torch.from_numpy(picked).float(), dim=-1)
+        rows, columns = np.asarray(rows)[:, None], np.atleast_2d(columns)
+        vectors = torch.from_numpy(self.vectors[rows, columns]).float()
+        if self.scales is not None:
+            mean, deviation = torch.from_numpy(self.statistics)[:, columns]
+            vectors = mean + deviation * vectors * torch.from_numpy(self.scales[rows, columns])[..., None]
+        return F.normalize(vectors, dim=-1)
 
 
 open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
