@@ -11,6 +11,8 @@
 #ifdef __linux__
 #include <dlfcn.h>
 #include <link.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 // ---- Threads ----------------------------------------------------------------------------------------------------------
@@ -108,6 +110,7 @@ struct Kernels {
 #define WIDTH 4
 #include "kernels.inl"
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma")))
@@ -122,6 +125,15 @@ struct Kernels {
 #define WIDTH 16
 #define BF16_DOT
 #include "kernels.inl"
+#if defined(__linux__) && __GNUC__ >= 11
+#define HAVE_AMX
+#define ISA avx512_amx
+#define TARGET __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define WIDTH 16
+#define BF16_DOT
+#define AMX
+#include "kernels.inl"
+#endif
 #endif
 
 namespace {
@@ -133,6 +145,11 @@ std::vector<const Kernels*> usable() {  // best last
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2::kernels);
   if (avx512) list.push_back(&avx512::kernels);
   if (avx512 && __builtin_cpu_supports("avx512bf16")) list.push_back(&avx512_bf16::kernels);
+#ifdef HAVE_AMX
+  unsigned a, b, c, d;  // leaf 7: bit 22 of edx is AMX-BF16, bit 24 AMX-TILE; the kernel hands out the tiles' state on request
+  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1;
+  if (amx && list.back() == &avx512_bf16::kernels && !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */)) list.push_back(&avx512_amx::kernels);
+#endif
 #endif
   return list;
 }

@@ -1,5 +1,6 @@
 // The CPU kernels, included by cpu.cpp once per instruction set with ISA (a name), TARGET (the function attribute), WIDTH
-// (floats in a vector) and perhaps BF16_DOT (there is an instruction for products of bfloat16 pairs).
+// (floats in a vector) and perhaps BF16_DOT (there is an instruction for products of bfloat16 pairs) and AMX (and one for
+// products of 16 x 16 tiles of them).
 //
 // Attention. A task is one tile of queries and one KV head; its rows are queries x query heads of that group, so that each
 // loaded key serves them all. For GROUP rows and a block of keys it computes two products by one micro-kernel:
@@ -17,6 +18,7 @@ typedef float vec_unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), m
 constexpr int KEYS = 96;   // keys a block: with GROUP, a block's S and operands stay in the L1 cache
 constexpr int GROUP = 48;  // rows a block
 constexpr int STEP = 6;    // the micro-kernel's own rows: 6 x 4 accumulators and 4 loads fill the 32 registers of AVX-512
+constexpr int TILE = 16;   // side of an AMX tile: 16 rows of 16 units
 constexpr float LOWEST = -INFINITY;
 
 TARGET inline vec load(const float* p) { return *(const vec_unaligned*)p; }
@@ -35,6 +37,28 @@ TARGET inline void from_float(bf16& to, float x) {  // to nearest even; a NaN st
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   to.bits = x == x ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : (uint16_t)0x7fc0;
+}
+
+// n <= WIDTH elements as a vector, zeros behind them, and back.
+template <class T>
+TARGET inline vec get(const T* p, int64_t n) {
+#ifdef BF16_DOT
+  if (n >= WIDTH && sizeof(T) == 2) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#endif
+  if (n >= WIDTH && sizeof(T) == 4) return load((const float*)p);
+  alignas(64) float x[WIDTH] = {};
+  for (int i = 0; i < WIDTH && i < n; ++i) x[i] = to_float(p[i]);
+  return load(x);
+}
+template <class T>
+TARGET inline void put(T* p, vec y, int64_t n) {
+#ifdef BF16_DOT
+  if (n >= WIDTH && sizeof(T) == 2) return _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)y));
+#endif
+  if (n >= WIDTH && sizeof(T) == 4) return store((float*)p, y);
+  alignas(64) float x[WIDTH];
+  store(x, y);
+  for (int i = 0; i < WIDTH && i < n; ++i) from_float(p[i], x[i]);
 }
 
 // 2^x for x <= 0, 0 below -126. 2^(x - round(x)) is a minimax polynomial: relative error 7.5e-5 (far below bfloat16's
@@ -103,6 +127,55 @@ TARGET void product(int rows, int columns, const uint32_t* a, int64_t a_row, int
     }
 }
 
+#ifdef AMX
+// c = a b, or c += a b, on tiles: rows, columns and steps are rounded up to multiples of TILE. Steps of a row of a are neighbours.
+TARGET void product_tiles(int rows, int columns, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_step, int steps, float* c, int c_row, bool add) {
+  for (int r = 0; r < rows; r += TILE)
+    for (int j = 0; j < columns; j += 2 * TILE) {
+      float* to = c + r * c_row + j;
+      const bool two = j + TILE < columns;
+      if (add) _tile_loadd(0, to, c_row * 4); else _tile_zero(0);
+      if (add && two) _tile_loadd(1, to + TILE, c_row * 4); else _tile_zero(1);
+      for (int s = 0; s < steps; s += TILE) {
+        _tile_loadd(2, a + r * a_row + s, a_row * 4);
+        _tile_loadd(3, b + s * b_step + j, b_step * 4);
+        _tile_dpbf16ps(0, 2, 3);
+        if (!two) continue;
+        _tile_loadd(4, b + s * b_step + j + TILE, b_step * 4);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      _tile_stored(0, to, c_row * 4);
+      if (two) _tile_stored(1, to + TILE, c_row * 4);
+    }
+}
+
+// 16 vectors, as columns: to[r * row + i] = x[i][r].
+TARGET inline void store_transposed(const __m512i* x, uint32_t* to, int64_t row) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) a[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]), a[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)  // b[i + m]: rows 4 l + m of lane l, of vectors i..i + 3
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]), b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]), b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]), b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+#pragma GCC unroll 4
+  for (int m = 0; m < 4; ++m) {
+    const __m512i low01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0x44), high01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(b[8 + m], b[12 + m], 0x44), high23 = _mm512_shuffle_i32x4(b[8 + m], b[12 + m], 0xee);
+    _mm512_storeu_si512(to + m * row, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + (4 + m) * row, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(to + (8 + m) * row, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + (12 + m) * row, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+}
+
+struct TileConfig {
+  alignas(64) uint8_t bytes[64] = {1};  // palette 1; then, from byte 16 on, bytes a row, and from 48 on, rows, of each tile
+  TileConfig() {
+    for (int t = 0; t < 8; ++t) bytes[16 + 2 * t] = 64, bytes[48 + t] = TILE;
+  }
+};
+#endif
+
 // A row of `dim` elements as units, zeros from there to `units`.
 template <bool DOT, class T>
 TARGET inline void to_units(const T* from, int dim, uint32_t* to, int units) {
@@ -134,17 +207,26 @@ TARGET inline void prefetch(const T* row, int dim) {
 template <class T, bool DOT>
 TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles, int64_t tile, int kv_head, std::vector<float>& scratch) {
   constexpr int PER = DOT ? 2 : 1;  // elements a unit
-  const int share = a.heads / a.kv_heads, dim = a.dim, units = (dim + PER - 1) / PER, width = (dim + 15) / 16 * 16;
+#ifdef AMX
+  constexpr bool AMX_TILES = DOT;
+  static const TileConfig config;
+  if (AMX_TILES) _tile_loadconfig(config.bytes);
+#else
+  constexpr bool AMX_TILES = false;
+#endif
+  constexpr int PAST = AMX_TILES ? TILE : STEP, ALIGN = AMX_TILES ? 2 * TILE : PER;  // keys read past a block; where groups begin
+  constexpr int P_ROW = AMX_TILES ? KEYS / 2 : 1, P_STEP = AMX_TILES ? 1 : GROUP;    // strides of P
+  const int share = a.heads / a.kv_heads, dim = a.dim, units = AMX_TILES ? (dim + 31) / 32 * 16 : (dim + PER - 1) / PER, width = (dim + 15) / 16 * 16;
   const int32_t* token = tiles.token.data() + tiles.tile[tile];
   const int32_t* query = tiles.query.data() + tiles.tile[tile];
   const int rows = (tiles.tile[tile + 1] - tiles.tile[tile]) * share, padded = (rows + GROUP - 1) / GROUP * GROUP;
 
-  scratch.resize((size_t)padded * (units + width + 4) + KEYS * (units + width) + 2 * (KEYS + STEP) * GROUP + 256);
+  scratch.resize((size_t)padded * (units + width + 4) + (KEYS + PAST) * (units + width) + 2 * (KEYS + PAST) * GROUP + 256);
   float* free = (float*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
   const auto take = [&free](size_t floats) { float* part = free; free += (floats + 15) / 16 * 16; return part; };  // on cache lines
-  float* s = take((KEYS + STEP) * GROUP);                           // [KEYS + STEP, GROUP]
-  float* p = DOT ? take(KEYS / 2 * GROUP) : s;                      // [KEYS / PER, GROUP]
-  uint32_t* k_copy = (uint32_t*)take((KEYS + STEP) * units);        // [KEYS + STEP, units], where keys can't be read in place
+  float* s = take((KEYS + PAST) * GROUP);                           // [KEYS + PAST, GROUP]
+  float* p = DOT ? take(KEYS / 2 * GROUP) : s;                      // [KEYS / PER, GROUP], for AMX [GROUP, KEYS / 2]
+  uint32_t* k_copy = (uint32_t*)take((KEYS + PAST) * units);        // [KEYS + PAST, units], where keys can't be read in place
   uint32_t* v_copy = (uint32_t*)take(KEYS / PER * width);           // [KEYS / PER, width]
   uint32_t* q = (uint32_t*)take((size_t)units * padded);            // [units, padded]
   float* o = take((size_t)padded * width);                          // [padded, width]
@@ -152,30 +234,42 @@ TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles,
   int32_t *q_first = (int32_t*)take(padded), *q_depth = (int32_t*)take(padded);
 
   const auto q_row = [&](int r) { return (const T*)a.q + query[r / share] * a.q_stride + (kv_head * share + r % share) * dim; };
+  bool q_done = false;
+#ifdef AMX
+  if ((q_done = AMX_TILES && dim % 32 == 0))
+    for (int r = 0; r < padded; r += 16)
+      for (int u = 0; u < units; u += 16) {
+        __m512i x[16];
+        for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(q_row(std::min(r + i, rows - 1)) + 2 * u);
+        store_transposed(x, q + (size_t)u * padded + r, padded);
+      }
+#endif
   for (int r = 0; r < padded; ++r) {  // rows past the end repeat the last one
     const int i = std::min(r, rows - 1);
-    prefetch(q_row(std::min(r + 16, rows - 1)), dim);
-    uint32_t row[MAX_DIM];
-    to_units<DOT>(q_row(i), dim, row, units);
-    for (int u = 0; u < units; ++u) q[(size_t)u * padded + r] = row[u];
+    if (!q_done) {
+      prefetch(q_row(std::min(r + 16, rows - 1)), dim);
+      uint32_t row[MAX_DIM];
+      to_units<DOT>(q_row(i), dim, row, units);
+      for (int u = 0; u < units; ++u) q[(size_t)u * padded + r] = row[u];
+    }
     q_first[r] = forest.first[token[i / share]], q_depth[r] = forest.depth[token[i / share]];
     maximum[r] = LOWEST, total[r] = 0;
   }
   std::memset(o, 0, sizeof(float) * padded * width);
 
   const vec log2_scale = splat(a.scale * 1.44269504f);
-  const bool k_in_place = DOT ? dim % 2 == 0 : sizeof(T) == 4, v_in_place = !DOT && sizeof(T) == 4 && dim == width;
+  const bool k_in_place = DOT ? dim % (AMX_TILES ? 32 : 2) == 0 : sizeof(T) == 4, v_in_place = !DOT && sizeof(T) == 4 && dim == width;
   for (int32_t run = tiles.run[tile]; run < tiles.run[tile + 1]; ++run)
     for (int64_t start = tiles.run_start[run]; start < tiles.run_stop[run]; start += KEYS) {
       const int n = (int)std::min<int64_t>(KEYS, tiles.run_stop[run] - start);
       const bool masked = run >= tiles.full[tile];
       const int32_t *first = forest.first.data() + start, *last = forest.last.data() + start, *depth = forest.depth.data() + start;
 
-      // The micro-kernel reads up to STEP - 1 keys past the block; at the end of the row there are none to read.
+      // The micro-kernel reads up to PAST - 1 keys past the block; at the end of the row there are none to read.
       const T *k_rows = (const T*)a.k + start * a.k_stride + kv_head * dim, *v_rows = (const T*)a.v + start * a.v_stride + kv_head * dim;
       const uint32_t *keys = (const uint32_t*)k_rows, *values = (const uint32_t*)v_rows;
       int64_t k_row = a.k_stride / PER, v_step = a.v_stride;
-      if (!k_in_place || a.k_stride % PER || start + n + STEP > forest.tokens()) {
+      if (!k_in_place || a.k_stride % PER || start + n + PAST > forest.tokens()) {
         for (int j = 0; j < n; ++j) to_units<DOT>(k_rows + j * a.k_stride, dim, k_copy + j * units, units);
         keys = k_copy, k_row = units;
       }
@@ -192,6 +286,8 @@ TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles,
             for (int i = dim; i < width; ++i) to[i] = 0;
           } else to_units<false>(v_rows + j * a.v_stride, dim, to, width);
         }
+        if (AMX_TILES)  // zeros where a tile reads past the last key: 0 of P times what is left there could be NaN
+          std::memset(v_copy + (n + 1) / 2 * width, 0, 4 * (size_t)((n + 31) / 32 * 16 - (n + 1) / 2) * width);
       }
 
       for (int r0 = 0; r0 < rows; r0 += GROUP) {
@@ -205,8 +301,12 @@ TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles,
           while (high > 0 && !needed(high - 1)) --high;
           while (low < high && !needed(low)) ++low;
           if (low == high) continue;
-          low -= low % PER;
+          low -= low % ALIGN;
         }
+#ifdef AMX
+        if (AMX_TILES) product_tiles(high - low, lanes, keys + low * k_row, k_row, q + r0, padded, units, s + low * GROUP, GROUP, false);
+        else
+#endif
         product<DOT>(high - low, lanes, keys + low * k_row, k_row, 1, q + r0, padded, units, s + low * GROUP, GROUP, nullptr);
         if (masked)
           for (int j = low; j < high; ++j)
@@ -221,6 +321,21 @@ TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles,
             now = x > now ? x : now;
           }
           const vec base = now == splat(LOWEST) ? vec{} : now * log2_scale;  // nothing seen yet: keep -inf - -inf out
+#ifdef AMX
+          if (AMX_TILES)
+            for (int block = low; block < high; block += 2 * TILE) {
+              __m512i pairs[TILE];
+              for (int i = 0; i < TILE; ++i) {
+                const int j = block + 2 * i;
+                const vec even = j < high ? exp2_of<true>(load(s + j * GROUP + r) * log2_scale - base) : vec{};
+                const vec odd = j + 1 < high ? exp2_of<true>(load(s + (j + 1) * GROUP + r) * log2_scale - base) : vec{};
+                added += even + odd;
+                pairs[i] = (__m512i)pair_of(even, odd);
+              }
+              store_transposed(pairs, (uint32_t*)p + r * P_ROW + block / 2, P_ROW);
+            }
+          else
+#endif
           for (int j = low; j < high; j += PER) {
             const vec even = exp2_of<DOT>(load(s + j * GROUP + r) * log2_scale - base);
             added += even;
@@ -234,16 +349,26 @@ TARGET void attend(const Attention& a, const Forest& forest, const Tiles& tiles,
           store(alpha + r, factor), store(maximum + r0 + r, now);
           store(total + r0 + r, load(total + r0 + r) * factor + added);
         }
-        product<DOT>(std::min(lanes, rows - r0), width, (const uint32_t*)p + low / PER * GROUP, 1, GROUP, values + low / PER * v_step, v_step, (high - low + PER - 1) / PER, o + r0 * width,
-                     width, alpha);
+#ifdef AMX
+        if (AMX_TILES) {
+          for (int r = 0; r < lanes; ++r)
+            for (int i = 0; i < width; i += WIDTH) store(o + (r0 + r) * width + i, load(o + (r0 + r) * width + i) * alpha[r]);
+          product_tiles(lanes, width, (const uint32_t*)p + low / 2, P_ROW, values + low / 2 * v_step, v_step, (high - low + 1) / 2, o + r0 * width, width, true);
+        } else
+#endif
+        product<DOT>(std::min(lanes, rows - r0), width, (const uint32_t*)p + low / PER * P_STEP, P_ROW, P_STEP, values + low / PER * v_step, v_step, (high - low + PER - 1) / PER,
+                     o + r0 * width, width, alpha);
       }
     }
 
   for (int r = 0; r < rows; ++r) {
     T* out = (T*)a.out + query[r / share] * a.out_stride + (kv_head * share + r % share) * dim;
-    const float scale = 1 / total[r];
-    for (int i = 0; i < dim; ++i) from_float(out[i], o[r * width + i] * scale);
+    const vec scale = splat(1 / total[r]);
+    for (int i = 0; i < dim; i += WIDTH) put(out + i, load(o + r * width + i) * scale, dim - i);
   }
+#ifdef AMX
+  if (AMX_TILES) _tile_release();
+#endif
 }
 
 TARGET void attend_any(const Attention& a, const Forest& forest, const Tiles& tiles, int64_t tile, int kv_head, std::vector<float>& scratch) {
@@ -270,12 +395,10 @@ TARGET void rope(void* qkv, int64_t stride, int heads, int dim, const float* cos
   for (int64_t t = from; t < to; ++t)
     for (int h = 0; h < heads; ++h) {
       T *x = (T*)qkv + t * stride + h * dim, *y = x + half;
-      const float *c = cos + t * half, *s = sin + t * half;
-#pragma GCC ivdep
-      for (int i = 0; i < half; ++i) {
-        const float a = to_float(x[i]), b = to_float(y[i]);
-        from_float(x[i], a * c[i] - b * s[i]);
-        from_float(y[i], b * c[i] + a * s[i]);
+      for (int i = 0; i < half; i += WIDTH) {
+        const int n = half - i;
+        const vec a = get(x + i, n), b = get(y + i, n), c = get(cos + t * half + i, n), s = get(sin + t * half + i, n);
+        put(x + i, a * c - b * s, n), put(y + i, b * c + a * s, n);
       }
     }
 }
@@ -286,36 +409,37 @@ TARGET void rmsnorm(float* x, const void* delta, const float* weight, void* out,
     float* row = x + t * width;
     const D* add = (const D*)delta + t * width;
     T* y = (T*)out + t * width;
-    if (delta)
-#pragma GCC ivdep
-      for (int64_t i = 0; i < width; ++i) row[i] += to_float(add[i]);
-    alignas(64) float squares[4 * WIDTH] = {}, square = 0;
-    int64_t i = 0;
-    for (; i + 4 * WIDTH <= width; i += 4 * WIDTH)
-      for (int j = 0; j < 4 * WIDTH; ++j) squares[j] += row[i + j] * row[i + j];
-    for (; i < width; ++i) square += row[i] * row[i];
-    for (float part : squares) square += part;
-    const float scale = 1 / std::sqrt(square / width + eps);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < width; ++i) from_float(y[i], row[i] * scale * weight[i]);
+    vec squares[4] = {};
+    for (int64_t i = 0, part = 0; i < width; i += WIDTH, part = (part + 1) % 4) {
+      vec v = get(row + i, width - i);
+      if (delta) put(row + i, v += get(add + i, width - i), width - i);
+      squares[part] += v * v;
+    }
+    alignas(64) float parts[WIDTH];
+    store(parts, (squares[0] + squares[1]) + (squares[2] + squares[3]));
+    float square = 0;
+    for (float part : parts) square += part;
+    const vec scale = splat(1 / std::sqrt(square / width + eps));
+    for (int64_t i = 0; i < width; i += WIDTH) put(y + i, get(row + i, width - i) * scale * get(weight + i, width - i), width - i);
   }
+}
+
+TARGET inline vec reciprocal(vec x, float) { return 1.f / x; }
+TARGET inline vec reciprocal(vec x, bf16) {  // 14 bits are enough for bfloat16's 8
+#ifdef BF16_DOT
+  return (vec)_mm512_rcp14_ps((__m512)x);
+#else
+  return 1.f / x;
+#endif
 }
 
 template <class T>
 TARGET void swiglu(const void* gate_up, void* out, int64_t width, int64_t from, int64_t to) {
-  constexpr int CHUNK = 256;
-  alignas(64) float gate[CHUNK] = {}, up[CHUNK] = {};
   for (int64_t t = from; t < to; ++t)
-    for (int64_t i = 0; i < width; i += CHUNK) {
-      const T *g = (const T*)gate_up + 2 * t * width + i, *u = g + width;
-      T* y = (T*)out + t * width + i;
-      const int n = (int)std::min<int64_t>(CHUNK, width - i);
-      for (int j = 0; j < n; ++j) gate[j] = to_float(g[j]), up[j] = to_float(u[j]);
-      for (int j = 0; j < n; j += WIDTH) {
-        const vec x = load(gate + j), zero{}, e = exp2_of<false>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
-        store(gate + j, x * (x < zero ? e : splat(1)) / (1.f + e) * load(up + j));
-      }
-      for (int j = 0; j < n; ++j) from_float(y[j], gate[j]);
+    for (int64_t i = 0; i < width; i += WIDTH) {
+      const T* gate = (const T*)gate_up + 2 * t * width + i;
+      const vec x = get(gate, width - i), zero{}, e = exp2_of<sizeof(T) == 2>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
+      put((T*)out + t * width + i, x * (x < zero ? e : splat(1)) * reciprocal(1.f + e, T{}) * get(gate + width, width - i), width - i);
     }
 }
 
@@ -330,3 +454,4 @@ const Kernels kernels{NAME(ISA), attend_any, mask, {rope<float>, rope<bf16>},
 #undef TARGET
 #undef WIDTH
 #undef BF16_DOT
+#undef AMX

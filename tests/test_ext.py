@@ -27,7 +27,7 @@ def usable(name):
         flame_ext.simd(BEST)
 
 
-SIMD = [name for name in ("plain", "avx2", "avx512", "avx512_bf16") if usable(name)]
+SIMD = [name for name in ("plain", "avx2", "avx512", "avx512_bf16", "avx512_amx") if usable(name)]
 DTYPES = [torch.float32, torch.bfloat16]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -223,7 +223,7 @@ for i in (0, 1, 3999):
 def test_rope_rmsnorm_swiglu(simd, dtype):
     flame_ext.simd(simd)
     torch.manual_seed(0)
-    tolerance = 1e-5 if dtype == torch.float32 else 2 ** -8
+    tolerance = 1e-5 if dtype == torch.float32 else 2 ** -8 + 2 ** -12  # half a last place, and what rough steps add before rounding
 
     def close(got, want):
         assert got.dtype in DTYPES and ((got.double() - want).abs() <= tolerance * want.abs() + 1e-5).all()
