@@ -319,10 +319,10 @@ def merge(args):
         images += part.images[rows]
         if meta["store"] != "int8":
             data = {"embeddings": part.vectors[rows]}
-        elif np.array_equal(part.statistics, parts[0].statistics):
+        elif torch.equal(part.statistics, parts[0].statistics):
             data = {"embeddings": part.vectors[rows], "scales": part.scales[rows]}
         else:  # machines that round differently fitted them
-            data = quantised(part.read(np.arange(len(part))[rows], range(len(meta["columns"]))).numpy(), parts[0].statistics)
+            data = quantised(part.read(np.arange(len(part))[rows], range(len(meta["columns"]))).numpy(), parts[0].statistics.numpy())
         write_rows(out, data, w * window)
     write_text(out / "keys.txt", "".join(key + "\n" for key in keys))
     write_text(out / "images.txt", "".join(image + "\n" for image in images))
@@ -393,7 +393,7 @@ def plan(args):
     N, tokenizer = args.plan or total, flame.load_tokenizer(args.llm)
     found = {}
     for name in prompts:
-        prefixes, suffixes = flame.tokenize(tokenizer, [texts[name] for texts in sample], name)
+        prefixes, suffixes = flame.tokenize(tokenizer, [texts[name] for texts in sample], name, args.positions)
         forests = [flame.caption_forest(prefixes[i:i + 16], suffixes[i:i + 16], args.positions) for i in range(0, len(sample), 16)]
         apart = sum(len(p) + len(f) for p, fs in zip(prefixes, suffixes) for f in fs)
         found[name] = np.array([apart, sum(len(f.tokens) for f in forests), sum(flops(config, layer, f) for f in forests)]) / len(sample)
@@ -496,7 +496,7 @@ def draw(args):
     from PIL import Image, ImageDraw, ImageFont
     tokenizer = flame.load_tokenizer(args.llm)
     prompts = chosen_prompts(args.prompts or "long")[-1]
-    prefixes, suffixes = flame.tokenize(tokenizer, [args.draw], prompts)
+    prefixes, suffixes = flame.tokenize(tokenizer, [args.draw], prompts, args.positions)
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
     T, S = len(forest.tokens), len(forest.lengths)
     everything = np.arange(T)
@@ -550,7 +550,8 @@ def main():
     parser.add_argument("--out", metavar="DIR", help="the store (default data/embeddings/<captions' name>); with --draw the PNG")
     parser.add_argument("--prompts", help="prompt sets to embed (default raw,short,long; --draw: long)")
     parser.add_argument("--layer", type=int, metavar="N", help="blocks to keep (default: all but the last)")
-    parser.add_argument("--positions", choices=("restart", "sequential"), default="restart", help="RoPE positions of the facets (default restart)")
+    parser.add_argument("--positions", choices=("restart", "sequential"), default="restart", help="restart: a facet is fixed by its own string (default); sequential: as the released code has it")
+    parser.add_argument("--compat", dest="positions", action="store_const", const="sequential", help="the released code's text path, the same as --positions sequential")
     parser.add_argument("--store", choices=("float16", "int8"), default="float16", help="how embeddings are stored (default float16; int8 is half the bytes)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the matrix products (default bfloat16 where it is fast)")

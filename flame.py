@@ -9,10 +9,14 @@ This file is the whole method and reads in the order data flows:
 
 The stages embed.py, train.py and evaluate.py import this file; README.md shows how to use it from Python.
 """
+import base64
+import ctypes
 import functools
 import hashlib
 import json
+import os
 from collections import OrderedDict
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     import flame_ext  # the C++/CUDA extension in ext/; every line that uses it has a PyTorch twin beside it
@@ -167,7 +172,10 @@ def _branches(forest, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The frozen decoder (Mistral / Llama family), hand-written: RMSNorm, RoPE, grouped-query attention, SwiGLU
+# 3. The frozen decoder (Llama, Mistral, Qwen2), hand-written: RMSNorm, RoPE, grouped-query attention, SwiGLU
+
+FAMILIES = ("llama", "mistral", "qwen2")  # model_type; Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5
+
 
 class Decoder(NamedTuple):
     config: dict
@@ -179,7 +187,7 @@ class Decoder(NamedTuple):
 def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     """Reads the first `layer` blocks (default: all but the last) of a Hugging Face checkpoint folder.
 
-    Tensors are read one at a time, straight to device and dtype; norms stay float32.
+    Tensors are read one at a time, straight to device and dtype, so that the host never holds a whole shard; norms stay float32.
     Raises InputError where the folder lacks a file, is of another family, or a shape does not match its config.
     """
     llm_dir = Path(llm_dir)
@@ -201,11 +209,14 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
 
     def block(i):
         p = f"model.layers.{i}."
-        if extra := sorted(n for n in names if n.startswith(p) and n.endswith(".bias")):
-            raise InputError(f"{llm_dir}: tensor {extra[0]}: projections with a bias are not supported; use a Mistral or Llama checkpoint")
+        qkv = [(p + f"self_attn.{x}_proj", n * head_dim) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))]
+        biases = [name + ".bias" for name, _ in qkv] if config["model_type"] == "qwen2" else []
+        if extra := sorted(n for n in names if n.startswith(p) and n.endswith(".bias") and n not in biases):
+            raise InputError(f"{llm_dir}: tensor {extra[0]}: a bias here is not supported; use a checkpoint without (qwen2 alone has it, on q, k and v)")
         return {
             "attention_norm": load(p + "input_layernorm.weight", D, to=torch.float32),
-            "wqkv": torch.cat([load(p + f"self_attn.{x}_proj.weight", n * head_dim, D) for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))]),
+            "wqkv": torch.cat([load(name + ".weight", n, D) for name, n in qkv]),
+            "bqkv": torch.cat([load(name + ".bias", n) for name, n in qkv]) if biases else None,
             "wo": load(p + "self_attn.o_proj.weight", D, heads * head_dim),
             "mlp_norm": load(p + "post_attention_layernorm.weight", D, to=torch.float32),
             "w_gate_up": torch.cat([load(p + f"mlp.{x}_proj.weight", inner, D) for x in ("gate", "up")]),
@@ -213,30 +224,48 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
         }
 
     embedding = load("model.embed_tokens.weight", config["vocab_size"], D)
-    inv_freq = config["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return Decoder(config, embedding, [block(i) for i in range(layer)], inv_freq.float().to(device))
+    return Decoder(config, embedding, [block(i) for i in range(layer)], config["inv_freq"].float().to(device))
 
 
 def llm_config(llm_dir):
-    """config.json of a checkpoint folder, checked, and with what it may leave to defaults filled in."""
+    """config.json of a checkpoint folder, checked, and with what it may leave to defaults filled in.
+
+    Two entries are ours: "inv_freq" and "context", how many tokens a string may have: the positions that the model knows,
+    or its sliding window where that is shorter, since up to there a window changes nothing.
+    """
     path = Path(llm_dir) / "config.json"
     config = _read_json(path, "--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer")
-    if config.get("model_type") not in ("llama", "mistral"):
-        raise InputError(f"{path}: model_type {config.get('model_type')!r} is not supported; supported: llama, mistral")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 and 4 name it differently
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"{path}: RoPE scaling {rope} is not supported; use a checkpoint without it")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     if config.get("hidden_act", "silu") != "silu":
         raise InputError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
     try:
-        config["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
         config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
         config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        config["inv_freq"] = _rope_frequencies(path, config)
+        window = config.get("sliding_window", 4096) if config.get("use_sliding_window", family == "mistral") else None
+        config["context"] = min(config.get("max_position_embeddings") or 1 << 20, window or 1 << 20)
         for name in ("num_hidden_layers", "intermediate_size", "vocab_size", "rms_norm_eps"):
             config[name]
     except KeyError as e:
         raise InputError(f"{path}: {e} is missing; download config.json anew") from None
     return config
+
+
+def _rope_frequencies(path, config):
+    """-> float64 [head_dim / 2]. Scaling slows them down, so that far positions look like the nearer ones seen in training."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 and 4 name it differently
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; supported: default, linear, llama3")
+    theta, d = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), config["head_dim"]
+    freq = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    if kind == "llama3":  # what turns often within the first training's context is kept, what turns seldom slowed, in between a blend
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((freq * rope["original_max_position_embeddings"] / (2 * np.pi) - low) / (high - low)).clamp(0, 1)
+        return freq * (kept + (1 - kept) / rope["factor"])
+    return freq / rope["factor"] if kind == "linear" else freq
 
 
 def _weights_reader(llm_dir):
@@ -251,11 +280,15 @@ def _weights_reader(llm_dir):
     where = {}
     for file in files:
         try:
-            handle = safe_open(file, framework="pt")
+            with safe_open(file, framework="pt") as opened:
+                where.update(dict.fromkeys(opened.keys(), file))
         except (SafetensorError, OSError) as e:
             raise InputError(f"{file}: cannot be read ({e}); download it anew") from None
-        where.update(dict.fromkeys(handle.keys(), handle))
-    return lambda name: where[name].get_tensor(name), where.keys()
+
+    def read(name):  # a mapping of its own for every tensor: what was copied elsewhere leaves memory at once
+        with safe_open(where[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+    return read, where.keys()
 
 
 def load_unembedding(llm_dir):
@@ -292,16 +325,17 @@ def decode(decoder, forest):
     for i, block in enumerate(decoder.blocks):
         h = add_and_norm(x, update, block["attention_norm"], eps, dtype)
         if i < len(decoder.blocks) - 1:
-            qkv = F.linear(h, block["wqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
+            qkv = F.linear(h, block["wqkv"], block["bqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
             rope(qkv, cos, sin, heads + kv_heads)
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
             mixed = attend(q, k, v)
         else:  # nobody reads the last block's output but at the answers: keys and values for all, the rest for them
-            wq, wkv = block["wqkv"].split((heads * head_dim, 2 * kv_heads * head_dim))
-            kv = F.linear(h, wkv).view(len(x), 2 * kv_heads, head_dim)
+            sizes = heads * head_dim, 2 * kv_heads * head_dim
+            (wq, wkv), (bq, bkv) = (w.split(sizes) if w is not None else (None, None) for w in (block["wqkv"], block["bqkv"]))
+            kv = F.linear(h, wkv, bkv).view(len(x), 2 * kv_heads, head_dim)
             rope(kv, cos, sin, kv_heads)
             k, v = kv.split(kv_heads, dim=1)
-            q = F.linear(h[ends], wq).view(len(ends), heads, head_dim)
+            q = F.linear(h[ends], wq, bq).view(len(ends), heads, head_dim)
             rope(q, cos[ends], sin[ends], heads)
             mixed, x = attend(q, k, v, ends), x[ends]
         h = add_and_norm(x, F.linear(mixed.flatten(1), block["wo"]), block["mlp_norm"], eps, dtype)
@@ -378,7 +412,7 @@ class Tokenizer(NamedTuple):
 
 
 def load_tokenizer(llm_dir):
-    """tokenizer.json (through `tokenizers`) or tokenizer.model (through `sentencepiece`) of a checkpoint folder."""
+    """A checkpoint folder's tokenizer.json, else tokenizer.model (sentencepiece), else tekken.json (tiktoken)."""
     llm_dir = Path(llm_dir)
     try:
         if (path := llm_dir / "tokenizer.json").exists():
@@ -391,37 +425,72 @@ def load_tokenizer(llm_dir):
             pieces = SentencePieceProcessor(model_file=str(path))
             settings = llm_dir / "tokenizer_config.json"
             bos = not settings.exists() or _read_json(settings).get("add_bos_token", True)  # LlamaTokenizer's default
-            encode = lambda text: pieces.encode(text, add_bos=bos)  # one str or a list of them
-            return Tokenizer(encode, encode, pieces.decode)
+            return _with_bos(pieces.encode, pieces.decode, pieces.bos_id(), bos)
+        if (path := llm_dir / "tekken.json").exists():
+            from tiktoken import Encoding
+            tekken = _read_json(path)
+            special = tekken["config"]["default_num_special_tokens"]  # these ids come first; <s> is 1
+            vocabulary = tekken["vocab"][:tekken["config"]["default_vocab_size"] - special]
+            ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in vocabulary}
+            pieces = Encoding(path.name, pat_str=tekken["config"]["pattern"], mergeable_ranks=ranks, special_tokens={})
+            return _with_bos(lambda text: [i + special for i in pieces.encode(text)],
+                             lambda ids: pieces.decode([i - special for i in ids if i >= special]), 1, True)
     except InputError:
         raise
-    except Exception as e:  # both libraries raise bare exceptions of their own on a broken file
+    except ImportError as e:
+        raise InputError(f"{path}: reading it needs {e.name}; pip install {e.name}") from None
+    except Exception as e:  # the libraries raise bare exceptions of their own on a broken file
         raise InputError(f"{path}: not a tokenizer ({e}); download it anew") from None
-    raise InputError(f"{llm_dir}: neither tokenizer.json nor tokenizer.model; download the model's tokenizer into this folder")
+    raise InputError(f"{llm_dir}: no tokenizer.json, tokenizer.model or tekken.json; download the model's tokenizer into this folder")
 
 
-def tokenize(tokenizer, captions, prompts):
-    """-> ([N] prefix ids, [N][K] facet ids); prefix + facet are the ids of the whole string `prefix(c) + " " + facet`."""
+def _with_bos(encode, decode, bos, add_bos):
+    """A Tokenizer that puts BOS in front and, as every published tokenizer.json does, takes a literal <s> in a text for it."""
+    def whole(text):
+        first, *rest = (encode(part) for part in text.split("<s>"))
+        return [bos] * add_bos + sum(([bos] + part for part in rest), first)
+    return Tokenizer(whole, lambda texts: [whole(text) for text in texts], decode)
+
+
+def tokenize(tokenizer, captions, prompts, positions="restart"):
+    """-> ([N] prefix ids, [N][K] facet ids).
+
+    "restart": prefix + facet are the ids of the whole string `prefix(c) + " " + facet`. "sequential", the released text
+    path: prefix + all facets are the ids of one string with the questions one after the other.
+    """
     prefix, facets = PROMPTS[prompts]
-    texts = [prefix.replace("{}", clean(c)) for c in captions]
-    if suffixes := _facet_ids(tokenizer, prompts):
+    texts = [clean(c) for c in captions] if positions == "restart" else _released_captions(tokenizer, captions)
+    texts = [prefix.replace("{}", text) for text in texts]
+    if suffixes := _facet_ids(tokenizer, prompts, positions):
         return tokenizer.encode_batch(texts), [suffixes] * len(texts)
-    wholes = [_tokenize_whole(tokenizer, text, facets) for text in texts]
+    wholes = [_tokenize_whole(tokenizer, text, facets, positions) for text in texts]
     return [w[0] for w in wholes], [w[1] for w in wholes]
 
 
+def _released_captions(tokenizer, captions):
+    """Captions as the released code puts them into the template: cut to 1,024 tokens, BOS included, decoded, cleaned unstripped."""
+    texts = [tokenizer.decode(ids[:1024]) for ids in tokenizer.encode_batch(captions)]
+    texts = [t if not t or t.endswith((".", "?", '"', "'")) else t + "." for t in texts]
+    return [(t[:-1] + "." if t.endswith("?") else t).replace('"', "'") for t in texts]
+
+
 @functools.lru_cache
-def _facet_ids(tokenizer, prompts):
+def _facet_ids(tokenizer, prompts, positions):
     """Facets' ids where they may be tokenized once for all captions, which the tokenizer itself is asked; else None."""
     prefix, facets = PROMPTS[prompts]
     probes = ("A cat.", "", " ", "'(", '"', "1 2", "\u732b", "\u0301", "\U0001f98a", "a\n\n", "x" * 99)
-    answers = [_tokenize_whole(tokenizer, prefix.replace("{}", probe), facets) for probe in probes]
+    answers = [_tokenize_whole(tokenizer, prefix.replace("{}", probe), facets, positions) for probe in probes]
     alone = [tokenizer.encode(prefix.replace("{}", probe)) for probe in probes]
     return answers[0][1] if all(a == (p, answers[0][1]) for a, p in zip(answers, alone)) else None
 
 
-def _tokenize_whole(tokenizer, text, facets):
+def _tokenize_whole(tokenizer, text, facets, positions):
     """K whole strings, tokenized -> (what they share with the prefix alone, the K remainders)."""
+    if positions == "sequential":  # the k-th string holds all questions up to the k-th; the last one is what is encoded
+        lone_bos = ["<s> " + facets[0]] if len(facets) > 1 else facets[:1]  # the released templates say so
+        ids = tokenizer.encode_batch(list(accumulate([text, *lone_bos, *facets[1:]], "{} {}".format)))
+        cuts = [_shared_prefix(ids[-1], beginning) for beginning in ids]
+        return ids[-1][:cuts[0]], [ids[-1][a:b] for a, b in zip(cuts, cuts[1:])]
     prefix, *strings = tokenizer.encode_batch([text] + [f"{text} {facet}" for facet in facets])
     cut = min(_shared_prefix(prefix, s) for s in strings)
     return prefix[:cut], [s[cut:] for s in strings]
@@ -446,28 +515,38 @@ def default_dtype(device):
     return torch.bfloat16
 
 
+def keep_freed_memory():
+    """Lets glibc keep what is freed (where there is a glibc). Every block of a tower frees and takes the same large buffers
+    again; given back to the system in between, their pages are zeroed anew each time, a sixth of the time on CPU."""
+    if mallopt := os.name == "posix" and getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-3, 1 << 30), mallopt(-1, (1 << 31) - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
 BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row: on CPU its activations stay in cache
 
 
 class TextEncoder:
     """The frozen text tower.
 
-    llm_dir    Hugging Face checkpoint folder (config.json, safetensors, tokenizer.json or tokenizer.model)
+    llm_dir    Hugging Face checkpoint folder (config.json, safetensors, tokenizer.json, tokenizer.model or tekken.json)
     layer      how many blocks to keep; the paper takes the output of all but the last
     positions  "restart": every facet's RoPE positions go on from the caption, so that an embedding is fixed by its string;
-               "sequential": consecutive over all K facets, as in the released code
+               "sequential": compatibility with the released code, as if it encoded every caption alone: consecutive over all K
+               facets, the caption decoded from its first 1,024 tokens, in "short" and "long" a literal <s> before the first facet
     budget     tokens in one packed row (default: BUDGET)
     """
 
     def __init__(self, llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart", budget=None):
         if positions not in ("restart", "sequential"):
             raise ValueError(f"positions must be 'restart' or 'sequential', not {positions!r}")
-        self.tokenizer = load_tokenizer(llm_dir)
+        if torch.device(device).type == "cpu":
+            keep_freed_memory()
+        self.llm_dir, self.tokenizer = llm_dir, load_tokenizer(llm_dir)
         self.decoder = load_decoder(llm_dir, layer, torch.device(device), dtype)
         self.layer, self.positions = len(self.decoder.blocks), positions
         self.dim = self.decoder.config["hidden_size"]
         self.budget = budget or BUDGET[torch.device(device).type]
-        self.context = self.decoder.config.get("max_position_embeddings") or 1 << 20
+        self.context = min(self.decoder.config["context"], 1536 if positions == "sequential" else 1 << 20)  # 1,536: the released limit
         self.truncated = 0  # captions cut so far because the model's context is shorter
 
     def encode(self, captions, prompts="long"):
@@ -487,7 +566,7 @@ class TextEncoder:
 
         Captions are sorted by length, since the bar's ETA and the memory are steadier that way; nothing is padded.
         """
-        prefixes, suffixes = tokenize(self.tokenizer, captions, prompts)
+        prefixes, suffixes = tokenize(self.tokenizer, captions, prompts, self.positions)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
             if len(prefix) + sum(map(len, facets)) > self.context:
                 (prefixes[i],), (suffixes[i],) = self._fitting(captions[i], prompts)
@@ -504,18 +583,23 @@ class TextEncoder:
 
     def run(self, forest, n):
         """The n captions' facet states, float32 [n, K, D] on the CPU, of a Forest that `pack` made."""
+        if (token := forest.tokens.max().item()) >= len(self.decoder.embedding):
+            raise InputError(f"{self.llm_dir}: its tokenizer says {token}, its weights have {len(self.decoder.embedding)} tokens; they belong to different models")
         return decode(self.decoder, forest).cpu().view(n, -1, self.dim)
 
     def _fitting(self, caption, prompts):
         """tokenize() of the longest beginning of a caption that fits into the context: the prompt itself is never cut."""
-        low, high, best = 0, len(caption), tokenize(self.tokenizer, [""], prompts)
+        low, high, best = 0, len(caption), tokenize(self.tokenizer, [""], prompts, self.positions)
         while low < high:
             middle = (low + high + 1) // 2
-            (prefix,), (facets,) = found = tokenize(self.tokenizer, [caption[:middle]], prompts)
+            (prefix,), (facets,) = found = tokenize(self.tokenizer, [caption[:middle]], prompts, self.positions)
             if len(prefix) + sum(map(len, facets)) <= self.context:
                 low, best = middle, found
             else:
                 high = middle - 1
+        (prefix,), (facets,) = best
+        if len(prefix) + sum(map(len, facets)) > self.context:
+            raise InputError(f"{self.llm_dir}: its context of {self.context} tokens cannot hold the {prompts} prompts; choose another LLM or fewer prompts")
         self.truncated += 1
         return best
 
@@ -561,12 +645,12 @@ class Store:
         try:
             self.vectors = np.load(self.path / "embeddings.npy", mmap_mode="r")  # never unpickles: allow_pickle is off
             if self.meta.get("store") == "int8":
-                self.scales, self.statistics = np.load(self.path / "scales.npy", mmap_mode="r"), np.load(self.path / "statistics.npy")
+                self.scales, self.statistics = np.load(self.path / "scales.npy", mmap_mode="r"), torch.from_numpy(np.load(self.path / "statistics.npy"))
             self.keys, self.images = ((self.path / f).read_text(encoding="utf-8").split("\n")[:-1] for f in ("keys.txt", "images.txt"))
         except (OSError, ValueError) as e:
             raise InputError(f"{self.path}: cannot be read ({e}); run embed.py --overwrite") from None
         N, M, D = self.meta["N"], len(self.meta["columns"]), self.meta["D"]
-        fits = self.scales is None or self.scales.shape == (N, M) and self.statistics.shape == (2, M, D)
+        fits = self.scales is None or self.scales.shape == (N, M) and tuple(self.statistics.shape) == (2, M, D)
         if self.vectors.shape != (N, M, D) or not len(self.keys) == len(self.images) == N or not fits:
             raise InputError(f"{self.path}: embeddings.npy, keys.txt, images.txt and meta.json disagree on N, M or D; run embed.py --overwrite")
 
@@ -575,12 +659,16 @@ class Store:
 
     def read(self, rows, columns):
         """int [n] rows, int [n, m] or [m] columns -> float32 tensor [n, m, D] of unit vectors."""
-        rows, columns = np.asarray(rows)[:, None], np.atleast_2d(columns)
-        vectors = torch.from_numpy(self.vectors[rows, columns]).float()
-        if self.scales is not None:
-            mean, deviation = torch.from_numpy(self.statistics)[:, columns]
-            vectors = mean + deviation * vectors * torch.from_numpy(self.scales[rows, columns])[..., None]
-        return F.normalize(vectors, dim=-1)
+        rows, columns = np.broadcast_arrays(np.asarray(rows)[:, None], np.atleast_2d(columns))
+        if self.scales is None:
+            vectors = torch.from_numpy(self.vectors[rows, columns]).float()
+        else:  # column by column: a mean and a deviation for many vectors, not a copy of them for each
+            vectors = torch.empty(*rows.shape, self.vectors.shape[-1])
+            for c in np.unique(columns):
+                at = np.nonzero(columns == c)
+                x = torch.from_numpy(self.vectors[rows[at], c]).float().mul_(torch.from_numpy(self.scales[rows[at], c])[:, None])
+                vectors[at] = x.mul_(self.statistics[1, c]).add_(self.statistics[0, c])
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
 
 
 open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
@@ -628,7 +716,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, image_size, patch_size, width, layers, heads):
         super().__init__()
-        self.patch_dropout = 0.0  # share of the patches that training leaves out of each picture
+        self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn((image_size // patch_size) ** 2 + 1, width))
@@ -641,17 +729,23 @@ class VisionTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
 
-    def forward(self, pixels):
-        """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token."""
+    def forward(self, pixels, kept=None):
+        """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token.
+
+        kept: int64 [B, n], the patches to look at; the others are left out (FLIP, Li et al. 2023: less to compute, harder to overfit).
+        """
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # [B, patches, width]
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positional_embedding.to(x.dtype)
-        if self.training and self.patch_dropout:  # FLIP (Li et al. 2023): less to compute, harder to overfit
-            patches = x.shape[1] - 1
-            kept = torch.rand(len(x), patches, device=x.device).topk(max(1, round(patches * (1 - self.patch_dropout))), dim=1).indices + 1
-            x = torch.cat([x[:, :1], x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
+        position = self.positional_embedding.to(x.dtype)
+        x = x + position[1:]
+        if kept is not None:
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([(self.class_embedding.to(x.dtype) + position[0]).expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x)
         for block in self.transformer.resblocks:
-            x = block(x)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+            else:
+                x = block(x)
         return x
 
 
@@ -690,9 +784,10 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def to_pixels(image):
-    """PIL image or uint8 [H, W, 3] array -> float32 [3, H, W], normalised by CLIP's mean and deviation."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-    return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    """PIL image or uint8 tensor [..., 3, H, W] -> float32 [..., 3, H, W] where it lies, normalised by CLIP's mean and deviation."""
+    image = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    mean, std = (torch.tensor(x, device=image.device)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    return image.contiguous().float().div_(255).sub_(mean).div_(std)
 
 
 class Flame(nn.Module):
@@ -712,12 +807,16 @@ class Flame(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.get("init_logit_scale", np.log(10)))))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.get("init_logit_bias", -10.0))))
 
-    def encode_image(self, pixels):
+    def forward(self, pixels, kept=None):  # what DistributedDataParallel calls
+        return self.encode_image(pixels, kept)
+
+    def encode_image(self, pixels, kept=None):
         """[B, 3, H, W] -> [B, D], L2-normalised: project every patch token, then average (the class token is dropped).
 
         pool_first averages before projecting: near the same accuracy on small towers at about half the time.
+        kept: int64 [B, n], the only patches to look at, in training.
         """
-        patches = self.visual(pixels)[:, 1:]
+        patches = self.visual(pixels, kept)[:, 1:]
         x = self.mm(patches.mean(1)) if self.config["pool_first"] else self.mm(patches).mean(1)
         return F.normalize(x.float(), dim=-1)
 
@@ -743,15 +842,47 @@ def similarity(image, facets):
     return F.normalize(facets, dim=-1).mean(1) @ F.normalize(image, dim=-1).T
 
 
-def load(checkpoint_dir):
-    """Checkpoint folder written by train.py -> Flame in eval mode. Raises InputError where it is missing or does not fit."""
+def load(checkpoint):
+    """Checkpoint folder written by train.py, or the authors' .pt file -> Flame in eval mode.
+
+    In its config: "llm", the text tower's name, fingerprint, layer and positions (the first three None in the authors': their file
+    does not say); "pool" is "released" in the authors': an image's cosine with the mean raw state, not the mean of the cosines.
+    Raises InputError where the checkpoint is missing or does not fit.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    folder = Path(checkpoint_dir)
-    config = _read_json(folder / "config.json", "make a checkpoint with train.py")
+    path = Path(checkpoint)
     try:
-        model = Flame(config["model"] | {"llm": config["llm"]})
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        if path.is_file():
+            config, weights = _read_released(path)
+        else:
+            saved = _read_json(path / "config.json", "make a checkpoint with train.py")
+            config, weights = saved["model"] | {"llm": saved["llm"]}, load_file(path / "model.safetensors")
+        model = Flame(config)
+        model.load_state_dict(weights)
     except (SafetensorError, OSError, KeyError, RuntimeError) as e:
-        raise InputError(f"{folder}: model.safetensors and config.json do not make a model ({' '.join(str(e).split())[:200]}); train it anew") from None
+        what = "its tensors" if path.is_file() else "model.safetensors and config.json"
+        raise InputError(f"{path}: {what} do not make a model ({' '.join(str(e).split())[:300]}); train or download it anew") from None
     return model.eval()
+
+
+def _read_released(path):
+    """The authors' .pt -> (config, weights). Nothing in it is executed, and of the LLM's tensors, if it holds them, no byte is read."""
+    scalar = np.float64(0).__reduce__()[0]  # an optimizer's state may hold numpy scalars
+    allowed = [np.dtype, *(type(np.dtype(t)) for t in "efdil?"), *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        weights = {name.removeprefix("module."): tensor for name, tensor in file.get("state_dict", file).items()}
+        width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+        config = {
+            "image_size": patch_size * int((len(weights["visual.positional_embedding"]) - 1) ** 0.5), "patch_size": patch_size,
+            "width": width, "layers": len({name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}),
+            "heads": width // 64, "projector_hidden": len(weights["mm.0.weight"]), "text_dim": len(weights["mm.2.weight"]), "pool_first": False,
+            "text_rank": 0, "text_linear": False,
+            "llm": {"name": None, "fingerprint": None, "layer": None, "positions": "sequential"}, "pool": "released"}
+    except Exception as e:  # torch.load raises nearly anything on a broken file
+        why = " ".join(str(e).split("WeightsUnpickler error: ")[-1].split())[:200]  # before that, torch advises to trust the file
+        raise InputError(f"{path}: not a FLAME checkpoint ({type(e).__name__}: {why}); give the authors' .pt file or a folder that train.py wrote") from None
+    unused = "text.", "visual.ln_post.", "visual.proj="  # the frozen LLM, and what the released model has and never calls
+    return config, {name: t for name, t in weights.items() if not f"{name}=".startswith(unused)} | TextProjection(config["text_dim"]).state_dict(prefix="text.")

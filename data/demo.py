@@ -623,7 +623,8 @@ def run(args):
     started = time.time()
     make_llm(root / llm)
     if make_corpus(root / corpus, args.seed, size):
-        shutil.rmtree(root / store, ignore_errors=True)     # embed.py would refuse to go on with other captions
+        for made in (store, out):       # embed.py and train.py would refuse to go on with another corpus
+            shutil.rmtree(root / made, ignore_errors=True)
     print(f"{corpus}: ready after {time.time() - started:.0f} s")
     if args.make_only:
         return

@@ -1,14 +1,26 @@
 """train.py against slow, obvious twins; and the whole way from pictures to a checkpoint on the command line."""
+import io
 import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself: see the ranks' test
 import flame
 import train
+from data.pictures import Batches, find_pictures, open_picture, random_crop
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40), "black": (10, 10, 10), "white": (245, 245, 245)}
 
@@ -43,6 +55,22 @@ def test_losses_fall_where_pairs_agree(loss):
     assert loss(F.normalize(matched, dim=-1), text, torch.tensor(10.0), torch.tensor(-5.0)) < loss(F.normalize(shuffled, dim=-1), text, torch.tensor(10.0), torch.tensor(-5.0))
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "infonce"])
+@pytest.mark.parametrize("elements", [1, 1 << 10, 1 << 20])  # of 64, 102 and all 180 texts
+def test_blockwise_loss_is_the_dense_one(kind, elements):
+    torch.manual_seed(elements)
+    leaves = lambda: [x.clone().requires_grad_() for x in tensors]
+    tensors = [unit(30, 16), unit(30, 6, 16), torch.tensor(11.0, dtype=torch.float64), torch.tensor(-4.0, dtype=torch.float64)]
+    dense, ours = leaves(), leaves()
+    expected = {"sigmoid": train.sigmoid_loss, "infonce": train.infonce_loss}[kind](*dense)
+    loss = train.BlockwiseLoss.apply(*ours, kind, 0, elements * (10 if elements > 1 else 1))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    (3 * expected).backward()
+    (3 * loss).backward()
+    for a, b in zip(ours, dense):
+        torch.testing.assert_close(a.grad, torch.zeros_like(a) if b.grad is None else b.grad, rtol=1e-9, atol=1e-13)
+
+
 # --- a store and pictures to train on
 
 def make_store(folder, pictures, D=24, columns=flame.COLUMNS, seed=0, images=True, llm="tiny"):
@@ -61,7 +89,6 @@ def make_store(folder, pictures, D=24, columns=flame.COLUMNS, seed=0, images=Tru
 
 
 def make_pictures(folder, n=24, seed=1):
-    from PIL import Image
     rng, out = np.random.default_rng(seed), {}
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -73,6 +100,20 @@ def make_pictures(folder, n=24, seed=1):
 
 
 SMALL = ["--preset", "demo", "--image-size", "16", "--patch-size", "8", "--width", "32", "--layers", "1", "--heads", "2", "--batch", "12", "--workers", "0"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """As conftest's, but in this process: to start Python and torch takes two seconds each time."""
+    def run(script, *args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [script, *map(str, args)])
+        try:
+            code = train.main() or 0
+        except SystemExit as e:
+            code = e.code
+        return subprocess.CompletedProcess(args, code, *capfd.readouterr())
+    return run
 
 
 @pytest.fixture
@@ -114,6 +155,19 @@ def test_low_rank_whitening_scales_the_rest_alike(small):
     torch.testing.assert_close(projection(u[:, None].float(), [5])[:, 0].double(), expected, atol=2e-4, rtol=0)
 
 
+def test_shrinkage_is_that_of_sklearn(small):
+    from sklearn.covariance import OAS
+    store = flame.open_store(small[0])
+    projection = train.fit_text_projection(store, "whiten", ridge=0.01, rank=1024, shrinkage=True)
+    u = store.read(range(len(store)), [3])[:, 0].double()
+    variances, vectors = np.linalg.eigh(OAS().fit(u.numpy()).covariance_)
+    s = np.sqrt(variances)
+    expected = F.normalize((u - u.mean(0)) @ torch.from_numpy(vectors / (s + 0.01 * s[-1]) @ vectors.T), dim=-1)
+    torch.testing.assert_close(projection(u[:, None].float(), [3])[:, 0].double(), expected, atol=2e-4, rtol=0)
+    plain = train.fit_text_projection(store, "whiten", ridge=0.01, rank=1024)
+    assert (plain(u[:, None].float(), [3])[:, 0].double() - expected).abs().max() > 0.01
+
+
 def test_kinds_per_prompt_set():
     assert train.parse_projection("raw=center,long=whiten:0.1", 0.01) == {"raw": ("center", 0.01), "short": ("none", 0.01), "long": ("whiten", 0.1)}
     for bad in ("sharpen", "row=center", "raw=linear,long=whiten", "raw=whiten:much"):
@@ -127,43 +181,249 @@ def settings_for(**changes):
     return {name: values[0] for name, values in train.SETTINGS.items()} | dict(image_size=16, batch=8, positives=3) | changes
 
 
+def texts_of(batch, store):
+    """The rows that a batch's facets are those of."""
+    everything = store.read(range(len(store)), range(11)).half()
+    return [next(n for n in range(len(store)) if all(everything[n, c].equal(x) for c, x in zip(columns.tolist(), facets))) for facets, columns in zip(batch[1], batch[2])]
+
+
 def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
     store = flame.open_store(small[0])
-    rows, paths = train.find_images(store, None)
-    make = lambda **changes: train.Batches(store, list(range(11)), rows, paths, settings_for(**changes), steps=6)
-    first, again, other = make(), make(), make(seed=1)
-    for step in (0, 5):
-        for a, b in zip(first[step][:3], again[step][:3]):
-            assert a.equal(b)
-    assert not first[0][0].equal(other[0][0])
-    everything = store.read(range(24), range(11))
+    make = lambda *rank, **changes: Batches(store, list(range(11)), find_pictures(store), settings_for(**changes), 6, *rank)
+    first, again, other, halves = make(), make(cache=0.0), make(seed=1), [make(rank, 2) for rank in range(2)]
+    for step in (5, 0):
+        batch, bad = first[step]
+        for a, b, *parts in zip(batch, again[step][0], *(half[step][0] for half in halves)):
+            assert a.equal(b) and a.equal(torch.cat(parts))  # two ranks see the halves of one rank's batch
+    assert not first[0][0][0].equal(other[0][0][0])
     seen = []
     for step in range(3):  # 24 images, batch 8: one epoch
-        pixels, facets, columns, bad = first[step]
-        assert pixels.shape == (8, 3, 16, 16) and facets.shape == (8, 3, 24) and not bad
-        for i in range(8):
-            assert len(set(columns[i].tolist())) == 3  # without replacement
-            row = [n for n in range(24) if all(everything[n, c].equal(facets[i, p]) for p, c in enumerate(columns[i].tolist()))]
-            seen += row
+        batch, bad = first[step]
+        pixels, facets, columns, readable, kept = batch
+        assert pixels.shape == (8, 3, 16, 16) and facets.shape == (8, 3, 24) and readable.all() and not bad
+        assert all(len(set(row)) == 3 for row in columns.tolist())  # positives are drawn without replacement
+        assert kept.shape == (8, 2) and all(len(set(row)) == 2 and set(row) <= set(range(4)) for row in kept.tolist())  # half of 4 patches
+        rows = texts_of(batch, store)
+        for row, picture in zip(rows, pixels.float().mean((2, 3))):  # and text belongs to picture
+            assert (picture - torch.tensor(COLORS[small[1][store.keys[row]]])).abs().max() < 15
+        seen += rows
     assert sorted(seen) == list(range(24))
 
 
 def test_columns_of_a_smaller_store_get_their_own_projection(tmp_path):
     pictures = make_pictures(tmp_path / "data")
     store = flame.open_store(make_store(tmp_path / "data/store", pictures, columns=[c for c in flame.COLUMNS if c.startswith("long")]))
-    batch = train.Batches(store, train.chosen_columns(store, "long.2,long.6"), *train.find_images(store, None), settings_for(positives=2), 1)[0]
+    batch, _ = Batches(store, train.chosen_columns(store, "long.2,long.6"), find_pictures(store), settings_for(positives=2), 1)[0]
     assert set(batch[2].flatten().tolist()) == {6, 10}  # flame.COLUMNS.index("long.2"), ...
     with pytest.raises(flame.InputError, match="raw.0"):
         train.chosen_columns(store, "raw.0")
 
 
-def test_random_crop_keeps_its_bounds(small):
-    from PIL import Image
-    batches = train.Batches(flame.open_store(small[0]), [0], np.arange(2), {}, settings_for(image_size=64, crop_scale=0.9), 1)
+def test_random_crop_keeps_its_bounds():
     ramp = Image.fromarray(np.stack([np.tile(np.arange(200, dtype=np.uint8), (100, 1))] * 3, axis=-1))
     for draw in np.random.default_rng(0).random((50, 4)):
-        columns = np.array(batches.crop(ramp, draw)).mean((0, 2))
+        columns = random_crop(ramp, 64, 0.9, draw).float().mean((0, 1)).tolist()
         assert columns[0] < columns[-1] and (columns[-1] - columns[0]) * 64 / 63 >= 0.5 * 200 * 0.9  # never flipped, never a small crop
+
+
+def test_random_crop_is_pillows_crop_and_resize():
+    rng = np.random.default_rng(1)
+    for side, smallest in ((96, 0.9), (40, 0.3), (7, 0.2)):  # from fine to coarse pictures
+        image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).resize((90, 81), Image.Resampling.BICUBIC)
+        for draw in rng.random((5, 4)):
+            ours = random_crop(image, 64, smallest, draw).permute(1, 2, 0).numpy().astype(int)
+            # the box, by the textbook: area and ratio, clipped to the picture, then placed
+            area, ratio = (smallest + (1 - smallest) * draw[0]) * 90 * 81, (4 / 3) ** (2 * draw[1] - 1)
+            w, h = min(90, (area * ratio) ** 0.5), min(81, (area / ratio) ** 0.5)
+            left, top = draw[2] * (90 - w), draw[3] * (81 - h)
+            box = [round(left), round(top), math.ceil(left + w), math.ceil(top + h)]
+            expected = np.array(image.crop(box).resize((64, 64), Image.Resampling.BICUBIC), int)
+            assert np.abs(ours - expected).max() <= 8 and np.abs(ours - expected).mean() < 0.5  # each rounds twice
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_decoded_at_reduced_scale_shows_the_same(mode):
+    y, x = np.mgrid[:333, :501]
+    waves = np.stack([127 + 100 * np.sin(x / 17 + y / 29), 127 + 100 * np.cos(y / 23), 127 + 100 * np.sin(x / 31)], axis=-1).astype(np.uint8)
+    Image.fromarray(waves).convert(mode).save(file := io.BytesIO(), "JPEG", quality=95)
+    reduced = set()
+    for draw in np.random.default_rng(0).random((12, 4)):
+        whole, opened = Image.open(file), Image.open(file)
+        whole.load()  # decoded already: draft has nothing left to do
+        expected, ours = (random_crop(image, 64, 0.3, draw).float() for image in (whole, opened))
+        reduced.add(whole.width / opened.width)
+        assert (ours - expected).abs().mean() < 8  # a box of whole pixels: up to one in 64 of a difference, waves of 107 pixels' length
+    assert max(reduced) > 3  # it was put to use
+
+
+# --- tars
+
+def make_tars(folder, pictures, sizes=(9, 8, 7)):
+    """The pictures' files in tars as img2dataset writes them: <key>.png, <key>.txt, <key>.json."""
+    folder.mkdir()
+    rest = list(pictures)
+    for n, size in enumerate(sizes):
+        with tarfile.open(folder / f"{n:05d}.tar", "w") as tar:
+            for key in rest[:size]:
+                for suffix, data in (("png", (folder.parent / f"{key}.png").read_bytes()), ("txt", b"a caption"), ("json", b"{}")):
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        rest = rest[size:]
+    return folder
+
+
+def test_tars_hold_the_same_pictures_and_are_read_nearly_in_order(tmp_path):
+    pictures = make_pictures(tmp_path / "data", n=120)
+    store = flame.open_store(make_store(tmp_path / "data/store", pictures))
+    rows, tars, places = found = find_pictures(store, make_tars(tmp_path / "data" / "tars", pictures, (50, 40, 30)), tmp_path / "index.npz")
+    assert [len(np.flatnonzero(places[:, 0] == n)) for n in range(3)] == [50, 40, 30]
+    for row, place in zip(rows, places):
+        assert np.array_equal(open_picture(tars, place), Image.open(tmp_path / "data" / store.images[row]))
+    batches = Batches(store, [0], found, settings_for(shuffle=8), 1)
+    for epoch in range(3):
+        order = batches.order(epoch)
+        assert sorted(order) == list(range(120))
+        of = places[order, 0]
+        assert (of[1:] != of[:-1]).sum() <= 2 * 8 * 2  # tar after tar, but where two meet in the buffer
+        line = np.argsort([list(dict.fromkeys(of)).index(t) for t in places[:, 0]], kind="stable")
+        moved = np.arange(120) - np.argsort(line)[order]
+        assert np.abs(moved).max() <= 8 and len(set(moved)) > 4  # no picture is put off further than the buffer is large
+    assert not np.array_equal(batches.order(0), batches.order(1))
+
+
+def test_index_of_tars_is_kept_until_something_changes(tmp_path, monkeypatch, capsys):
+    pictures = make_pictures(tmp_path / "data")
+    store = flame.open_store(make_store(tmp_path / "data/store", pictures))
+    folder = make_tars(tmp_path / "data" / "tars", pictures)
+    first = find_pictures(store, folder, tmp_path / "index.npz")
+    with monkeypatch.context() as m:
+        m.setattr(tarfile, "open", lambda *_: pytest.fail("the index was not used"))
+        assert np.array_equal(find_pictures(store, folder, tmp_path / "index.npz")[2], first[2])
+    whole = (folder / "00001.tar").read_bytes()
+    (folder / "00003.tar").write_bytes(whole)  # the same keys again: the first of each counts
+    assert np.array_equal(find_pictures(store, folder, tmp_path / "index.npz")[2], first[2])
+    assert "8 pictures left out" in capsys.readouterr().err
+    (folder / "00003.tar").unlink()
+    (folder / "00001.tar").write_bytes(whole[:first[2][12, 1:].sum() - 1])  # the end of the fourth of its eight pictures is gone
+    (folder / "00002.tar").write_bytes(b"no tar at all" * 100)
+    capsys.readouterr()
+    rows, _, places = find_pictures(store, folder, tmp_path / "index.npz")
+    assert rows.tolist() == list(range(9 + 3)) and np.array_equal(places, first[2][:12])
+    assert "2 of 3 tars cut short or damaged" in capsys.readouterr().err
+    (tmp_path / "index.npz").write_bytes(b"damaged")
+    assert np.array_equal(find_pictures(store, folder, tmp_path / "index.npz")[0], rows)
+
+
+def test_trains_from_tars(run, tmp_path):
+    pictures = make_pictures(tmp_path / "data")
+    store = make_store(tmp_path / "data" / "store", pictures, images=False)
+    make_tars(tmp_path / "data" / "captions", pictures)
+    done = run("train.py", "--embeddings", store, *SMALL, "--steps", "2", "--workers", "2")
+    assert done.returncode == 0 and "24 images" in done.stdout, done.stderr
+
+
+# --- the model's options
+
+def test_left_out_patches_and_gradient_checkpointing(small):
+    torch.manual_seed(0)
+    vit, pixels = flame.VisionTransformer(32, 8, 24, 2, 2), torch.randn(3, 3, 32, 32)
+    kept = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
+    x = vit.conv1(pixels).flatten(2).transpose(1, 2) + vit.positional_embedding[1:]
+    x = torch.stack([torch.stack([vit.class_embedding + vit.positional_embedding[0], *(x[n, k] for k in kept[n])]) for n in range(3)])
+    for block in vit.transformer.resblocks:
+        x = block(vit.ln_pre(x) if block is vit.transformer.resblocks[0] else x)
+    gradients = []
+    for vit.gradient_checkpointing in (False, True):
+        vit.zero_grad()
+        tokens = vit(pixels, kept)
+        torch.testing.assert_close(tokens, x)
+        tokens.pow(2).sum().backward()
+        gradients.append([p.grad for p in vit.parameters()])
+    for a, b in zip(*gradients):
+        assert a.equal(b)
+
+
+# --- ranks and chunks: a small step, in float32 and whole, against the same in two processes and in chunks
+
+def one_step(store, kind, projection, accumulate, rank=0, world=1, device="cpu"):
+    """-> {parameter: its gradient}, and the loss, of a step on 12 of 24 pictures, of which some cannot be read."""
+    s = settings_for(batch=12, loss=kind, accumulate=accumulate)
+    torch.manual_seed(3)
+    config = dict(image_size=16, patch_size=8, width=32, layers=2, heads=2, projector_hidden=40, pool_first=False, text_dim=24, text_linear=projection == "linear")
+    text = train.fit_text_projection(store, projection, 0.01, 1024)
+    model = flame.Flame(config | {"text_rank": text.basis.shape[-1]})
+    model.text = text
+    model.to(device)
+    batch, _ = Batches(store, list(range(11)), find_pictures(store), s, 1, rank, world)[0]
+    encode = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    loss = train.forward_backward(model, encode, batch, s, torch.device(device))
+    return {name: p.grad.cpu() for name, p in model.named_parameters()} | {"loss": loss.cpu()}
+
+
+CASES = [(kind, projection, accumulate) for kind in ("sigmoid", "infonce") for projection in ("linear", "whiten") for accumulate in (1, 3)]
+
+
+def one_of_two_ranks(folder):
+    """What this file does where it is run by itself."""
+    flame.default_dtype = lambda device: torch.float32
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.save([one_step(flame.open_store(folder / "data" / "store"), *case, rank, 2) for case in CASES], folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_and_chunks_equal_one_big_batch(small, tmp_path, monkeypatch):
+    store = flame.open_store(small[0])
+    first = [store.keys[n] for n in Batches(store, [0], find_pictures(store), settings_for(batch=12), 1).pictures(0)]
+    for key in (first[1], first[2], first[8]):  # two of one rank, one of the other
+        (tmp_path / "data" / f"{key}.png").write_text("not a picture")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    processes = [subprocess.Popen([sys.executable, __file__, tmp_path], env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+                 for rank in range(2)]
+    assert [p.wait(timeout=200) for p in processes] == [0, 0]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    for case, ours, theirs in zip(CASES, *ranks):
+        expected = one_step(store, case[0], case[1], 1)
+        torch.testing.assert_close(one_step(store, *case), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close((ours.pop("loss") + theirs.pop("loss")) / 2, expected.pop("loss"), rtol=1e-6, atol=0)
+        for name, gradient in expected.items():
+            assert ours[name].equal(theirs[name])
+            assert (ours[name] - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), (case, name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gpu_takes_the_same_step(small, monkeypatch, case):
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    store = flame.open_store(small[0])
+    torch.testing.assert_close(one_step(store, *case, device="cuda"), one_step(store, *case), rtol=1e-3, atol=1e-5)
+
+
+def test_torchrun_learns_the_same(run, small, tmp_path):
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "8", "--holdout", "2", "--eval-every", "4"]
+    assert run("train.py", *arguments, "--name", "one").returncode == 0
+    done = torchrun(tmp_path, 2, *arguments, "--name", "two")
+    assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert [e["step"] for e in two] == list(range(8)) and done.stdout.count("22 images") == 1
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=0.01)  # bfloat16
+    a, b = (flame.load(tmp_path / "out" / name).text.state_dict() for name in ("one", "two"))
+    assert all(a[name].equal(b[name]) for name in a)  # fitted by one rank, the same in all
+
+
+def torchrun(folder, n, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), Path(train.__file__), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_more_ranks_than_images(tmp_path):
+    store = make_store(tmp_path / "data" / "store", make_pictures(tmp_path / "data", n=2))
+    done = torchrun(tmp_path, 3, "--embeddings", store, *SMALL)
+    assert done.returncode != 0 and "train.py: torchrun: 3 ranks, but only 2 images" in done.stderr
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -182,17 +442,17 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     assert [e["step"] for e in log] == list(range(150)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
     model = flame.load(tmp_path / "out/colors")
     assert model.config["llm"]["fingerprint"] == "f" and not model.training
-    from PIL import Image
     pixels = torch.stack([model.preprocess(Image.open(store.parent / f"{key}.png")) for key in pictures])
     with torch.no_grad():
         text = model.encode_text(flame.open_store(store).read(range(len(pictures)), range(4, 11)), "long")
         best = flame.similarity(model.encode_image(pixels), text).argmax(1)
     colors = list(pictures.values())
     assert np.mean([colors[n] == colors[m] for n, m in enumerate(best.tolist())]) > 0.9
-    assert {p.name for p in (tmp_path / "out/colors").iterdir()} == {"model.safetensors", "config.json", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "out/colors").iterdir()} == {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
 
 
-@pytest.mark.parametrize("extra", [("--loss", "sigmoid"), ("--text-projection", "linear"), ("--text-projection", "center"), ("--text-projection", "none", "--pool-first", "no"), ("--columns", "raw.0,long.3")], ids=str)
+@pytest.mark.parametrize("extra", [("--loss", "sigmoid"), ("--text-projection", "linear"), ("--text-projection", "center"), ("--text-projection", "none", "--pool-first", "no"), ("--columns", "raw.0,long.3"),
+                                   ("--accumulate", "5", "--gradient-checkpointing", "yes", "--clip-grad", "0.5", "--ema", "0.5")], ids=str)
 def test_every_option_trains(run, small, tmp_path, extra):
     done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "30", *extra)
     assert done.returncode == 0, done.stderr
@@ -233,20 +493,135 @@ def test_pictures_are_found_by_key_in_a_folder(run, tmp_path):
     assert done.returncode == 0 and "24 images" in done.stdout, done.stderr
 
 
-def test_one_bad_picture_is_skipped_and_reported(run, small, tmp_path):
+def test_unreadable_pictures_are_skipped_and_reported(run, small, tmp_path):
     whole = (tmp_path / "data/p003.png").read_bytes()
     (tmp_path / "data/p003.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "data/p004.png").write_text("not a picture")
     (tmp_path / "data/p005.png").unlink()
     done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "6")
-    assert done.returncode == 0 and "skipped 3 unreadable pictures" in done.stderr and "p004" in done.stderr, done.stderr
+    assert done.returncode == 0 and "skipped 3 unreadable pictures" in done.stderr and "p004 (UnidentifiedImageError)" in done.stderr, done.stderr
+    assert {line.split("\t")[0] for line in (tmp_path / "out/store/skipped.txt").read_text().splitlines()} == {"p003", "p004", "p005"}
+
+
+# --- interrupted, and gone on with
+
+def losses(folder):
+    return [(e["step"], e["loss"], e["lr"]) for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+
+
+def interrupt(folder, name, lines, how, arguments):
+    """Starts a run, waits until its log has so many lines, sends the signal; -> the process."""
+    process = subprocess.Popen([sys.executable, train.__file__, *map(str, arguments), "--name", name], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = folder / "out" / name / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+        time.sleep(0.01)
+    process.send_signal(how)
+    return process, *process.communicate(timeout=100)
+
+
+def test_a_run_that_was_killed_or_stopped_goes_on_as_if_nothing_had_been(run, small, tmp_path):
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "300", "--checkpoint-every", "40", "--ema", "0.9", "--clip-grad", "1"]
+    assert run("train.py", *arguments, "--name", "whole").returncode == 0
+    whole = losses(tmp_path / "out/whole")
+    for name, how, lines in (("killed", signal.SIGKILL, 110), ("stopped", signal.SIGTERM, 50)):
+        process, out, err = interrupt(tmp_path, name, lines, how, [*arguments, "--workers", "1"])  # nor does a loader process change anything
+        folder = tmp_path / "out" / name
+        saved = torch.load(folder / "training.pt", weights_only=True)["step"]
+        assert saved < 300
+        if how == signal.SIGTERM:
+            assert process.returncode == 0 and "the same command goes on" in out, err
+            assert saved == len(losses(folder))
+        else:
+            assert process.returncode == -signal.SIGKILL and saved % 40 == 0 and torch.load(folder / "training-previous.pt", weights_only=True)["step"] == saved - 40
+            (folder / "training.pt").write_bytes(b"cut short")  # then the one before serves
+        done = run("train.py", *arguments, "--name", name)
+        assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
+        assert losses(folder) == whole
+        assert (folder / "model.safetensors").read_bytes() == (tmp_path / "out/whole/model.safetensors").read_bytes()
+
+
+def test_running_average_is_saved_in_the_weights_place(run, small, tmp_path):
+    assert run("train.py", "--embeddings", small[0], *SMALL, "--steps", "2", "--checkpoint-every", "1", "--ema", "0.6", "--name", "a").returncode == 0
+    before, after = (torch.load(tmp_path / "out/a" / name, weights_only=True) for name in ("training-previous.pt", "training.pt"))
+    for name, p in flame.load(tmp_path / "out/a").named_parameters():
+        torch.testing.assert_close(p.data, before["average"][name] + (1 - 2 / 11) * (after["model"][name] - before["average"][name]))
+        assert p.equal(after["average"][name])
+
+
+def test_a_finished_or_another_run_is_not_overwritten(run, refused, small, tmp_path):
+    store, pictures = small
+    arguments = ["--embeddings", store, *SMALL, "--steps", "2"]
+    assert run("train.py", *arguments).returncode == 0
+    weights = (tmp_path / "out/store/model.safetensors").read_bytes()
+    again = run("train.py", *arguments, "--workers", "1")
+    assert again.returncode == 0 and "finished already" in again.stdout
+    refused(run("train.py", *arguments, "--lr", "0.5"), "out/store", "lr 0.001, now it is 0.5", "--overwrite")
+    wider = make_store(tmp_path / "data" / "wider", pictures, D=32)
+    refused(run("train.py", *arguments, "--embeddings", wider, "--name", "store"), "out/store", "width 24", "32")
+    other = make_store(tmp_path / "data" / "other", pictures, llm="another")
+    refused(run("train.py", *arguments, "--embeddings", other, "--name", "store"), "out/store", "another store")
+    assert (tmp_path / "out/store/model.safetensors").read_bytes() == weights
+    assert run("train.py", *arguments, "--lr", "0.5", "--overwrite").returncode == 0
+    assert (tmp_path / "out/store/model.safetensors").read_bytes() != weights and len(losses(tmp_path / "out/store")) == 2
+    for name in ("training.pt", "training-previous.pt"):
+        (tmp_path / "out/store" / name).unlink(missing_ok=True)
+    config = json.loads((tmp_path / "out/store/config.json").read_text())
+    (tmp_path / "out/store/config.json").write_text(json.dumps(config | {"step": 1}))
+    refused(run("train.py", *arguments, "--lr", "0.5"), "training.pt", "--overwrite")
+
+
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, refused, small, tmp_path):
+    vectors = np.load(small[0] / "embeddings.npy")
+    vectors[7] = np.nan
+    np.save(small[0] / "embeddings.npy", vectors)
+    store = flame.open_store(small[0])
+    batches = Batches(store, [0], find_pictures(store), settings_for(batch=4), 6)
+    at = next(step for step in range(6) if 7 in batches.pictures(step))
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--batch", "4", "--steps", "9", "--text-projection", "none", "--checkpoint-every", "1")
+    refused(done, f"at step {at}", store.keys[batches.pictures(at)[0]], "nan-batch.txt")
+    assert at > 0 and "p007" in (tmp_path / "out/store/nan-batch.txt").read_text().split()
+    saved = torch.load(tmp_path / "out/store/training.pt", weights_only=True)
+    assert saved["step"] == at and all(x.isfinite().all() for x in saved["model"].values())
+
+
+# --- the curve
+
+def test_held_out_recall_is_that_of_evaluate(small):
+    import evaluate
+    store = flame.open_store(small[0])
+    torch.manual_seed(0)
+    model = flame.Flame(dict(image_size=16, patch_size=8, width=32, layers=1, heads=2, projector_hidden=40, pool_first=True, text_dim=24, text_rank=0, text_linear=False))
+    rows, files, places = find_pictures(store)
+    ours = train.held_out_recall(model, store, list(range(11)), rows, files, places, "cpu")
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in files])).numpy()
+    text = store.read(rows, range(4, 11)).mean(1).numpy()
+    assert ours == pytest.approx(evaluate.retrieval(text, image, np.arange(24))["text_to_image"]["R@1"])
+
+
+def test_held_out_pictures_are_not_trained_on(run, small, tmp_path):
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "5", "--holdout", "2", "--eval-every", "2")
+    assert done.returncode == 0 and "22 images" in done.stdout, done.stderr
+    seen = [e["step"] for e in map(json.loads, (tmp_path / "out/store/log.jsonl").read_text().splitlines()) if "held_out_R@1" in e]
+    assert seen == [1, 3, 4]
+    curve = np.array(Image.open(tmp_path / "out/store/curve.png").convert("RGB")).reshape(-1, 3)
+    assert {(37, 99, 235), (220, 38, 38)} <= set(map(tuple, curve.tolist()))  # both lines are there
+
+
+def test_tensorboard_is_optional(run, refused, small, tmp_path):
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "2", "--tensorboard")
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        return refused(done, "--tensorboard", "pip install tensorboard")
+    assert done.returncode == 0 and any((tmp_path / "out/store/tensorboard").iterdir()), done.stderr
 
 
 def test_bad_input_on_the_command_line(run, refused, small, tmp_path):
     store, pictures = small
     refused(run("train.py"), "data/embeddings", "embed.py")
     refused(run("train.py", "--embeddings", tmp_path / "none"), tmp_path / "none", "not an embedding store")
-    refused(run("train.py", "--embeddings", store, "--images", tmp_path / "none", *SMALL), "no picture of this batch", "--images")
+    refused(run("train.py", "--embeddings", store, "--images", tmp_path / "none", *SMALL), "no picture of step 0's batch", "--images")
     refused(run("train.py", "--embeddings", store, *SMALL, "--text-projection", "sharpen"), "sharpen")
     refused(run("train.py", "--embeddings", store, *SMALL, "--loss", "hinge"), "hinge")
     (tmp_path / "file").write_text("")
@@ -255,5 +630,10 @@ def test_bad_input_on_the_command_line(run, refused, small, tmp_path):
     refused(run("train.py", "--embeddings", keyed, *SMALL), "captions", "--images")
     make_pictures(tmp_path / "other" / "pictures", n=1)
     refused(run("train.py", "--embeddings", keyed, *SMALL, "--images", tmp_path / "other" / "pictures"), "1 of the 24 keys")
+    refused(run("train.py", "--embeddings", store, *SMALL, "--device", "cuda:99"), "cuda:99")
     (store / "meta.json").rename(store / "journal.json")
     refused(run("train.py", "--embeddings", store), "not finished")
+
+
+if __name__ == "__main__":
+    one_of_two_ranks(Path(sys.argv[1]))
