@@ -1,0 +1,294 @@
+"""The released FLAME: its text path, its checkpoint file; and FLAME checkpoints under open_clip and clip_benchmark."""
+import functools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import flame
+from test_decoders import tekken  # noqa: F401 (a fixture: Nemo's tokenizer.json)
+from test_flame import CONFIG, centered_error, path  # noqa: F401 (path is a fixture)
+
+CAPTIONS = ["A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat", "Is it a dog?", ' say "hi", he said', "trailing space ", "", '"Quoted"',
+            "一只红色的风筝在海上飞。", "one\ntwo , three", "a\u0301 🦊\tand  two  spaces", "it's a fox, \"a red one\"", "<s> a caption with </s> special tokens",
+            "Une très longue promenade " * 400]  # the last is cut at 1,024 tokens
+
+
+# --- the text path, written anew from the released method's description, one caption at a time with transformers
+
+RELEASED = {
+    "raw": 'Image description : "CAPTION" . After thinking step by step , this image description means in just one word:"',
+    "short": 'Image description : "CAPTION" . After thinking step by step , <s> this image description means in just one word:" the category of the main object '
+             'in this image means in just one word:" the prominent characteristic or pattern of the main object in this image means in just one word:"',
+    "long": 'Detailed Image description : "CAPTION" . After thinking step by step , <s> this image description means in just one word:" the category of the main '
+            'object in this image means in just one word:" the prominent characteristic or pattern of the main object in this image means in just one word:" '
+            'the category of the minor object in this image means in just one word:" the prominent characteristic or pattern of the minor object in this image '
+            'means in just one word:" the primary action or event taking place in this image means in just one word:" the overall atmosphere or emotion of '
+            'this image means in just one word:"'}
+
+
+def released_ids(tokenizer, caption, prompts):
+    text = tokenizer.decode(tokenizer(caption, max_length=1024, truncation=True).input_ids, skip_special_tokens=True)
+    if len(text) > 0 and text[-1] not in '.?"\'':
+        text = text + "."
+    text = text.replace('"', "'")
+    if len(text) > 0 and text[-1] == "?":
+        text = text[:-1] + "."
+    return tokenizer(RELEASED[prompts].replace("CAPTION", text), max_length=1536, truncation=True).input_ids
+
+
+@functools.lru_cache
+def released(llm_dir, prompts, captions):
+    """float32 [N, K, D]: all questions in one row, facets told apart by their last tokens, the mask drawn as a square, block all-but-the-last."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(llm_dir / "tokenizer.json"))
+    model = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32, attn_implementation="eager").eval()
+    comma = tokenizer('After thinking step by step , this image description means in just one word:"').input_ids[-10]
+    K, out = len(flame.PROMPTS[prompts].facets), []
+    for caption in captions:
+        ids = torch.tensor(released_ids(tokenizer, caption, prompts))
+        ends = (ids == ids[-1]).nonzero().flatten()[-K:].tolist()
+        starts = [(ids == comma).nonzero()[-1].item()] + ends[:-1]
+        mask = torch.ones(len(ids), len(ids)).tril()
+        for start, end in zip(starts[1:], ends[1:]):
+            mask[start + 1:end + 1, starts[0] + 1:start + 1] = 0  # blind to the facets before it
+        with torch.no_grad():
+            states = model(ids[None], attention_mask=torch.where(mask > 0, 0.0, torch.finfo(torch.float32).min)[None, None], output_hidden_states=True).hidden_states
+        out.append(states[model.config.num_hidden_layers - 1][0, ends])
+    return torch.stack(out)
+
+
+@pytest.fixture(scope="module")
+def nemo(make_random_llm, tekken):  # noqa: F811
+    """A small random Mistral with Nemo's tokenizer."""
+    folder = make_random_llm(family="Mistral", head_dim=20, sliding_window=None, vocab_size=131072, hidden_size=32)
+    (folder / "tokenizer.json").write_bytes((tekken / "tokenizer.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("prompts", ["raw", "short", "long"])
+@pytest.mark.parametrize("model", ["llm", "nemo"])
+def test_text_path_equals_the_released_one(request, path, model, prompts):  # noqa: F811
+    folder, captions = request.getfixturevalue(model), tuple(CAPTIONS if model == "nemo" else CAPTIONS[:-1])  # long ones take long
+    ours, theirs = flame.TextEncoder(folder, dtype=torch.float32, positions="sequential").encode(captions, prompts), released(folder, prompts, captions)
+    cosine = torch.cosine_similarity(ours - theirs.mean(0), theirs - theirs.mean(0), dim=-1)  # [N, K]
+    assert cosine.min() >= 0.9999 and centered_error(ours, theirs) <= 1e-3
+    if prompts != "raw":  # and it is not what we do by default
+        plain = flame.TextEncoder(folder, dtype=torch.float32).encode(captions, prompts)
+        assert torch.cosine_similarity(plain - theirs.mean(0), theirs - theirs.mean(0), dim=-1).mean() < 0.99
+
+
+@pytest.mark.parametrize("model", ["llm", "nemo"])
+def test_tokens_of_the_released_path(request, model):
+    from transformers import PreTrainedTokenizerFast
+    folder = request.getfixturevalue(model)
+    ours, reference = flame.load_tokenizer(folder), PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    for prompts in flame.PROMPTS:
+        for caption, prefix, facets in zip(CAPTIONS, *flame.tokenize(ours, CAPTIONS, prompts, "sequential"), strict=True):
+            assert prefix + sum(facets, []) == released_ids(reference, caption, prompts)
+            assert reference.decode(facets[-1]).endswith('word:"') and reference.decode(prefix).endswith(" ,")
+            if model == "nemo" and prompts != "raw":  # the lone space, <s>, and then the question
+                assert facets[0][:2] == [1032, 1] and 1 not in sum(facets[1:], []) and prefix[0] == 1
+
+
+def test_released_path_never_cuts_a_question(llm):
+    """A caption that grows in the round trip (its double quotes become single ones) gives way to the questions at 1,536 tokens."""
+    encoder = flame.TextEncoder(llm, dtype=torch.float32, positions="sequential")
+    caption = ' ","' * 1500  # a token each; with single quotes two
+    prefixes, facets = flame.tokenize(encoder.tokenizer, [caption], "long", "sequential")
+    assert len(prefixes[0]) + sum(map(len, facets[0])) > 1536
+    (_, forest), = encoder.pack([caption], "long")
+    assert encoder.truncated == 1 and 1500 < forest.positions.max() < 1536
+    assert forest.tokens[forest.answers].tolist() == [f[-1] for f in facets[0]]
+
+
+# --- the released checkpoint
+
+@pytest.fixture
+def their_model():
+    """open_clip's VisionTransformer and the released projector on random weights; 128 / 64 = 2 heads."""
+    from open_clip.transformer import VisionTransformer
+    torch.manual_seed(0)
+    visual = VisionTransformer(image_size=32, patch_size=8, width=128, layers=3, heads=2, mlp_ratio=4, output_dim=16, pool_type="avg", output_tokens=True).eval()
+    mm = torch.nn.Sequential(torch.nn.Linear(128, 40), torch.nn.GELU(), torch.nn.Linear(40, 48), torch.nn.LayerNorm(48))
+    for p in [*visual.parameters(), *mm.parameters()]:
+        torch.nn.init.normal_(p, std=0.3)
+    return visual, mm
+
+
+def their_file(their_model, path, prefix="module.", **more):  # noqa: F811
+    """Saves them as the released training code does: keys with a prefix, LLM included, optimizer with numpy scalars."""
+    visual, mm = their_model
+    weights = {f"visual.{n}": t for n, t in visual.state_dict().items()} | {f"mm.{n}": t for n, t in mm.state_dict().items()}
+    weights |= {"logit_scale": torch.tensor(3.0), "logit_bias": torch.tensor(-9.0), "text.model.layers.0.mlp.weight": torch.randn(8, 8).half(), "text.lm_head.weight": torch.randn(8, 8).half()}
+    optimizer = {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": np.float64(5e-4), "betas": (0.9, 0.95), "params": [0], "n": np.int64(3), "eps": np.float32(1e-8)}]}
+    weights = {n: t for n, t in ({prefix + n: t for n, t in weights.items()} | more).items() if t is not None}
+    torch.save({"epoch": 32, "name": "flame", "state_dict": weights, "optimizer": optimizer, "scaler": {"scale": 65536.0}}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_released_checkpoint_equals_open_clip_and_projector(their_model, tmp_path, prefix):
+    model, (visual, mm) = flame.load(their_file(their_model, tmp_path / "epoch_32.pt", prefix)), their_model
+    visual.ln_post = torch.nn.Identity()  # there, but never used
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        _, tokens = visual(pixels)
+        expected = torch.nn.functional.normalize(mm(tokens).mean(1), dim=-1)
+        ours = model.encode_image(pixels)
+    assert centered_error(ours, expected) <= 1e-4 and not model.training
+    assert (model.config["llm"]["positions"], model.config["llm"]["layer"]) == ("sequential", None)  # all blocks but the last: 39 of Nemo's 40
+    assert model.config | {"pool": "released", "image_size": 32, "patch_size": 8, "layers": 3, "heads": 2, "text_dim": 48} == model.config
+    assert (model.logit_scale.item(), model.logit_bias.item()) == (3.0, -9.0)
+    facets = torch.randn(2, 7, 48)
+    torch.testing.assert_close(model.encode_text(facets, "long"), torch.nn.functional.normalize(facets, dim=-1))
+
+
+def test_numpy_scalars_of_either_spelling_are_read(their_model, tmp_path):
+    """numpy 1 wrote numpy.core.multiarray.scalar, numpy 2 writes numpy._core.multiarray.scalar."""
+    import zipfile
+    file = their_file(their_model, tmp_path / "new.pt")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "old.pt", "w", zipfile.ZIP_STORED) as new:
+        data = {name: old.read(name) for name in old.namelist()}
+        name, = (name for name in data if name.endswith("data.pkl"))
+        either = {b"numpy._core.multiarray", b"numpy.core.multiarray"}
+        (now,) = (spelling for spelling in either if spelling in data[name])
+        data[name] = data[name].replace(now, *(either - {now}))
+        for name, content in data.items():
+            new.writestr(name, content)
+    a, b = flame.load(file).state_dict(), flame.load(tmp_path / "old.pt").state_dict()
+    assert a.keys() == b.keys() and all(a[n].equal(b[n]) for n in a)
+
+
+class Executed:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("more, word", [({"module.visual.new": torch.zeros(1)}, "visual.new"), ({"module.visual.projector": torch.zeros(1)}, "visual.projector"),
+                                        ({"module.mm.5.weight": torch.zeros(1)}, "mm.5.weight"), ({"module.mm.2.weight": torch.zeros(48, 41)}, "mm.2.weight"),
+                                        ({"module.visual.ln_pre.weight": None}, "visual.ln_pre.weight"), ({"x": Executed()}, "print")])
+def test_checkpoint_that_does_not_match_is_refused_by_name(their_model, tmp_path, capsys, more, word):
+    file = their_file(their_model, tmp_path / "epoch_32.pt", **more)
+    with pytest.raises(flame.InputError, match=re.escape(word)) as error:
+        flame.load(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value) and "executed" not in capsys.readouterr().out
+
+
+def test_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "cat.txt").write_text("A cat.")
+    torch.save([1], tmp_path / "list.pt")
+    for name in ("cat.txt", "list.pt"):
+        with pytest.raises(flame.InputError, match=f"{name}: not a FLAME checkpoint"):
+            flame.load(tmp_path / name)
+
+
+def test_the_llms_tensors_are_not_read(their_model, tmp_path):
+    """Their pages stay on disk: the file says 400 MB of LLM, loading takes less than 50."""
+    import subprocess
+    import sys
+    file = their_file(their_model, tmp_path / "big.pt", **{f"module.text.model.{n}": torch.zeros(50 << 19, dtype=torch.float16) for n in range(8)})
+    script = f"""if True:
+        import re, flame
+        peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024  # ru_maxrss would begin at the parent's
+        before = peak()
+        flame.load({str(file)!r})
+        print(peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=flame.__file__.rpartition("/")[0])
+    assert done.returncode == 0, done.stderr
+    assert file.stat().st_size > 400e6 and int(done.stdout) < 50e6
+
+
+def test_evaluate_scores_the_released_checkpoint(their_model, tiny_llm, tmp_path, monkeypatch):
+    """evaluate.py --checkpoint FILE: the released text path and pooling without being asked."""
+    file, rng = their_file(their_model, tmp_path / "epoch_32.pt"), np.random.default_rng(0)
+    captions = [f'A fox with {n} hats, {n * n} "lamps"' for n in range(40)]
+    for folder in ("image", "caption"):
+        (tmp_path / "urban1k" / folder).mkdir(parents=True)
+    for n, caption in enumerate(captions):
+        Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)).resize((40, 32)).save(tmp_path / f"urban1k/image/{n:02}.png")
+        (tmp_path / f"urban1k/caption/{n:02}.txt").write_text(caption)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    assert evaluate.main(["--bench", "urban1k", "--data-root", "urban1k", "--checkpoint", str(file), "--llm", str(tiny_llm), "--device", "cpu"]) == 0
+    result, model = json.loads((tmp_path / "results/urban1k.json").read_text()), flame.load(file)
+    with torch.no_grad():
+        image = torch.stack([model.encode_image(model.preprocess(Image.open(f))[None])[0] for f in sorted((tmp_path / "urban1k/image").iterdir())])
+    text = torch.nn.functional.normalize(flame.TextEncoder(tiny_llm, dtype=torch.float32, positions="sequential").encode(captions, "long").mean(1), dim=-1)
+    expected = evaluate.retrieval(text.numpy(), image.numpy(), np.arange(40))
+    assert result["pool"] == "released" and all(result[direction] == expected[direction] for direction in expected)
+
+
+# --- FLAME checkpoints elsewhere
+
+@pytest.fixture
+def ours(tiny_llm, tmp_path):
+    """A checkpoint with a text projection, its LLM, and pictures with two captions each."""
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    config = CONFIG | {"text_dim": 48, "text_rank": 4}
+    model = flame.Flame(config)
+    for name in ("mean", "basis", "gain"):
+        torch.nn.init.normal_(getattr(model.text, name), std=0.1)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model": config, "llm": {"layer": 3, "positions": "restart"}}))
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(24)]
+    return tmp_path, tiny_llm, pictures, [[f"A {n}-legged fox in a {place}." for place in ("lake", "big old house")] for n in range(24)]
+
+
+def test_clip_benchmark_gives_our_recall_and_accuracy(ours):
+    checkpoint, llm, pictures, captions = ours
+    names, labels = [f"fox {n % 6}" for n in range(6)], torch.arange(24) % 6
+    # The README's example, but for float32:
+    from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+    model, encoder = flame.load(checkpoint), flame.TextEncoder(llm, dtype=torch.float32)
+
+    class Clip:
+        """What clip_benchmark calls. K facets become one unit vector of K * D, so that its cosine is our mean over facets."""
+        def __init__(self, prompts):
+            self.prompts, self.K = prompts, len(flame.PROMPTS[prompts].facets)
+        def tokenizer(self, texts):
+            return encoder.encode(texts, self.prompts)
+        def encode_text(self, facets):
+            return model.encode_text(facets, self.prompts).flatten(1)
+        def encode_image(self, pixels):
+            return model.encode_image(pixels).repeat(1, self.K)
+
+    images = torch.stack([model.preprocess(picture) for picture in pictures])
+    clip, loader = Clip("long"), [(images[i:i + 8], captions[i:i + 8]) for i in range(0, len(images), 8)]
+    found = zeroshot_retrieval.evaluate(clip, loader, clip.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+
+    clip, loader = Clip("raw"), [(images[i:i + 8], labels[i:i + 8]) for i in range(0, len(images), 8)]
+    classes = zeroshot_classification.zero_shot_classifier(clip, clip.tokenizer, names, ["A photo of a {c}.", "A {c}."], "cpu", amp=False)
+    logits, _ = zeroshot_classification.run_classification(clip, classes, loader, "cpu", amp=False)
+    accuracy = zeroshot_classification.accuracy(logits, labels, topk=(1, 5))
+    # evaluate.py's metrics:
+    with torch.no_grad():
+        image = model.encode_image(images).numpy()
+        text = model.encode_text(encoder.encode(sum(captions, []))).mean(1).numpy()
+        classes = torch.stack([model.encode_text(encoder.encode([f"A photo of a {n}.", f"A {n}."], "raw"), "raw").mean((0, 1)) for n in names])
+    recall = evaluate.retrieval(text, image, np.arange(48) // 2)
+    for k in (1, 5, 10):
+        assert recall["text_to_image"][f"R@{k}"] == pytest.approx(100 * found[f"image_retrieval_recall@{k}"])
+        assert recall["image_to_text"][f"R@{k}"] == pytest.approx(100 * found[f"text_retrieval_recall@{k}"])
+    top = evaluate.classification(image, torch.nn.functional.normalize(classes, dim=-1).numpy(), labels.numpy())
+    assert [top["top1"], top["top5"]] == pytest.approx([100 * a for a in accuracy]) and 0 < top["top1"] < top["top5"]
+
+
+def test_open_clip_reads_our_image_tower(ours):
+    from open_clip.transformer import VisionTransformer
+    from safetensors.torch import load_file
+    theirs = VisionTransformer(image_size=32, patch_size=8, width=48, layers=3, heads=4, mlp_ratio=4, output_dim=16, output_tokens=True).eval()
+    weights = {name.removeprefix("visual."): t for name, t in load_file(ours[0] / "model.safetensors").items() if name.startswith("visual.")}
+    keys = theirs.load_state_dict(weights, strict=False)
+    assert not keys.unexpected_keys and set(keys.missing_keys) == {"proj", "ln_post.weight", "ln_post.bias"}
+    theirs.ln_post = torch.nn.Identity()
+    model, pixels = flame.load(ours[0]), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.mm(theirs(pixels)[1]).mean(1), dim=-1)
+        assert centered_error(model.encode_image(pixels), expected) <= 1e-4

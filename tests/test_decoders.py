@@ -1,0 +1,297 @@
+"""Every decoder family and every kind of tokenizer against transformers and mistral-common, on small random weights."""
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flame
+from test_flame import CAPTIONS, centered_error, path, separate_passes  # noqa: F401 (path is a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- decoders: hidden states equal transformers' <= 1e-4, centered over texts
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_theta=500000.0)
+DECODERS = {
+    "Llama 2 (no GQA)": dict(num_key_value_heads=4),
+    "Llama 3.1 (scaled RoPE)": dict(rope_parameters=LLAMA3),
+    "Llama, linear RoPE, tied": dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0), tie_word_embeddings=True),
+    "Mistral-7B v0.1 (window)": dict(family="Mistral", sliding_window=600),
+    "Mistral-Nemo (head_dim, sharded)": dict(family="Mistral", head_dim=20, num_key_value_heads=1, sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=1e6), max_shard_size="2MB"),
+    "Qwen2 (bias, head_dim)": dict(family="Qwen2", num_key_value_heads=2),
+    "Qwen2.5 (tied, sharded)": dict(family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True, max_shard_size="2MB"),
+}
+
+
+@pytest.fixture(scope="module")
+def make(make_random_llm):
+    @functools.lru_cache
+    def make(name):
+        folder = make_random_llm(**DECODERS[name])
+        if DECODERS[name].get("family") == "Qwen2":  # transformers starts biases at zero, where leaving them out changes nothing
+            from safetensors.torch import load_file, save_file
+            for file in folder.glob("*.safetensors"):
+                save_file({n: torch.randn_like(t) if n.endswith("bias") else t for n, t in load_file(file).items()}, file, {"format": "pt"})
+        return folder
+    return make
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_hidden_states_equal_transformers(make, path, name):  # noqa: F811
+    folder = make(name)
+    assert ("max_shard_size" in DECODERS[name]) == ((folder / "model.safetensors.index.json").exists())
+    ours = flame.TextEncoder(folder, dtype=torch.float32, budget=500).encode(CAPTIONS, "long")
+    assert centered_error(ours, separate_passes(folder, "long", 3)) <= 1e-4
+
+
+@pytest.mark.parametrize("name, change", [("Llama 3.1 (scaled RoPE)", dict(rope_parameters=LLAMA3 | {"rope_type": "default"})),
+                                          ("Llama, linear RoPE, tied", dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)))])
+def test_rope_scaling_matters(make, tmp_path, name, change):
+    """The comparison above would notice: without the scaling the states are others."""
+    folder = shutil.copytree(make(name), tmp_path / "llm")
+    edit_config(folder, **change)
+    assert centered_error(flame.TextEncoder(folder, dtype=torch.float32).encode(CAPTIONS, "long"), separate_passes(make(name), "long", 3)) > 1e-2
+
+
+@pytest.mark.parametrize("spelling", ["transformers 4", "transformers 4, old", "transformers 5"])
+@pytest.mark.parametrize("scaling", [None, dict(rope_type="linear", factor=4.0), {k: v for k, v in LLAMA3.items() if k != "rope_theta"} | {"factor": 32.0, "original_max_position_embeddings": 8192}], ids=str)
+def test_rope_in_either_spelling(make, tmp_path, scaling, spelling):
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    folder = shutil.copytree(make("Llama 2 (no GQA)"), tmp_path / "llm")
+    old = spelling.endswith("old") and scaling and scaling["rope_type"] == "linear"  # "type" was the word before "rope_type"
+    named = {"type": "linear", "factor": 4.0} if old else scaling
+    edit_config(folder, head_dim=128, **(dict(rope_parameters=(scaling or {"rope_type": "default"}) | {"rope_theta": 5e5}) if spelling.endswith("5")
+                                         else dict(rope_parameters=None, rope_theta=500000.0, rope_scaling=named)))
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
+    torch.testing.assert_close(flame.llm_config(folder)["inv_freq"].float(), theirs, rtol=1e-6, atol=0)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+@pytest.mark.parametrize("config, context", [
+    (dict(model_type="mistral", sliding_window=4096, max_position_embeddings=32768), 4096),                                # Mistral-7B v0.1
+    (dict(model_type="mistral", sliding_window=None, max_position_embeddings=32768), 32768),                               # v0.2, v0.3
+    (dict(model_type="mistral", max_position_embeddings=32768), 4096),                                                     # transformers' default
+    (dict(model_type="qwen2", sliding_window=131072, use_sliding_window=False, max_position_embeddings=32768), 32768),     # Qwen2.5
+    (dict(model_type="qwen2", sliding_window=300, use_sliding_window=True, max_position_embeddings=32768), 300),
+    (dict(model_type="llama", max_position_embeddings=2048), 2048)])
+def test_context_is_the_shorter_of_positions_and_window(tmp_path, config, context):
+    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=4, hidden_size=48, num_hidden_layers=4, intermediate_size=96, vocab_size=9, rms_norm_eps=1e-6) | config))
+    assert flame.llm_config(tmp_path)["context"] == context
+
+
+def test_caption_longer_than_the_sliding_window_is_cut_to_where_it_changes_nothing(make_random_llm):
+    """The prompt is whole, of the caption a beginning is left, and transformers' windowed attention agrees on these strings."""
+    from transformers import AutoModelForCausalLM
+    folder = make_random_llm(family="Mistral", sliding_window=200)
+    encoder, tokenizer = flame.TextEncoder(folder, dtype=torch.float32), flame.load_tokenizer(folder)
+    captions = ["A fox.", "A fox asks (it is late): where is the old green lamp of the house at the sea? " * 20]
+    (_, forest), = encoder.pack(captions, "long")
+    assert encoder.truncated == 1
+    strings = [forest.tokens[torch.from_numpy(seen)].tolist() for seen in flame.visible(forest, forest.answers.numpy(), np.arange(len(forest.tokens)))]
+    opening, closing = flame.PROMPTS["long"].prefix.split("{}")
+    for n, (ids, facet) in enumerate(zip(strings, flame.PROMPTS["long"].facets * 2, strict=True)):
+        text = tokenizer.decode(ids)
+        assert len(ids) <= 200 and text.startswith(opening) and text.endswith(f"{closing} {facet}")
+        kept = text.removeprefix(opening).removesuffix(f"{closing} {facet}")
+        assert kept == "A fox." if n < 7 else captions[1].startswith(kept[:-1]) and len(kept) > 80
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        reference = torch.stack([model(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0, -1] for ids in strings]).view(2, 7, -1)
+    assert centered_error(encoder.encode(captions, "long"), reference) <= 1e-4
+
+
+def test_context_too_short_for_the_prompt_and_foreign_tokenizer_are_refused(make_random_llm):
+    with pytest.raises(flame.InputError, match="context of 50 tokens cannot hold the long prompts"):
+        flame.TextEncoder(make_random_llm(max_position_embeddings=50)).encode(["A fox."], "long")
+    with pytest.raises(flame.InputError, match="weights have 1000"):
+        flame.TextEncoder(make_random_llm(vocab_size=1000)).encode(["A fox."], "long")
+
+
+def test_loading_needs_no_more_memory_than_the_result_and_a_shard(make_random_llm):
+    """float16 on disk, bfloat16 kept, so that every tensor is copied: the files' pages must not stay beside the copies."""
+    folder = make_random_llm(vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=9, max_shard_size="40MB", dtype=torch.float16)
+    shards = [f.stat().st_size for f in folder.glob("*.safetensors")]
+    assert len(shards) > 5
+    script = f"""if True:
+        import re, torch, flame, safetensors
+        peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024  # ru_maxrss would begin at the parent's
+        (torch.ones(9).half().bfloat16(), torch.cat([torch.ones(9)] * 2))
+        before = peak()
+        decoder = flame.load_decoder({str(folder)!r})
+        kept = [decoder.embedding, *(t for block in decoder.blocks for t in block.values() if t is not None)]
+        print(peak() - before, sum(t.nbytes for t in kept))"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    grown, kept = map(int, done.stdout.split())
+    assert kept > 5 * max(shards) and grown <= kept + max(shards)
+
+
+def drop_tensor(folder, ending):
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if not n.endswith(ending)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name, change, word", [
+    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="qwen3"), "qwen3.*llama, mistral, qwen2"),
+    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="gemma2"), "gemma2.*llama, mistral, qwen2"),
+    ("Llama 2 (no GQA)", lambda f: edit_config(f, rope_parameters=dict(rope_type="yarn", factor=4.0)), "yarn.*default, linear, llama3"),
+    ("Llama 2 (no GQA)", lambda f: edit_config(f, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
+    ("Llama 3.1 (scaled RoPE)", lambda f: edit_config(f, rope_parameters={k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}), "low_freq_factor"),
+    ("Qwen2 (bias, head_dim)", lambda f: edit_config(f, model_type="llama"), "bias"),
+    ("Qwen2 (bias, head_dim)", lambda f: drop_tensor(f, "layers.1.self_attn.k_proj.bias"), "layers.1.self_attn.k_proj.bias"),
+    ("Qwen2.5 (tied, sharded)", lambda f: sorted(f.glob("model-*.safetensors"))[1].unlink(), "model-00002"),
+])
+def test_what_is_not_supported_is_refused_by_name(make, tmp_path, name, change, word):
+    folder = shutil.copytree(make(name), tmp_path / "llm")
+    change(folder)
+    with pytest.raises(flame.InputError, match=word) as error:
+        flame.TextEncoder(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- tokenizers: the same ids as mistral-common and transformers
+
+TEXTS = CAPTIONS[:7] + [
+    "Ένας κόκκινος χαρταετός πάνω από τη θάλασσα.", "Красный воздушный змей над морем.", "Կարմիր օդապարիկ ծովի վերևում։", "עפיפון אדום מעל הים.",
+    "طائرة ورقية حمراء فوق البحر.", "समुद्र के ऊपर लाल पतंग।", "সমুদ্রের উপর লাল ঘুড়ি।", "ਸਮੁੰਦਰ ਉੱਤੇ ਲਾਲ ਪਤੰਗ।", "દરિયા ઉપર લાલ પતંગ.", "ସମୁଦ୍ର ଉପରେ ନାଲି ଗୁଡ଼ି।",
+    "கடலுக்கு மேல் சிவப்பு பட்டம்.", "సముద్రంపై ఎర్రటి గాలిపటం.", "ಸಮುದ್ರದ ಮೇಲೆ ಕೆಂಪು ಗಾಳಿಪಟ.", "കടലിനു മുകളിൽ ചുവന്ന പട്ടം.", "මුහුදට ඉහළින් රතු සරුංගලයක්.", "ว่าวสีแดงเหนือทะเล",
+    "ວ່າວສີແດງເໜືອທະເລ", "རྒྱ་མཚོའི་སྟེང་དུ་ཤོག་བྱ་དམར་པོ།", "ပင်လယ်ပေါ်က စွန်နီ။", "წითელი ფრანი ზღვის თავზე.", "바다 위의 빨간 연.", "ቀይ ካይት ከባሕር በላይ።", "ខ្លែងក្រហមលើសមុទ្រ។",
+    "ᎩᎦᎨ ᎠᎹ ᎡᏉᎯ", "ᠤᠯᠠᠭᠠᠨ ᠴᠠᠰᠤ", "海の上の赤い凧。カイト！", "Diều đỏ bay trên biển.",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 👍🏽 🦊🦊", "two  three   four    " + " " * 40 + "many" + " " * 300, " leading", "trailing \n", "tab\tnew\nline\r\n\n\nend", "\x00\x01\x7f\x85\u00a0\u200b\ufeff\u2028",
+    "\ufffd\ufffd e\u0301\u0327 \U000e0041\U0010fffd", "ﬁ ① ½ Å Å ㎏", "http://a.b/c?d=e&f=%20#g", "{'a': [1, 2.50, -3e10]}", "x" * 500, "12345678901234567890", '""""\'\'\'\'', "İiıI ßẞ"]
+
+
+def test_texts_are_of_many_scripts():
+    scripts = {unicodedata.name(c, "").split()[0] for c in "".join(TEXTS) if c.isalpha()}
+    assert len(scripts - {"FULLWIDTH", "MASCULINE", "FEMININE"}) >= 20, scripts
+
+
+def package_file(pattern):
+    import mistral_common
+    return sorted((Path(mistral_common.__file__).parent / "data").glob(pattern))[0]
+
+
+def prompts_of(text):  # what FLAME tokenizes
+    return flame.PROMPTS["long"].prefix.replace("{}", flame.clean(text)) + " " + flame.PROMPTS["long"].facets[1]
+
+
+def assert_same(ours, encode, decode=None):
+    for text in TEXTS + [prompts_of(t) for t in TEXTS]:
+        ids = encode(text)
+        assert ours.encode(text) == ours.encode_batch(["x", text])[1] == ids, text
+        if decode:
+            assert ours.decode(ids) == decode(ids)
+
+
+@pytest.mark.parametrize("version", ["tokenizer.model.v1", "mistral_instruct_tokenizer_*.model.v3"])
+def test_tokenizer_model_equals_mistral_common(tmp_path, version):
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+    file = package_file(version)
+    shutil.copy(file, tmp_path / "tokenizer.model")
+    reference = SentencePieceTokenizer(file)
+    assert_same(flame.load_tokenizer(tmp_path), lambda text: reference.encode(text, bos=True, eos=False), reference.decode)
+
+
+@pytest.fixture(scope="module")
+def tekken(tmp_path_factory):
+    """Nemo's tokenizer as it is published twice: tekken.json, and tokenizer.json (here as transformers converts it, BOS put in front)."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers.integrations.mistral.tokenizer import MistralConverter
+    converted, folder = MistralConverter(str(package_file("tekken_240718.json"))).converted(), tmp_path_factory.mktemp("tekken")
+    converted.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    converted.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_tekken_equals_mistral_common(tekken, tmp_path):
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    shutil.copy(package_file("tekken_240718.json"), tmp_path / "tekken.json")
+    reference = Tekkenizer.from_file(tmp_path / "tekken.json")
+    encode = lambda text: reference.encode(text, bos=True, eos=False)
+    ours = flame.load_tokenizer(tmp_path)
+    assert_same(ours, encode, reference.decode)
+    assert_same(flame.load_tokenizer(tekken), encode, reference.decode)
+    assert ours.encode("step , <s> this") == flame.load_tokenizer(tekken).encode("step , <s> this") == encode("step , ") + [1] + encode(" this")[1:]
+
+
+def test_tekken_without_tiktoken_says_what_to_install(tmp_path, monkeypatch):
+    shutil.copy(package_file("tekken_240718.json"), tmp_path / "tekken.json")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(flame.InputError, match="pip install tiktoken"):
+        flame.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [("tekken.json", "{}"), ("tekken.json", "no"), ("tokenizer.model", "no"), ("tokenizer.json", "no")])
+def test_broken_tokenizer_is_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(flame.InputError, match=re.escape(str(tmp_path / name))) as error:
+        flame.load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def sentencepiece_as_llama(file):
+    """transformers' LlamaTokenizer (Llama 2, Mistral-7B) with the vocabulary of a tokenizer.model; what has the best score merges first."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import LlamaTokenizer
+    pieces = SentencePieceProcessor(model_file=str(file))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    normal = {piece: pieces.get_score(i) for piece, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i))}
+    pairs = [(-score, -k, piece) for piece, score in normal.items() for k in range(1, len(piece)) if piece[:k] in normal and piece[k:] in normal]
+    return LlamaTokenizer(vocab=vocabulary, merges=[(piece[:-k], piece[-k:]) for _, k, piece in sorted(pairs)], add_bos_token=True)
+
+
+def byte_level(bos):
+    """A byte-level BPE as Llama 3 (bos) and Qwen2 (none) have it, trained on the texts here."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+    if not bos:
+        vocabulary = {c: i for i, c in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+        return Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=900, special_tokens=[bos], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
+
+
+TOKENIZER_JSON = {  # -> (the one to save, does it add BOS?)
+    "SmolLM2": (lambda llm: llm, False),
+    "Llama 3": (lambda llm: byte_level("<|begin_of_text|>"), True),
+    "Qwen2": (lambda llm: byte_level(None), False),
+    "Llama 2, Mistral-7B": (lambda llm: sentencepiece_as_llama(package_file("tokenizer.model.v1")), True),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZER_JSON)
+def test_tokenizer_json_equals_transformers(llm, tmp_path, name):
+    from transformers import AutoTokenizer
+    make, bos = TOKENIZER_JSON[name]
+    if (published := make(llm)) != llm:
+        published.save_pretrained(tmp_path)
+        llm = tmp_path
+    reference = AutoTokenizer.from_pretrained(llm)
+    ours = flame.load_tokenizer(llm)
+    assert_same(ours, lambda text: reference(text).input_ids, lambda ids: reference.decode(ids, skip_special_tokens=True))
+    assert (ours.encode("A cat")[0] == reference.bos_token_id) == bos
+    if name.startswith("Llama 2"):  # the same prompts from either of its two files (a text that begins with a space is where they differ)
+        shutil.copy(package_file("tokenizer.model.v1"), tmp_path / "tokenizer.model")
+        (tmp_path / "tokenizer.json").unlink()
+        ours = flame.load_tokenizer(tmp_path)
+        assert all(ours.encode(text) == reference(text).input_ids for text in map(prompts_of, TEXTS))
