@@ -1,0 +1,110 @@
+"""What the frozen text tower and a checkpoint's image tower said, kept on disk so that a second run takes seconds.
+
+evaluate.py keeps it in <out>/cache.sqlite and, for --search, in <folder>/.flame-index.npz. Both can be deleted at any time.
+A cache has the two methods of a dict that evaluate.py uses, get(key) and update({key: bytes}), so that a dict can stand in.
+"""
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+
+import numpy as np
+import torch
+
+
+VERSION = 1     # raise it when flame.py's towers say something else of the same input
+
+
+class Cache:
+    """One sqlite file. Raises sqlite3.Error where it cannot be used."""
+
+    def __init__(self, path):
+        self.db = sqlite3.connect(path, timeout=60)
+        self.db.execute("PRAGMA synchronous = OFF")     # survives a killed process; after a power cut it may have to be deleted
+        self.db.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
+
+    def get(self, key):
+        row = self.db.execute("SELECT value FROM cache WHERE key = ?", (key,)).fetchone()
+        return row and row[0]
+
+    def update(self, items):
+        with self.db:
+            self.db.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", items.items())
+
+
+def open_cache(path):
+    try:
+        return Cache(path)
+    except sqlite3.Error as error:
+        print(f"{path}: {error}; nothing is kept for the next run, delete the file", file=sys.stderr)
+        return {}
+
+
+def image_tower_name(model, dtype):
+    """Names what pictures go through, by content: settings, weights, and the type of the matrix products."""
+    settings = {key: value for key, value in model.config.items() if key != "llm"}
+    digest = hashlib.sha256(json.dumps([VERSION, str(dtype), settings], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("visual.", "mm.")):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def picture_key(tower, picture, folder=None):
+    """By the picture's path (relative to folder), size and time, or by content if it is an array. None if it is missing."""
+    if isinstance(picture, np.ndarray):
+        return f"{tower}\t{hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()}"
+    try:
+        stat, path = os.stat(picture), picture.relative_to(folder) if folder else picture.resolve()
+    except OSError:
+        return None
+    return f"{tower}\t{stat.st_size}\t{stat.st_mtime_ns}\t{path.as_posix()}".encode("utf-8", "backslashreplace").decode()
+
+
+def text_key(tower, prompts, text):
+    """tower: names the LLM and how it is run; prompts: the flame.PromptSet, by content."""
+    return f"text\t{hashlib.sha256(repr((VERSION, tower, tuple(prompts), text)).encode()).hexdigest()}"
+
+
+def pack_states(states):
+    """Facet states float32 [K, D] -> bytes: unit vectors as float16, as in a store, and their norms as float32."""
+    norms = states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return (states / norms).half().numpy().tobytes() + norms.numpy().tobytes()
+
+
+def unpack_states(blobs, facets):
+    """n times what pack_states gives -> float32 [n, K, D]"""
+    raw = np.frombuffer(b"".join(blobs), np.uint8).reshape(len(blobs), -1)
+    units, norms = (np.ascontiguousarray(part).view(kind) for part, kind in ((raw[:, :-4 * facets], np.float16), (raw[:, -4 * facets:], np.float32)))
+    return torch.from_numpy(units.reshape(len(blobs), facets, -1).astype(np.float32) * norms[..., None])
+
+
+def write(path, save):
+    """save(temporary path), then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_index(path):
+    """A search index -> {picture_key: bytes}; {} if there is none, or none that can be read."""
+    try:
+        with np.load(path) as index:    # never unpickles: allow_pickle is off
+            return {str(key): vector.tobytes() for key, vector in zip(index["keys"], index["vectors"].astype(np.float32), strict=True)}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:          # numpy raises nearly anything on a broken file
+        print(f"{path}: {' '.join(str(error).split())}; it is made anew", file=sys.stderr)
+        return {}
+
+
+def write_index(path, index):
+    """A folder that cannot be written gets no index, and a note."""
+    try:
+        write(path, lambda path: np.savez(path, keys=np.array(list(index)), vectors=np.stack([np.frombuffer(blob, np.float32) for blob in index.values()])))
+    except OSError as error:
+        print(f"{path}: {error.strerror}; no index is kept, the next search encodes every picture again", file=sys.stderr)

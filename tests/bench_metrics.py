@@ -1,0 +1,92 @@
+"""Recall@1, 5, 10 both ways of 5,000 images and 25,000 texts (D = 512): evaluate.retrieval against CLIP_benchmark's code.
+
+    python tests/bench_metrics.py [--images 5000] [--per-image 5] [--dim 512] [--threads N]
+
+Each runs in a process of its own, alone. Memory is the process's peak (ru_maxrss) above what it held when the embeddings
+lay ready and the libraries had run once on a small example.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+K = (1, 5, 10)
+
+
+def example(images, per_image, dim):
+    """Unit vectors, texts around their image -> text [N, D], image [M, D], image_of_text [N]"""
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((images, dim), dtype=np.float32)
+    owner = np.repeat(np.arange(images), per_image)
+    text = rng.standard_normal((len(owner), dim), dtype=np.float32)
+    text *= 7
+    text += image[owner]
+    for vectors in (text, image):
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return text, image, owner
+
+
+def ours(text, image, owner):
+    import evaluate
+    got = evaluate.retrieval(text, image, owner)
+    return [got[direction][f"R@{k}"] for direction in ("text_to_image", "image_to_text") for k in K]
+
+
+def clip_benchmark(text, image, owner):
+    """What clip_benchmark.metrics.zeroshot_retrieval.evaluate does once it has the embeddings, at its default batch of 64."""
+    import torch
+    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+    scores = torch.from_numpy(text) @ torch.from_numpy(image).t()
+    positive_pairs = torch.zeros_like(scores, dtype=bool)
+    positive_pairs[torch.arange(len(scores)), torch.from_numpy(owner)] = True
+    return [100 * (batchify(recall_at_k, s, pairs, 64, "cpu", k=k) > 0).float().mean().item()
+            for s, pairs in ((scores, positive_pairs), (scores.T, positive_pairs.T)) for k in K]
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024    # MiB on Linux
+
+
+def measure(name, folder, threads):
+    import torch
+    torch.set_num_threads(threads)
+    run = globals()[name]
+    run(*example(20, 2, 64))
+    data = [np.load(Path(folder) / f"{part}.npy") for part in ("text", "image", "owner")]   # made elsewhere: making it takes memory, too
+    before, start = peak(), time.perf_counter()
+    recalls = run(*data)
+    print(json.dumps({"seconds": time.perf_counter() - start, "mib": peak() - before, "recalls": recalls}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--per-image", type=int, default=5)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1, help="of both")
+    parser.add_argument("--only", nargs=2, metavar=("WHICH", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        measure(*args.only, args.threads)
+        sys.exit()
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "OPENBLAS_NUM_THREADS": str(args.threads)}
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for part, values in zip(("text", "image", "owner"), example(args.images, args.per_image, args.dim)):
+            np.save(Path(folder) / f"{part}.npy", values)
+        for name in ("ours", "clip_benchmark"):
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--only", name, folder]
+            result = results[name] = json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+            forth, back = (" ".join(f"{recall:.3f}" for recall in result["recalls"][half]) for half in (slice(3), slice(3, 6)))
+            print(f"{name:15} {result['seconds']:8.2f} s   {result['mib']:8.1f} MiB   text to image {forth}   image to text {back}", flush=True)
+    a, b = results["ours"], results["clip_benchmark"]
+    print(f"{b['seconds'] / a['seconds']:.1f} x faster, {b['mib'] / max(a['mib'], 1):.1f} x less memory; "
+          f"largest difference of a share {max(abs(x - y) for x, y in zip(a['recalls'], b['recalls'])) / 100:.1e}")
