@@ -9,7 +9,8 @@
     (c) pytorch      flame.TextEncoder without the extension
     (d) flame_ext    flame.TextEncoder as it is by default
 
-transformers gets the same 29 of 30 blocks, no final norm, no output layer. Every line runs in a process of its own, for its
+Captions vary in length, as captions do: half to one and a half times the words asked for. transformers gets them in file order,
+as the released code does, and pads to the longest of a batch; it runs the same 29 of 30 blocks, no final norm, no output layer. Every line runs in a process of its own, for its
 peak memory, and measures the ceiling there: a product of [2048, width] and [width, 1.5 * inner] matrices. "of ceiling" counts
 the matrix products of the tokens the method runs, padding left out; "whitened" is the mean cosine to float32 separate passes,
 after the demo's whitening (one dimension carries 0.8 of a state's norm: raw cosines hide every error).
@@ -40,10 +41,11 @@ ABLATIONS = {"everything": "everything", "no pruning": "whole last block", "no r
 
 
 def make_captions(n, words):
-    """n captions of `words` words each, strung together from the demo's test captions."""
-    text = [row.captions["long"].split() for row in read_captions(ROOT / "data/demo/test.tsv")]
-    flat = [word for sentence in text for word in sentence]
-    return [" ".join(flat[i * words:(i + 1) * words]) for i in range(n)]
+    """n captions of words/2 to 3 words/2 words, evenly spread, in random order; strung together from the demo's test captions."""
+    flat = [word for row in read_captions(ROOT / "data/demo/test.tsv") for word in row.captions["long"].split()]
+    lengths = np.random.default_rng(0).permutation(np.linspace(0.5, 1.5, n) * words).round().astype(int)
+    ends = np.cumsum(lengths)
+    return [" ".join(flat[end - length:end]) for end, length in zip(ends, lengths)]
 
 
 def ceiling(device, dtype, config):
@@ -90,10 +92,9 @@ def transformers_model(llm, layer, device, dtype):
 def separate_passes(model, prefixes, suffixes, device):
     strings = [(len(p + f), n, p + f) for n, (p, f) in enumerate((p, f) for p, fs in zip(prefixes, suffixes) for f in fs)]
     out = [None] * len(strings)
-    strings.sort()
     for start in range(0, len(strings), 8):
         batch = strings[start:start + 8]
-        longest = batch[-1][0]
+        longest = max(size for size, *_ in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, (size, _, tokens) in enumerate(batch):
             ids[row, :size] = torch.tensor(tokens)
@@ -106,9 +107,9 @@ def separate_passes(model, prefixes, suffixes, device):
 
 @torch.inference_mode()
 def dense_mask(model, prefixes, suffixes, device):
-    order, out = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i])), [None] * len(prefixes)
-    for start in range(0, len(order), 16):
-        batch = order[start:start + 16]
+    out = [None] * len(prefixes)
+    for start in range(0, len(prefixes), 16):
+        batch = range(len(prefixes))[start:start + 16]
         rows = [flat_forest(prefixes[i], suffixes[i]) for i in batch]
         longest = max(len(row.tokens) for row in rows)
         ids, where = torch.zeros(2, len(batch), longest, dtype=torch.int64)
@@ -311,17 +312,16 @@ def main():
         states = Path(folder) / "states.pt"
         for words in map(int, args.words.split(",")):
             captions = max(8, 2400 // max(words, 60))
-            few = max(4, captions // 4)  # the separate passes are slow
             reference = None
             if not args.nemo:
-                one(args, "separate", "float32", words, few, states)
+                one(args, "separate", "float32", words, captions, states)
                 reference = torch.load(states, weights_only=True)
             for dtype in args.dtypes.split(","):
                 print(f"\n{dtype}, captions of {words} words\n{'':38} captions/s   x (a)   x (b)   tokens a caption   tokens/s   of ceiling   peak GiB   whitened")
                 lines = {}
                 for method, label in METHODS.items():
-                    r = lines[method] = one(args, method, dtype, words, few if method == "separate" else captions, states)
-                    cosine = float("nan") if reference is None else whitened_cosine(torch.load(states, weights_only=True)[:few], reference)
+                    r = lines[method] = one(args, method, dtype, words, captions, states)
+                    cosine = float("nan") if reference is None else whitened_cosine(torch.load(states, weights_only=True), reference)
                     a, b = (r["captions_per_s"] / lines[m]["captions_per_s"] if m in lines else float("nan") for m in ("separate", "dense"))
                     print(f"{label:38} {r['captions_per_s']:10.2f} {a:7.2f} {b:7.2f} {r['tokens']:18.0f} {r['tokens_per_s']:10.0f} {r['of_ceiling']:11.0%} {r['peak_gib']:10.2f} {cosine:10.4f}", flush=True)
                 print(f"ceiling {r['ceiling'] / 1e9:.0f} GFLOP/s; time of (d): " + ", ".join(f"{k} {v:.1%}" for k, v in r["profile"].items()))
