@@ -460,7 +460,8 @@ def ablation(facets, image, owner, pool, first=1, last="K"):
 
 def newest_checkpoint(folder=Path("out")):
     """The finished checkpoint under `folder` that was written last. flame.InputError if there is none."""
-    finished = [path.parent for path in folder.glob("*/config.json") if (path.parent / "model.safetensors").exists()]
+    finished = [path.parent for path in folder.glob("*/config.json") if (path.parent / "model.safetensors").exists()
+                and (config := json.loads(path.read_text())).get("step") in (None, config.get("training", {}).get("steps"))]    # not a run still training
     if not finished:
         raise flame.InputError(f"{folder}: no finished checkpoint; run train.py, or name one with --checkpoint")
     return max(finished, key=lambda path: (path / "model.safetensors").stat().st_mtime)
@@ -499,6 +500,7 @@ def main(argv=None):
     if args.facets and not (args.bench in [*benchmarks.RETRIEVAL, "demo"] and re.fullmatch(r"[1-9]\.\.[1-9K]", args.facets) and args.facets[0] <= args.facets[-1]):
         parser.error("--facets: 1..K or a range like 2..5, and a retrieval benchmark")
     try:
+        flame.keep_freed_memory()
         evaluate(args)
     except flame.InputError as error:
         print(error, file=sys.stderr)
@@ -537,7 +539,13 @@ def evaluate(args):
     args.out.mkdir(parents=True, exist_ok=True)
     cached = cache.open_cache(args.out / "cache.sqlite")
     # The one place where the text tower is made, and only if a text is not cached.
-    encoder = functools.cache(lambda: flame.TextEncoder(llm, args.device, dtype, source["layer"], source["positions"]))
+    @functools.cache
+    def encoder():
+        tower = flame.TextEncoder(llm, args.device, dtype, source["layer"], source["positions"])
+        if tower.dim != model.config["text_dim"]:
+            raise flame.InputError(f"{llm}: its states have {tower.dim} dimensions, {checkpoint} was trained for {model.config['text_dim']}; name the right LLM with --llm")
+        return tower
+
     text_tower = None if args.probe else f"{flame.llm_fingerprint(llm)} {source['layer']} {source['positions']} {dtype}"
     image_tower = cache.image_tower_name(model, dtype)
     embed_images = lambda pictures, patches=False: encode_images(model, pictures, args.device, args.batch_size, cached, lambda picture: cache.picture_key(

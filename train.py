@@ -576,6 +576,7 @@ def main():
             raise flame.InputError(f"--loss: {settings['loss']!r} is neither sigmoid nor infonce")
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"store: {args.embeddings}, preset: {args.preset}")
+        flame.keep_freed_memory()
         train(args, settings)
     except flame.InputError as e:
         print(f"train.py: {e}", file=sys.stderr)

@@ -433,7 +433,7 @@ def test_wrong_files_get_one_clear_line(tmp_path, bench, break_it, message):
 
 class ColourModel:
     """Embeds a picture as its mean colour."""
-    config = {"llm": {"name": "colours", "fingerprint": "f", "layer": 1, "positions": "restart"}}
+    config = {"llm": {"name": "colours", "fingerprint": "f", "layer": 1, "positions": "restart"}, "text_dim": 3}
 
     def to(self, device):
         return self
@@ -458,7 +458,7 @@ class ColourModel:
 
 class ColourWords:
     """Embeds a text as the colour of the colour word in it. `lies` renames colours: an error whose effect is known."""
-    lies = {}
+    lies, dim = {}, 3
 
     def __init__(self, llm_dir, device, dtype, layer=None, positions="restart"):
         assert (layer, positions) == (1, "restart")     # the checkpoint's own

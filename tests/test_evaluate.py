@@ -5,6 +5,7 @@ test_benchmarks.py has the readers, the small trees and the models that this fil
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -252,8 +253,8 @@ def test_bad_input_exits_2_with_one_line(colours, tmp_path, monkeypatch, capsys)
 
 
 def test_the_newest_finished_checkpoint_is_taken(tmp_path):
-    for age, name in enumerate(("new", "old", "unfinished")):
-        put(tmp_path / name / "config.json", "{}")
+    for age, name in enumerate(("training", "new", "old", "unfinished")):
+        put(tmp_path / name / "config.json", '{"step": 3, "training": {"steps": 9}}' if name == "training" else "{}")
         if name != "unfinished":
             put(tmp_path / name / "model.safetensors", "x" * age)
             os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
@@ -520,6 +521,17 @@ def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, prompts):
         with torch.inference_mode():
             expected = flame.similarity(image, model.encode_text(encoder.encode([text], prompts), prompts))[0]
         assert row == pytest.approx(expected.numpy(), abs=1e-4)     # texts alone and in company differ by rounding
+
+
+def test_another_llm_is_refused(real, tmp_path, tiny_llm):
+    """By its fingerprint; by its width where the checkpoint does not say."""
+    assert (done := command(real, "--bench", "demo", "--llm", tiny_llm)).returncode == 2 and "another LLM (tiny)" in done.stderr
+    shutil.copytree(real / "out" / "tiny", tmp_path / "silent")
+    config = json.loads((tmp_path / "silent" / "config.json").read_text())
+    config["llm"]["fingerprint"] = None
+    put(tmp_path / "silent" / "config.json", json.dumps(config))
+    done = command(real, "--bench", "demo", "--llm", tiny_llm, "--checkpoint", tmp_path / "silent", "--out", tmp_path)
+    assert done.returncode == 2 and "48 dimensions" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_command_line_equals_one_by_one(real):
