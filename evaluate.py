@@ -4,6 +4,7 @@
     python evaluate.py --bench urban1k          # data/urban1k, newest checkpoint -> results/urban1k.json, results/urban1k.png
     python evaluate.py --bench demo --facets --report     # and what each facet is worth; one page to look at
     python evaluate.py --search "a red kite" --images pictures        # any folder, any text -> results/search.png
+    python evaluate.py --words picture.jpg      # what each patch says, in the LLM's own words -> results/words.png
 
 data/README.md says which benchmarks there are, where each comes from and how it must lie. Texts of retrieval go through
 the seven facets of the *long* prompt set, the demo's raw captions, class names and other languages through the one *raw*
@@ -470,13 +471,14 @@ def newest_checkpoint(folder=Path("out")):
 def main(argv=None):
     known = ["demo", *benchmarks.RETRIEVAL, *benchmarks.MULTILINGUAL, *benchmarks.COMPOSITION, *benchmarks.CLASSIFICATION]
     parser = argparse.ArgumentParser(
-        usage="evaluate.py --bench NAME [options] | --search TEXT --images DIR [options]", allow_abbrev=False,
+        usage="evaluate.py --bench NAME | --search TEXT --images DIR | --words IMAGE", allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20, width=80),
         description=f"Scores a checkpoint; writes <out>/<bench>.json and .png. NAME: {' '.join(known)} (data/README.md).")
     add = parser.add_argument
     add("--bench", choices=known, metavar="NAME", help="what to score on")
     add("--search", metavar="TEXT", help="rank pictures by a text (raw prompt, long above 15 words)")
     add("--images", type=Path, metavar="DIR", help="the folder that --search searches")
+    add("--words", type=Path, metavar="IMAGE", help="the word that each patch of a picture is nearest to")
     add("--checkpoint", type=Path, metavar="PATH", help="default: the newest finished one under out/")
     add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else data/demo/llm")
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>")
@@ -495,8 +497,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error("--batch-size: at least 1")
-    if bool(args.bench) == bool(args.search) or bool(args.search) != bool(args.images):
-        parser.error("give --bench NAME, or --search TEXT and --images DIR")
+    if bool(args.bench) + bool(args.search) + bool(args.words) != 1 or bool(args.search) != bool(args.images):
+        parser.error("give --bench NAME, or --search TEXT and --images DIR, or --words IMAGE")
     if args.facets and not (args.bench in [*benchmarks.RETRIEVAL, "demo"] and re.fullmatch(r"[1-9]\.\.[1-9K]", args.facets) and args.facets[0] <= args.facets[-1]):
         parser.error("--facets: 1..K or a range like 2..5, and a retrieval benchmark")
     try:
@@ -527,7 +529,7 @@ def evaluate(args):
     train = read("train") if args.probe else None
     checkpoint = args.checkpoint or newest_checkpoint()
     llm = args.llm or Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
-    print(f"{f'bench {args.bench} in {root}' if args.bench else f'search in {args.images}'}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
+    print(f"{f'bench {args.bench} in {root}' if args.bench else f'search in {args.images}' if args.search else f'words for {args.words}'}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
 
     model = flame.load(checkpoint).to(args.device)
     source, dtype = model.config["llm"], flame.default_dtype(args.device)
@@ -537,6 +539,8 @@ def evaluate(args):
     if pool == "released" and (model.text.weight is not None or model.text.basis.any() or model.text.mean.any()):
         raise flame.InputError("--pool released: the mean of states as they are goes with checkpoints without text projection; leave the flag out")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.words:
+        return words(args, model, llm)
     cached = cache.open_cache(args.out / "cache.sqlite")
     # The one place where the text tower is made, and only if a text is not cached.
     @functools.cache
@@ -581,6 +585,47 @@ def evaluate(args):
     if args.report:
         keep(".html", lambda path: path.write_text(report.page(result, queries, pictures), encoding="utf-8"))
     print(f"-> {', '.join(written)}")
+
+
+@torch.inference_mode()
+def patch_states(model, pixels):
+    """[3, H, W] -> [g, g, D]: the picture's patches, four pooled to one where their grid is even, projected into the LLM's space.
+
+    A text projection led out of that space: undone here is what it does to the whole of a long caption (column long.0).
+    """
+    patches = model.visual(pixels[None])[0, 1:]
+    side = round(len(patches) ** 0.5)
+    pool = lambda x: torch.nn.functional.avg_pool2d(x.T.reshape(-1, side, side), 2 - side % 2).flatten(1).T
+    states = model.mm(pool(patches)) if model.config["pool_first"] else pool(model.mm(patches))
+    c, text = flame.COLUMNS.index("long.0"), model.text
+    if text.weight is not None:
+        states = torch.linalg.solve(text.weight, states.T).T
+    basis, rest = text.basis[c], text.rest[c].clamp_min(1e-6)
+    along = states @ basis
+    states = (states - along @ basis.T) / rest + (along / (text.gain[c] + rest)) @ basis.T
+    return states.reshape(int(len(states) ** 0.5), -1, states.shape[-1])
+
+
+def words(args, model, llm):
+    """Prints, and draws over the picture, the whole word that the LLM's unembedding finds nearest to each patch (paper: semantic interpretation)."""
+    try:
+        with report.open_picture(args.words) as image:
+            pixels, image = model.preprocess(image), image.convert("RGB")
+    except Exception as error:  # decoders raise nearly anything on a stranger's bytes
+        raise flame.InputError(f"{args.words}: {' '.join(str(error).split())}; --words wants a picture") from None
+    norm, unembedding = flame.load_unembedding(llm)
+    if len(norm) != model.config["text_dim"]:
+        raise flame.InputError(f"{llm}: its states have {len(norm)} dimensions, the checkpoint was trained for {model.config['text_dim']}; name the right LLM with --llm")
+    tokenizer = flame.load_tokenizer(llm)
+    names = [tokenizer.decode([token]) for token in range(len(unembedding))]
+    whole = torch.tensor([i for i, name in enumerate(names) if len(name) > 3 and name[0] == " " and name[1:].isalpha()])   # parts of words say little
+    if not len(whole):
+        raise flame.InputError(f"{llm}: its tokenizer has no token that is a whole word")
+    nearest = (patch_states(model, pixels.to(args.device)).cpu() * norm @ unembedding[whole].T).argmax(-1)    # an RMSNorm's scale changes no order
+    grid = [[names[whole[token]].strip() for token in row] for row in nearest]
+    print("\n".join("  ".join(f"{word:14}" for word in row).rstrip() for row in grid))
+    cache.write(args.out / "words.png", report.draw_words(image, grid).save)
+    print(f"-> {args.out / 'words.png'}")
 
 
 def search(args, model, embed_texts, image_tower):

@@ -294,7 +294,10 @@ def _weights_reader(llm_dir):
 def load_unembedding(llm_dir):
     """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: what turns a state into next-token scores."""
     read, names = _weights_reader(Path(llm_dir))
-    return read("model.norm.weight").float(), read("lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight").float()
+    wanted = "model.norm.weight", "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
+    if missing := set(wanted) - set(names):
+        raise InputError(f"{llm_dir}: no tensor {missing.pop()} in its safetensors; download it anew")
+    return tuple(read(name).float() for name in wanted)
 
 
 def _read_json(path, cure="download or write it anew"):

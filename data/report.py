@@ -128,6 +128,18 @@ def draw_sheet(rows, pictures, named=False, side=128):
     return sheet
 
 
+def draw_words(image, grid, side=720):
+    """The middle square of a picture, as the image tower sees it, and over each cell of it the grid's word -> PIL image"""
+    sheet = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC).convert("RGB")
+    draw, cell = ImageDraw.Draw(sheet), side / len(grid)
+    for y, row in enumerate(grid):
+        for x, word in enumerate(row):
+            draw.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="#ffffff")
+            size = min(22.0, 1.6 * cell / max(4, len(word)))
+            draw.text(((x + 0.5) * cell, (y + 0.5) * cell), printable(word), "white", ImageFont.load_default(size), "mm", stroke_width=2, stroke_fill="black")
+    return sheet
+
+
 # ---------------------------------------------------------------- the plot
 
 def draw_facets(rows):

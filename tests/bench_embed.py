@@ -19,7 +19,6 @@ cosines hide every error).
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -213,7 +212,7 @@ def measure(args):
     whole, keys_values = 2 * D * ((2 * heads + 2 * kv_heads) * head_dim + 3 * inner_width), 2 * D * 2 * kv_heads * head_dim  # FLOPs a token and block
     pruned = method in ("pytorch", "extension") and args.one != "no pruning"  # the last block: keys and values only
     per_token = (layer - 1) * whole + (keys_values if pruned else whole)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.device(device).type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.device(device).type == "cuda" else int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 2**20
     torch.save(states, args.states)
     print(json.dumps({"captions_per_s": len(captions) / seconds, "tokens_per_s": tokens / seconds, "tokens": tokens / len(captions),
                       "ceiling": peak_flops, "of_ceiling": per_token * tokens / seconds / peak_flops, "peak_gib": peak, "profile": profile}))

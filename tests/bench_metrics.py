@@ -2,13 +2,12 @@
 
     python tests/bench_metrics.py [--images 5000] [--per-image 5] [--dim 512] [--threads N]
 
-Each runs in a process of its own, alone. Memory is the process's peak (ru_maxrss) above what it held when the embeddings
+Each runs in a process of its own, alone. Memory is the process's peak (VmHWM) above what it held when the embeddings
 lay ready and the libraries had run once on a small example.
 """
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -52,7 +51,7 @@ def clip_benchmark(text, image, owner):
 
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024    # MiB on Linux
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024    # MiB; Linux
 
 
 def measure(name, folder, threads):

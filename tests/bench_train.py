@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -146,7 +145,7 @@ def measure_loss(kind, way, batch, device):
 
     cuda = torch.device(device).type == "cuda"
     work(16)  # libraries are loaded
-    high = lambda: torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    high = lambda: torch.cuda.max_memory_allocated() if cuda else int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024  # ru_maxrss would begin at the parent's
     before = high()
     took, = seconds_of(lambda: work(batch), seconds=10, synchronize=torch.cuda.synchronize if cuda else lambda: None)
     share = 2 * 2 * batch * batch * 6 * 576 / took / ceiling(device, torch.float32, torch.cuda.synchronize if cuda else lambda: None)
@@ -175,6 +174,7 @@ def main():
     args = parser.parse_args()
     if args.measure_loss:
         return measure_loss(*args.measure_loss, args.loss_batch, args.device)
+    flame.keep_freed_memory()  # as train.py does; the peers run in the same process and profit too
     synchronize = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; compared in turns, medians")
     for part, bench in (("step", bench_step), ("pipeline", bench_pipeline), ("loss", bench_loss)):

@@ -601,7 +601,7 @@ def real(tmp_path_factory):
     put(llm / "config.json", json.dumps({
         "model_type": "llama", "hidden_size": D, "intermediate_size": inner, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "rope_theta": 1e4}))
-    weights = {"model.embed_tokens.weight": torch.randn(vocabulary, D)}
+    weights = {"model.embed_tokens.weight": torch.randn(vocabulary, D), "model.norm.weight": torch.linspace(0.5, 1.5, D)}
     for i in range(3):
         for name, shape in {"self_attn.q_proj": (32, D), "self_attn.k_proj": (16, D), "self_attn.v_proj": (16, D), "self_attn.o_proj": (D, 32),
                             "mlp.gate_proj": (inner, D), "mlp.up_proj": (inner, D), "mlp.down_proj": (D, inner)}.items():

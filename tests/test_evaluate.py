@@ -523,9 +523,8 @@ def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, prompts):
         assert row == pytest.approx(expected.numpy(), abs=1e-4)     # texts alone and in company differ by rounding
 
 
-def test_another_llm_is_refused(real, tmp_path, tiny_llm):
-    """By its fingerprint; by its width where the checkpoint does not say."""
-    assert (done := command(real, "--bench", "demo", "--llm", tiny_llm)).returncode == 2 and "another LLM (tiny)" in done.stderr
+def test_an_llm_of_another_width_is_refused(real, tmp_path, tiny_llm):
+    """By its width, where the checkpoint, as the authors', does not name its LLM."""
     shutil.copytree(real / "out" / "tiny", tmp_path / "silent")
     config = json.loads((tmp_path / "silent" / "config.json").read_text())
     config["llm"]["fingerprint"] = None
@@ -573,6 +572,47 @@ def test_another_llm_is_refused_through_the_command_line(real, tmp_path):
     done = command(real, "--bench", "demo", "--llm", str(other), "--out", str(tmp_path / "results"))
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "results").exists()
     assert len(done.stderr.splitlines()) == 1 and "trained with another LLM (tiny)" in done.stderr
+
+
+@pytest.mark.parametrize("size, pool_first, linear", [(32, True, False), (32, False, True), (24, False, False)])
+def test_patch_states_undo_the_text_projection(size, pool_first, linear):
+    torch.manual_seed(0)
+    model = flame.Flame({"image_size": size, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "text_dim": 12, "projector_hidden": 20,
+                         "pool_first": pool_first, "text_rank": 0 if linear else 5, "text_linear": linear}).eval()
+    text, c = model.text, flame.COLUMNS.index("long.0")
+    if linear:
+        text.weight.data = torch.randn(12, 12)
+    else:
+        text.basis[c], text.gain[c], text.rest[c] = torch.linalg.qr(torch.randn(12, 5))[0], torch.rand(5) * 9, 0.5
+    matrix = text.weight.data if linear else 0.5 * torch.eye(12) + text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
+    pixels, side = torch.randn(3, size, size), size // 8
+    got = evaluate.patch_states(model, pixels)
+    with torch.inference_mode():
+        tokens = model.visual(pixels[None])[0, 1:].reshape(side, side, 16)
+        for y in range(len(got)):
+            for x in range(len(got)):
+                cell = (tokens[2 * y:2 * y + 2, 2 * x:2 * x + 2] if side % 2 == 0 else tokens[y:y + 1, x:x + 1]).reshape(-1, 16)
+                z = model.mm(cell.mean(0)) if pool_first else model.mm(cell).mean(0)
+                torch.testing.assert_close(matrix @ got[y, x], z, rtol=1e-3, atol=1e-4)
+    assert len(got) == (side // 2 if side % 2 == 0 else side)
+
+
+def test_words_of_a_picture(real, tmp_path):
+    image = real / "data" / "demo" / "images" / "test" / f"{NAMES[0]}.png"
+    done = command(real, "--words", image, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "words.png") as drawn:
+        assert drawn.size == (720, 720)
+    model, tokenizer = flame.load(real / "out" / "tiny"), flame.load_tokenizer(real / "data" / "demo" / "llm")
+    norm, unembedding = flame.load_unembedding(real / "data" / "demo" / "llm")
+    names = {i: tokenizer.decode([i]) for i in range(len(unembedding))}
+    names = {i: name.strip() for i, name in names.items() if name.startswith(" ") and name[1:].isalpha() and len(name) > 3}
+    with Image.open(image) as picture:
+        states = evaluate.patch_states(model, model.preprocess(picture))
+    expected = [max(names, key=lambda i: (state * norm @ unembedding[i]).item()) for state in states.flatten(0, 1)]
+    assert done.stdout.split("\n", 1)[1].split("->")[0].split() == [names[i] for i in expected]
+    put(tmp_path / "no.png", "text")
+    assert (done := command(real, "--words", tmp_path / "no.png", "--out", tmp_path)).returncode == 2 and "no.png" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_fits_one_screen(real):
