@@ -75,10 +75,12 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, fi
     encoder = flame.TextEncoder(args.llm, device, getattr(torch, args.dtype), settings["llm"]["layer"], args.positions, settings["budget"])
     prompts, columns, (shard, shards) = settings["prompts"], settings["columns"], settings["shard"]
     D, window = encoder.dim, settings["window"]
-    statistics = None
+    statistics, busy = None, 0.0  # busy: seconds of the LLM at work
     if args.store == "int8":
         if rank == 0 and not (out / "statistics.npy").exists():
+            clock = time.time()
             fit_statistics(out / "statistics.npy", encoder, args.captions, joined, prompts, total)
+            busy = time.time() - clock
         if world > 1:
             torch.distributed.barrier()
         statistics = np.load(out / "statistics.npy")
@@ -89,7 +91,7 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, fi
               f"{args.dtype} on {world if world > 1 else ''}{device.type}" + ("" if flame.flame_ext else ", without flame_ext: slower"))
     todo = sum(min(window, total - w * window) for w in mine)
     bar = tqdm(total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05, disable=rank > 0)
-    busy, block, work = 0.0, None, packed(args.captions, joined, window, set(mine), prompts, encoder)
+    block, work = None, packed(args.captions, joined, window, set(mine), prompts, encoder)
     with open(out / f"windows-{rank}.txt", "a") as log:
         for w, size, name, (rows, picks), forest in work if device.type == "cpu" else ahead(work):
             block = np.empty((size, len(columns), D), np.float32) if block is None else block
@@ -416,7 +418,7 @@ def plan(args):
     print(f"H100: {H100_FLOPS / 1e12:.0f} TFLOP/s x {MFU:.0%} assumed, not measured")
     print(f"{'':10}{'tokens a caption':>18}{'shared':>9}{'PFLOP':>11}" + "".join(f"{name:>11}" for name in speeds))
     for name, (apart, shared, work) in found.items():
-        print(f"{name:10}{apart:18.0f}{shared:9.0f}{work * N / 1e15:11.2f}" + "".join(f"{work * N / speed / 3600:9.2f} h" for speed in speeds.values()))
+        print(f"{name:10}{apart:18.0f}{shared:9.0f}{work * N / 1e15:11.4g}" + "".join(f"{work * N / speed / 3600:9.2f} h" for speed in speeds.values()))
     print(f"store: [{N}, {M}, {D}], float16 {N * M * D * 2 / 1e9:.1f} GB, int8 {N * M * (D + 4) / 1e9:.1f} GB")
 
 
