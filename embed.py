@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import flame
-from data.captions import fingerprint, read_captions, read_join
+from data.captions import fingerprint, read_captions, read_join, skip
 
 WINDOW = {"cpu": 256, "cuda": 2048}  # rows between two flushes: seconds to a minute of work; part of what fixes the bytes
 SAMPLE = 256                         # rows, evenly spaced, that an int8 store's statistics are fitted on
@@ -69,7 +69,7 @@ def embed(args):
             embed_windows(args, settings, out, joined, device, rank, world, **job[0])
 
 
-def embed_windows(args, settings, out, joined, device, rank, world, N, total, finished):
+def embed_windows(args, settings, out, joined, device, rank, world, N, total, repeats, finished):
     """One rank's share of the windows that are not finished yet: N rows of this store, `total` in the captions file."""
     started = time.time()
     encoder = flame.TextEncoder(args.llm, device, getattr(torch, args.dtype), settings["llm"]["layer"], args.positions, settings["budget"])
@@ -79,7 +79,7 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, fi
     if args.store == "int8":
         if rank == 0 and not (out / "statistics.npy").exists():
             clock = time.time()
-            fit_statistics(out / "statistics.npy", encoder, args.captions, joined, prompts, total)
+            fit_statistics(out / "statistics.npy", encoder, rows_of(args.captions, joined, repeats), prompts, total)
             busy = time.time() - clock
         if world > 1:
             torch.distributed.barrier()
@@ -91,7 +91,7 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, fi
               f"{args.dtype} on {world if world > 1 else ''}{device.type}" + ("" if flame.flame_ext else ", without flame_ext: slower"))
     todo = sum(min(window, total - w * window) for w in mine)
     bar = tqdm(total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05, disable=rank > 0)
-    block, work = None, packed(args.captions, joined, window, set(mine), prompts, encoder)
+    block, work = None, packed(rows_of(args.captions, joined, repeats), window, set(mine), prompts, encoder)
     with open(out / f"windows-{rank}.txt", "a") as log:
         for w, size, name, (rows, picks), forest in work if device.type == "cpu" else ahead(work):
             block = np.empty((size, len(columns), D), np.float32) if block is None else block
@@ -117,12 +117,18 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, fi
               + (f"; {encoder.truncated} captions were cut to the model's context" if encoder.truncated else ""))
 
 
-def packed(captions, joined, size, wanted, prompts, encoder):
+def rows_of(captions, joined, repeats):
+    """The captions file's rows, less those whose key occurs before (their numbers, as `prepare` found them)."""
+    repeats = set(repeats)
+    return (row for row in read_captions(captions, joins=joined) if row.number not in repeats)
+
+
+def packed(captions, size, wanted, prompts, encoder):
     """The work of the wanted windows, in order: (window, its number of rows, prompt set, (rows, picks), Forest) for every packed
     row, where row rows[i] of the window takes caption picks[i] of it (equal captions are encoded once); a None after the last."""
     def windows():
         rows, number = [], 0
-        for row in read_captions(captions, joins=joined):
+        for row in captions:
             rows.append(row.captions)
             if len(rows) == size:
                 yield number, rows
@@ -197,10 +203,15 @@ def prepare(out, settings, joined, skipped, D):
         print(f"{out}: finished already, nothing to do")
         return None
     if not (out / "journal.json").exists():
-        N = total = 0
+        N, total, seen, repeats = 0, 0, set(), []
         used = dict.fromkeys(joined, 0)
         with open(out / "keys.txt.tmp", "w", encoding="utf-8", newline="\n") as keys, open(out / "images.txt.tmp", "w", encoding="utf-8", newline="\n") as images:
             for row in tqdm(read_captions(captions, skipped, joined), desc="reading captions", unit=" rows", leave=False):
+                if (known := hash(row.key)) in seen:  # 64 bits a key instead of the key: 15 million of them stay small
+                    repeats.append(row.number)
+                    skip(skipped, "key occurs before", f"row {row.number}")
+                    continue
+                seen.add(known)
                 if total // window % shards == shard:
                     keys.write(row.key + "\n")
                     images.write(row.image + "\n")
@@ -217,12 +228,12 @@ def prepare(out, settings, joined, skipped, D):
         for name in ("keys.txt", "images.txt"):
             os.replace(out / (name + ".tmp"), out / name)
         allocate(out, settings, N, D)
-        write_text(out / "journal.json", json.dumps({"settings": settings, "N": N, "total": total}, indent=1))
+        write_text(out / "journal.json", json.dumps({"settings": settings, "N": N, "total": total, "repeats": repeats}))
     journal, finished = json.loads((out / "journal.json").read_text()), finished_windows(out)
     write_text(out / "windows-0.txt", "".join(f"{w}\n" for w in sorted(finished)))  # one list of whole lines again
     for path in set(out.glob("windows-*.txt")) - {out / "windows-0.txt"}:
         path.unlink()
-    return {"N": journal["N"], "total": journal["total"], "finished": finished}
+    return {name: journal[name] for name in ("N", "total", "repeats")} | {"finished": finished}
 
 
 def check_same(path, old, settings):
@@ -280,10 +291,10 @@ def finish(out, meta, windows):
         path.unlink(missing_ok=True)
 
 
-def fit_statistics(path, encoder, captions, joined, prompts, total):
-    """Mean and deviation of each column and dimension, [2, M, D], over SAMPLE rows evenly spaced in the captions."""
+def fit_statistics(path, encoder, captions, prompts, total):
+    """Mean and deviation of each column and dimension, [2, M, D], over SAMPLE rows evenly spaced in the captions' `total`."""
     wanted = set(np.linspace(0, total - 1, min(total, SAMPLE)).astype(int).tolist())
-    rows = [row.captions for i, row in enumerate(read_captions(captions, joins=joined)) if i in wanted]
+    rows = [row.captions for i, row in enumerate(captions) if i in wanted]
     sample = torch.cat([normalize(encoder.encode([texts[name] for texts in rows], name), dim=-1) for name in prompts], dim=1)
     with open(f"{path}.tmp", "wb") as file:
         np.save(file, torch.stack([sample.mean(0), sample.std(0, correction=0).clamp_min(1e-6)]).numpy())
@@ -344,7 +355,7 @@ def write_text(path, text):
 
 def report_skipped(path, skipped):
     for reason, (count, places) in skipped.items():
-        print(f"{path}: skipped {count} row{'s' * (count > 1)}: {reason} (line {', '.join(map(str, places))}{', ...' * (count > len(places))})", file=sys.stderr)
+        print(f"{path}: skipped {count} row{'s' * (count > 1)}: {reason} ({'line ' * isinstance(places[0], int)}{', '.join(map(str, places))}{', ...' * (count > len(places))})", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Row(NamedTuple):
     key: str
     image: str       # the picture's path as the file gives it, or ""
     captions: dict   # prompt set -> the caption that its questions are asked of: its own, else the best one present
+    number: int      # of the row in its file, from 0
 
 
 def read_captions(path, skipped=None, joins=None):
@@ -39,7 +40,7 @@ def read_captions(path, skipped=None, joins=None):
     joins: {prompt set: {key: caption}}, captions of that set from another file (`read_join`).
     Raises InputError where a file is missing, holds no caption column, or is not of a known form.
     """
-    count, seen = 0, set()
+    count = 0
     skipped = {} if skipped is None else skipped
     for number, place, fields in _records(path, skipped):
         key, image = fields.get("key"), str(fields.get("image") or "")
@@ -57,15 +58,12 @@ def read_captions(path, skipped=None, joins=None):
             skip(skipped, "tab or line break in key or image", place)
         elif not _is_unicode(key, image, *texts.values()):
             skip(skipped, "invalid Unicode", place)
-        elif (known := hash(key)) in seen:  # 64 bits a key instead of the key: 15 million of them stay small
-            skip(skipped, "key occurs before", place)
         else:
-            seen.add(known)
             count += 1
             if len(texts) < len(PROMPTS):
                 best = texts.get("long") or texts.get("short") or texts["raw"]
                 texts = {name: texts.get(name, best) for name in PROMPTS}
-            yield Row(key, image, texts)
+            yield Row(key, image, texts, number)
     if not count:
         reasons = "; ".join(f"{reason}: {n} rows, first in line {places[0]}" for reason, (n, places) in skipped.items())
         raise InputError(f"{path}: no row with a caption ({reasons or 'the file is empty'}); give a TSV with a header among `{' '.join(FIELDS)}`, or caption<TAB>url")

@@ -390,10 +390,13 @@ def test_joined_recaptions(here, tiny_llm, capsys):
         assert stop.value.code == 2 and what in capsys.readouterr().err
 
 
-def test_a_key_that_occurs_before_is_skipped(tmp_path):
-    (tmp_path / "a.tsv").write_text("key\traw\na\tone\nb\ttwo\na\tthree\n")
-    rows, skipped = captions_of(tmp_path / "a.tsv")
-    assert [r.captions["raw"] for r in rows] == ["one", "two"] and skipped == {"key occurs before": [1, [4]]}
+@pytest.mark.parametrize("store", ["float16", "int8"])
+def test_a_key_that_occurs_before_is_skipped(here, tiny_llm, capsys, store):
+    for name, rows in (("a", ROWS[:7] + ROWS[2:4] + ROWS[7:]), ("b", ROWS)):
+        write_tsv(here / f"{name}.tsv", rows)
+        main("--captions", f"{name}.tsv", "--llm", tiny_llm, "--store", store, "--out", name)
+    assert "skipped 2 rows: key occurs before (row 7, row 8)" in capsys.readouterr().err
+    same_bytes("a", "b")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
