@@ -25,10 +25,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import flame
+from data import report
 from data.pictures import Batches, find_pictures, open_picture
 
 # Every setting, its value in each preset, and what it is. Any of them can be given as a flag: --image-size 96.
@@ -344,7 +344,7 @@ def train(args, s):
                     entry["held_out_R@1"] = round(held_out_recall(average, store, columns, rows[held], files, places[held], device), 2)
                 log.write(json.dumps(entry) + "\n")
                 if seen or last:
-                    draw_curve(out)
+                    report.draw_curve(out)
                 for name, value in entry.items() if args.tensorboard else ():
                     board.add_scalar(name, value, step)
                 mfu = f", MFU {rate * 3 * flops_per_image(config, s['patch_dropout']) / (peak * world):.1%}" if peak else ""
@@ -468,7 +468,7 @@ def flops_per_image(config, patch_dropout=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: checkpoint, log, curve
+# Files: checkpoint and log
 
 def identity(store):
     """A store's content in a word: everything that fixes its bytes, and not where it or its captions lie."""
@@ -529,26 +529,6 @@ def open_log(out, steps):
     if not steps:
         (out / "skipped.txt").unlink(missing_ok=True)
     return open(out / "log.jsonl", "a", buffering=1)
-
-
-def draw_curve(out):
-    """curve.png: loss (blue, left axis) and held-out Recall@1 (red, right axis, percent) over steps."""
-    entries = [json.loads(line) for line in open(out / "log.jsonl")]
-    width, height, left, top, last = 900, 420, 70, 30, max(1, entries[-1]["step"])
-    image = Image.new("RGB", (width + 2 * left, height + 2 * top + 20), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    pen.rectangle((left, top, left + width, top + height), outline="#b0b0b0")
-    pen.text((left + width / 2, top + height + 20), f"{len(entries)} steps", fill="black", font=font, anchor="mm")
-    for name, color, edge, away, anchors in (("loss", "#2563eb", left, -8, "rl"), ("held_out_R@1", "#dc2626", left + width, 8, "lr")):
-        if points := [(e["step"], e[name]) for e in entries if name in e]:
-            low, high = (0, 100) if name != "loss" else (min(v for _, v in points), max(v for _, v in points))
-            y = lambda value: top + height * (1 - (value - low) / max(1e-9, high - low))
-            pen.line([(left + width * step / last, y(value)) for step, value in points], fill=color, width=2)
-            for value in np.linspace(low, high, 5):
-                pen.text((edge + away, y(value)), f"{value:.3g}", fill=color, font=font, anchor=anchors[0] + "m")
-            pen.text((edge, top - 10), f"{name.replace('_', ' ')}: {points[-1][1]:.3g}" + "%" * (name != "loss"), fill=color, font=font, anchor=anchors[1] + "s")
-    image.save(out / "curve.png.tmp", "PNG")
-    os.replace(out / "curve.png.tmp", out / "curve.png")
 
 
 def main():

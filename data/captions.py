@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -100,6 +101,12 @@ def skip(skipped, reason, place):
     entry[0] += 1
     if len(entry[1]) < 5:
         entry[1].append(place)
+
+
+def report_skipped(path, skipped):
+    """Says on stderr what was skipped, a line a reason."""
+    for reason, (count, places) in skipped.items():
+        print(f"{path}: skipped {count} row{'s' * (count > 1)}: {reason} ({'line ' * isinstance(places[0], int)}{', '.join(map(str, places))}{', ...' * (count > len(places))})", file=sys.stderr)
 
 
 def source_files(path):

@@ -354,12 +354,6 @@ def test_names_and_templates_of_a_file(tmp_path):
         benchmarks.with_names([1], ["a"], {"a": "A", "b": "B"}, [tmp_path / "c.txt"])
 
 
-def test_sharegpt4v_takes_a_thousand_of_a_longer_file(tmp_path):
-    entry = {"image": "a.jpg", "conversations": [{"value": "?"}, {"value": "x"}]}
-    put(tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json", json.dumps([entry] * 1003)[:-60])    # cut off after the 1,000th
-    assert len(benchmarks.sharegpt4v(tmp_path)[1]) == 1000
-
-
 def test_demo_halves_objects_between_val_and_test(tmp_path):
     tree_demo(tmp_path)
     halves = {split: [path.name for path, _, _ in benchmarks.demo(tmp_path, split)[2]] for split in ("val", "test")}

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import embed
 import flame
-from data import captions
+from data import captions, look
 from data.captions import read_captions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,7 +226,7 @@ def test_plan_counts_what_the_run_will_do(here, tiny_llm, capsys):
     everything = np.arange(len(forest.tokens))
     config = encoder.decoder.config
     seen = 2 * flame.visible(forest, everything, everything).sum() + flame.visible(forest, np.unique(forest.answers), everything).sum()
-    assert embed.flops(config, 3, forest) == products + 4 * config["num_attention_heads"] * config["head_dim"] * seen
+    assert look.flops(config, 3, forest) == products + 4 * config["num_attention_heads"] * config["head_dim"] * seen
 
 
 def test_inspect_finds_what_is_wrong(here, tiny_llm, capsys):
@@ -431,5 +431,5 @@ def test_draw_shows_every_token_of_the_forest(here, tiny_llm):
     main("--draw", "A red kite above a beach.", "--llm", tiny_llm, "--out", "forest.png")
     with Image.open("forest.png") as image:
         colors = {color for count, color in image.convert("RGB").getcolors(1 << 24) if count > 100}
-    wanted = [tuple(int(c[i:i + 2], 16) for i in (1, 3, 5)) for c in embed.PALETTE[:11]]
+    wanted = [tuple(int(c[i:i + 2], 16) for i in (1, 3, 5)) for c in look.PALETTE[:11]]
     assert set(wanted) <= colors  # eleven segments: opening and caption, "the", two shared facet openings, seven endings

@@ -21,7 +21,7 @@ from PIL import Image
 
 import evaluate
 import flame
-from data import benchmarks, cache, report
+from data import cache
 from test_benchmarks import (COLOURS, K, NAMES, ROOT, ColourModel, ColourWords, colours, picture, put, real, slow_rank, tree_coco, tree_demo, tree_docci,  # noqa: F401
                              tree_imagefolder, tree_urban1k, tree_xm3600)
 
