@@ -137,6 +137,15 @@ def token_depths(lengths, parents):
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(below[:-1] - ends, lengths)
 
 
+def rounded(forest, multiple):
+    """The forest with a root of idle tokens behind it, so that T is a multiple; what was there sees none of them."""
+    idle = -len(forest.tokens) % multiple
+    if not idle:
+        return forest
+    return Forest(F.pad(forest.tokens, (0, idle)), F.pad(forest.positions, (0, idle)), np.append(forest.lengths, np.int32(idle)),
+                  np.append(forest.parents, np.int32(-1)), forest.answers)
+
+
 def visible(forest, queries, keys):
     """The rule, as a boolean mask [len(queries), len(keys)] over packed token indices (int64 arrays)."""
     segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)
@@ -309,6 +318,9 @@ def _read_json(path, cure="download or write it anew"):
         raise InputError(f"{path}: not JSON ({e}); {cure}") from None
 
 
+SIZES = 32  # what matrix products' rows are a multiple of: for every new number of them, oneDNN compiles and keeps new kernels
+
+
 @torch.inference_mode()
 def decode(decoder, forest):
     """Runs the kept blocks over the packed row; -> float32 [N, D], the residual stream at the N answers (no final norm).
@@ -316,12 +328,13 @@ def decode(decoder, forest):
     The residual stream and the norms are float32 whatever the matrix products use: one dimension carries 0.8 of a
     state's norm, and rounding it to bfloat16 once a block drowns the rest.
     """
+    forest = rounded(forest, SIZES)
     heads, kv_heads, head_dim, eps = (decoder.config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"))
     device, dtype = decoder.embedding.device, decoder.embedding.dtype
     angle = torch.outer(forest.positions.float().to(device), decoder.inv_freq)  # [T, head_dim / 2]
     cos, sin = angle.cos(), angle.sin()
     ends, end_of = torch.unique(forest.answers, return_inverse=True)  # equal captions share their answers
-    attend, ends = attention_over(forest, device), ends.to(device)
+    attend, ends = attention_over(forest, device), F.pad(ends, (0, -len(ends) % SIZES)).to(device)
 
     x = decoder.embedding[forest.tokens.to(device)].float()  # [T, D], the residual stream
     update = None                                            # what the last sublayer adds to it
@@ -567,7 +580,7 @@ class TextEncoder:
     def pack(self, captions, prompts="long"):
         """Yields (rows, Forest of their strings), each a packed row; may run ahead of `run` in a thread of its own.
 
-        Captions are sorted by length, since the bar's ETA and the memory are steadier that way; nothing is padded.
+        Captions are sorted by length, since the bar's ETA and the memory are steadier that way; no caption is padded.
         """
         prefixes, suffixes = tokenize(self.tokenizer, captions, prompts, self.positions)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):

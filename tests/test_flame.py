@@ -214,11 +214,26 @@ def test_sharing_changes_nothing(tiny_llm, path):
         assert centered_error(flame.decode(decoder, shared).view(5, 7, -1), expected.view(5, 7, -1)) <= 1e-5
 
 
+def test_rounding_sizes_changes_nothing(tiny_llm, path, monkeypatch):
+    """However many tokens and answers a packed row has, matrix products see few different numbers of rows."""
+    decoder, tokenizer = flame.load_decoder(tiny_llm, dtype=torch.float32), flame.load_tokenizer(tiny_llm)
+    forests = [flame.caption_forest(*flame.tokenize(tokenizer, CAPTIONS[:n], "long")) for n in range(1, 6)]
+    sizes, linear = [], flame.F.linear
+    monkeypatch.setattr(flame.F, "linear", lambda x, *rest: sizes.append(len(x)) or linear(x, *rest))
+    rounded = [flame.decode(decoder, forest) for forest in forests]
+    assert sizes and all(size % 32 == 0 for size in sizes) and any(len(forest.tokens) % 32 for forest in forests)
+    monkeypatch.setattr(flame, "SIZES", 1)
+    for n, (got, forest) in enumerate(zip(rounded, forests), 1):
+        expected = flame.decode(decoder, forest)
+        assert len(forest.tokens) in sizes and got.shape == expected.shape == (7 * n, got.shape[1])
+        assert (got - expected).abs().max() <= 1e-5 * expected.std(0).max()
+
+
 def test_encode_calls_the_extension_in_every_kept_block(tiny_llm, monkeypatch):
     calls, original = [], flame.flame_ext.attention
     monkeypatch.setattr(flame.flame_ext, "attention", lambda *args: calls.append(len(args[0])) or original(*args))
     flame.TextEncoder(tiny_llm).encode(["A cat.", "A dog."], "long")
-    assert len(calls) == 3 and calls[0] == calls[1] > calls[2] == 14  # 4 blocks, 3 kept; the last runs for the answers only
+    assert len(calls) == 3 and calls[0] == calls[1] > calls[2] == flame.SIZES  # 4 blocks, 3 kept; the last runs for the 14 answers only
 
 
 def test_memory_of_a_long_row_is_linear(tiny_llm):
