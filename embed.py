@@ -331,10 +331,10 @@ def merge(args):
         images += part.images[rows]
         if meta["store"] != "int8":
             data = {"embeddings": part.vectors[rows]}
-        elif torch.equal(part.statistics, parts[0].statistics):
+        elif np.array_equal(part.statistics, parts[0].statistics):
             data = {"embeddings": part.vectors[rows], "scales": part.scales[rows]}
         else:  # machines that round differently fitted them
-            data = quantised(part.read(np.arange(len(part))[rows], range(len(meta["columns"]))).numpy(), parts[0].statistics.numpy())
+            data = quantised(part.read(np.arange(len(part))[rows], range(len(meta["columns"]))).numpy(), parts[0].statistics)
         write_rows(out, data, w * window)
     write_text(out / "keys.txt", "".join(key + "\n" for key in keys))
     write_text(out / "images.txt", "".join(image + "\n" for image in images))

@@ -661,12 +661,12 @@ class Store:
         try:
             self.vectors = np.load(self.path / "embeddings.npy", mmap_mode="r")  # never unpickles: allow_pickle is off
             if self.meta.get("store") == "int8":
-                self.scales, self.statistics = np.load(self.path / "scales.npy", mmap_mode="r"), torch.from_numpy(np.load(self.path / "statistics.npy"))
+                self.scales, self.statistics = np.load(self.path / "scales.npy", mmap_mode="r"), np.load(self.path / "statistics.npy")
             self.keys, self.images = ((self.path / f).read_text(encoding="utf-8").split("\n")[:-1] for f in ("keys.txt", "images.txt"))
         except (OSError, ValueError) as e:
             raise InputError(f"{self.path}: cannot be read ({e}); run embed.py --overwrite") from None
         N, M, D = self.meta["N"], len(self.meta["columns"]), self.meta["D"]
-        fits = self.scales is None or self.scales.shape == (N, M) and tuple(self.statistics.shape) == (2, M, D)
+        fits = self.scales is None or self.scales.shape == (N, M) and self.statistics.shape == (2, M, D)
         if self.vectors.shape != (N, M, D) or not len(self.keys) == len(self.images) == N or not fits:
             raise InputError(f"{self.path}: embeddings.npy, keys.txt, images.txt and meta.json disagree on N, M or D; run embed.py --overwrite")
 
@@ -674,17 +674,18 @@ class Store:
         return len(self.keys)
 
     def read(self, rows, columns):
-        """int [n] rows, int [n, m] or [m] columns -> float32 tensor [n, m, D] of unit vectors."""
-        rows, columns = np.broadcast_arrays(np.asarray(rows)[:, None], np.atleast_2d(columns))
-        if self.scales is None:
-            vectors = torch.from_numpy(self.vectors[rows, columns]).float()
-        else:  # column by column: a mean and a deviation for many vectors, not a copy of them for each
-            vectors = torch.empty(*rows.shape, self.vectors.shape[-1])
-            for c in np.unique(columns):
-                at = np.nonzero(columns == c)
-                x = torch.from_numpy(self.vectors[rows[at], c]).float().mul_(torch.from_numpy(self.scales[rows[at], c])[:, None])
-                vectors[at] = x.mul_(self.statistics[1, c]).add_(self.statistics[0, c])
-        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
+        """int [n] rows, int [n, m] or [m] columns -> float32 tensor [n, m, D] of unit vectors. Raises ValueError where there is no such."""
+        N, M, D = self.vectors.shape
+        index = np.ravel_multi_index((np.asarray(rows)[:, None], np.atleast_2d(columns)), (N, M))
+        if flame_ext:  # one pass over memory that knows nothing of what lies between
+            out = torch.empty(*index.shape, D)
+            flame_ext.unit_vectors(self.vectors, index.ravel(), out.view(-1, D), self.scales, self.statistics)
+            return out
+        out = torch.from_numpy(self.vectors.reshape(N * M, D)[index]).float()
+        if self.scales is not None:
+            mean, deviation = torch.from_numpy(self.statistics[:, index % M])
+            out = mean + deviation * out * torch.from_numpy(self.scales.reshape(N * M, 1)[index])
+        return out.div_(torch.linalg.vector_norm(out, dim=-1, keepdim=True).clamp_min_(1e-12))
 
 
 open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta

@@ -8,6 +8,7 @@
 #include <functional>
 #include <stdexcept>
 #include <thread>
+#include <type_traits>
 #ifdef __linux__
 #include <dlfcn.h>
 #include <link.h>
@@ -88,6 +89,7 @@ void run_parallel(int64_t items, const std::function<void(const std::function<in
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
 
 // What an instruction set provides. Rows are token rows; the callers below split them over threads.
 struct Kernels {
@@ -97,6 +99,7 @@ struct Kernels {
   void (*rope[2])(void* qkv, int64_t stride, int heads, int dim, const float* cos, const float* sin, int64_t from, int64_t to);
   void (*rmsnorm[2][2])(float* x, const void* delta, const float* weight, void* out, int64_t width, float eps, int64_t from, int64_t to);
   void (*swiglu[2])(const void* gate_up, void* out, int64_t width, int64_t from, int64_t to);
+  void (*unit_vectors[2])(const Store& store, const int64_t* index, float* out, int64_t from, int64_t to);  // float16, int8
 };
 }  // namespace
 
@@ -200,4 +203,8 @@ void cpu_rmsnorm(float* x, const void* delta, Dtype delta_dtype, const float* we
 
 void cpu_swiglu(const void* gate_up, void* out, Dtype dtype, int64_t tokens, int64_t width) {
   over_rows(tokens, 32, [&](int64_t from, int64_t to) { chosen.load()->swiglu[(int)dtype](gate_up, out, width, from, to); });
+}
+
+void cpu_unit_vectors(const Store& store, const int64_t* index, int64_t n, float* out) {
+  over_rows(n, 16, [&](int64_t from, int64_t to) { chosen.load()->unit_vectors[store.scales != nullptr](store, index, out, from, to); });
 }

@@ -218,6 +218,32 @@ void swiglu(const py::object& gate_up_, const py::object& out_) {
   cpu_swiglu(gate_up.data, out.data, dtype, out.shape[0], out.shape[1]);
 }
 
+// A numpy array's data; not by DLPack, which cannot say that memory is read-only, as a mapped store is.
+const void* whole(const py::array& array, const char* name, const char* dtype, const std::vector<int64_t>& shape) {
+  if ((std::string)py::str(array.dtype()) != dtype) throw py::type_error(std::string(name) + " is " + (std::string)py::str(array.dtype()) + ", expected " + dtype);
+  if (std::vector<int64_t>(array.shape(), array.shape() + array.ndim()) != shape) throw py::value_error(std::string(name) + " does not have the shape that vectors [N, M, D] imply");
+  if (!(array.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " is not contiguous");
+  return array.data();
+}
+
+void unit_vectors(const py::array& vectors, const py::object& index_, const py::object& out_, const py::object& scales, const py::object& statistics) {
+  if (vectors.ndim() != 3) throw py::value_error("vectors has " + std::to_string(vectors.ndim()) + " dimensions, expected [N, M, D]");
+  const int64_t N = vectors.shape(0), M = vectors.shape(1), D = vectors.shape(2);
+  Store store{whole(vectors, "vectors", scales.is_none() ? "float16" : "int8", {N, M, D}), nullptr, nullptr, M, D};
+  if (!scales.is_none()) {
+    store.scales = (const float*)whole(scales.cast<py::array>(), "scales", "float32", {N, M});
+    store.statistics = (const float*)whole(statistics.cast<py::array>(), "statistics", "float32", {2, M, D});
+  }
+  const std::vector<int64_t> index = integers(index_, "index");
+  for (const int64_t i : index)
+    if (i < 0 || i >= N * M) throw py::value_error("index has " + std::to_string(i) + ", but there are " + std::to_string(N * M) + " vectors");
+  View out(out_, "out");
+  out.on_cpu("torch");
+  out.is({(int64_t)index.size(), D}, 0, "[len(index), D]").float32();
+  py::gil_scoped_release release;
+  cpu_unit_vectors(store, index.data(), (int64_t)index.size(), (float*)out.data);
+}
+
 // A read-only numpy view of one of the layout's arrays, which keeps the layout alive.
 template <std::vector<int32_t> Forest::*Member>
 py::array array_of(const py::object& self) {
@@ -261,5 +287,8 @@ PYBIND11_MODULE(flame_ext, m) {
   m.def("rmsnorm", rmsnorm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("eps"), py::arg("delta") = py::none(),
         "x += delta in place if given, then out = x / sqrt(mean(x^2) + eps) * weight; x, weight float32, out and delta float32 or bfloat16, [T, D]. CPU.");
   m.def("swiglu", swiglu, py::arg("gate_up"), py::arg("out"), "out [T, F] = silu(gate) * up, gate_up = [gate | up] [T, 2 F], computed in float32. CPU.");
+  m.def("unit_vectors", unit_vectors, py::arg("vectors"), py::arg("index"), py::arg("out"), py::arg("scales") = py::none(), py::arg("statistics") = py::none(),
+        "out [n, D] float32 = the vectors number index [n] of a store, normalised: numpy float16 [N, M, D] as it is, or int8 with\n"
+        "scales [N, M] and statistics [2, M, D], float32: mean + deviation * scale * integers. CPU.");
   m.def("simd", cpu_simd, py::arg("name") = "", "The instruction set in use on the CPU; with a name, uses that one (for tests).");
 }

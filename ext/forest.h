@@ -66,12 +66,19 @@ struct Attention {  // strides count elements between tokens; heads and dim are 
   Dtype dtype;
 };
 
+struct Store {  // of embeddings: vectors [N, columns, width], float16, or int8 with scales [N, columns] and statistics [2, columns, width]
+  const void* vectors;
+  const float *scales, *statistics;  // null for float16
+  int64_t columns, width;
+};
+
 // CPU (cpu.cpp)
 void cpu_attention(const Attention& a, const Forest& forest, const Tiles& tiles);
 void cpu_mask(const Forest& forest, uint8_t* out, int64_t stride);
 void cpu_rope(void* qkv, Dtype dtype, int64_t tokens, int64_t stride, int heads, int dim, const float* cos, const float* sin);
 void cpu_rmsnorm(float* x, const void* delta, Dtype delta_dtype, const float* weight, void* out, Dtype out_dtype, int64_t tokens, int64_t width, float eps);
 void cpu_swiglu(const void* gate_up, void* out, Dtype dtype, int64_t tokens, int64_t width);
+void cpu_unit_vectors(const Store& store, const int64_t* index, int64_t n, float* out);
 std::string cpu_simd(const std::string& wanted);  // "" asks; throws std::invalid_argument
 constexpr int CPU_TILE = 64;                      // queries a tile
 constexpr int MAX_DIM = 512;                      // largest head_dim

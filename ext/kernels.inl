@@ -39,13 +39,30 @@ TARGET inline void from_float(bf16& to, float x) {  // to nearest even; a NaN st
   to.bits = x == x ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : (uint16_t)0x7fc0;
 }
 
+TARGET inline float to_float(int8_t x) { return x; }
+TARGET inline float to_float(fp16 x) {  // infinities and NaN keep their exponent of ones, all else is scaled by 2^112, exactly
+  const uint32_t bits = (x.bits & 0x7fffu) << 13, rest = (x.bits & 0x8000u) << 16 | ((x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u);
+  float value;
+  std::memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  uint32_t scaled;
+  std::memcpy(&scaled, &value, 4);
+  scaled |= rest;
+  std::memcpy(&value, &scaled, 4);
+  return value;
+}
+
 // n <= WIDTH elements as a vector, zeros behind them, and back.
 template <class T>
 TARGET inline vec get(const T* p, int64_t n) {
 #ifdef BF16_DOT
-  if (n >= WIDTH && sizeof(T) == 2) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  if (n >= WIDTH && std::is_same<T, bf16>::value) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #endif
   if (n >= WIDTH && sizeof(T) == 4) return load((const float*)p);
+#if WIDTH == 16
+  if (n >= WIDTH && std::is_same<T, fp16>::value) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  if (n >= WIDTH && std::is_same<T, int8_t>::value) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#endif
   alignas(64) float x[WIDTH] = {};
   for (int i = 0; i < WIDTH && i < n; ++i) x[i] = to_float(p[i]);
   return load(x);
@@ -403,6 +420,14 @@ TARGET void rope(void* qkv, int64_t stride, int heads, int dim, const float* cos
     }
 }
 
+TARGET inline float sum(const vec (&x)[4]) {
+  alignas(64) float parts[WIDTH];
+  store(parts, (x[0] + x[1]) + (x[2] + x[3]));
+  float total = 0;
+  for (float part : parts) total += part;
+  return total;
+}
+
 template <class D, class T>
 TARGET void rmsnorm(float* x, const void* delta, const float* weight, void* out, int64_t width, float eps, int64_t from, int64_t to) {
   for (int64_t t = from; t < to; ++t) {
@@ -415,11 +440,7 @@ TARGET void rmsnorm(float* x, const void* delta, const float* weight, void* out,
       if (delta) put(row + i, v += get(add + i, width - i), width - i);
       squares[part] += v * v;
     }
-    alignas(64) float parts[WIDTH];
-    store(parts, (squares[0] + squares[1]) + (squares[2] + squares[3]));
-    float square = 0;
-    for (float part : parts) square += part;
-    const vec scale = splat(1 / std::sqrt(square / width + eps));
+    const vec scale = splat(1 / std::sqrt(sum(squares) / width + eps));
     for (int64_t i = 0; i < width; i += WIDTH) put(y + i, get(row + i, width - i) * scale * get(weight + i, width - i), width - i);
   }
 }
@@ -443,9 +464,30 @@ TARGET void swiglu(const void* gate_up, void* out, int64_t width, int64_t from, 
     }
 }
 
+// Vectors index[from..to) of a store -> float32 unit vectors. Statistics: the mean of each column and dimension, then the deviation.
+template <class T>
+TARGET void unit_vectors(const Store& store, const int64_t* index, float* out, int64_t from, int64_t to) {
+  const int64_t width = store.width;
+  for (int64_t t = from; t < to; ++t) {
+    const T* x = (const T*)store.vectors + index[t] * width;
+    const float *mean = nullptr, *deviation = nullptr;
+    if (store.scales) mean = store.statistics + index[t] % store.columns * width, deviation = mean + store.columns * width;
+    float* y = out + t * width;
+    vec squares[4] = {};
+    for (int64_t i = 0, part = 0; i < width; i += WIDTH, part = (part + 1) % 4) {
+      vec v = get(x + i, width - i);
+      if (mean) v = get(mean + i, width - i) + get(deviation + i, width - i) * (v * store.scales[index[t]]);
+      put(y + i, v, width - i);
+      squares[part] += v * v;
+    }
+    const vec scale = splat(1 / std::max(std::sqrt(sum(squares)), 1e-12f));
+    for (int64_t i = 0; i < width; i += WIDTH) put(y + i, get(y + i, width - i) * scale, width - i);
+  }
+}
+
 const Kernels kernels{NAME(ISA), attend_any, mask, {rope<float>, rope<bf16>},
                       {{rmsnorm<float, float>, rmsnorm<float, bf16>}, {rmsnorm<bf16, float>, rmsnorm<bf16, bf16>}},
-                      {swiglu<float>, swiglu<bf16>}};
+                      {swiglu<float>, swiglu<bf16>}, {unit_vectors<fp16>, unit_vectors<int8_t>}};
 
 }  // namespace
 }  // namespace ISA

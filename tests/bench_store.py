@@ -58,6 +58,7 @@ def main():
     parser.add_argument("--dims", default="576,5120", help="widths D (default 576,5120)")
     parser.add_argument("--batches", type=int, default=20, help="timed batches of 256 rows (default 20)")
     args = parser.parse_args()
+    flame.keep_freed_memory()  # as train.py does, for all ways alike
     print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads; {args.rows} rows x {M}, batches of {BATCH} rows, {PICKED} embeddings a row -> float32 unit vectors")
     print(f"{'D':>6} {'cache':6} {'':26} {'rows/s':>10} {'x .pth':>8}")
     for D in map(int, args.dims.split(",")):

@@ -254,9 +254,45 @@ def test_rope_rmsnorm_swiglu(simd, dtype):
         close(out, torch.nn.functional.silu(gate) * up)
 
 
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+@pytest.mark.parametrize("simd", SIMD)
+def test_unit_vectors(simd, kind):
+    flame_ext.simd(simd)
+    random = np.random.default_rng()
+    for N, M, D in ((40, 11, 576), (3, 2, 37), (2, 1, 1)):
+        index = random.integers(0, N * M, 99)
+        out = torch.empty(len(index), D)
+        if kind == "float16":
+            vectors = (random.standard_normal((N, M, D)) * 10.0 ** random.integers(-8, 4, (N, M, 1))).astype(np.float16)  # subnormals too
+            flame_ext.unit_vectors(vectors, index, out)
+            want = vectors.astype(np.float64)
+        else:
+            vectors = random.integers(-128, 128, (N, M, D)).astype(np.int8)
+            scales, statistics = random.random((N, M), np.float32), random.standard_normal((2, M, D)).astype(np.float32)
+            flame_ext.unit_vectors(vectors, index, out, scales, statistics)
+            want = statistics[0] + statistics[1].astype(np.float64) * scales[..., None] * vectors
+        want /= np.maximum(np.linalg.norm(want, axis=-1, keepdims=True), 1e-12)  # a zero vector stays one
+        assert np.abs(out.numpy() - want.reshape(N * M, D)[index]).max() < 1e-6
+
+
+@pytest.mark.parametrize("simd", SIMD)
+def test_unit_vectors_hide_no_broken_value(simd):
+    flame_ext.simd(simd)
+    for broken in (np.nan, np.inf, -np.inf):
+        for D in (40, 5):
+            vectors, out = np.ones((1, 1, D), np.float16), torch.zeros(1, D)
+            vectors[0, 0, 3] = broken
+            flame_ext.unit_vectors(vectors, [0], out)
+            assert out.isnan()[0, 3]
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 LAYOUT = flame_ext.layout([2, 3], [-1, 0])
+
+
+def stored(vectors=np.zeros((2, 3, 8), np.float16), index=(0, 5), out=torch.zeros(2, 8), scales=None, statistics=None):
+    flame_ext.unit_vectors(vectors, list(index), out, scales, statistics)
 
 
 def attention(q=(5, 4, 8), k=(5, 2, 8), v=None, out=None, scale=1.0, rows=None, dtype=torch.float32):
@@ -310,6 +346,18 @@ def attention(q=(5, 4, 8), k=(5, 2, 8), v=None, out=None, scale=1.0, rows=None, 
     (lambda: flame_ext.rmsnorm(torch.zeros(5, 8), torch.zeros(8), torch.zeros(5, 8), 1e-5, torch.zeros(5, 16)[:, ::2]), ValueError, "delta is not contiguous"),
     (lambda: flame_ext.swiglu(torch.zeros(5, 7), torch.zeros(5, 3)), ValueError, "odd width"),
     (lambda: flame_ext.swiglu(torch.zeros(5, 8), torch.zeros(5, 3)), ValueError, "out has shape"),
+    (lambda: stored(vectors=np.zeros((2, 3, 8))), TypeError, "vectors is float64, expected float16"),
+    (lambda: stored(vectors=np.zeros((2, 3), np.float16)), ValueError, "vectors has 2 dimensions"),
+    (lambda: stored(vectors=np.zeros((2, 8, 3), np.float16).transpose(0, 2, 1)), ValueError, "vectors is not contiguous"),
+    (lambda: stored(index=[0, 6]), ValueError, "index has 6, but there are 6 vectors"),
+    (lambda: stored(index=[-1, 0]), ValueError, "index has -1"),
+    (lambda: stored(index=[0.0, 1.0]), TypeError, "index is float64"),
+    (lambda: stored(index=[0]), ValueError, r"out has shape \[2, 8\]"),
+    (lambda: stored(out=torch.zeros(2, 8).bfloat16()), TypeError, "out is bfloat16"),
+    (lambda: stored(scales=np.zeros((2, 3), np.float32), statistics=np.zeros((2, 3, 8), np.float32)), TypeError, "vectors is float16, expected int8"),
+    (lambda: stored(np.zeros((2, 3, 8), np.int8), scales=np.zeros((2, 2), np.float32), statistics=np.zeros((2, 3, 8), np.float32)), ValueError, "scales does not have"),
+    (lambda: stored(np.zeros((2, 3, 8), np.int8), scales=np.zeros((2, 3), np.float32), statistics=np.zeros((2, 3, 8))), TypeError, "statistics is float64"),
+    (lambda: stored(np.zeros((2, 3, 8), np.int8), scales=np.zeros((2, 3), np.float32)), (TypeError, ValueError), "statistics"),
     (lambda: flame_ext.simd("sse9"), ValueError, "sse9.*plain"),
 ])
 def test_refusals(call, error, words):
@@ -323,6 +371,7 @@ def test_nothing_to_do():
     flame_ext.attention(*(torch.zeros(0, 2, 8) for _ in range(4)), empty, 1.0)
     attention(q=(0, 4, 8), rows=[])
     flame_ext.swiglu(torch.zeros(0, 8), torch.zeros(0, 4))
+    stored(index=[], out=torch.zeros(0, 8))
 
 
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
