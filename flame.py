@@ -318,7 +318,7 @@ def _read_json(path, cure="download or write it anew"):
         raise InputError(f"{path}: not JSON ({e}); {cure}") from None
 
 
-SIZES = 32  # what matrix products' rows are a multiple of: for every new number of them, oneDNN compiles and keeps new kernels
+SIZES = 64  # what matrix products' rows are a multiple of: for every new number of them, oneDNN compiles and keeps new kernels
 
 
 @torch.inference_mode()
@@ -549,7 +549,7 @@ class TextEncoder:
     positions  "restart": every facet's RoPE positions go on from the caption, so that an embedding is fixed by its string;
                "sequential": compatibility with the released code, as if it encoded every caption alone: consecutive over all K
                facets, the caption decoded from its first 1,024 tokens, in "short" and "long" a literal <s> before the first facet
-    budget     tokens in one packed row (default: BUDGET)
+    budget     tokens in one packed row, up to a caption more (default: BUDGET)
     """
 
     def __init__(self, llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart", budget=None):
@@ -580,22 +580,22 @@ class TextEncoder:
     def pack(self, captions, prompts="long"):
         """Yields (rows, Forest of their strings), each a packed row; may run ahead of `run` in a thread of its own.
 
-        Captions are sorted by length, since the bar's ETA and the memory are steadier that way; no caption is padded.
+        Captions are sorted by length, since the bar's ETA and the memory are steadier that way; no caption is padded. As few
+        packed rows as the budget allows, about equally long: what is left over would be short, which is slow, and of any length.
         """
         prefixes, suffixes = tokenize(self.tokenizer, captions, prompts, self.positions)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
             if len(prefix) + sum(map(len, facets)) > self.context:
                 (prefixes[i],), (suffixes[i],) = self._fitting(captions[i], prompts)
-        batch, tokens = [], 0
-        for i in sorted(range(len(captions)), key=lambda i: len(prefixes[i])):
-            size = len(prefixes[i]) + sum(map(len, suffixes[i]))  # an upper bound: facets share their openings
-            if batch and tokens + size > self.budget:
-                yield batch, caption_forest([prefixes[j] for j in batch], [suffixes[j] for j in batch], self.positions)
-                batch, tokens = [], 0
+        sizes = [len(prefix) + sum(map(len, facets)) for prefix, facets in zip(prefixes, suffixes)]  # upper bounds: facets share their openings
+        total, batch, tokens, made = sum(sizes), [], 0, 0
+        rows = -(-total // self.budget)
+        for i in sorted(range(len(captions)), key=sizes.__getitem__):
             batch.append(i)
-            tokens += size
-        if batch:
-            yield batch, caption_forest([prefixes[j] for j in batch], [suffixes[j] for j in batch], self.positions)
+            tokens += sizes[i]
+            if tokens * rows // total > made:
+                yield batch, caption_forest([prefixes[j] for j in batch], [suffixes[j] for j in batch], self.positions)
+                batch, made = [], tokens * rows // total
 
     def run(self, forest, n):
         """The n captions' facet states, float32 [n, K, D] on the CPU, of a Forest that `pack` made."""
