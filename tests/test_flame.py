@@ -214,6 +214,19 @@ def test_sharing_changes_nothing(tiny_llm, path):
         assert centered_error(flame.decode(decoder, shared).view(5, 7, -1), expected.view(5, 7, -1)) <= 1e-5
 
 
+def test_packed_rows_are_few_and_about_equally_long(tiny_llm):
+    encoder, random = flame.TextEncoder(tiny_llm, dtype=torch.float32, budget=900), np.random.default_rng()
+    for many in (1, 2, 60):
+        captions = ["a cat and " * n for n in random.integers(0, 60, many)]
+        prefixes, suffixes = flame.tokenize(encoder.tokenizer, captions, "long")
+        sizes = [len(p) + sum(map(len, fs)) for p, fs in zip(prefixes, suffixes)]
+        packs = [rows for rows, _ in encoder.pack(captions, "long")]
+        assert sorted(sum(packs, [])) == list(range(many)) and len(packs) <= -(-sum(sizes) // 900)
+        filled = [sum(sizes[i] for i in rows) for rows in packs]
+        assert max(filled) <= 900 + max(sizes) and max(filled) - min(filled) <= 2 * max(sizes)
+    assert list(encoder.pack([], "long")) == []
+
+
 def test_rounding_sizes_changes_nothing(tiny_llm, path, monkeypatch):
     """However many tokens and answers a packed row has, matrix products see few different numbers of rows."""
     decoder, tokenizer = flame.load_decoder(tiny_llm, dtype=torch.float32), flame.load_tokenizer(tiny_llm)
