@@ -89,6 +89,8 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, re
         print(f"{N} captions, prompts {','.join(prompts)} -> {out} ([{N}, {len(columns)}, {D}] {args.store}, {size:.0f} MB), layer {encoder.layer}, "
               f"{args.dtype} on {world if world > 1 else ''}{device.type}" + ("" if flame.flame_ext else ", without flame_ext: slower"))
     todo = sum(min(window, total - w * window) for w in mine)
+    if device.type == "cpu":
+        settle_memory(encoder)
     bar = tqdm(total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05, disable=rank > 0)
     block, work = None, packed(rows_of(args.captions, joined, repeats), window, set(mine), prompts, encoder)
     with open(out / f"windows-{rank}.txt", "a") as log:
@@ -114,6 +116,15 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, re
         finish(out, settings | {"N": N, "D": D, "M": len(columns)}, set(range(shard, -(-total // window), shards)))
         print(f"{out}: {N} x {len(columns)} embeddings; {todo * world / seconds:.2f} captions/s, {seconds:.0f} s, model busy {busy / seconds:.1%} of the time"
               + (f"; {encoder.truncated} captions were cut to the model's context" if encoder.truncated else ""))
+
+
+def settle_memory(encoder):
+    """Runs two blocks, the last being one, over rows of every usual length. What oneDNN keeps for each is then there from the
+    start: a memory limit that is too low shows now, not after hours. It costs about as much as one packed row."""
+    few = encoder.decoder._replace(blocks=encoder.decoder.blocks[:2])
+    for tokens in range(encoder.budget, encoder.budget // 2, -flame.SIZES):
+        idle = torch.zeros(tokens, dtype=torch.int64)
+        flame.decode(few, flame.Forest(idle, idle, np.array([tokens], np.int32), np.array([-1], np.int32), torch.arange(min(tokens, flame.SIZES))))
 
 
 def rows_of(captions, joined, repeats):
