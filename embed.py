@@ -120,7 +120,7 @@ def embed_windows(args, settings, out, joined, device, rank, world, N, total, re
 
 def settle_memory(encoder):
     """Runs two blocks, one as all and one as the last is run, over rows of every usual length. What oneDNN keeps for each is then
-    there from the start: a memory limit that is too low shows now, not after hours. It costs less than two packed rows."""
+    there from the start: a memory limit that is too low shows now, not after hours. At the usual budget it costs less than two packed rows."""
     few = encoder.decoder._replace(blocks=encoder.decoder.blocks[:2])
     for tokens in range(encoder.budget, encoder.budget // 2, -flame.SIZES):
         idle = torch.zeros(tokens, dtype=torch.int64)

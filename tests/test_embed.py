@@ -84,6 +84,19 @@ def test_reading_in_one_pass_and_step_by_step(here, tiny_llm, monkeypatch, store
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+def test_no_packed_row_of_a_full_window_brings_a_new_size(tiny_llm, monkeypatch):
+    """For every new number of rows oneDNN compiles kernels and keeps them: memory would grow for as long as they come."""
+    encoder, random, lengths, attention_over = flame.TextEncoder(tiny_llm, dtype=torch.float32), np.random.default_rng(), [], flame.attention_over
+    monkeypatch.setattr(flame, "attention_over", lambda forest, device: lengths.append(len(forest.tokens)) or attention_over(forest, device))
+    embed.settle_memory(encoder)
+    settled = sorted(lengths)
+    assert settled == list(range(1088, 2049, 64))
+    lengths.clear()
+    for name in flame.PROMPTS:
+        encoder.encode([f"{i} words " + "and more " * n for i, n in enumerate(random.integers(0, 20, 256))], name)
+    assert len(lengths) > 12 and set(lengths) <= set(settled)
+
+
 def test_prompts_choose_columns(here, tiny_llm):
     write_tsv(here / "small.tsv", ROWS[:3])
     main("--captions", "small.tsv", "--llm", tiny_llm, "--prompts", "long,raw", "--out", "some/where")
