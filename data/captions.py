@@ -218,7 +218,10 @@ def _csv(file, path, skipped):
     lines = whole_lines()
     first = next(lines, "\n")
     delimiter = "\t" if "\t" in first else ","
-    header = next(csv.reader([first], delimiter=delimiter), [])
+    try:
+        header = next(csv.reader([first], delimiter=delimiter), [])
+    except csv.Error as e:
+        raise InputError(f"{path}: line 1: not CSV ({e}); save it with a header and line feeds") from None
     if not header:
         return
     _check_header(header, path)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import embed
 import flame
@@ -433,6 +433,7 @@ def test_a_key_that_occurs_before_is_skipped(here, tiny_llm, capsys, store):
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=80), st.text("\t\n[]{}\":,aäkeyrawlong", max_size=80).map(lambda s: s.encode()),
                  st.dictionaries(st.sampled_from(["key", "raw", "long", "image"]), st.text(), max_size=4).map(lambda d: json.dumps([d]).encode()), st.binary(max_size=40).map(lambda b: b"key\traw\n" + b)))
+@example(b"key,raw\ra,A cat.\r")  # lines that end as they did on old Macs
 def test_no_file_makes_a_traceback(tmp_path, data):
     for name, content in (("x", data), ("x.csv", data), ("x.tsv.gz", gzip.compress(data)), ("x.gz", b"\x1f\x8b" + data), ("x.tar", data), ("y.tar", b"a.txt".ljust(124, b"\0") + data)):
         (tmp_path / name).write_bytes(content)
