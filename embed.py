@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import flame
-from data import look
+from data.show import look
 from data.captions import fingerprint, read_captions, read_join, report_skipped, skip
 
 WINDOW = {"cpu": 256, "cuda": 2048}  # rows between two flushes: seconds to a minute of work; part of what fixes the bytes

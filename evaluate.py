@@ -31,7 +31,8 @@ import torch
 from tqdm import tqdm
 
 import flame
-from data import benchmarks, cache, report
+from data import benchmarks, cache
+from data.show import report
 
 SEED = 0                # of the bootstrap, of the linear probe and of the queries shown
 RESAMPLES = 1000

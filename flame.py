@@ -243,7 +243,7 @@ def llm_config(llm_dir):
     or its sliding window where that is shorter, since up to there a window changes nothing.
     """
     path = Path(llm_dir) / "config.json"
-    config = _read_json(path, "--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer")
+    config = read_json(path, cure="--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer")
     family = config.get("model_type")
     if family not in FAMILIES:
         raise InputError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -283,7 +283,7 @@ def _weights_reader(llm_dir):
     files = sorted(llm_dir.glob("*.safetensors"))
     index = llm_dir / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({llm_dir / Path(f).name for f in _read_json(index)["weight_map"].values()})
+        files = sorted({llm_dir / Path(f).name for f in read_json(index)["weight_map"].values()})
     if not files:
         raise InputError(f"{llm_dir}: no *.safetensors; download the model's weights into this folder")
     where = {}
@@ -309,13 +309,52 @@ def load_unembedding(llm_dir):
     return tuple(read(name).float() for name in wanted)
 
 
-def _read_json(path, cure="download or write it anew"):
+def read_json(path, wanted=None, cure="download or write it anew"):
+    """The object in a JSON file that others may have written.
+
+    wanted: {key: type, or tuple of types}. A key may be missing where None's type is among them; an int is a float too,
+    a bool is neither. Raises InputError, which names file, key and cure, where anything is not as wanted.
+    """
+    path = Path(path)
+    if not path.is_file():  # a pipe would be waited for without end
+        raise InputError(f"{path}: {'not a regular' if path.exists() else 'no such'} file; {cure}")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path}: no such file; {cure}") from None
-    except ValueError as e:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); {cure}") from None
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not JSON ({e}); {cure}") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: holds a {type(entries).__name__}, not an object; {cure}")
+    for key, types in (wanted or {}).items():
+        types = types if isinstance(types, tuple) else (types,)
+        value = entries.get(key)
+        if key not in entries and type(None) not in types:
+            raise InputError(f"{path}: no {key!r}; {cure}")
+        if not isinstance(value, types + (int,) * (float in types)) or isinstance(value, bool) and bool not in types:
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise InputError(f"{path}: {key!r} is {json.dumps(value)[:50]}, not a {names}; {cure}")
+    return entries
+
+
+def read_array(path, dtype, shape, cure="download or write it anew"):
+    """Maps a .npy file that others may have written: exactly this dtype and shape, rows first. Nothing is unpickled.
+
+    Raises InputError, which names file and cure, where anything is not as wanted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a regular' if path.exists() else 'no such'} file; {cure}")
+    try:
+        array = np.load(path, mmap_mode="r")  # allow_pickle is off
+    except Exception as e:  # numpy raises nearly anything on a broken file
+        raise InputError(f"{path}: not a .npy file of numbers ({' '.join(str(e).split())[:100]}); {cure}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: an archive of arrays, not one .npy array; {cure}")
+    if array.dtype != np.dtype(dtype) or array.shape != tuple(shape) or not array.flags.c_contiguous:
+        order = "" if array.flags.c_contiguous else ", columns first"
+        raise InputError(f"{path}: {array.dtype} {list(array.shape)}{order}, where {np.dtype(dtype)} {list(shape)} is wanted; {cure}")
+    return array
 
 
 SIZES = 64  # what matrix products' rows are a multiple of: for every new number of them, oneDNN compiles and keeps new kernels
@@ -440,11 +479,11 @@ def load_tokenizer(llm_dir):
             from sentencepiece import SentencePieceProcessor
             pieces = SentencePieceProcessor(model_file=str(path))
             settings = llm_dir / "tokenizer_config.json"
-            bos = not settings.exists() or _read_json(settings).get("add_bos_token", True)  # LlamaTokenizer's default
+            bos = not settings.exists() or read_json(settings).get("add_bos_token", True)  # LlamaTokenizer's default
             return _with_bos(pieces.encode, pieces.decode, pieces.bos_id(), bos)
         if (path := llm_dir / "tekken.json").exists():
             from tiktoken import Encoding
-            tekken = _read_json(path)
+            tekken = read_json(path)
             special = tekken["config"]["default_num_special_tokens"]  # these ids come first; <s> is 1
             vocabulary = tekken["vocab"][:tekken["config"]["default_vocab_size"] - special]
             ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in vocabulary}
@@ -656,7 +695,7 @@ class Store:
         if not (self.path / "meta.json").exists():
             state = "is not finished; run the same embed.py command again" if (self.path / "journal.json").exists() else "is not an embedding store; make one with embed.py"
             raise InputError(f"{self.path}: {state}")
-        self.meta = _read_json(self.path / "meta.json")
+        self.meta = read_json(self.path / "meta.json")
         self.scales = self.statistics = None
         try:
             self.vectors = np.load(self.path / "embeddings.npy", mmap_mode="r")  # never unpickles: allow_pickle is off
@@ -873,7 +912,7 @@ def load(checkpoint):
         if path.is_file():
             config, weights = _read_released(path)
         else:
-            saved = _read_json(path / "config.json", "make a checkpoint with train.py")
+            saved = read_json(path / "config.json", cure="make a checkpoint with train.py")
             config, weights = saved["model"] | {"llm": saved["llm"]}, load_file(path / "model.safetensors")
         model = Flame(config)
         model.load_state_dict(weights)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flame
-from data import report
+from data.show import report
 from data.pictures import Batches, find_pictures, open_picture
 
 # Every setting, its value in each preset, and what it is. Any of them can be given as a flag: --image-size 96.

@@ -18,7 +18,8 @@ from scipy.io import savemat
 
 import evaluate
 import flame
-from data import benchmarks, report
+from data import benchmarks
+from data.show import report
 
 ROOT = Path(__file__).parent.parent
 K = (1, 5, 10)

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import embed
 import flame
-from data import captions, look
+from data import captions
+from data.show import look
 from data.captions import read_captions
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,64 @@
+"""What the command lines of all stages share: numbers with a range, the device, and how a run ends that cannot go on."""
+import argparse
+import math
+import sys
+
+import torch
+
+from flame import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with --help on one screen, and a mistake in one line instead of the whole usage."""
+
+    def __init__(self, **settings):
+        def narrow(prog):
+            return argparse.HelpFormatter(prog, max_help_position=26, width=150)
+        super().__init__(formatter_class=narrow, allow_abbrev=False, **settings)
+
+    def error(self, message):
+        raise InputError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=False):
+    """An argparse type: a finite int or float from low to high; above=True leaves low itself out."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or above and value == low:
+            wanted = "a whole number" if kind is int else "a number"
+            least = "" if low == -math.inf else f" above {low}" if above else f" from {low}"
+            most = "" if high == math.inf else f" to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}{least}{most}")
+        return value
+    return parse
+
+
+def usable_device(name):
+    """"cpu", "cuda" or "cuda:1" -> torch.device. Raises InputError where this machine or its torch has no such device."""
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("not supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; give cpu or cuda") from None
+    return device
+
+
+def run(script, body, again):
+    """Runs a stage; -> its exit code. 2 with one line on stderr for bad input, 130 for Ctrl-C. again: what resuming does."""
+    try:
+        body()
+    except InputError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a file vanished, a folder may not be read
+        print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; mend that and run the same command again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; {again}", file=sys.stderr)
+        return 130
+    return 0
