@@ -1,4 +1,5 @@
 """What several test files need: the demo's real LLM, small random LLMs, and the command line run in this process."""
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,32 @@ def make_random_llm(llm, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_llm(make_random_llm):
     return make_random_llm()
+
+
+@pytest.fixture(scope="session")
+def byte_llm(tmp_path_factory):
+    """Folder of a random Llama of two blocks to whose tokenizer every byte is a token: 100 kB, so that tests may copy it."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    folder = tmp_path_factory.mktemp("byte-llm")
+    config = {"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shapes = {"model.embed_tokens.weight": (256, 32), "model.norm.weight": (32,), "lm_head.weight": (256, 32)}
+    for i in range(2):
+        layer = f"model.layers.{i}."
+        shapes |= {layer + "input_layernorm.weight": (32,), layer + "post_attention_layernorm.weight": (32,)}
+        shapes |= {layer + f"self_attn.{x}_proj.weight": (16 if x in "kv" else 32, 32) for x in "qkvo"}
+        shapes |= {layer + f"mlp.{x}_proj.weight": (64, 32) for x in ("gate", "up")}
+        shapes[layer + "mlp.down_proj.weight"] = 32, 64
+    random = torch.Generator().manual_seed(0)
+    save_file({name: torch.randn(shape, generator=random) for name, shape in shapes.items()}, folder / "model.safetensors")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture
