@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 import flame
 from data.show import look
-from data.captions import fingerprint, read_captions, read_join, report_skipped, skip
+from data.captions import fingerprint, open_join, read_captions, read_join, report_skipped, skip
+from data.pictures import warn_of_missing_pictures
 
 WINDOW = {"cpu": 256, "cuda": 2048}  # rows between two flushes: seconds to a minute of work; part of what fixes the bytes
 SAMPLE = 256                         # rows, evenly spaced, that an int8 store's statistics are fitted on
@@ -57,14 +58,16 @@ def embed(args):
         "budget": args.budget or flame.BUDGET[device.type], "window": args.window or WINDOW[device.type], "store": args.store, "shard": [shard, shards],
     }
     skipped = {}
-    joined = {name: read_join(name, file, skipped) for name, file in args.join.items()}
+    if rank == 0:
+        warn_of_missing_pictures(args.captions)
     if world > 1:  # for the ranks to wait for one another, however long one takes
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     with lock(out, args.overwrite) if rank == 0 else nullcontext():
-        job = [prepare(out, settings, joined, skipped, config["hidden_size"]) if rank == 0 else None]
+        job = [prepare(out, settings, skipped, config["hidden_size"]) if rank == 0 else None]
         if world > 1:
             torch.distributed.broadcast_object_list(job, src=0)
         if job[0]:
+            joined = {name: open_join(join_file(out, name)) for name in args.join}
             embed_windows(args, settings, out, joined, device, rank, world, **job[0])
 
 
@@ -189,7 +192,7 @@ def lock(out, overwrite):
         file = open(out / "lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if overwrite:
-            for path in [*(out / name for name in FILES), *out.glob("windows-*.txt")]:  # the finished mark first
+            for path in [*(out / name for name in FILES), *out.glob("windows-*.txt"), *out.glob("join-*")]:  # the finished mark first
                 path.unlink(missing_ok=True)
     except BlockingIOError:
         raise flame.InputError(f"{out}: another run is writing this store; wait for it, or choose another --out") from None
@@ -200,7 +203,12 @@ def lock(out, overwrite):
         (out / "lock").unlink(missing_ok=True)
 
 
-def prepare(out, settings, joined, skipped, D):
+def join_file(out, name):
+    """Where the captions of a joined file lie while the store is made, for all ranks."""
+    return out / f"join-{name}.sqlite"
+
+
+def prepare(out, settings, skipped, D):
     """Begins the store, or checks that the one there is this run's; -> what `embed_windows` needs, None if it is finished.
 
     Raises InputError where it was made with other settings.
@@ -212,6 +220,7 @@ def prepare(out, settings, joined, skipped, D):
     if (out / "meta.json").exists():
         print(f"{out}: finished already, nothing to do")
         return None
+    joined = {name: read_join(name, file, skipped, join_file(out, name)) for name, file in settings["captions"]["joins"].items()}
     if not (out / "journal.json").exists():
         N, total, seen, repeats = 0, 0, set(), []
         used = dict.fromkeys(joined, 0)
@@ -297,7 +306,7 @@ def finish(out, meta, windows):
         raise flame.InputError(f"{out}: {len(missing)} windows are missing; run the same command again")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     write_text(out / "meta.json", json.dumps(meta | {"versions": versions}, indent=1))  # this makes the store finished
-    for path in [out / "journal.json", *out.glob("windows-*.txt")]:
+    for path in [out / "journal.json", *out.glob("windows-*.txt"), *out.glob("join-*")]:
         path.unlink(missing_ok=True)
 
 

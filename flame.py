@@ -712,6 +712,9 @@ class Store:
     def __len__(self):
         return len(self.keys)
 
+    def __reduce__(self):  # pickled as its path: a loader's process maps the vectors instead of getting a copy of them
+        return Store, (self.path,)
+
     def read(self, rows, columns):
         """int [n] rows, int [n, m] or [m] columns -> float32 tensor [n, m, D] of unit vectors. Raises ValueError where there is no such."""
         N, M, D = self.vectors.shape

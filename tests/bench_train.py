@@ -29,7 +29,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flame  # noqa: E402
 import train  # noqa: E402
-from data.pictures import random_crop  # noqa: E402
+from data.pictures import DRAWS, random_crop  # noqa: E402
 
 B16 = dict(image_size=224, patch_size=16, width=768, layers=12, heads=12, projector_hidden=4096, text_dim=576, pool_first=False, text_rank=0, text_linear=False)
 TARGETS = {"step": "at least 1.0 x (goal 1.15)", "pipeline": "at least 2 x", "loss": "at most 1/8 of the memory, 1.1 x the time"}
@@ -123,7 +123,7 @@ def bench_pipeline(args, synchronize):
     def ours(normalise=True):
         pixels = torch.empty(len(files), 3, 224, 224, dtype=torch.uint8)
         for i, file in enumerate(files):
-            pixels[i] = random_crop(Image.open(io.BytesIO(file)), 224, 0.9, rng.random(4))
+            pixels[i] = random_crop(Image.open(io.BytesIO(file)), 224, 0.9, rng.random(DRAWS))
         return flame.to_pixels(pixels) if normalise else pixels
 
     took, loader, reference = seconds_of(ours, lambda: ours(False), theirs, seconds=args.seconds, synchronize=lambda: None)

@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself: see the ranks' test
 import flame
 import train
-from data.pictures import Batches, find_pictures, open_picture, random_crop
+from data.pictures import DRAWS, Batches, crop_box, find_pictures, open_picture, random_crop
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40), "black": (10, 10, 10), "white": (245, 245, 245)}
 
@@ -230,14 +230,10 @@ def test_random_crop_is_pillows_crop_and_resize():
     rng = np.random.default_rng(1)
     for side, smallest in ((96, 0.9), (40, 0.3), (7, 0.2)):  # from fine to coarse pictures
         image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).resize((90, 81), Image.Resampling.BICUBIC)
-        for draw in rng.random((5, 4)):
+        for draw in rng.random((5, DRAWS)):
             ours = random_crop(image, 64, smallest, draw).permute(1, 2, 0).numpy().astype(int)
-            # the box, by the textbook: area and ratio, clipped to the picture, then placed
-            area, ratio = (smallest + (1 - smallest) * draw[0]) * 90 * 81, (4 / 3) ** (2 * draw[1] - 1)
-            w, h = min(90, (area * ratio) ** 0.5), min(81, (area / ratio) ** 0.5)
-            left, top = draw[2] * (90 - w), draw[3] * (81 - h)
-            box = [round(left), round(top), math.ceil(left + w), math.ceil(top + h)]
-            expected = np.array(image.crop(box).resize((64, 64), Image.Resampling.BICUBIC), int)
+            left, top, w, h = crop_box(90, 81, smallest, draw)
+            expected = np.array(image.crop((left, top, left + w, top + h)).resize((64, 64), Image.Resampling.BICUBIC), int)
             assert np.abs(ours - expected).max() <= 8 and np.abs(ours - expected).mean() < 0.5  # each rounds twice
 
 
@@ -621,7 +617,7 @@ def test_bad_input_on_the_command_line(run, refused, small, tmp_path):
     store, pictures = small
     refused(run("train.py"), "data/embeddings", "embed.py")
     refused(run("train.py", "--embeddings", tmp_path / "none"), tmp_path / "none", "not an embedding store")
-    refused(run("train.py", "--embeddings", store, "--images", tmp_path / "none", *SMALL), "no picture of step 0's batch", "--images")
+    refused(run("train.py", "--embeddings", store, "--images", tmp_path / "none", *SMALL), tmp_path / "none/p000.png", "captions.tsv", "--images")
     refused(run("train.py", "--embeddings", store, *SMALL, "--text-projection", "sharpen"), "sharpen")
     refused(run("train.py", "--embeddings", store, *SMALL, "--loss", "hinge"), "hinge")
     (tmp_path / "file").write_text("")

@@ -1,0 +1,255 @@
+"""data/captions.py: captions joined from a file of their own, tars that are damaged or hostile, what is no regular file."""
+import gzip
+import io
+import json
+import os
+import signal
+import tarfile
+import tracemalloc
+from contextlib import contextmanager
+
+import pytest
+
+import embed
+import flame
+from data import captions
+from data.captions import open_join, read_captions, read_join, tar_files
+
+
+@contextmanager
+def within(seconds):
+    """Fails instead of hanging."""
+    def stop(*_):
+        pytest.fail(f"hangs: not done within {seconds} s")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- tars: hostile ones are made of a header written by hand between two honest samples
+
+def member(name, data=b"", kind=tarfile.REGTYPE, **changes):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.type = kind
+    for field, value in changes.items():
+        setattr(info, field, value)
+    return info.tobuf(changes.get("format", tarfile.GNU_FORMAT)) + data + bytes(-len(data) % 512)
+
+
+def pax(name, **records):
+    """An extended header whose values are as given, then the file that it is about."""
+    lines = b""
+    for key, value in records.items():
+        line = f" {key}={value}\n".encode()
+        length = len(line) + len(str(len(line) + 3))
+        lines += str(length).encode() + line
+    return member("pax", lines, tarfile.XHDTYPE) + member(name, b"evil")
+
+
+def old_sparse(name, offset, size, real):
+    """GNU's old sparse header: one entry of a map, then the size that the file claims to have."""
+    header = bytearray(member(name, kind=tarfile.GNUTYPE_SPARSE)[:512])
+    header[386:398] = b"%011o\0" % offset
+    header[398:410] = b"%011o\0" % size
+    header[483:495] = b"%011o\0" % real
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:512]))
+    return bytes(header)
+
+
+def hostile(name):
+    """{what: a file of that name in a tar, after which nothing can be read}, {what: a file that alone cannot be used}."""
+    damaged = {
+        "negative in base 256": member(name, size=-512),
+        "far back in base 256": member(name, size=-1536),
+        "minus one in base 256": member(name, size=-1),
+        "huge in base 256": member(name, size=1 << 70),
+        "20 GB": member(name, size=20 << 30),
+        "negative in PAX": pax(name, size=-512),
+        "far back in PAX": pax(name, size=-4096),
+        "huge in PAX": pax(name, size=10 ** 30),
+        "no number in PAX": pax(name, size="many"),
+        "too many digits in PAX": pax(name, size="9" * 5000),
+        "a PAX header of terabytes": member("pax", kind=tarfile.XHDTYPE, size=1 << 42),
+        "a negative PAX header": member("pax", kind=tarfile.XHDTYPE, size=-512),
+        "a PAX header that takes its parser minutes": member("pax", b"7" * 2_000_000, tarfile.XHDTYPE) + member(name, b"evil"),
+        "a long name of terabytes": member("name", kind=tarfile.GNUTYPE_LONGNAME, size=1 << 42),
+        "PAX headers without end": member("pax", b"9 a=bcde\n", tarfile.XHDTYPE) * 3000,
+        "a sparse map that is none": pax(name, **{"GNU.sparse.map": "0,1,x", "GNU.sparse.name": "evil.txt"}),
+        "a sparse file of no size": pax(name, **{"GNU.sparse.major": 1, "GNU.sparse.minor": 0, "GNU.sparse.realsize": "x"}),
+        "a sparse file of negative size": pax(name, **{"GNU.sparse.major": 1, "GNU.sparse.minor": 0, "GNU.sparse.realsize": -1, "size": -1024}),
+        "noise": b"\xff" * 512,
+    }
+    alone = {"an old sparse file of 8 GB": old_sparse(name, 0, 0, (1 << 33) - 1), "a sparse file in PAX": pax(name, **{"GNU.sparse.map": "0,4", "GNU.sparse.size": 20 << 30})}
+    return damaged, alone
+
+
+HOSTILE, ALONE = hostile("evil.txt")
+
+
+@pytest.mark.parametrize("what", HOSTILE | ALONE)
+def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, what, capsys):
+    bad = (HOSTILE | ALONE)[what]
+    end = bytes(1024)
+    (tmp_path / "a-0.tar").write_bytes(member("good.txt", b"before") + bad + member("late.txt", b"after") + end)
+    (tmp_path / "a-1.tar").write_bytes(member("next.txt", b"another") + end)
+    skipped = {}
+    with within(10):
+        rows = list(read_captions(tmp_path / "a-{0..1}.tar", skipped))
+    keys = [row.key for row in rows]
+    assert keys[0] == "good" and keys[-1] == "next" and rows[0].captions["raw"] == "before"
+    if what in ALONE:
+        assert keys == ["good", "late", "next"] and skipped["sparse file in a tar"][0] == 1
+    else:
+        assert "late" not in keys and skipped[captions.DAMAGED][0] == 1
+        assert "a-0.tar" in skipped[captions.DAMAGED][1][0]
+    captions.report_skipped("a", skipped)
+    assert "a-0.tar" in capsys.readouterr().err
+
+
+def test_memory_that_a_tar_asks_for_is_not_given(tmp_path):
+    (tmp_path / "a.tar").write_bytes(member("good.txt", b"before") + member("pax", kind=tarfile.XHDTYPE, size=1 << 30) + bytes(1024))
+    tracemalloc.start()
+    try:
+        assert len(list(read_captions(tmp_path / "a.tar"))) == 1
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tar_cut_anywhere_gives_what_is_whole(tmp_path):
+    whole = b"".join(member(f"{n}.txt", b"x" * 300 * n) for n in range(1, 4)) + bytes(1024)
+    for cut in range(0, len(whole) + 1, 100):
+        (tmp_path / "a.tar").write_bytes(whole[:cut])
+        skipped = {}
+        found = [key for _, key, _, _, _ in tar_files(tmp_path / "a.tar", skipped)]
+        assert found == [key for key, end in (("1", 812), ("2", 2136), ("3", 3972)) if end <= cut]
+        assert (captions.DAMAGED in skipped) == (cut < len(whole) - 512)
+
+
+def test_texts_larger_than_any_caption_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(captions, "LARGEST_TEXT", 100)
+    (tmp_path / "a.tar").write_bytes(member("a.txt", b"x" * 101) + member("b.txt", b"x" * 100) + member("c.json", b'{"caption": "' + b"x" * 99 + b'"}') + bytes(1024))
+    skipped = {}
+    assert [row.key for row in read_captions(tmp_path / "a.tar", skipped)] == ["b"]
+    assert [count for reason, (count, _) in skipped.items() if "text of over" in reason] == [2]
+
+
+def test_a_name_in_a_tar_ends_at_its_first_dot(tmp_path):
+    assert captions.sample_name("a.b/c.d.JPG") == ("a.b/", "c", "d.jpg")
+    (tmp_path / "a.tar").write_bytes(member("x/a.large.jpg", b"?") + member("x/a.txt", b"A") + member("x/._a.txt", b"no sample's") + member("x/b.txt", b"B") + bytes(1024))
+    assert [(row.key, row.captions["raw"]) for row in read_captions(tmp_path / "a.tar")] == [("a", "A"), ("b", "B")]
+
+
+def test_a_line_break_in_a_tars_name_stays_off_the_screen(tmp_path):
+    (tmp_path / "a.tar").write_bytes(member("a\nb.txt", b"A") + bytes(1024))
+    with pytest.raises(flame.InputError) as error:
+        next(read_captions(tmp_path / "a.tar"))
+    assert "\n" not in str(error.value) and "a b" in str(error.value)
+
+
+# --- what is no regular file
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.json", "a.tar", "a-{0..0}.tar"])
+def test_a_pipe_is_refused_in_one_line(tmp_path, name, monkeypatch, capsys):
+    pipe = tmp_path / name.replace("{0..0}", "0")
+    os.mkfifo(pipe)
+    monkeypatch.setattr("sys.argv", ["embed.py", "--captions", str(tmp_path / name), "--llm", "none", "--out", str(tmp_path / "store")])
+    with within(5):
+        try:
+            code = embed.main()
+        except SystemExit as stop:
+            code = stop.code
+        with pytest.raises(flame.InputError, match=f"{pipe}: not a regular file"):
+            read_join("long", tmp_path / name, {})
+    message = capsys.readouterr().err
+    assert code == 2 and message.count("\n") == 1 and f"{pipe}: not a regular file" in message
+    assert os.listdir(tmp_path) == [pipe.name]
+
+
+# --- JSON lists
+
+def test_entries_come_one_by_one_from_a_list_that_goes_on_without_end():
+    class Endless(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            text = (b'{"a": "b"}, ' * (len(buffer) // 12 + 1))[:len(buffer) // 12 * 12]
+            buffer[:len(text)] = text
+            return len(text)
+
+    class Opened(Endless):
+        begun = False
+
+        def readinto(self, buffer):
+            if not self.begun:
+                self.begun = True
+                buffer[:1] = b"["
+                return 1
+            return super().readinto(buffer)
+
+    entries = captions.json_entries(io.BufferedReader(Opened()), "a.json")
+    assert [next(entries) for _ in range(300_000)][-1] == {"a": "b"}
+
+
+def test_what_is_no_list_names_file_entry_and_cure():
+    for text, where in (("[1, 2, x]", "entry 3"), ('{"a": 1}', "entry 1"), ("", "entry 1"), ("[1] 2", "entry 2")):
+        with pytest.raises(flame.InputError, match=f"^a.json: not a JSON list .{where}: .*; fetch it again"):
+            list(captions.json_entries(io.BytesIO(text.encode()), "a.json", "fetch it again"))
+
+
+# --- captions joined from a file of their own
+
+def joined_file(path, rows):
+    path.write_text(json.dumps([{"__key__": key, "minicpm": text} for key, text in rows]))
+    return path
+
+
+@pytest.mark.parametrize("index", [None, "join.sqlite"])
+def test_a_joined_file_is_a_mapping_on_disk(tmp_path, index):
+    skipped = {}
+    file = joined_file(tmp_path / "long.json", [("a", "A  1"), ("b", "B"), ("a", "A\n2"), ("c", ""), ("", "D"), ("e\ud800", "E"), ("ü\0", "Ü")])
+    joined = read_join("long", file, skipped, index and tmp_path / index)
+    for one in [joined, open_join(tmp_path / index)] if index else [joined]:
+        assert len(one) == 4 and [one.get(key) for key in ("a", "b", "c", "", "ü\0", 7)] == ["A 2", "B", None, "D", "Ü", None]
+        assert "a" in one and "c" not in one
+    assert skipped == {"joined row without key or caption": [2, [4, 6]]}
+
+
+def test_memory_does_not_grow_with_a_joined_file(tmp_path):
+    with gzip.open(tmp_path / "long.jsonl.gz", "wt", compresslevel=1) as file:
+        for n in range(20_000):
+            file.write(json.dumps({"key": f"{n:09d}", "long": f"{n} " + "x" * 1000}) + "\n")
+    tracemalloc.start()
+    try:
+        joined = read_join("long", tmp_path / "long.jsonl.gz", {})
+        assert joined.get("000019999").startswith("19999 x") and len(joined) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20  # of 20 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_joined_file_without_captions_leaves_nothing_behind(tmp_path):
+    file = joined_file(tmp_path / "long.json", [("a", "")])
+    with pytest.raises(flame.InputError, match="long.json: no row with a key and a caption"):
+        read_join("long", file, {}, tmp_path / "join.sqlite")
+    (tmp_path / "long.json").write_text('[{"key": "a", "long": "A"}, nope]')
+    with pytest.raises(flame.InputError, match="long.json: not a JSON list"):
+        read_join("long", file, {}, tmp_path / "join.sqlite")
+    assert os.listdir(tmp_path) == ["long.json"]
+    with pytest.raises(flame.InputError, match="nowhere/join.sqlite"):
+        read_join("long", joined_file(tmp_path / "long.json", [("a", "A")]), {}, tmp_path / "nowhere/join.sqlite")
+
+
+def test_nothing_of_a_join_stays_beside_the_store(tmp_path, tiny_llm, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw.tsv").write_text("key\traw\na\tA\nb\tB\n")
+    joined_file(tmp_path / "long.json", [("a", "A long one.")])
+    monkeypatch.setattr("sys.argv", ["embed.py", "--captions", "raw.tsv", "--join", "long=long.json", "--llm", str(tiny_llm), "--out", "store", "--dtype", "float32"])
+    assert not embed.main()
+    assert sorted(os.listdir("store")) == ["embeddings.npy", "images.txt", "keys.txt", "meta.json"]
