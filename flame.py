@@ -312,8 +312,9 @@ def load_unembedding(llm_dir):
 def read_json(path, wanted=None, cure="download or write it anew"):
     """The object in a JSON file that others may have written.
 
-    wanted: {key: type, or tuple of types}. A key may be missing where None's type is among them; an int is a float too,
-    a bool is neither. Raises InputError, which names file, key and cure, where anything is not as wanted.
+    wanted: {key: type, tuple of types, or for an object in it such a dict again}. A key may be missing where None's type
+    is among its types; an int is a float too, a bool is neither.
+    Raises InputError, which names file, key and cure, where anything is not as wanted.
     """
     path = Path(path)
     if not path.is_file():  # a pipe would be waited for without end
@@ -326,15 +327,23 @@ def read_json(path, wanted=None, cure="download or write it anew"):
         raise InputError(f"{path}: not JSON ({e}); {cure}") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: holds a {type(entries).__name__}, not an object; {cure}")
-    for key, types in (wanted or {}).items():
+    _check_entries(path, entries, wanted or {}, cure)
+    return entries
+
+
+def _check_entries(path, entries, wanted, cure, inside=""):
+    for key, types in wanted.items():
+        nested = types if isinstance(types, dict) else None
+        types = dict if nested else types
         types = types if isinstance(types, tuple) else (types,)
         value = entries.get(key)
         if key not in entries and type(None) not in types:
-            raise InputError(f"{path}: no {key!r}; {cure}")
+            raise InputError(f"{path}: no {inside + key!r}; {cure}")
         if not isinstance(value, types + (int,) * (float in types)) or isinstance(value, bool) and bool not in types:
             names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise InputError(f"{path}: {key!r} is {json.dumps(value)[:50]}, not a {names}; {cure}")
-    return entries
+            raise InputError(f"{path}: {inside + key!r} is {json.dumps(value)[:50]}, not a {names}; {cure}")
+        if nested:
+            _check_entries(path, value, nested, cure, f"{inside}{key}.")
 
 
 def read_array(path, dtype, shape, cure="download or write it anew"):
@@ -682,6 +691,12 @@ def llm_fingerprint(llm_dir):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The embedding store, written by embed.py, read by train.py
 
+STORE_META = {
+    "N": int, "D": int, "columns": list, "store": (str, type(None)),
+    "llm": {"name": str, "fingerprint": str, "layer": int, "positions": str}, "captions": {"path": str, "sha256": str},
+}
+
+
 class Store:
     """A finished store folder: embeddings.npy [N, M, D] of unit vectors, keys.txt, images.txt, meta.json.
 
@@ -692,22 +707,37 @@ class Store:
 
     def __init__(self, path):
         self.path = Path(path)
-        if not (self.path / "meta.json").exists():
-            state = "is not finished; run the same embed.py command again" if (self.path / "journal.json").exists() else "is not an embedding store; make one with embed.py"
-            raise InputError(f"{self.path}: {state}")
-        self.meta = read_json(self.path / "meta.json")
+        meta = self.path / "meta.json"
+        if not meta.exists():
+            unfinished = (self.path / "journal.json").exists()
+            state = "is not finished; run the same" if unfinished else "is not an embedding store; make one with"
+            raise InputError(f"{self.path}: {state} embed.py{' command again' * unfinished}")
+        cure = "run embed.py --overwrite"
+        self.meta = read_json(meta, STORE_META, cure)
+        N, D, columns = self.meta["N"], self.meta["D"], self.meta["columns"]
+        if N < 1 or D < 1 or not columns or columns != [c for c in COLUMNS if c in columns]:
+            raise InputError(f"{meta}: N, D and columns must be above 0, and columns among {' '.join(COLUMNS)}; {cure}")
+        kind = self.meta.get("store", "float16")
+        if kind not in ("float16", "int8"):
+            raise InputError(f"{meta}: 'store' is {kind!r}, neither float16 nor int8; {cure}")
+        self.vectors = read_array(self.path / "embeddings.npy", kind, (N, len(columns), D), cure)
         self.scales = self.statistics = None
+        if kind == "int8":
+            self.scales = read_array(self.path / "scales.npy", np.float32, (N, len(columns)), cure)
+            self.statistics = np.array(read_array(self.path / "statistics.npy", np.float32, (2, len(columns), D), cure))
+        self.keys, self.images = (self._lines(self.path / name, cure) for name in ("keys.txt", "images.txt"))
+
+    def _lines(self, path, cure):
+        """A text file's lines, one a row of the store."""
+        if not path.is_file():
+            raise InputError(f"{path}: {'not a regular' if path.exists() else 'no such'} file; {cure}")
         try:
-            self.vectors = np.load(self.path / "embeddings.npy", mmap_mode="r")  # never unpickles: allow_pickle is off
-            if self.meta.get("store") == "int8":
-                self.scales, self.statistics = np.load(self.path / "scales.npy", mmap_mode="r"), np.load(self.path / "statistics.npy")
-            self.keys, self.images = ((self.path / f).read_text(encoding="utf-8").split("\n")[:-1] for f in ("keys.txt", "images.txt"))
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         except (OSError, ValueError) as e:
-            raise InputError(f"{self.path}: cannot be read ({e}); run embed.py --overwrite") from None
-        N, M, D = self.meta["N"], len(self.meta["columns"]), self.meta["D"]
-        fits = self.scales is None or self.scales.shape == (N, M) and self.statistics.shape == (2, M, D)
-        if self.vectors.shape != (N, M, D) or not len(self.keys) == len(self.images) == N or not fits:
-            raise InputError(f"{self.path}: embeddings.npy, keys.txt, images.txt and meta.json disagree on N, M or D; run embed.py --overwrite")
+            raise InputError(f"{path}: cannot be read ({e}); {cure}") from None
+        if len(lines) != self.meta["N"]:
+            raise InputError(f"{path}: {len(lines)} lines, where meta.json says {self.meta['N']}; {cure}")
+        return lines
 
     def __len__(self):
         return len(self.keys)

@@ -125,6 +125,8 @@ def source_files(path):
     if not numbers:
         return [path]
     first, last = numbers.groups()
+    if int(first) > int(last):
+        raise InputError(f"{path}: its range of tars runs backwards; give {{{last}..{first}}}")
     before = str(path)[:numbers.start()]
     after = str(path)[numbers.end():]
     return [Path(f"{before}{n:0{len(first)}d}{after}") for n in range(int(first), int(last) + 1)]

@@ -1,6 +1,7 @@
 """Writing files so that a reader finds the whole of one or nothing, whenever the writer is killed or the disk is full."""
 import json
 import os
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,16 +17,30 @@ def disk_errors(path, cure="free space or choose another place, then run the sam
         raise InputError(f"{error.filename or path}: {error.strerror or error}; {cure}") from None
 
 
-def write(path, save):
-    """save(temporary path), then rename. Raises InputError where the disk is full or the folder cannot be written."""
+@contextmanager
+def whole(path):
+    """Yields a temporary path beside `path`, and renames what was written there; an error inside leaves `path` as it was.
+
+    Raises InputError where the disk is full or the folder cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the ending stays: libraries go by it
     with disk_errors(path):
         try:
-            save(temporary)
+            temporary.unlink(missing_ok=True)  # never through a link that somebody put there
+            yield temporary
             os.replace(temporary, path)
+        except OSError as error:
+            error.filename = path
+            raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write(path, save):
+    """save(temporary path), then rename."""
+    with whole(path) as temporary:
+        save(temporary)
 
 
 def write_text(path, text):
@@ -38,3 +53,22 @@ def read_marker(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def open_own(path, mode):
+    """open() for a file of ours that may be there already: never emptied, never through a link, never a pipe or a device.
+
+    Raises InputError where it is one of these or cannot be opened.
+    """
+    def opener(name, flags):
+        return os.open(name, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    cure = "remove it or choose another place, then run the same command again"
+    if os.path.islink(path):
+        raise InputError(f"{path}: a symbolic link, which is not followed; {cure}")
+    with disk_errors(path):
+        file = open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path}: not a regular file; {cure}")
+    return file

@@ -19,8 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import embed  # noqa: E402
 import flame  # noqa: E402
+from data import store  # noqa: E402
 
 M, PICKED, BATCH = 11, 6, 256
 
@@ -33,9 +33,11 @@ def make(folder, rows, D):
     for name in ("float16", "int8"):
         out = folder / name
         out.mkdir()
-        meta = {"N": rows, "D": D, "columns": flame.COLUMNS, "store": name}
-        embed.allocate(out, meta, rows, D)
-        embed.write_rows(out, embed.quantised(vectors, statistics) if name == "int8" else {"embeddings": vectors.astype(np.float16)}, 0)
+        llm = {"name": "none", "fingerprint": "", "layer": 0, "positions": "restart"}
+        meta = {"N": rows, "D": D, "columns": flame.COLUMNS, "store": name, "llm": llm, "captions": {"path": "", "sha256": ""}}
+        store.allocate(out, meta, rows, D)
+        int8 = store.quantised(vectors, statistics)
+        store.write_rows(out, int8 if name == "int8" else {"embeddings": vectors.astype(np.float16)}, 0)
         np.save(out / "statistics.npy", statistics)
         for file in ("keys.txt", "images.txt"):
             (out / file).write_text("".join(f"{i}\n" for i in range(rows)))

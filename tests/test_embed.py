@@ -1,15 +1,20 @@
 """embed.py and data/captions.py: what lands in the store, resuming to the same bytes, and bad input."""
+import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
 import json
 import os
+import itertools
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +24,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import embed
 import flame
-from data import captions
+from data import captions, store as stores
 from data.show import look
 from data.captions import read_captions
 
@@ -466,3 +471,372 @@ def test_draw_shows_every_token_of_the_forest(here, tiny_llm):
         colors = {color for count, color in image.convert("RGB").getcolors(1 << 24) if count > 100}
     wanted = [tuple(int(c[i:i + 2], 16) for i in (1, 3, 5)) for c in look.PALETTE[:11]]
     assert set(wanted) <= colors  # eleven segments: opening and caption, "the", two shared facet openings, seven endings
+
+
+# --- input that is refused: exit code 2, one line that names the file or the flag, nothing changed on the disk
+
+@pytest.fixture
+def quick(monkeypatch):
+    """An LLM is read from its folder once, however often a test runs embed.py."""
+    for name in ("load_tokenizer", "load_decoder"):
+        monkeypatch.setattr(flame, name, functools.cache(getattr(flame, name)))
+
+
+@pytest.fixture
+def rejected(capsys):
+    """rejected(*args, names=...) runs embed.py and asserts the promise about bad input."""
+    def check(*args, names=()):
+        before = everything_under(Path.cwd())
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(*args)
+        message = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+        assert stop.value.code == 2 and message.startswith("embed.py: ")
+        assert all(str(name) in message for name in names), message
+        assert everything_under(Path.cwd()) == before
+    return check
+
+
+def everything_under(folder):
+    """{path: content} of all that lies in a folder; links by where they point to."""
+    content = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            content[path] = os.readlink(path)
+        else:
+            content[path] = path.read_bytes() if path.is_file() else None
+    return content
+
+
+def make_store(out, tiny_llm, *more, rows=ROWS):
+    """-> the command that made a finished store there."""
+    write_tsv(Path("small.tsv"), rows)
+    command = ["--captions", "small.tsv", "--llm", tiny_llm, "--out", out, *more]
+    main(*command)
+    return command
+
+
+def unfinish(out, windows="0\n1\n"):
+    """Turns a finished store into one whose run was killed when these windows were written."""
+    meta = json.loads((out / "meta.json").read_text())
+    settings = {name: meta[name] for name in stores.SETTINGS}
+    (out / "journal.json").write_text(json.dumps({"settings": settings, "N": 23, "total": 23, "repeats": []}))
+    (out / "windows-0.txt").write_text(windows)
+    (out / "meta.json").unlink()
+
+
+@pytest.mark.parametrize("device", ["foo", "mps", "meta", "", "cuda:99", "cuda:x", "cuda" if not torch.cuda.is_available() else "cuda:98"])
+def test_a_device_that_is_not_there(here, tiny_llm, rejected, device):
+    write_tsv(here / "small.tsv", ROWS)
+    for more in ([], ["--plan"]):
+        rejected("--captions", "small.tsv", "--llm", tiny_llm, "--device", device, *more, names=["--device", device])
+
+
+@pytest.mark.parametrize("setting", [
+    "--budget 1e12", "--budget 0", "--budget -7", "--budget 99999999999", "--window 0", "--window -1", "--window 1e3", "--window 99999999",
+    "--layer -1", "--layer 0", "--layer 2.5", "--plan -5", "--plan 0", "--plan 1e6", "--shard 1/1", "--shard -1/2", "--shard 1",
+    "--shard 0/0", "--shard 0/99999999999999999999", "--prompts rew", "--prompts raw,", "--join long", "--join lang=x", "--join long=", "--store int4", "--dtype int8", "--positions none", "--nothing 1"])
+def test_settings_are_checked_before_anything_is_read(here, rejected, setting):
+    flag, value = setting.split()
+    rejected("--captions", "nowhere.tsv", "--llm", "nowhere", f"{flag}={value}", names=[flag])
+
+
+def test_a_layer_that_the_llm_has_not(here, tiny_llm, rejected):
+    write_tsv(here / "small.tsv", ROWS)
+    for more in ([], ["--plan"]):
+        rejected("--captions", "small.tsv", "--llm", tiny_llm, "--layer", "5", *more, names=["--layer 5", "4 blocks"])
+
+
+def test_a_range_of_tars_that_runs_backwards(here, tiny_llm, rejected):
+    for more in ([], ["--plan"]):
+        rejected("--captions", "x-{0005..0001}.tar", "--llm", tiny_llm, *more, names=["x-{0005..0001}.tar"])
+
+
+def test_a_picture_gets_a_suffix_or_is_refused(here, tiny_llm, rejected):
+    draw = ("--draw", "A cat.", "--llm", tiny_llm, "--out")
+    main(*draw, "f7")
+    assert (here / "f7.png").read_bytes().startswith(b"\x89PNG")
+    (here / "folder.png").mkdir()
+    (here / "file").write_text("")
+    rejected(*draw, "f7.xyz", names=["f7.xyz"])
+    rejected(*draw, "f7.psd", names=["f7.psd"])
+    rejected(*draw, "folder.png", names=["folder.png"])
+    rejected(*draw, "file/f7.png", names=["file"])
+    rejected("--draw", "word " * 3000, "--llm", tiny_llm, names=["--draw", "shorter"])
+    rejected("--draw", "caf\udce9", "--llm", tiny_llm, names=["--draw", "UTF-8"])
+    rejected("--draw", "A cat.", "--llm", "nowhere", "--out", "f7.xyz", names=["f7.xyz"])  # found out before the LLM is read
+
+
+def test_an_llm_that_does_not_hold_together_leaves_nothing_behind(here, tiny_llm, rejected, monkeypatch):
+    from safetensors.torch import load_file, save_file
+    weights = load_file(tiny_llm / "model.safetensors")
+    shutil.copytree(tiny_llm, "broken")
+    save_file({name: x for name, x in weights.items() if "layers.1.mlp" not in name}, "broken/model.safetensors")
+    write_tsv(here / "small.tsv", ROWS)
+    rejected("--captions", "small.tsv", "--llm", "broken", names=["broken", "layers.1.mlp"])
+    make_store("store", tiny_llm)
+    rejected("--captions", "small.tsv", "--llm", "broken", "--out", "store", "--overwrite", names=["broken"])
+
+
+NOT_AN_OBJECT = [b"", b"{", b"null", b"[]", b"7", b"{}", b"\xff\xfe", b"[" * 9999]
+
+
+@pytest.mark.parametrize("text", NOT_AN_OBJECT)
+def test_a_journal_or_meta_that_is_damaged(here, tiny_llm, rejected, quick, text):
+    command = make_store("store", tiny_llm)
+    (here / "store/meta.json").write_bytes(text)
+    for how in (command, ["--inspect", "store"], ["--merge", "store", "--out", "other"]):
+        rejected(*how, names=["store/meta.json", "--overwrite"])
+    main(*command, "--overwrite")
+    unfinish(here / "store")
+    (here / "store/journal.json").write_bytes(text)
+    rejected(*command, names=["store/journal.json", "--overwrite"])
+
+
+@pytest.mark.parametrize("key, value", [
+    ("N", "23"), ("N", -1), ("N", None), ("N", True), ("N", 10 ** 30), ("D", "48"), ("D", 0), ("columns", "raw.0"), ("columns", {}), ("columns", []), ("columns", ["raw.9"]),
+    ("columns", [[]]), ("columns", ["long.0", "raw.0"]), ("llm", None), ("llm", []), ("llm", "tiny"), ("llm.name", 7), ("llm.layer", "3"), ("llm.fingerprint", None), ("llm", {}),
+    ("captions", None), ("captions.path", 5), ("captions.sha256", []), ("store", 8), ("store", "int4")])
+def test_a_meta_whose_entries_are_of_another_kind(here, tiny_llm, quick, key, value):
+    make_store("store", tiny_llm, rows=ROWS)
+    path = here / "store/meta.json"
+    change(path, key, value)
+    with pytest.raises(flame.InputError) as error:
+        flame.open_store("store")
+    assert str(error.value).startswith("store/") and "--overwrite" in str(error.value) and "\n" not in str(error.value)
+
+
+def change(path, key, value):
+    """Sets a.b in a JSON file; a value of None takes it out."""
+    whole = json.loads(path.read_text())
+    *outer, last = key.split(".")
+    entries = whole
+    for name in outer:
+        entries = entries[name]
+    if value is None:
+        del entries[last]
+    else:
+        entries[last] = value
+    path.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("N", "23"), ("N", 22), ("N", None), ("N", 0), ("total", 24), ("total", -1), ("total", 10 ** 30), ("total", 23.0), ("repeats", None), ("repeats", {}), ("repeats", ["1"]), ("repeats", [[1]]),
+    ("settings", None), ("settings", []), ("settings.llm", None), ("settings.llm", "x"), ("settings.captions", []), ("settings.captions.sha256", 7), ("settings.window", "5"),
+    ("settings.window", 0), ("settings.shard", None), ("settings.shard", [0]), ("settings.columns", [1])])
+def test_a_journal_whose_entries_are_of_another_kind(here, tiny_llm, rejected, quick, key, value):
+    command = make_store("store", tiny_llm)
+    unfinish(here / "store")
+    change(here / "store/journal.json", key, value)
+    rejected(*command, names=["store/journal.json", "--overwrite"])
+
+
+@pytest.mark.parametrize("text", ["5\n", "-1\n", "0\nx\n", "0\n\n", "1.0\n", "0 1\n", "99999999999999999999999\n", "\u0663\n", "\x00\x00\n"])
+def test_a_line_that_is_no_window(here, tiny_llm, rejected, quick, text):
+    command = make_store("store", tiny_llm)
+    unfinish(here / "store", text)
+    rejected(*command, names=["store/windows-0.txt", f"line {text.count(chr(10))}", "delete the file"])
+    (here / "store/windows-0.txt").unlink()
+    main(*command)
+
+
+def damaged_arrays(array):
+    """{what: bytes of a file} that is not this array."""
+    def saved(x, **how):
+        file = io.BytesIO()
+        np.save(file, x, **how)
+        return file.getvalue()
+
+    archive = io.BytesIO()
+    np.savez(archive, array)
+    whole = saved(array)
+    return {
+        "another dtype": saved(array.astype(np.float64)), "another byte order": saved(array.astype(array.dtype.newbyteorder(">"))),
+        "columns first": saved(np.asfortranarray(array)), "another shape": saved(array[..., :-1]), "flat": saved(array.ravel()), "no rows": saved(array[:0]),
+        "an archive": archive.getvalue(), "a pickle": saved(np.array([{}], object), allow_pickle=True), "empty": b"", "text": b"text", "cut short": whole[:-1],
+        "cut in its header": whole[:50], "a header that lies": whole[:128].replace(b"(", b"(9") + whole[128:]}
+
+
+@pytest.mark.parametrize("what", [*damaged_arrays(np.zeros((3, 2), np.float16)), "a folder", "missing"])
+@pytest.mark.parametrize("name", ["embeddings", "scales", "statistics"])
+def test_an_array_that_is_not_as_wanted(here, tiny_llm, rejected, quick, name, what):
+    command = make_store("store", tiny_llm, "--store", "int8")
+    path = here / f"store/{name}.npy"
+    contents = damaged_arrays(np.load(path))
+    if what == "another byte order" and name == "embeddings":
+        return  # int8 has none
+    path.unlink()
+    if what in contents:
+        path.write_bytes(contents[what])
+    elif what == "a folder":
+        path.mkdir()
+    with pytest.raises(flame.InputError) as error:
+        flame.open_store("store")
+    assert f"store/{name}.npy" in str(error.value) and "--overwrite" in str(error.value) and "\n" not in str(error.value)
+    unfinish(here / "store")
+    if (name, what) != ("statistics", "missing"):  # then the run was killed before they were made
+        rejected(*command, names=[f"store/{name}.npy", "--overwrite"])
+
+
+@pytest.mark.parametrize("name", ["keys.txt", "images.txt"])
+def test_lines_of_a_store_that_are_not_as_wanted(here, tiny_llm, quick, name):
+    make_store("store", tiny_llm)
+    path = here / "store" / name
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole + b"x\n", b"", b"\xff" + whole, b"\xff\xfe" + whole.decode().encode("utf-16-le"), None, "a folder", "a pipe"):
+        path.rmdir() if path.is_dir() else path.unlink()
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content == "a folder":
+            path.mkdir()
+        elif content == "a pipe":
+            os.mkfifo(path)
+        else:
+            (here / "nowhere").write_text("")
+            path.symlink_to("nowhere at all")
+        with pytest.raises(flame.InputError) as error:
+            flame.open_store("store")
+        assert f"store/{name}" in str(error.value) and "--overwrite" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_shards_that_do_not_belong_together(here, tiny_llm, rejected, quick):
+    for shard in range(2):
+        make_store(f"part-{shard}-of-2", tiny_llm, "--shard", f"{shard}/2")
+    parts = ["part-0-of-2", "part-1-of-2"]
+    rejected("--merge", parts[1], parts[1], "--out", "no", names=["shard 0 of 2"])
+    rejected("--merge", *parts, "--out", parts[1], "--overwrite", names=[parts[1], "--out"])  # would eat what it reads
+    path, whole = here / parts[1] / "meta.json", (here / parts[1] / "meta.json").read_text()
+    for key, value in (("shard", None), ("shard", "1/2"), ("shard", [1, 2, 3]), ("window", 0), ("window", 6), ("window", None), ("dtype", "float16"), ("captions.sha256", "0")):
+        change(path, key, value)
+        rejected("--merge", *parts, "--out", "no", names=["part-" if key != "shard" else "shard"])
+        path.write_text(whole)
+    main("--merge", *reversed(parts))  # -> part
+    assert flame.open_store("part").keys == [r["key"] for r in ROWS]
+
+
+# --- files of ours that are not ours
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", ["lock", *stores.FILES, "windows-0.txt"])
+def test_nothing_is_written_through_a_link(here, tiny_llm, quick, name, overwrite, capsys):
+    write_tsv(here / "small.tsv", ROWS)
+    (here / "precious").write_text("not yours")
+    (here / "store").mkdir()
+    (here / "store" / name).symlink_to("../precious")
+    with pytest.raises(SystemExit) if name == "lock" or not overwrite and name != "windows-0.txt" else nullcontext() as stop:
+        main("--captions", "small.tsv", "--llm", tiny_llm, "--out", "store", *overwrite)
+    if stop:
+        assert stop.value.code == 2 and f"store/{name}" in capsys.readouterr().err
+        assert os.listdir("store") == [name]
+    assert (here / "precious").read_text() == "not yours"
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "windows-0.txt", "windows-1.txt"])
+def test_a_killed_runs_files_are_not_links(here, tiny_llm, quick, name, rejected):
+    command = make_store("store", tiny_llm)
+    unfinish(here / "store")
+    path = here / "store" / name
+    path.exists() and path.rename("precious") or (here / "precious").write_text("0\n")
+    path.symlink_to("../precious")
+    rejected(*command, names=[f"store/{name}", "link"])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+@pytest.mark.parametrize("name", ["lock", "windows-0.txt", "windows-3.txt"])
+def test_a_killed_runs_files_are_files(here, tiny_llm, quick, name, kind, rejected):
+    command = make_store("store", tiny_llm)
+    unfinish(here / "store")
+    (here / "store" / name).unlink(missing_ok=True)
+    (os.mkfifo if kind == "pipe" else os.mkdir)(here / "store" / name)
+    rejected(*command, names=[f"store/{name}"])
+
+
+def test_files_that_no_run_left_are_kept(here, tiny_llm, quick, rejected):
+    write_tsv(here / "small.tsv", ROWS)
+    (here / "mine").mkdir()
+    (here / "mine/keys.txt").write_text("my keys\n")
+    rejected("--captions", "small.tsv", "--llm", tiny_llm, "--out", "mine", names=["mine/keys.txt", "--out"])
+
+
+# --- a full disk
+
+@pytest.fixture(params=["file system", "files"])
+def disk(request, tmp_path, monkeypatch):
+    """resize(pages): a small file system under tmp_path / "disk", or a limit on the size of each file (in 64 bytes)."""
+    folder, limit = tmp_path / "disk", resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "tmpfs", folder, "-o"]
+    mounted = request.param == "file system" and shutil.which("mount") and subprocess.run([*mount, "size=4k"], capture_output=True).returncode == 0
+
+    def resize(pages):
+        if mounted:  # where it may not be mounted, the limit is tested twice
+            subprocess.run(["mount", "-o", f"remount,size={4 * pages}k", folder], check=True)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 * pages, limit[1]))
+
+    yield resize
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("store", ["float16", "int8"])
+def test_a_disk_that_is_full_at_any_point(here, tiny_llm, quick, disk, store, capsys):
+    """One line, and once there is room the same command ends with the same bytes."""
+    write_tsv(here / "small.tsv", ROWS[:3])
+    command = ["--captions", "small.tsv", "--llm", tiny_llm, "--prompts", "raw", "--store", store, "--window", 1, "--out"]
+    main(*command, "whole")
+    out, named = here / "disk/store", []
+    for pages in itertools.count(1):
+        disk(pages)
+        capsys.readouterr()
+        try:
+            main(*command, out)
+            break
+        except SystemExit as stop:
+            message = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+            assert stop.code == 2 and message.startswith(f"embed.py: {out}"), message
+            named.append(message.split(":")[1].removeprefix(f" {out}/"))
+        disk(1 << 20)
+        main(*command, out)
+        same_bytes("whole", out)
+        shutil.rmtree(out)
+    assert {"embeddings.npy", "journal.json", "meta.json"} <= set(named) and set(named) <= {*stores.FILES, "windows-0.txt"}
+
+
+def test_a_disk_that_is_full_while_shards_are_merged(here, tiny_llm, quick, disk, capsys):
+    parts = ["part-0-of-2", "part-1-of-2"]
+    for shard, part in enumerate(parts):
+        make_store(part, tiny_llm, "--shard", f"{shard}/2", "--prompts", "raw", "--store", "int8")
+    main("--merge", *parts)
+    for pages in itertools.count(1):
+        disk(pages)
+        capsys.readouterr()
+        try:
+            main("--merge", *parts, "--out", "disk/merged")
+            break
+        except SystemExit as stop:
+            assert stop.code == 2 and capsys.readouterr().err.replace("\r", "\n").splitlines()[-1].startswith("embed.py: disk/merged/")
+        assert os.listdir("disk") == []
+    same_bytes("part", "disk/merged")
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_a_disk_that_is_full_in_the_middle(here, tiny_llm, quick, call, monkeypatch, capsys):
+    """As where room is not kept for a file: the window that could not be written is not counted as there."""
+    command = make_store("whole", tiny_llm)[:-1]
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        main(*command, "store")
+    assert stop.value.code == 2 and "store/embeddings.npy: No space left" in capsys.readouterr().err
+    assert (here / "store/windows-0.txt").read_text().count("\n") == call - 1
+    main(*command, "store")
+    same_bytes("whole", "store")

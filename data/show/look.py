@@ -12,7 +12,9 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import flame
+from data import files
 from data.captions import read_captions, read_join, report_skipped
+from data.store import CURE, SETTINGS
 
 SAMPLE = 256                         # captions that --plan counts the tokens of
 H100_FLOPS, MFU = 989e12, 0.4        # dense bfloat16 peak of an H100 SXM, and the share of it that --plan assumes
@@ -73,7 +75,7 @@ def flops(config, layer, forest):
 def inspect(args):
     """Prints what a store holds, whether it is whole, how distinct its facets are, and the words they are nearest to."""
     store = flame.open_store(args.inspect)
-    meta, N = store.meta, len(store)
+    meta, N = flame.read_json(store.path / "meta.json", SETTINGS, CURE), len(store)
     M, D = len(meta["columns"]), meta["D"]
     print(f"{store.path}: {N} captions x {M} embeddings ({', '.join(meta['prompts'])}) of width {D}, {meta['store']}, {store.vectors.nbytes / 1e9:.2f} GB, "
           f"{len(store.keys) - store.images.count('')} with a picture's path\n{meta['llm']['name']} ({meta['llm']['fingerprint']}), layer {meta['llm']['layer']}, {meta['dtype']}, captions {meta['captions']['path']}")
@@ -123,16 +125,33 @@ def captions_of_keys(meta, keys):
     return found
 
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PALETTE = ("#64748b", "#2563eb", "#dc2626", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d", "#9333ea", "#ea580c", "#0d9488")
+
+
+def picture_path(out):
+    """Where a picture goes: .png where nothing else is said. Raises InputError where no picture can go there."""
+    path = Path(out)
+    path = path.with_name(path.name + ".png") if not path.suffix and path.name else path
+    if path.suffix.lower() not in SUFFIXES or path.is_dir():
+        raise flame.InputError(f"--out {out}: not a picture's name; give one that ends in {', '.join(SUFFIXES)}")
+    return path
 
 
 def draw(args):
     """Writes a PNG: every token of the caption's forest, segments in colours, and which keys each query sees."""
+    path = picture_path(args.out or "forest.png")
+    try:
+        args.draw.encode()
+    except UnicodeEncodeError:
+        raise flame.InputError("--draw: the caption is not UTF-8; type it anew") from None
     tokenizer = flame.load_tokenizer(args.llm)
     prompts = args.prompts[-1]
     prefixes, suffixes = flame.tokenize(tokenizer, [args.draw], prompts, args.positions)
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
     T, S = len(forest.tokens), len(forest.lengths)
+    if T > 2048:  # as many pixels a side as a screen can still show, squared
+        raise flame.InputError(f"--draw: {T} tokens are too many to be drawn; give a shorter caption")
     everything = np.arange(T)
     mask = flame.visible(forest, everything, everything)
     segment = np.repeat(np.arange(S), forest.lengths)
@@ -170,7 +189,7 @@ def draw(args):
         text = tokenizer.decode(forest.tokens[starts[s]:starts[s] + forest.lengths[s]].tolist()).strip().split(" ")
         text = " ".join(text if len(text) < 11 else text[:4] + ["..."] + text[-4:])
         pen.text((x + line * depth[s], y + line * (s + 1.5)), text, fill=colors[s], font=text_font)
-    path = Path(args.out or "forest.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    with files.disk_errors(path, "choose another --out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, image.save)
     print(f"{path}: {T} tokens, {S} segments")

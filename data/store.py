@@ -1,0 +1,362 @@
+"""Writing an embedding store: its lock, its journal, its arrays, its finished mark; flame.Store reads it.
+
+A store is written a window of rows at a time. windows-<rank>.txt says which windows are on the disk, journal.json what
+the store is made of. meta.json comes last and makes the store finished. Whenever the writer is killed or the disk is
+full, the same command goes on from the windows that are there and ends with the same bytes.
+"""
+import fcntl
+import json
+import os
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+import flame
+from data import files
+from data.captions import read_captions, read_join, report_skipped, skip
+
+SAMPLE = 256  # rows, evenly spaced, that an int8 store's statistics are fitted on
+FILES = ("meta.json", "journal.json", "embeddings.npy", "keys.txt", "images.txt", "statistics.npy", "scales.npy")
+CURE = "choose another --out, or --overwrite"
+
+# What fixes a store's bytes, in its journal and in its meta.json. "store" is the embeddings' dtype, "dtype" the LLM's.
+SETTINGS = {
+    "llm": {"name": str, "fingerprint": str, "layer": int, "positions": str},
+    "captions": {"path": str, "joins": dict, "sha256": str},
+    "prompts": list, "columns": list, "dtype": str, "device": str, "budget": int, "window": int, "store": str, "shard": list,
+}
+JOURNAL = {"settings": SETTINGS, "N": int, "total": int, "repeats": list}
+
+
+@contextmanager
+def lock(out, overwrite):
+    """Makes the store's folder and keeps other runs out of it; the system releases the lock however this process ends.
+
+    Raises InputError where another run holds it, where the folder cannot be made, or where its files are not ours.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    path = out / "lock"
+    try:
+        with files.disk_errors(out, "choose another --out"):
+            out.mkdir(parents=True, exist_ok=True)
+        left_behind = path.exists()  # by a run that was killed, and what it wrote is ours
+        with files.open_own(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                why = "another run is writing this store; wait for it, or choose another --out"
+                raise flame.InputError(f"{out}: {why}") from None
+            try:
+                if not left_behind and not overwrite:
+                    refuse_strangers(out)
+                for name in FILES:  # what a killed run had not renamed yet
+                    for temporary in out.glob(f".{name.replace('.', '.*.')}"):
+                        temporary.unlink()
+                yield
+            finally:
+                for temporary in [path, *out.glob("join-*.sqlite")]:
+                    temporary.unlink(missing_ok=True)
+    finally:
+        for folder in made:  # still empty where there was nothing to write
+            try:
+                folder.rmdir()
+            except OSError:
+                break
+
+
+def refuse_strangers(out):
+    found = [name for name in FILES if os.path.lexists(out / name)]
+    if found and "meta.json" not in found and "journal.json" not in found:
+        raise flame.InputError(f"{out / found[0]}: no run of embed.py left this here; {CURE}")
+
+
+def finished(out, settings):
+    """Is the store in this folder whole? Raises InputError where the one there was made with other settings."""
+    path = out / "meta.json"
+    if not path.exists():
+        return False
+    check_same(path, flame.read_json(path, SETTINGS, CURE), settings)
+    return True
+
+
+def join_file(out, name):
+    """Where the captions of a joined file lie for all ranks while the store is written."""
+    return out / f"join-{name}.sqlite"
+
+
+def begin(out, settings, D, overwrite=False):
+    """Makes the store, or checks what is there of it; -> its journal, and in "finished" the windows that are on the disk.
+
+    D: the vectors' width. Raises InputError where another run's store is there, or
+    a damaged one, or where the disk is full: then either nothing was made, or the same command goes on.
+    """
+    path = out / "journal.json"
+    skipped = {}
+    joins = settings["captions"]["joins"]
+    joined = {name: read_join(name, file, skipped, join_file(out, name)) for name, file in joins.items()}
+    if overwrite or not path.exists():
+        make(out, settings, D, joined, skipped)
+    journal = flame.read_json(path, JOURNAL, CURE)
+    check_same(path, journal["settings"], settings)
+    N, total, repeats = journal["N"], journal["total"], journal["repeats"]
+    if N < 1 or N != rows_of_shard(settings, total) or not all(type(row) is int for row in repeats):
+        raise flame.InputError(f"{path}: its numbers of rows do not agree; {CURE}")
+    for name, (dtype, shape) in arrays(settings, N, D).items():
+        flame.read_array(out / f"{name}.npy", dtype, shape, CURE)
+    done = finished_windows(out, windows_of(settings, total))
+    files.write_text(out / "windows-0.txt", "".join(f"{w}\n" for w in sorted(done)))  # one list of whole lines again
+    for log in set(out.glob("windows-*.txt")) - {out / "windows-0.txt"}:
+        log.unlink()
+    return journal | {"finished": done}
+
+
+def make(out, settings, D, joined, skipped):
+    """A new store, with room for all its rows and none written. What was there goes only when the captions could be read."""
+    with files.whole(out / "keys.txt") as keys, files.whole(out / "images.txt") as images:
+        journal = list_rows(keys, images, settings, joined, skipped)
+        discard(out)
+    try:
+        allocate(out, settings, journal["N"], D)
+        files.write_text(out / "journal.json", json.dumps({"settings": settings} | journal))
+    except BaseException:
+        discard(out)
+        raise
+
+
+def discard(out):
+    with files.disk_errors(out, "remove it by hand, or choose another --out"):
+        for path in [*(out / name for name in FILES), *out.glob("windows-*.txt")]:  # the finished mark first
+            path.unlink(missing_ok=True)
+
+
+def list_rows(keys_path, images_path, settings, joined, skipped):
+    """Writes key and picture of this shard's rows, a line each; -> {"N": its rows, "total": all, "repeats": not taken}."""
+    captions = settings["captions"]["path"]
+    shard, shards = settings["shard"]
+    N, total, repeats, seen = 0, 0, [], set()
+    used = dict.fromkeys(joined, 0)
+    with (open(keys_path, "w", encoding="utf-8", newline="\n") as keys,
+          open(images_path, "w", encoding="utf-8", newline="\n") as images,
+          tqdm(read_captions(captions, skipped, joined), desc="reading captions", unit=" rows", leave=False) as rows):
+        for row in rows:
+            known = hash(row.key)  # 64 bits instead of the key: 15 million of them stay small
+            if known in seen:
+                repeats.append(row.number)
+                skip(skipped, "key occurs before", f"row {row.number}")
+                continue
+            seen.add(known)
+            if total // settings["window"] % shards == shard:
+                keys.write(row.key + "\n")
+                images.write(row.image + "\n")
+                N += 1
+            total += 1
+            for name in used:
+                used[name] += row.key in joined[name]
+    report_skipped(captions, skipped)
+    for name, count in used.items():
+        if count < len(joined[name]):
+            file = settings["captions"]["joins"][name]
+            print(f"{file}: {len(joined[name]) - count} keys are not in {captions}", file=sys.stderr)
+    if not N:
+        windows = -(-total // settings["window"])
+        raise flame.InputError(f"--shard: {total} captions make {windows} windows of {settings['window']} rows; "
+                               "use no more shards than that")
+    return {"N": N, "total": total, "repeats": repeats}
+
+
+def check_same(path, old, settings):
+    """Raises InputError where a store's settings, read from `path`, are not these."""
+    for what, new in settings.items():
+        was = old[what]
+        if what == "captions":
+            was, new = was["sha256"], new["sha256"]  # the same file elsewhere is the same file
+        if what == "llm":
+            was = was | {"name": new["name"]}
+        if was != new:
+            raise flame.InputError(f"{path}: this store was made with {what} {was}, now it is {new}; {CURE}")
+
+
+def windows_of(settings, total):
+    """The numbers of this shard's windows, of those that `total` rows make."""
+    shard, shards = settings["shard"]
+    return range(shard, -(-total // settings["window"]), shards)
+
+
+def rows_of_shard(settings, total):
+    """How many of `total` rows this shard has: whole windows, but for the last one of all."""
+    window, (shard, shards) = settings["window"], settings["shard"]
+    cycles, rest = divmod(total, window * shards)
+    return cycles * window + min(max(rest - shard * window, 0), window)
+
+
+def arrays(settings, N, D):
+    """{name: (dtype, shape)} of the arrays that are written window by window."""
+    M = len(settings["columns"])
+    if settings["store"] == "int8":
+        return {"embeddings": (np.int8, (N, M, D)), "scales": (np.float32, (N, M))}
+    return {"embeddings": (np.float16, (N, M, D))}
+
+
+def allocate(out, settings, N, D):
+    """Makes the arrays' files at full size: a disk that is too small is found now, not after hours."""
+    for name, (dtype, shape) in arrays(settings, N, D).items():
+        path = out / f"{name}.npy"
+        size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+        cure = f"{size / 1e9:.1f} GB are needed there, or choose another --out"
+        with files.disk_errors(path, cure), open(path, "xb") as file:
+            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            header = {"descr": descr, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            if hasattr(os, "posix_fallocate"):  # not everywhere
+                os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+            else:
+                file.truncate(file.tell() + size)
+
+
+def write_window(out, rank, w, first, block, statistics):
+    """Writes window w, float32 [n, M, D] from row `first` on, and logs it once it is on the disk. statistics: for int8."""
+    data = {"embeddings": block.astype(np.float16)} if statistics is None else quantised(block, statistics)
+    write_rows(out, data, first)
+    path = out / f"windows-{rank}.txt"
+    with files.disk_errors(path), files.open_own(path, "a") as log:
+        log.write(f"{w}\n")
+
+
+def write_rows(out, data, first):
+    """Writes {array's name: rows} from row `first` on, and returns when they are on the disk."""
+    for name, rows in data.items():
+        path = out / f"{name}.npy"
+        offset = np.load(path, mmap_mode="r").offset
+        with files.disk_errors(path), files.open_own(path, "r+b") as file:
+            file.seek(offset + first * rows[0].nbytes)
+            file.write(rows.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def finished_windows(out, windows):
+    """Numbers of the windows that are on the disk; a line that a crash cut short does not count.
+
+    Raises InputError where a line is none of `windows`.
+    """
+    numbers, done = {str(w): w for w in windows}, set()
+    for path in sorted(out.glob("windows-*.txt")):
+        with files.open_own(path, "rb") as log:
+            lines = log.read().decode("utf-8", "replace").split("\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            if line not in numbers:
+                raise flame.InputError(f"{path}: line {number}: {line[:50]!r} is no window of this store; "
+                                       "delete the file to embed its windows anew")
+            done.add(numbers[line])
+    return done
+
+
+def finish(out, settings, journal, D):
+    """Writes meta.json, which makes the store finished, once all windows are there."""
+    windows = windows_of(settings, journal["total"])
+    missing = set(windows) - finished_windows(out, windows)
+    if missing:
+        raise flame.InputError(f"{out}: {len(missing)} windows are missing; run the same command again")
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    meta = settings | {"N": journal["N"], "D": D, "M": len(settings["columns"]), "versions": versions}
+    files.write_text(out / "meta.json", json.dumps(meta, indent=1))
+    for path in [out / "journal.json", *out.glob("windows-*.txt")]:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int8: a vector's standard scores as integers and one scale. Plain int8 would lose all but the few largest dimensions.
+
+def fit_statistics(path, encoder, captions, prompts, total):
+    """Mean and deviation of each column and dimension, [2, M, D], over SAMPLE rows evenly spaced in the captions' `total`."""
+    wanted = set(np.linspace(0, total - 1, min(total, SAMPLE)).astype(int).tolist())
+    rows = [row.captions for i, row in enumerate(captions) if i in wanted]
+    states = [encoder.encode([texts[name] for texts in rows], name) for name in prompts]
+    sample = torch.cat([normalize(x, dim=-1) for x in states], dim=1)
+    statistics = torch.stack([sample.mean(0), sample.std(0, correction=0).clamp_min(1e-6)])
+    files.write(path, lambda temporary: np.save(temporary, statistics.numpy()))
+
+
+def read_statistics(out, settings, D):
+    return flame.read_array(out / "statistics.npy", np.float32, (2, len(settings["columns"]), D), CURE)
+
+
+def quantised(block, statistics):
+    """float32 [n, M, D] -> int8 integers and, a scale per vector, what makes them standard scores (flame.Store reads them)."""
+    scores = (block - statistics[0]) / statistics[1]
+    scales = np.maximum(np.abs(scores).max(-1) / 127, 1e-12)
+    return {"embeddings": np.rint(scores / scales[..., None]).astype(np.int8), "scales": scales.astype(np.float32)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+def merge(paths, out=None, overwrite=False):
+    """The stores of all shards -> one, as if it had been made in one run. out: default the shards' common name.
+
+    Raises InputError where a shard is missing, where they were made with other settings, or where the disk is full.
+    """
+    parts = all_shards([flame.open_store(path) for path in paths])
+    out = out or parts[0].path.with_name(parts[0].path.name.split("-0-of-")[0])
+    if any(out.resolve() == part.path.resolve() for part in parts):
+        raise flame.InputError(f"{out}: one of the stores to merge; choose another --out")
+    meta = parts[0].meta | {"shard": [0, 1], "N": sum(map(len, parts))}
+    with lock(out, overwrite):
+        if (out / "meta.json").exists() and not overwrite:
+            raise flame.InputError(f"{out}: finished already; {CURE}")
+        discard(out)
+        try:
+            allocate(out, meta, meta["N"], meta["D"])
+            keys, images = copy_windows(parts, out, meta)
+            files.write_text(out / "keys.txt", "".join(f"{key}\n" for key in keys))
+            files.write_text(out / "images.txt", "".join(f"{image}\n" for image in images))
+            files.write_text(out / "meta.json", json.dumps(meta, indent=1))
+        except BaseException:
+            discard(out)
+            raise
+    print(f"{out}: {meta['N']} x {len(meta['columns'])} embeddings of {len(parts)} shards")
+
+
+def all_shards(parts):
+    """The stores in the order of their shards, checked: each once, all made alike."""
+    metas = [flame.read_json(part.path / "meta.json", SETTINGS, CURE) for part in parts]
+    given = [meta["shard"] for meta in metas]
+    wanted = [[shard, len(parts)] for shard in range(len(parts))]
+    for shard in wanted:
+        if shard not in given:
+            raise flame.InputError(f"--merge: {len(parts)} stores, none of which is shard {shard[0]} of {shard[1]}; "
+                                   "give every shard once")
+    ordered = [parts[given.index(shard)] for shard in wanted]
+    alike = {what: value for what, value in ordered[0].meta.items() if what in SETTINGS and what != "shard"}
+    total = sum(map(len, parts))
+    for part in ordered:
+        check_same(part.path / "meta.json", part.meta, alike)
+        if part.meta["window"] < 1 or len(part) != rows_of_shard(part.meta, total):
+            raise flame.InputError(f"{part.path}: {len(part)} rows are not this shard's share of {total}; {CURE}")
+    return ordered
+
+
+def copy_windows(parts, out, meta):
+    """Window w is that of shard w % shards; -> (keys, images) of all rows."""
+    window, columns, statistics = meta["window"], range(len(meta["columns"])), parts[0].statistics
+    keys, images = [], []
+    if statistics is not None:
+        files.write(out / "statistics.npy", lambda temporary: np.save(temporary, statistics))
+    for w in tqdm(range(-(-meta["N"] // window)), desc="merging", unit=" windows"):
+        turn, shard = divmod(w, len(parts))
+        part, rows = parts[shard], slice(turn * window, (turn + 1) * window)
+        keys += part.keys[rows]
+        images += part.images[rows]
+        if statistics is None:
+            data = {"embeddings": part.vectors[rows]}
+        elif np.array_equal(part.statistics, statistics):
+            data = {"embeddings": part.vectors[rows], "scales": part.scales[rows]}
+        else:  # machines that round differently fitted them
+            data = quantised(part.read(np.arange(len(part))[rows], columns).numpy(), statistics)
+        write_rows(out, data, w * window)
+    return keys, images
