@@ -236,63 +236,113 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     return Decoder(config, embedding, [block(i) for i in range(layer)], config["inv_freq"].float().to(device))
 
 
+LLM_CURE = "--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer; download it anew"
+UNQUANTISED = "download the bfloat16 or float16 checkpoint, the one without FP8, GPTQ, AWQ or bnb in its name"
+
+
 def llm_config(llm_dir):
-    """config.json of a checkpoint folder, checked, and with what it may leave to defaults filled in.
+    """What decides an LLM's states in its config.json, and no more: checked, with what may be left to defaults filled in.
 
     Two entries are ours: "inv_freq" and "context", how many tokens a string may have: the positions that the model knows,
     or its sliding window where that is shorter, since up to there a window changes nothing.
     """
     path = Path(llm_dir) / "config.json"
-    config = read_json(path, cure="--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer")
-    family = config.get("model_type")
+    family = read_json(path, {"model_type": str}, LLM_CURE)["model_type"]
     if family not in FAMILIES:
         raise InputError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
-    try:
-        config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
-        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        config["inv_freq"] = _rope_frequencies(path, config)
-        window = config.get("sliding_window", 4096) if config.get("use_sliding_window", family == "mistral") else None
-        config["context"] = min(config.get("max_position_embeddings") or 1 << 20, window or 1 << 20)
-        for name in ("num_hidden_layers", "intermediate_size", "vocab_size", "rms_norm_eps"):
-            config[name]
-    except KeyError as e:
-        raise InputError(f"{path}: {e} is missing; download config.json anew") from None
+    maybe = type(None)
+    sizes = {
+        "num_hidden_layers": int, "hidden_size": int, "intermediate_size": int, "vocab_size": int,
+        "num_attention_heads": int, "num_key_value_heads": (int, maybe), "head_dim": (int, maybe)}
+    context = {"max_position_embeddings": (int, maybe), "sliding_window": (int, maybe)}
+    others = {
+        "rms_norm_eps": float, "hidden_act": (str, maybe), "use_sliding_window": (bool, maybe),
+        "rope_theta": (float, maybe), "rope_parameters": (dict, maybe), "rope_scaling": (dict, maybe)}
+    entries = read_json(path, sizes | context | others, LLM_CURE)
+    for key in sizes | context:
+        check_range(path, entries, key, 1, 1 << 24, LLM_CURE)
+    check_range(path, entries, "rms_norm_eps", 0, 1, LLM_CURE)
+    for key in ("quantization_config", "compression_config"):
+        if method := entries.get(key):
+            method = method.get("quant_method", key) if isinstance(method, dict) else method
+            raise InputError(f"{path}: {key!r} says that the weights are quantised ({method}); {UNQUANTISED}")
+    if entries.get("hidden_act") not in (None, "silu"):
+        raise InputError(f"{path}: hidden_act {entries['hidden_act']!r} is not supported; supported: silu")
+
+    config = {key: entries.get(key) for key in ("model_type", "rms_norm_eps", *sizes)}
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = kv_heads = config["num_key_value_heads"] or heads
+    config["head_dim"] = config["head_dim"] or max(1, config["hidden_size"] // heads)
+    if heads % kv_heads:
+        raise InputError(f"{path}: 'num_attention_heads' is {heads}, no multiple of 'num_key_value_heads', {kv_heads}; {LLM_CURE}")
+    if config["head_dim"] % 2:
+        raise InputError(f"{path}: 'head_dim' is {config['head_dim']}, but RoPE turns pairs; {LLM_CURE}")
+    config["inv_freq"] = _rope_frequencies(path, entries, config["head_dim"])
+    windowed = entries.get("use_sliding_window", family == "mistral")
+    window = entries.get("sliding_window", 4096) if windowed else None
+    config["context"] = min(entries.get("max_position_embeddings") or 1 << 20, window or 1 << 20)
     return config
 
 
-def _rope_frequencies(path, config):
+def _rope_frequencies(path, entries, head_dim):
     """-> float64 [head_dim / 2]. Scaling slows them down, so that far positions look like the nearer ones seen in training."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 and 4 name it differently
+    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5 and 4 name it differently
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise InputError(f"{path}: RoPE scaling {kind!r} is not supported; supported: default, linear, llama3")
-    theta, d = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), config["head_dim"]
-    freq = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        raise InputError(f"{path}: 'rope_type' {kind!r}: RoPE scaling that is not supported; supported: default, linear, llama3")
+    theta = entries.get("rope_theta")
+    rope = {"rope_theta": 10000.0 if theta is None else theta} | rope
+    wanted = {"default": ["rope_theta"], "linear": ["rope_theta", "factor"], "llama3": [
+        "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}[kind]
+    check_keys(path, rope, dict.fromkeys(wanted, float), LLM_CURE)
+    for key in wanted:
+        check_range(path, rope, key, 1e-6, 1e12, LLM_CURE)
+    freq = float(rope["rope_theta"]) ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if kind == "llama3":  # what turns often within the first training's context is kept, what turns seldom slowed, in between a blend
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        check_range(path, rope, "high_freq_factor", low + 1e-6, 1e12, LLM_CURE)
         kept = ((freq * rope["original_max_position_embeddings"] / (2 * np.pi) - low) / (high - low)).clamp(0, 1)
         return freq * (kept + (1 - kept) / rope["factor"])
     return freq / rope["factor"] if kind == "linear" else freq
 
 
-def _weights_reader(llm_dir):
-    """(read(name) -> tensor, names) over model.safetensors or the shards of model.safetensors.index.json."""
-    from safetensors import SafetensorError, safe_open
-    files = sorted(llm_dir.glob("*.safetensors"))
-    index = llm_dir / "model.safetensors.index.json"
+def weight_files(llm_dir):
+    """The safetensors files that are read: those of the index, else model.safetensors, else all there are."""
+    llm_dir = Path(llm_dir)
+    index, whole = llm_dir / "model.safetensors.index.json", llm_dir / "model.safetensors"
     if index.exists():
-        files = sorted({llm_dir / Path(f).name for f in read_json(index)["weight_map"].values()})
+        cure = "download it anew"
+        names = list(read_json(index, {"weight_map": dict}, cure)["weight_map"].values())
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise InputError(f"{index}: 'weight_map' holds {json.dumps(name)[:50]}, not a file's name; {cure}")
+            if Path(name).name != name or name == "..":
+                raise InputError(f"{index}: 'weight_map' holds {name[:200]!r}, in another folder; {cure}")
+        if not names:
+            raise InputError(f"{index}: 'weight_map' is empty; {cure}")
+        return sorted({llm_dir / name for name in names})
+    files = [whole] if whole.exists() else sorted(llm_dir.glob("*.safetensors"))
     if not files:
         raise InputError(f"{llm_dir}: no *.safetensors; download the model's weights into this folder")
+    return files
+
+
+def _weights_reader(llm_dir):
+    """(read(name) -> tensor, names) over the files of weight_files. Raises InputError where one is broken or quantised."""
+    from safetensors import SafetensorError, safe_open
     where = {}
-    for file in files:
+    for file in weight_files(llm_dir):
+        if file.exists() and not file.is_file():  # a pipe would be waited for without end
+            raise InputError(f"{file}: not a regular file; download it anew")
         try:
             with safe_open(file, framework="pt") as opened:
-                where.update(dict.fromkeys(opened.keys(), file))
+                kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
         except (SafetensorError, OSError) as e:
             raise InputError(f"{file}: cannot be read ({e}); download it anew") from None
+        for name, kind in kinds.items():
+            if name.startswith(("model.", "lm_head.")) and kind not in ("F32", "F16", "BF16", "F64"):
+                raise InputError(f"{file}: tensor {name} is {kind}, of a quantised checkpoint; {UNQUANTISED}")
+        where.update(dict.fromkeys(kinds, file))
 
     def read(name):  # a mapping of its own for every tensor: what was copied elsewhere leaves memory at once
         with safe_open(where[name], framework="pt") as opened:
@@ -302,7 +352,8 @@ def _weights_reader(llm_dir):
 
 def load_unembedding(llm_dir):
     """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: what turns a state into next-token scores."""
-    read, names = _weights_reader(Path(llm_dir))
+    llm_config(llm_dir)  # refuses what is quantised
+    read, names = _weights_reader(llm_dir)
     wanted = "model.norm.weight", "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
     if missing := set(wanted) - set(names):
         raise InputError(f"{llm_dir}: no tensor {missing.pop()} in its safetensors; download it anew")
@@ -327,11 +378,12 @@ def read_json(path, wanted=None, cure="download or write it anew"):
         raise InputError(f"{path}: not JSON ({e}); {cure}") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: holds a {type(entries).__name__}, not an object; {cure}")
-    _check_entries(path, entries, wanted or {}, cure)
+    check_keys(path, entries, wanted or {}, cure)
     return entries
 
 
-def _check_entries(path, entries, wanted, cure, inside=""):
+def check_keys(path, entries, wanted, cure, inside=""):
+    """Raises InputError where entries, from the file, are not as wanted (see read_json)."""
     for key, types in wanted.items():
         nested = types if isinstance(types, dict) else None
         types = dict if nested else types
@@ -343,7 +395,14 @@ def _check_entries(path, entries, wanted, cure, inside=""):
             names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
             raise InputError(f"{path}: {inside + key!r} is {json.dumps(value)[:50]}, not a {names}; {cure}")
         if nested:
-            _check_entries(path, value, nested, cure, f"{inside}{key}.")
+            check_keys(path, value, nested, cure, f"{inside}{key}.")
+
+
+def check_range(path, entries, key, low, high, cure):
+    """Raises InputError where a number among the entries is not from low to high; a missing one and null are not looked at."""
+    value = entries.get(key)
+    if value is not None and not low <= value <= high:  # NaN is not either
+        raise InputError(f"{path}: {key!r} is {json.dumps(value)[:50]}, not from {low} to {high}; {cure}")
 
 
 def read_array(path, dtype, shape, cure="download or write it anew"):
@@ -475,37 +534,67 @@ class Tokenizer(NamedTuple):
     decode: object        # list[int] -> str
 
 
-def load_tokenizer(llm_dir):
+def tokenizer_file(llm_dir):
     """A checkpoint folder's tokenizer.json, else tokenizer.model (sentencepiece), else tekken.json (tiktoken)."""
-    llm_dir = Path(llm_dir)
+    for name in ("tokenizer.json", "tokenizer.model", "tekken.json"):
+        path = Path(llm_dir) / name
+        if path.exists():
+            if not path.is_file():  # a pipe would be waited for without end
+                raise InputError(f"{path}: not a regular file; download it anew")
+            return path
+    raise InputError(f"{llm_dir}: no tokenizer.json, tokenizer.model or tekken.json; download the model's tokenizer into this folder")
+
+
+def adds_bos(path):
+    """Does the tokenizer.model want BOS in front? tokenizer_config.json beside it says so; else LlamaTokenizer's default."""
+    settings = path.with_name("tokenizer_config.json")
+    if not settings.exists():
+        return True
+    return bool(read_json(settings, {"add_bos_token": (bool, type(None))}).get("add_bos_token", True))
+
+
+def load_tokenizer(llm_dir):
+    path = tokenizer_file(llm_dir)
     try:
-        if (path := llm_dir / "tokenizer.json").exists():
+        if path.name == "tokenizer.json":
             from tokenizers import Tokenizer as Published
             published = Published.from_file(str(path))
             published.no_padding(), published.no_truncation()  # a file may carry both settings
-            return Tokenizer(lambda text: published.encode(text).ids, lambda texts: [e.ids for e in published.encode_batch(texts)], published.decode)
-        if (path := llm_dir / "tokenizer.model").exists():
+            tokenizer = Tokenizer(lambda text: published.encode(text).ids, lambda texts: [e.ids for e in published.encode_batch(texts)], published.decode)
+        elif path.name == "tokenizer.model":
             from sentencepiece import SentencePieceProcessor
             pieces = SentencePieceProcessor(model_file=str(path))
-            settings = llm_dir / "tokenizer_config.json"
-            bos = not settings.exists() or read_json(settings).get("add_bos_token", True)  # LlamaTokenizer's default
-            return _with_bos(pieces.encode, pieces.decode, pieces.bos_id(), bos)
-        if (path := llm_dir / "tekken.json").exists():
-            from tiktoken import Encoding
-            tekken = read_json(path)
-            special = tekken["config"]["default_num_special_tokens"]  # these ids come first; <s> is 1
-            vocabulary = tekken["vocab"][:tekken["config"]["default_vocab_size"] - special]
-            ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in vocabulary}
-            pieces = Encoding(path.name, pat_str=tekken["config"]["pattern"], mergeable_ranks=ranks, special_tokens={})
-            return _with_bos(lambda text: [i + special for i in pieces.encode(text)],
-                             lambda ids: pieces.decode([i - special for i in ids if i >= special]), 1, True)
+            tokenizer = _with_bos(pieces.encode, pieces.decode, pieces.bos_id(), adds_bos(path))
+        else:
+            tokenizer = _tekken(path)
+        if not tokenizer.encode("A cat."):
+            raise ValueError("it makes no token of a text")
     except InputError:
         raise
     except ImportError as e:
         raise InputError(f"{path}: reading it needs {e.name}; pip install {e.name}") from None
     except Exception as e:  # the libraries raise bare exceptions of their own on a broken file
-        raise InputError(f"{path}: not a tokenizer ({e}); download it anew") from None
-    raise InputError(f"{llm_dir}: no tokenizer.json, tokenizer.model or tekken.json; download the model's tokenizer into this folder")
+        raise InputError(f"{path}: not a tokenizer ({' '.join(str(e).split())}); download it anew") from None
+    return tokenizer
+
+
+def _tekken(path):
+    from tiktoken import Encoding
+    tekken = read_json(path, {"config": dict, "vocab": list})
+    config, vocabulary = tekken["config"], tekken["vocab"]
+    wanted = {"default_num_special_tokens": int, "default_vocab_size": int, "pattern": str}
+    check_keys(path, config, wanted, "download it anew")
+    special = config["default_num_special_tokens"]  # these ids come first; <s> is 1
+    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in vocabulary[:config["default_vocab_size"] - special]}
+    pieces = Encoding(path.name, pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={})
+
+    def encode(text):
+        return [i + special for i in pieces.encode(text)]
+
+    def decode(ids):
+        return pieces.decode([i - special for i in ids if i >= special])
+
+    return _with_bos(encode, decode, 1, True)
 
 
 def _with_bos(encode, decode, bos, add_bos):
@@ -669,13 +758,43 @@ class TextEncoder:
 
 
 def llm_fingerprint(llm_dir):
-    """Names an LLM by content: SHA-256 over config.json and, of each safetensors file, size, header and 16 samples.
+    """Names an LLM by what is read of it: "2-" and 16 hexadecimal digits of a SHA-256.
 
-    Sampling keeps it at milliseconds for a 24-GB model and still tells a fine-tune from its base.
+    Over what llm_config takes of config.json, the tokenizer's file, and each safetensors file's name, size, header and
+    16 samples: milliseconds for a 24-GB model, and still a fine-tune and its base are told apart.
+    Raises InputError where the folder cannot be read or is not supported.
     """
-    digest = hashlib.sha256()
-    files = sorted(Path(llm_dir).glob("*.safetensors"))
-    for path in [Path(llm_dir) / "config.json", *files]:
+    config, tokenizer = llm_config(llm_dir), tokenizer_file(llm_dir)
+    _weights_reader(llm_dir)  # complains of what is broken or quantised
+    config["inv_freq"] = config["inv_freq"].float().tolist()
+    bos = tokenizer.name == "tokenizer.model" and adds_bos(tokenizer)
+    digest = hashlib.sha256(repr((sorted(config.items()), tokenizer.name, bos)).encode())
+    digest.update(tokenizer.read_bytes())
+    _sample_files(digest, weight_files(llm_dir))
+    return "2-" + digest.hexdigest()[:16]
+
+
+def same_llm(recorded, llm_dir):
+    """Is llm_dir the LLM that a store or checkpoint recorded the fingerprint of? True where it recorded None, like the authors'.
+
+    16 digits without "2-" are version 1: over config.json's bytes and all safetensors files there, without the tokenizer.
+    """
+    if recorded is None or recorded == llm_fingerprint(llm_dir):
+        return True
+    if recorded.startswith("2-"):
+        return False
+    every = sorted(Path(llm_dir).glob("*.safetensors"))
+    for files in (every, weight_files(llm_dir)):  # what is never read may have come or gone
+        digest = hashlib.sha256()
+        _sample_files(digest, [Path(llm_dir) / "config.json", *files])
+        if recorded == digest.hexdigest()[:16]:
+            return True
+    return False
+
+
+def _sample_files(digest, files):
+    """Adds each file's name, size, and 17 pieces evenly spaced from its start on."""
+    for path in files:
         try:
             size = path.stat().st_size
             with open(path, "rb") as f:
@@ -684,8 +803,7 @@ def llm_fingerprint(llm_dir):
                     f.seek(size * k // 17)
                     digest.update(f.read(65536))
         except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror}); --llm wants a Hugging Face checkpoint folder") from None
-    return digest.hexdigest()[:16]
+            raise InputError(f"{path}: cannot be read ({e.strerror}); {LLM_CURE}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Every decoder family and every kind of tokenizer against transformers and mistral-common, on small random weights."""
 import functools
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -162,6 +164,123 @@ def test_what_is_not_supported_is_refused_by_name(make, tmp_path, name, change, 
     with pytest.raises(flame.InputError, match=word) as error:
         flame.TextEncoder(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def change_tensors(folder, change):
+    """change(name, tensor) -> {name: tensor} in its place, over model.safetensors."""
+    from safetensors.torch import load_file, save_file
+    changed = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        changed |= change(name, tensor)
+    save_file(changed, folder / "model.safetensors", {"format": "pt"})
+
+
+def quantised(dtype, ending="weight"):
+    """Of all blocks' projections, as FP8, int8, 4-bit (uint8) and GPTQ or AWQ (int32) checkpoints hold them."""
+    def change(name, tensor):
+        if "_proj" not in name:
+            return {name: tensor}
+        return {name.removesuffix("weight") + ending: tensor.to(dtype)}
+    return lambda folder: change_tensors(folder, change)
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "config.json: .*fp8"),
+    (lambda f: edit_config(f, quantization_config=True), "config.json: .*quantization_config"),
+    (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "config.json: .*compression_config"),
+    (quantised(torch.int8), "model.safetensors: .*_proj.weight is I8"),
+    (quantised(torch.uint8), "model.safetensors: .*_proj.weight is U8"),
+    (quantised(torch.float8_e4m3fn), "model.safetensors: .*_proj.weight is F8_E4M3"),
+    (quantised(torch.int32, "qweight"), "model.safetensors: .*_proj.qweight is I32"),
+])
+def test_quantised_checkpoints_are_refused_before_anything_is_loaded(make, tmp_path, monkeypatch, change, word):
+    folder = shutil.copytree(make("Llama 2 (no GQA)"), tmp_path / "llm")
+    change(folder)
+    monkeypatch.setattr(torch.Tensor, "to", None)  # no weight gets as far as its device
+    for reader in (flame.load_decoder, flame.load_unembedding, flame.llm_fingerprint):
+        with pytest.raises(flame.InputError, match=word + ".*; download .*bfloat16") as error:
+            reader(folder)
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- what others wrote into an LLM's folder: one line that names file, key and cure
+
+def config_with(**changes):
+    return "config.json", json.dumps(dict(
+        model_type="llama", num_attention_heads=4, num_key_value_heads=2, hidden_size=48, num_hidden_layers=4,
+        intermediate_size=96, vocab_size=49152, rms_norm_eps=1e-6) | changes)
+
+
+def config_without(key):
+    name, text = config_with()
+    return name, json.dumps({k: v for k, v in json.loads(text).items() if k != key})
+
+
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
+INDEX, TEKKEN = "model.safetensors.index.json", "tekken.json"
+BROKEN = {  # file, what stands in it, what the message says besides the file
+    **{f"{file}: {text!r}": (file, text, ".") for file in ("config.json", INDEX, "tokenizer.json", TEKKEN, "tokenizer_config.json")
+       for text in ("", "[]", "null", "3", '{"a', '"text"', "\xff")},
+    **{f"no {key}": (*config_without(key), repr(key)) for key in SIZES + ("model_type", "rms_norm_eps")},
+    **{f"{key}: {value!r}": (*config_with(**{key: value}), repr(key))
+       for key in SIZES + ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+       for value in ("64", 0, -4, 4.5, [4], 10 ** 12, True)},
+    **{f"rms_norm_eps: {value!r}": (*config_with(rms_norm_eps=value), "'rms_norm_eps'") for value in ("small", -1.0, math.nan, math.inf, None)},
+    **{f"rope_theta: {value!r}": (*config_with(rope_theta=value), "'rope_theta'") for value in ("big", 0, -1.0, math.nan, 10 ** 400, [])},
+    **{f"rope_scaling: {value!r}": (*config_with(rope_scaling=value), word) for value, word in (
+        ([], "'rope_scaling'"), ("linear", "'rope_scaling'"), ({"rope_type": 3}, "'rope_type'"), ({"type": "linear"}, "'factor'"),
+        ({"type": "linear", "factor": 0}, "'factor'"), ({"type": "linear", "factor": "4"}, "'factor'"),
+        ({k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}, "'high_freq_factor'"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "'high_freq_factor'"),
+        (LLAMA3 | {"original_max_position_embeddings": None}, "'original_max_position_embeddings'"))},
+    "heads not divisible by kv heads": (*config_with(num_key_value_heads=3), "'num_attention_heads' is 4.*'num_key_value_heads'"),
+    "odd head_dim": (*config_with(head_dim=11), "'head_dim' is 11"),
+    "hidden_act a number": (*config_with(hidden_act=3), "'hidden_act'"),
+    "use_sliding_window a number": (*config_with(use_sliding_window=3), "'use_sliding_window'"),
+    **{f"weight_map: {value!r}": (INDEX, json.dumps({"weight_map": value}), word) for value, word in (
+        ([], "'weight_map'"), (None, "'weight_map'"), ({}, "'weight_map'"), ({"a": 3}, "'weight_map'.*3"), ({"a": ""}, "'weight_map'"),
+        ({"a": "../model.safetensors"}, "'weight_map'.*../model.safetensors.*another folder"),
+        ({"a": "/etc/passwd"}, "'weight_map'.*/etc/passwd.*another folder"), ({"a": ".."}, "'weight_map'.*another folder"))},
+    "weight_map missing": (INDEX, "{}", "'weight_map'"),
+    "weights empty": ("model.safetensors", "", "download it anew"),
+    "weights cut off": ("model.safetensors", "\x88\0\0\0\0\0\0\0{", "download it anew"),
+    "weights without a tensor": ("model.safetensors", "\2\0\0\0\0\0\0\0{}", "no tensor"),
+    "add_bos_token a text": ("tokenizer_config.json", '{"add_bos_token": "yes"}', "'add_bos_token'"),
+    "tekken without vocabulary": (TEKKEN, '{"config": {}}', "'vocab'"),
+    "tekken's config a list": (TEKKEN, '{"config": [], "vocab": []}', "'config'"),
+    "tekken without pattern": (TEKKEN, '{"config": {"default_num_special_tokens": 1, "default_vocab_size": 2}, "vocab": []}', "'pattern'"),
+    "tekken's size a text": (TEKKEN, '{"config": {"default_num_special_tokens": 1, "default_vocab_size": "2", "pattern": "."}, "vocab": []}',
+                             "'default_vocab_size'"),
+    "tekken's vocabulary of numbers": (TEKKEN, '{"config": {"default_num_special_tokens": 1, "default_vocab_size": 2, "pattern": "."}, "vocab": [3]}',
+                                       "not a tokenizer"),
+    "a vocabulary of nothing": ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}', "no token"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_of_an_llm_are_one_line_with_file_key_and_cure(make, tmp_path, name):
+    file, text, word = BROKEN[name]
+    folder = shutil.copytree(make("Llama 2 (no GQA)"), tmp_path / "llm", copy_function=os.symlink)
+    if file in (TEKKEN, "tokenizer_config.json"):
+        (folder / "tokenizer.json").unlink()
+    if file == "tokenizer_config.json":  # goes with a tokenizer.model
+        (folder / "tokenizer.model").symlink_to(package_file("tokenizer.model.v1"))
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(flame.InputError, match=word) as error:
+        flame.load_tokenizer(folder) if "tok" in file or file == TEKKEN else flame.load_decoder(folder)
+    named = folder if word == "no tensor" else folder / file
+    assert str(named) in str(error.value) and "; " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", INDEX])
+def test_pipe_in_place_of_a_file_is_refused_not_waited_for(make, tmp_path, name):
+    folder = shutil.copytree(make("Llama 2 (no GQA)"), tmp_path / "llm", copy_function=os.symlink)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for reader in (flame.TextEncoder, flame.llm_fingerprint):
+        with pytest.raises(flame.InputError, match=re.escape(str(folder / name)) + ".*not a regular file"):
+            reader(folder)
 
 
 # --- tokenizers: the same ids as mistral-common and transformers
