@@ -53,11 +53,11 @@ def embed(args):
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     with store.lock(out, args.overwrite) if rank == 0 else nullcontext():
         encoder = journal = None
-        if rank == 0 and not args.overwrite and store.finished(out, settings):
+        if rank == 0 and not args.overwrite and store.finished(out, settings, args.llm):
             print(f"{out}: finished already, nothing to do")
         elif rank == 0:
             encoder = load_encoder(args, settings, device)  # complains of an LLM before anything is made
-            journal = store.begin(out, settings, encoder.dim, args.overwrite)
+            journal = store.begin(out, settings, encoder.dim, args.llm, args.overwrite)
         if world > 1:
             shared = [journal]
             torch.distributed.broadcast_object_list(shared, src=0)

@@ -535,7 +535,7 @@ def evaluate(args):
     model = flame.load(checkpoint).to(args.device)
     source, dtype = model.config["llm"], flame.default_dtype(args.device)
     pool = args.pool or source.get("pool") or model.config.get("pool") or "cosine"
-    if not args.probe and source.get("fingerprint") not in (None, flame.llm_fingerprint(llm)):     # the authors' file does not say
+    if not args.probe and not flame.same_llm(source.get("fingerprint"), llm):
         raise flame.InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source['name']}) than {llm}; name that one with --llm")
     if pool == "released" and (model.text.weight is not None or model.text.basis.any() or model.text.mean.any()):
         raise flame.InputError("--pool released: the mean of states as they are goes with checkpoints without text projection; leave the flag out")

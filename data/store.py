@@ -74,12 +74,12 @@ def refuse_strangers(out):
         raise flame.InputError(f"{out / found[0]}: no run of embed.py left this here; {CURE}")
 
 
-def finished(out, settings):
+def finished(out, settings, llm):
     """Is the store in this folder whole? Raises InputError where the one there was made with other settings."""
     path = out / "meta.json"
     if not path.exists():
         return False
-    check_same(path, flame.read_json(path, SETTINGS, CURE), settings)
+    check_same(path, flame.read_json(path, SETTINGS, CURE), settings, llm)
     return True
 
 
@@ -88,10 +88,10 @@ def join_file(out, name):
     return out / f"join-{name}.sqlite"
 
 
-def begin(out, settings, D, overwrite=False):
+def begin(out, settings, D, llm, overwrite=False):
     """Makes the store, or checks what is there of it; -> its journal, and in "finished" the windows that are on the disk.
 
-    D: the vectors' width. Raises InputError where another run's store is there, or
+    D: the vectors' width; llm: the LLM's folder. Raises InputError where another run's store is there, or
     a damaged one, or where the disk is full: then either nothing was made, or the same command goes on.
     """
     path = out / "journal.json"
@@ -101,7 +101,7 @@ def begin(out, settings, D, overwrite=False):
     if overwrite or not path.exists():
         make(out, settings, D, joined, skipped)
     journal = flame.read_json(path, JOURNAL, CURE)
-    check_same(path, journal["settings"], settings)
+    check_same(path, journal["settings"], settings, llm)
     N, total, repeats = journal["N"], journal["total"], journal["repeats"]
     if N < 1 or N != rows_of_shard(settings, total) or not all(type(row) is int for row in repeats):
         raise flame.InputError(f"{path}: its numbers of rows do not agree; {CURE}")
@@ -168,14 +168,16 @@ def list_rows(keys_path, images_path, settings, joined, skipped):
     return {"N": N, "total": total, "repeats": repeats}
 
 
-def check_same(path, old, settings):
-    """Raises InputError where a store's settings, read from `path`, are not these."""
+def check_same(path, old, settings, llm=None):
+    """Raises InputError where a store's settings, read from `path`, are not these. llm: the folder of these settings' LLM."""
     for what, new in settings.items():
         was = old[what]
         if what == "captions":
             was, new = was["sha256"], new["sha256"]  # the same file elsewhere is the same file
         if what == "llm":
             was = was | {"name": new["name"]}
+            if llm and flame.same_llm(was["fingerprint"], llm):  # older stores have another kind of fingerprint
+                was["fingerprint"] = new["fingerprint"]
         if was != new:
             raise flame.InputError(f"{path}: this store was made with {what} {was}, now it is {new}; {CURE}")
 

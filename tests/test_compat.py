@@ -2,16 +2,18 @@
 import functools
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import embed
 import evaluate
 import flame
 from test_decoders import tekken  # noqa: F401 (a fixture: Nemo's tokenizer.json)
-from test_flame import CONFIG, centered_error, path  # noqa: F401 (path is a fixture)
+from test_flame import CONFIG, centered_error, path, version_1  # noqa: F401 (path is a fixture)
 
 CAPTIONS = ["A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat", "Is it a dog?", ' say "hi", he said', "trailing space ", "", '"Quoted"',
             "一只红色的风筝在海上飞。", "one\ntwo , three", "a\u0301 🦊\tand  two  spaces", "it's a fox, \"a red one\"", "<s> a caption with </s> special tokens",
@@ -104,6 +106,31 @@ def test_released_path_never_cuts_a_question(llm):
     (_, forest), = encoder.pack([caption], "long")
     assert encoder.truncated == 1 and 1500 < forest.positions.max() < 1536
     assert forest.tokens[forest.answers].tolist() == [f[-1] for f in facets[0]]
+
+
+# --- stores and checkpoints of version 1
+
+def embed_here(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["embed.py", *map(str, args), "--device", "cpu"])
+    embed.main()
+
+
+def test_stores_that_recorded_the_llm_by_version_1_keep_working(tiny_llm, make_random_llm, tmp_path, monkeypatch, capsys):
+    """embed.py takes such a store for finished, --inspect prints its words, and another LLM is still refused."""
+    (tmp_path / "two.tsv").write_text("key\traw\na\tA cat.\nb\tA dog.\n")
+    options = ("--captions", tmp_path / "two.tsv", "--out", tmp_path / "store", "--prompts", "raw")
+    embed_here(monkeypatch, *options, "--llm", tiny_llm)
+    meta = json.loads((tmp_path / "store" / "meta.json").read_text())
+    assert meta["llm"]["fingerprint"] == flame.llm_fingerprint(tiny_llm)
+    meta["llm"]["fingerprint"] = version_1(tiny_llm)
+    (tmp_path / "store" / "meta.json").write_text(json.dumps(meta))
+    embed_here(monkeypatch, *options, "--llm", tiny_llm)
+    assert "finished already" in capsys.readouterr().out
+    embed_here(monkeypatch, "--inspect", tmp_path / "store", "--llm", tiny_llm)
+    assert "raw.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        embed_here(monkeypatch, *options, "--llm", make_random_llm(seed=1))
+    assert "this store was made with llm" in capsys.readouterr().err
 
 
 # --- the released checkpoint

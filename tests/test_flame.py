@@ -1,5 +1,6 @@
 """flame.py against independent references: transformers, open_clip, torchvision, mistral-common, and slow obvious twins."""
 import functools
+import hashlib
 import json
 import shutil
 import subprocess
@@ -292,6 +293,87 @@ def test_broken_llm_folders_are_refused_by_name(tiny_llm, tmp_path, case):
 def test_fingerprint_tells_models_apart(make_random_llm, tiny_llm, tmp_path):
     assert flame.llm_fingerprint(tiny_llm) == flame.llm_fingerprint(shutil.copytree(tiny_llm, tmp_path / "copy"))
     assert flame.llm_fingerprint(tiny_llm) != flame.llm_fingerprint(make_random_llm(seed=1))
+
+
+@pytest.fixture
+def copy(tiny_llm, tmp_path):
+    return shutil.copytree(tiny_llm, tmp_path / "llm")
+
+
+def edit_json(file, **changes):
+    entries = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(entries | changes, indent=3))
+
+
+def split_weights(folder):
+    """model.safetensors as two shards with an index."""
+    from safetensors.torch import load_file, save_file
+    weights = load_file(folder / "model.safetensors")
+    for part in (0, 1):
+        save_file(dict(list(weights.items())[part::2]), folder / f"part-{part}.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"part-{n % 2}.safetensors" for n, name in enumerate(weights)}
+    edit_json(folder / "model.safetensors.index.json", weight_map=names)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_fingerprint_ignores_what_is_not_read(copy, whole):
+    if not whole:
+        split_weights(copy)
+    before = flame.llm_fingerprint(copy)
+    edit_json(copy / "config.json", transformers_version="9.9", torch_dtype="float16", bos_token_id=7)
+    (copy / "consolidated.safetensors").write_bytes(b"another format of the same weights")
+    (copy / "tokenizer.model").write_bytes(b"where there is a tokenizer.json, nobody reads this")
+    (copy / "tokenizer_config.json").write_text('{"add_bos_token": false}')  # goes with tokenizer.model only
+    assert flame.llm_fingerprint(copy) == before
+    flame.TextEncoder(copy)
+
+
+@pytest.mark.parametrize("change", [dict(rms_norm_eps=1e-3), dict(rope_parameters={"rope_type": "default", "rope_theta": 77.0}), dict(max_position_embeddings=300),
+                                    dict(num_key_value_heads=4), dict(model_type="mistral")], ids=str)
+def test_fingerprint_notices_what_config_decides(copy, change):
+    before = flame.llm_fingerprint(copy)
+    edit_json(copy / "config.json", **change)
+    assert flame.llm_fingerprint(copy) != before
+
+
+def test_fingerprint_notices_the_tokenizer_and_its_settings(copy):
+    import mistral_common
+    found = {flame.llm_fingerprint(copy)}
+    edit_json(copy / "tokenizer.json", normalizer={"type": "Lowercase"})
+    found.add(flame.llm_fingerprint(copy))
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(flame.InputError, match="no tokenizer.json"):
+        flame.llm_fingerprint(copy)
+    shutil.copy(sorted((Path(mistral_common.__file__).parent / "data").glob("tokenizer.model.v1*"))[0], copy / "tokenizer.model")
+    found.add(flame.llm_fingerprint(copy))
+    (copy / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    found.add(flame.llm_fingerprint(copy))
+    assert len(found) == 4
+
+
+def version_1(folder):
+    """The fingerprint as stores and checkpoints of version 1 hold it."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode())
+        for k in range(17):
+            start = len(data) * k // 17
+            digest.update(data[start:start + 65536])
+    return digest.hexdigest()[:16]
+
+
+def test_same_llm_knows_fingerprints_of_both_versions(copy, make_random_llm):
+    other = make_random_llm(seed=1)
+    for recorded in (flame.llm_fingerprint(copy), version_1(copy)):
+        assert flame.same_llm(recorded, copy) and not flame.same_llm(recorded, other)
+    assert flame.same_llm(None, copy)  # the authors' checkpoint does not say
+    recorded = version_1(copy)
+    (copy / "consolidated.safetensors").write_bytes(b"never read")
+    assert flame.same_llm(recorded, copy) and flame.same_llm(version_1(copy), copy)
+    edit_json(copy / "config.json", rms_norm_eps=1e-3)
+    assert not flame.same_llm(recorded, copy)
 
 
 # --- the image side

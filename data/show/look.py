@@ -97,7 +97,7 @@ def inspect(args):
         print(f"\nmean cosine of the {name} facets of one caption, corpus mean subtracted ({len(some)} captions)")
         for line in torch.einsum("nad,nbd->ab", centered[:, at], centered[:, at]) / len(some):
             print("  " + " ".join(f"{x:6.2f}" for x in line.tolist()))
-    if flame.llm_fingerprint(args.llm) != meta["llm"]["fingerprint"]:
+    if not flame.same_llm(meta["llm"]["fingerprint"], args.llm):
         raise flame.InputError(f"{args.llm}: another LLM than the store's ({meta['llm']['name']}); give that one with --llm to see the one-word answers")
     norm, unembedding = flame.load_unembedding(args.llm)
     logits = lambda x: (x * D ** 0.5 * norm) @ unembedding.T  # RMSNorm of a unit vector, then the LLM's own next-token scores
