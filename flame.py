@@ -62,6 +62,13 @@ PROMPTS = {
 COLUMNS = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(prompt.facets))]
 
 
+def prompt_set(name):
+    """-> its PromptSet. Raises ValueError where there is none of that name."""
+    if not isinstance(name, str) or name not in PROMPTS:
+        raise ValueError(f"prompts {name!r}: there is no such set; choose among {', '.join(PROMPTS)}")
+    return PROMPTS[name]
+
+
 def clean(caption):
     """Caption as the template wants it: it ends like a sentence and holds no quote that would close the template's own."""
     caption = caption.strip()
@@ -611,7 +618,7 @@ def tokenize(tokenizer, captions, prompts, positions="restart"):
     "restart": prefix + facet are the ids of the whole string `prefix(c) + " " + facet`. "sequential", the released text
     path: prefix + all facets are the ids of one string with the questions one after the other.
     """
-    prefix, facets = PROMPTS[prompts]
+    prefix, facets = prompt_set(prompts)
     texts = [clean(c) for c in captions] if positions == "restart" else _released_captions(tokenizer, captions)
     texts = [prefix.replace("{}", text) for text in texts]
     if suffixes := _facet_ids(tokenizer, prompts, positions):
@@ -675,6 +682,18 @@ def keep_freed_memory():
         mallopt(-3, 1 << 30), mallopt(-1, (1 << 31) - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
+def listed(captions):
+    """A list or tuple of str as it is; a str alone is one caption. Raises ValueError for anything else."""
+    if isinstance(captions, str):
+        return [captions]
+    if not isinstance(captions, (list, tuple)):
+        raise ValueError(f"captions must be a list of str, or one str, not {type(captions).__name__}")
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"captions must be a list of str, but captions[{i}] is {type(caption).__name__}")
+    return captions
+
+
 BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row: on CPU its activations stay in cache
 
 
@@ -703,8 +722,12 @@ class TextEncoder:
         self.truncated = 0  # captions cut so far because the model's context is shorter
 
     def encode(self, captions, prompts="long"):
-        """list[str] -> float32 [N, K, D] on the CPU: the state at each facet's last token, not normalised."""
-        out = torch.empty(len(captions), len(PROMPTS[prompts].facets), self.dim)
+        """list[str], or one str -> float32 [N, K, D] on the CPU: the state at each facet's last token, not normalised.
+
+        Raises ValueError for anything else, and for prompts that are none of PROMPTS.
+        """
+        captions = listed(captions)
+        out = torch.empty(len(captions), len(prompt_set(prompts).facets), self.dim)
         for rows, facets in self.encode_batches(captions, prompts):
             out[rows] = facets
         return out
@@ -720,6 +743,7 @@ class TextEncoder:
         Captions are sorted by length, since the bar's ETA and the memory are steadier that way; no caption is padded. As few
         packed rows as the budget allows, about equally long: what is left over would be short, which is slow, and of any length.
         """
+        captions = listed(captions)
         prefixes, suffixes = tokenize(self.tokenizer, captions, prompts, self.positions)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
             if len(prefix) + sum(map(len, facets)) > self.context:
@@ -1020,23 +1044,53 @@ class Flame(nn.Module):
     def encode_image(self, pixels, kept=None):
         """[B, 3, H, W] -> [B, D], L2-normalised: project every patch token, then average (the class token is dropped).
 
+        pixels: what `preprocess` gives, one or a batch; or a PIL image, a path, or a list of any of these.
         pool_first averages before projecting: near the same accuracy on small towers at about half the time.
-        kept: int64 [B, n], the only patches to look at, in training.
+        kept: int64 [B, n], the only patches to look at, in training. In eval mode the output carries no gradient.
+        Raises ValueError for anything else.
         """
-        patches = self.visual(pixels, kept)[:, 1:]
-        x = self.mm(patches.mean(1)) if self.config["pool_first"] else self.mm(patches).mean(1)
-        return F.normalize(x.float(), dim=-1)
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            patches = self.visual(self._batch(pixels), kept)[:, 1:]
+            x = self.mm(patches.mean(1)) if self.config["pool_first"] else self.mm(patches).mean(1)
+            return F.normalize(x.float(), dim=-1)
+
+    def _batch(self, images):
+        """Whatever encode_image takes -> [B, 3, size, size] in the weights' type, where they are."""
+        if isinstance(images, (list, tuple)):
+            if not images:
+                raise ValueError("pictures: the list is empty")
+            return torch.cat([self._batch(image) for image in images])
+        pixels = images if isinstance(images, torch.Tensor) else self.preprocess(images)
+        pixels = pixels[None] if pixels.ndim == 3 else pixels
+        size = self.config["image_size"]
+        if not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels must be floats [B, 3, {size}, {size}], as preprocess makes them, not {pixels.dtype} {list(pixels.shape)}")
+        return pixels.to(self.visual.conv1.weight)
 
     def encode_text(self, facets, prompts="long"):
-        """[N, K, D] facet states of a prompt set -> [N, K, D], its text projection applied, L2-normalised."""
+        """[N, K, D] facet states of a prompt set -> [N, K, D], its text projection applied, L2-normalised.
+
+        In eval mode the output carries no gradient. Raises ValueError where the shape or the prompt set is another.
+        """
+        wanted = len(prompt_set(prompts).facets), self.config["text_dim"]
+        found = list(facets.shape) if isinstance(facets, torch.Tensor) else type(facets).__name__
+        if not isinstance(facets, torch.Tensor) or facets.ndim != 3 or facets.shape[1:] != wanted:
+            raise ValueError(f"facets must be a tensor [N, {wanted[0]}, {wanted[1]}] for prompts {prompts!r}, not {found}")
         columns = [i for i, name in enumerate(COLUMNS) if name.split(".")[0] == prompts]
-        if facets.shape[1] != len(columns) or facets.shape[2] != self.config["text_dim"]:
-            raise ValueError(f"facets must be [N, {len(columns)}, {self.config['text_dim']}] for prompts {prompts!r}, not {list(facets.shape)}")
-        return self.text(facets, columns)
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return self.text(facets.to(self.text.mean.device), columns)
 
     def preprocess(self, image):
-        """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise."""
+        """PIL image, or the path of a picture -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise.
+
+        Raises OSError where the path cannot be read as a picture, ValueError for anything else than these two.
+        """
         from PIL import Image
+        if isinstance(image, (str, Path)):
+            with Image.open(image) as opened:
+                return self.preprocess(opened)
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"a picture must be a PIL image or a path, not {type(image).__name__}")
         image, size = image.convert("RGB"), self.config["image_size"]
         w, h = image.size
         w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
@@ -1045,7 +1099,9 @@ class Flame(nn.Module):
 
 
 def similarity(image, facets):
-    """[M, D], [N, K, D] -> [N, M], mean over facets of the cosine."""
+    """[M, D], [N, K, D] -> [N, M], mean over facets of the cosine. Raises ValueError for other shapes."""
+    if image.ndim != 2 or facets.ndim != 3 or image.shape[1] != facets.shape[2]:
+        raise ValueError(f"similarity wants images [M, D] and facets [N, K, D], not {list(image.shape)} and {list(facets.shape)}")
     return F.normalize(facets, dim=-1).mean(1) @ F.normalize(image, dim=-1).T
 
 

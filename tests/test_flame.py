@@ -449,6 +449,83 @@ def test_encode_text_uses_the_columns_of_its_prompt_set():
         model.encode_text(facets, "long")
 
 
+# --- what people pass
+
+def test_encode_takes_a_string_as_one_caption(tiny_llm):
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    alone = encoder.encode(["a dog"], "raw")
+    assert encoder.encode("a dog", "raw").equal(alone)
+    assert encoder.encode(("a dog",), "raw").equal(alone) and len(encoder.encode([], "raw")) == 0
+    ((rows, states),) = encoder.encode_batches("a dog", "raw")
+    assert rows == [0] and states.equal(alone)
+
+
+def test_encode_says_which_captions_and_prompts_it_wants(tiny_llm):
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    for captions, word in ((3, "int"), (None, "NoneType"), (["a dog", b"bytes"], "captions\\[1\\] .* bytes"), ({"a dog"}, "set"), ([["a dog"]], "list")):
+        for encode in (encoder.encode, lambda *args: list(encoder.encode_batches(*args)), lambda *args: list(encoder.pack(*args))):
+            with pytest.raises(ValueError, match=f"str.*{word}"):
+                encode(captions, "raw")
+    for prompts in ("middle", None, ["raw"]):
+        for encode in (encoder.encode, lambda *args: list(encoder.encode_batches(*args)), lambda *args: flame.tokenize(encoder.tokenizer, *args)):
+            with pytest.raises(ValueError, match="raw, short, long"):
+                encode(["a dog"], prompts)
+        with pytest.raises(ValueError, match="raw, short, long"):
+            flame.Flame(CONFIG).encode_text(torch.randn(1, 1, 24), prompts)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    from PIL import Image
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    picture.save(tmp_path / "fox.png")
+    return picture, tmp_path / "fox.png"
+
+
+def test_encode_image_takes_tensors_pictures_paths_and_lists_of_them(picture):
+    model, (image, file) = flame.Flame(CONFIG).eval(), picture
+    pixels = model.preprocess(image)
+    assert model.preprocess(file).equal(pixels) and model.preprocess(str(file)).equal(pixels)
+    expected = model.encode_image(pixels[None])
+    for one in (pixels, image, file, str(file), pixels[None].double()):
+        assert model.encode_image(one).equal(expected)
+    several = model.encode_image([pixels, image, file, str(file)])
+    torch.testing.assert_close(several, expected.expand(4, -1))
+    assert model.encode_image((image, file)).shape == (2, 24)
+
+
+@pytest.mark.parametrize("wrong, word", [
+    (torch.zeros(2, 3, 64, 64), "2, 3, 64, 64"), (torch.zeros(2, 1, 32, 32), "2, 1, 32, 32"), (torch.zeros(32, 32), "32, 32"), (torch.zeros(32, 32, 3), "32, 32, 3"),
+    (torch.zeros(2, 3, 33, 33), "2, 3, 33, 33"), (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "uint8"), ([], "empty"), ([torch.zeros(3, 32, 31)], "3, 32, 31"),
+    ([3], "int"), (None, "NoneType"), (np.zeros((32, 32, 3)), "ndarray")], ids=lambda x: x if isinstance(x, str) else "")
+def test_encode_image_says_what_it_wants(wrong, word):
+    for model in (flame.Flame(CONFIG), flame.Flame(CONFIG).eval()):
+        with pytest.raises(ValueError, match=f"{word}") as error:
+            model.encode_image(wrong)
+        assert "picture" in str(error.value) or "[B, 3, 32, 32]" in str(error.value)
+
+
+def test_encode_text_and_similarity_say_what_they_want():
+    model = flame.Flame(CONFIG)
+    for wrong in (torch.zeros(2, 7, 23), torch.zeros(7, 24), torch.zeros(2, 3, 24), np.zeros((2, 7, 24)), None):
+        with pytest.raises(ValueError, match=r"\[N, 7, 24\].*'long'"):
+            model.encode_text(wrong, "long")
+    for image, facets in ((torch.zeros(24), torch.zeros(2, 7, 24)), (torch.zeros(1, 24), torch.zeros(7, 24)), (torch.zeros(1, 24), torch.zeros(2, 7, 23))):
+        with pytest.raises(ValueError, match=r"\[M, D\].*\[N, K, D\]"):
+            flame.similarity(image, facets)
+
+
+def test_gradients_are_kept_in_training_only(picture):
+    model, facets = flame.Flame(CONFIG | {"text_linear": True}), torch.randn(2, 7, 24)
+    pixels = torch.randn(2, 3, 32, 32)
+    outputs = lambda: (model(pixels), model.encode_image(pixels), model.encode_text(facets))
+    assert all(x.requires_grad for x in outputs())
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in outputs())
+    model.eval()
+    assert not any(x.requires_grad for x in outputs()) and model.encode_image(picture[0]).numpy().shape == (1, 24)
+
+
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
     from safetensors.torch import save_file
     with pytest.raises(flame.InputError, match="config.json"):
