@@ -113,7 +113,7 @@ def embed_windows(out, settings, journal, encoder, joined, rank, world):
     repeats = set(journal["repeats"])
 
     def rows():
-        captions = read_captions(settings["captions"]["path"], joins=joined)
+        captions = read_captions(settings["captions"]["path"], None, joined, store.released(settings))
         return (row for row in captions if row.number not in repeats)
 
     statistics, busy = None, 0.0  # busy: seconds of the LLM at work
@@ -287,7 +287,8 @@ def command_line():
         help="how embeddings are stored (default float16; int8 is half the bytes)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default: cuda where there is one)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the matrix products (default bfloat16 where it is fast)")
+    add("--dtype", choices=("bfloat16", "float32", "float16"),
+        help="of the matrix products (default bfloat16 where it is fast; float16 as in the released code)")
     add("--budget", metavar="TOKENS", type=number(int, 1, 1 << 20),
         help="tokens in one packed row (default 2048 on CPU, 16384 on GPU)")
     add("--window", metavar="ROWS", type=number(int, 1, 1 << 16),

@@ -432,6 +432,7 @@ def read_array(path, dtype, shape, cure="download or write it anew"):
     return array
 
 
+NATIVE = torch.float32, torch.bfloat16  # what the extension's kernels know; others, float16 among them, take the PyTorch path
 SIZES = 64  # what matrix products' rows are a multiple of: for every new number of them, oneDNN compiles and keeps new kernels
 
 
@@ -448,7 +449,7 @@ def decode(decoder, forest):
     angle = torch.outer(forest.positions.float().to(device), decoder.inv_freq)  # [T, head_dim / 2]
     cos, sin = angle.cos(), angle.sin()
     ends, end_of = torch.unique(forest.answers, return_inverse=True)  # equal captions share their answers
-    attend, ends = attention_over(forest, device), F.pad(ends, (0, -len(ends) % SIZES)).to(device)
+    attend, ends = attention_over(forest, device, dtype), F.pad(ends, (0, -len(ends) % SIZES)).to(device)
 
     x = decoder.embedding[forest.tokens.to(device)].float()  # [T, D], the residual stream
     update = None                                            # what the last sublayer adds to it
@@ -473,13 +474,13 @@ def decode(decoder, forest):
     return (x + update)[end_of.to(device)]
 
 
-def attention_over(forest, device):
+def attention_over(forest, device, dtype):
     """-> attend(q [Q, H, d], k [T, Hkv, d], v [T, Hkv, d], rows=None) -> [Q, H, d]: attention by the rule, no S x S buffer.
 
     rows: int64 [Q], the queries' places in the packed row; None: all T.
     With the extension every ancestor's keys and values are read in place. Without it: dense attention per branch.
     """
-    if flame_ext and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda):
+    if flame_ext and dtype in NATIVE and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda):
         layout = flame_ext.layout(forest.lengths, forest.parents)
 
         def attend(q, k, v, rows=None):
@@ -504,7 +505,7 @@ def attention_over(forest, device):
 
 def add_and_norm(x, update, weight, eps, dtype):
     """x float32 [T, D] += update, in place; -> RMSNorm(x) * weight [T, D] in dtype."""
-    if flame_ext and x.device.type == "cpu":
+    if flame_ext and dtype in NATIVE and x.device.type == "cpu":
         out = torch.empty(x.shape, dtype=dtype)
         flame_ext.rmsnorm(x, weight, out, eps, update)
         return out
@@ -515,7 +516,7 @@ def add_and_norm(x, update, weight, eps, dtype):
 
 def rope(qkv, cos, sin, heads):
     """Rotates the first `heads` heads of [T, heads + others, d] in place; the pairs are (i, i + d/2)."""
-    if flame_ext and qkv.device.type == "cpu":
+    if flame_ext and qkv.dtype in NATIVE and qkv.device.type == "cpu":
         return flame_ext.rope(qkv, cos, sin, heads)
     a, b = qkv[:, :heads].float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -524,7 +525,7 @@ def rope(qkv, cos, sin, heads):
 
 def swiglu(gate_up):
     """[T, 2F] -> [T, F], silu(gate) * up."""
-    if flame_ext and gate_up.device.type == "cpu":
+    if flame_ext and gate_up.dtype in NATIVE and gate_up.device.type == "cpu":
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         flame_ext.swiglu(gate_up, out)
         return out

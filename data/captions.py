@@ -42,10 +42,11 @@ class Row(NamedTuple):
     number: int      # of the row in its file, from 0
 
 
-def read_captions(path, skipped=None, joins=None):
+def read_captions(path, skipped=None, joins=None, keep_lines=False):
     """Yields Row after Row. skipped: a dict to fill with {reason: [how many, the first five places]}.
 
     joins: {prompt set: {key: caption}}, captions of that set from another file (`read_join`).
+    keep_lines: captions as they are, line breaks and spaces too, as the released code takes them; else each is one line.
     Raises InputError where a file is missing, holds no caption column, or is not of a known form.
     """
     count = 0
@@ -54,7 +55,7 @@ def read_captions(path, skipped=None, joins=None):
         key = fields.get("key")
         key = f"{number:09d}" if key is None or key == "" else str(key)
         image = str(fields.get("image") or "")
-        texts = {name: one_line(fields[name]) for name in PROMPTS if fields.get(name)}
+        texts = {name: one_line(fields[name], keep_lines) for name in PROMPTS if fields.get(name)}
         for name, captions in (joins or {}).items():
             if text := captions.get(key):
                 texts[name] = text
@@ -76,9 +77,14 @@ def read_captions(path, skipped=None, joins=None):
                          f"give a TSV with a header among `{' '.join(FIELDS)}`, or caption<TAB>url")
 
 
-def one_line(text):
-    """Any value as text, without white space at the ends and with single spaces for any inside."""
+def one_line(text, keep_lines=False):
+    """Any value as text, without white space at the ends and with single spaces for any inside.
+
+    keep_lines: as it is, but "" where there is nothing else than white space.
+    """
     text = str(text)
+    if keep_lines:
+        return text if text.strip() else ""
     if text.isprintable() and "  " not in text and text == text.strip():  # most are: not worth taking apart
         return text
     return " ".join(text.split())
@@ -426,12 +432,12 @@ def _sample_fields(texts, place, skipped):
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions of one prompt set in a file of their own
 
-def read_join(name, path, skipped, index=None):
+def read_join(name, path, skipped, index=None, keep_lines=False):
     """-> Joined {key: caption}, the captions of prompt set `name` in a file of their own; the last one of a key counts.
 
     The caption is the field named as the set, else the first text that is neither key nor picture ({"__key__", "minicpm"}
     in the recaptioned releases). index: the database's file, which other processes `open_join`; without one it is a
-    temporary file that goes when the process ends. Raises InputError where there is no caption, or the disk is full.
+    temporary file that goes when the process ends. keep_lines: see read_captions. Raises InputError where there is no caption, or the disk is full.
     """
     if index:
         Path(index).unlink(missing_ok=True)
@@ -440,7 +446,7 @@ def read_join(name, path, skipped, index=None):
         database.execute("PRAGMA journal_mode = OFF")  # what is half written is made anew
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
-        database.executemany("INSERT INTO captions VALUES (?, ?)", _joined_rows(name, path, skipped))
+        database.executemany("INSERT INTO captions VALUES (?, ?)", _joined_rows(name, path, skipped, keep_lines))
         database.execute("CREATE INDEX keys ON captions (key)")
         database.commit()
         joined = Joined(database)
@@ -477,14 +483,14 @@ class Joined:
         return self.database.execute("SELECT count(DISTINCT key) FROM captions").fetchone()[0]
 
 
-def _joined_rows(name, path, skipped):
+def _joined_rows(name, path, skipped, keep_lines):
     """Yields (key, caption)."""
     for _, place, fields in _records(path, skipped):
         texts = [fields.get(name)]
         for field, value in fields.items():
             if isinstance(value, str) and ALIASES.get(field, field) not in ("key", "image", "url"):
                 texts.append(value)
-        text = one_line(next(filter(None, texts), ""))
+        text = one_line(next(filter(None, texts), ""), keep_lines)
         key = fields.get("key")
         if key is None or not text or not _is_unicode(str(key), text):
             skip(skipped, "joined row without key or caption", place)

@@ -83,6 +83,11 @@ def finished(out, settings, llm):
     return True
 
 
+def released(settings):
+    """Is it the released code's text path? Then captions keep their line breaks."""
+    return settings["llm"]["positions"] == "sequential"
+
+
 def join_file(out, name):
     """Where the captions of a joined file lie for all ranks while the store is written."""
     return out / f"join-{name}.sqlite"
@@ -96,8 +101,9 @@ def begin(out, settings, D, llm, overwrite=False):
     """
     path = out / "journal.json"
     skipped = {}
-    joins = settings["captions"]["joins"]
-    joined = {name: read_join(name, file, skipped, join_file(out, name)) for name, file in joins.items()}
+    joined = {}
+    for name, file in settings["captions"]["joins"].items():
+        joined[name] = read_join(name, file, skipped, join_file(out, name), released(settings))
     if overwrite or not path.exists():
         make(out, settings, D, joined, skipped)
     journal = flame.read_json(path, JOURNAL, CURE)
@@ -141,7 +147,7 @@ def list_rows(keys_path, images_path, settings, joined, skipped):
     used = dict.fromkeys(joined, 0)
     with (open(keys_path, "w", encoding="utf-8", newline="\n") as keys,
           open(images_path, "w", encoding="utf-8", newline="\n") as images,
-          tqdm(read_captions(captions, skipped, joined), desc="reading captions", unit=" rows", leave=False) as rows):
+          tqdm(read_captions(captions, skipped, joined, released(settings)), desc="reading captions", unit=" rows", leave=False) as rows):
         for row in rows:
             known = hash(row.key)  # 64 bits instead of the key: 15 million of them stay small
             if known in seen:

@@ -1,8 +1,10 @@
 """The released FLAME: its text path, its checkpoint file; and FLAME checkpoints under open_clip and clip_benchmark."""
 import functools
+import io
 import json
 import re
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -108,11 +110,50 @@ def test_released_path_never_cuts_a_question(llm):
     assert forest.tokens[forest.answers].tolist() == [f[-1] for f in facets[0]]
 
 
-# --- stores and checkpoints of version 1
-
 def embed_here(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["embed.py", *map(str, args), "--device", "cpu"])
     embed.main()
+
+
+@pytest.mark.parametrize("source", ["jsonl", "join", "tar"])
+def test_compat_store_in_float16_equals_the_released_vectors(nemo, tmp_path, monkeypatch, source):
+    """embed.py --compat --dtype float16: line breaks and spaces of the captions as they are, unit vectors in float16."""
+    captions = tuple(caption for caption in CAPTIONS[:-1] if caption.strip()) + ("  A fox\n\nand\r\n a  lamp \n",)
+    rows = [{"key": f"{n:03}", "raw": text, "short": text, "long": text} for n, text in enumerate(captions)]
+    joins = []
+    if source == "tar":
+        file, sets = tmp_path / "some.tar", ("raw",)
+        with tarfile.open(file, "w") as tar:
+            for row in rows:
+                data = row["raw"].encode()
+                member = tarfile.TarInfo(row["key"] + ".txt")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    else:
+        file, sets = tmp_path / "some.jsonl", tuple(flame.PROMPTS)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if source == "join":
+        (tmp_path / "raw.jsonl").write_text("".join(json.dumps({"key": row["key"], "raw": "another"}) + "\n" for row in rows))
+        joins = ["--join", f"long={file}", f"short={file}"]
+        file, sets = tmp_path / "raw.jsonl", ("short", "long")
+    embed_here(monkeypatch, "--captions", file, *joins, "--llm", nemo, "--out", tmp_path / "store", "--compat", "--dtype", "float16", "--prompts", ",".join(sets))
+    store = flame.open_store(tmp_path / "store")
+    assert (store.meta["dtype"], store.meta["llm"]["positions"]) == ("float16", "sequential")
+    ours = store.read(range(len(captions)), range(len(store.meta["columns"])))
+    theirs = torch.nn.functional.normalize(torch.cat([released(nemo, name, captions) for name in sets], dim=1), dim=-1)
+    cosine = torch.cosine_similarity(ours - theirs.mean(0), theirs - theirs.mean(0), dim=-1)
+    assert cosine.min() >= 0.9999 and centered_error(ours, theirs) <= 1e-2
+
+
+def test_float16_keeps_the_centered_states(llm):
+    """A real LLM's largest values fit into float16. On CPU it is slow: few captions, few blocks."""
+    captions = ["A tiny fox\nin the snow.", "A huge lamp."]
+    exact, rounded = (flame.TextEncoder(llm, dtype=dtype, layer=4, positions="sequential").encode(captions, "raw") for dtype in (torch.float32, torch.float16))
+    assert torch.isfinite(rounded).all()
+    assert torch.cosine_similarity(exact - exact.mean(0), rounded - exact.mean(0), dim=-1).min() >= 0.9995
+
+
+# --- stores and checkpoints of version 1
 
 
 def test_stores_that_recorded_the_llm_by_version_1_keep_working(tiny_llm, make_random_llm, tmp_path, monkeypatch, capsys):

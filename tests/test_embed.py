@@ -93,7 +93,7 @@ def test_reading_in_one_pass_and_step_by_step(here, tiny_llm, monkeypatch, store
 def test_no_packed_row_of_a_full_window_brings_a_new_size(tiny_llm, monkeypatch):
     """For every new number of rows oneDNN compiles kernels and keeps them: memory would grow for as long as they come."""
     encoder, random, lengths, attention_over = flame.TextEncoder(tiny_llm, dtype=torch.float32), np.random.default_rng(), [], flame.attention_over
-    monkeypatch.setattr(flame, "attention_over", lambda forest, device: lengths.append(len(forest.tokens)) or attention_over(forest, device))
+    monkeypatch.setattr(flame, "attention_over", lambda forest, *how: lengths.append(len(forest.tokens)) or attention_over(forest, *how))
     embed.settle_memory(encoder)
     settled = sorted(lengths)
     assert settled == list(range(1088, 2049, 64))
