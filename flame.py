@@ -215,7 +215,7 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
         raise InputError(f"{llm_dir}: layer {layer} asked for, but the model has {n_layers} blocks; choose 1 to {n_layers}")
     read, names = _weights_reader(llm_dir)
 
-    def load(name, *shape, to=dtype):
+    def weight(name, *shape, to=dtype):
         if name not in names:
             raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; the folder is not a whole {config['model_type']} checkpoint")
         tensor = read(name)
@@ -230,16 +230,16 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
         if extra := sorted(n for n in names if n.startswith(p) and n.endswith(".bias") and n not in biases):
             raise InputError(f"{llm_dir}: tensor {extra[0]}: a bias here is not supported; use a checkpoint without (qwen2 alone has it, on q, k and v)")
         return {
-            "attention_norm": load(p + "input_layernorm.weight", D, to=torch.float32),
-            "wqkv": torch.cat([load(name + ".weight", n, D) for name, n in qkv]),
-            "bqkv": torch.cat([load(name + ".bias", n) for name, n in qkv]) if biases else None,
-            "wo": load(p + "self_attn.o_proj.weight", D, heads * head_dim),
-            "mlp_norm": load(p + "post_attention_layernorm.weight", D, to=torch.float32),
-            "w_gate_up": torch.cat([load(p + f"mlp.{x}_proj.weight", inner, D) for x in ("gate", "up")]),
-            "w_down": load(p + "mlp.down_proj.weight", D, inner),
+            "attention_norm": weight(p + "input_layernorm.weight", D, to=torch.float32),
+            "wqkv": torch.cat([weight(name + ".weight", n, D) for name, n in qkv]),
+            "bqkv": torch.cat([weight(name + ".bias", n) for name, n in qkv]) if biases else None,
+            "wo": weight(p + "self_attn.o_proj.weight", D, heads * head_dim),
+            "mlp_norm": weight(p + "post_attention_layernorm.weight", D, to=torch.float32),
+            "w_gate_up": torch.cat([weight(p + f"mlp.{x}_proj.weight", inner, D) for x in ("gate", "up")]),
+            "w_down": weight(p + "mlp.down_proj.weight", D, inner),
         }
 
-    embedding = load("model.embed_tokens.weight", config["vocab_size"], D)
+    embedding = weight("model.embed_tokens.weight", config["vocab_size"], D)
     return Decoder(config, embedding, [block(i) for i in range(layer)], config["inv_freq"].float().to(device))
 
 

@@ -3,17 +3,19 @@
 evaluate.py keeps it in <out>/cache.sqlite and, for --search, in <folder>/.flame-index.npz. Both can be deleted at any time.
 A cache has the two methods of a dict that evaluate.py uses, get(key) and update({key: bytes}), so that a dict can stand in.
 """
+import ast
+import functools
 import hashlib
 import json
 import os
 import sqlite3
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
-
-VERSION = 1     # raise it when flame.py's towers say something else of the same input
+import flame
 
 
 class Cache:
@@ -41,10 +43,41 @@ def open_cache(path):
         return {}
 
 
+def code_of(file, *roots):
+    """Digest of what a Python file's top-level `roots` say, and all else of that file that they name, directly or not.
+
+    Comments, layout and docstrings do not count. So a key that holds it changes by itself with the code.
+    """
+    defined = {}
+    for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+        names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        for name in [node.name] if hasattr(node, "name") else names:
+            defined[name] = node
+    todo, said = list(roots), {}
+    while todo:
+        name = todo.pop()
+        if name in defined and name not in said:
+            parts = list(ast.walk(defined[name]))
+            for part in parts:
+                if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part, clean=False):
+                    part.body = part.body[1:]
+            said[name] = ast.dump(defined[name])
+            todo += [part.id for part in parts if isinstance(part, ast.Name)]
+    return hashlib.sha256(repr(sorted(said.items())).encode()).hexdigest()
+
+
+@functools.cache
+def text_code():
+    """Digest of the code that makes a text's states and packs them, kernels included."""
+    kernels = Path(flame.flame_ext.__file__).read_bytes() if flame.flame_ext else b""
+    code = code_of(flame.__file__, "TextEncoder") + code_of(__file__, "pack_states")
+    return hashlib.sha256(code.encode() + kernels).hexdigest()
+
+
 def image_tower_name(model, dtype):
     """Names what pictures go through, by content: settings, weights, and the type of the matrix products."""
     settings = {key: value for key, value in model.config.items() if key != "llm"}
-    digest = hashlib.sha256(json.dumps([VERSION, str(dtype), settings], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([code_of(flame.__file__, "Flame"), str(dtype), settings], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("visual.", "mm.")):
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
@@ -64,7 +97,7 @@ def picture_key(tower, picture, folder=None):
 
 def text_key(tower, prompts, text):
     """tower: names the LLM and how it is run; prompts: the flame.PromptSet, by content."""
-    return f"text\t{hashlib.sha256(repr((VERSION, tower, tuple(prompts), text)).encode()).hexdigest()}"
+    return f"text\t{hashlib.sha256(repr((text_code(), tower, tuple(prompts), text)).encode()).hexdigest()}"
 
 
 def pack_states(states):

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import flame
+from data import cache
 
 CAPTIONS = ["A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat.", "", 'He said "(hello)" to the dog?',
             '"Quoted"', "5 × 3 = 15?", "一只红色的风筝在海上飞。", "Une très longue promenade " * 12, "a\u0301 🦊\tand  two  spaces", "A cat."]
@@ -447,6 +448,55 @@ def test_encode_text_uses_the_columns_of_its_prompt_set():
     torch.testing.assert_close(model.encode_text(facets, "short"), model.text(facets, [1, 2, 3]))
     with pytest.raises(ValueError, match="long"):
         model.encode_text(facets, "long")
+
+
+# --- the cache's keys change by themselves with the code that makes what is kept
+
+TEXT = {  # what of the text tower's code: (what stands there, what else might)
+    "a prompt": ("the overall atmosphere", "the atmosphere"),
+    "cleaning": ("caption = caption.strip()", "caption = caption.rstrip()"),
+    "positions": ("range(start, start + len(f))", "range(start + 1, start + 1 + len(f))"),
+    "the cut at 1,024 tokens": ("ids[:1024]", "ids[:1023]"),
+    "the trie": ("lo += 1", "lo += 2"),
+    "RMSNorm": ("x.square().mean(-1, keepdim=True) + eps", "x.square().mean(-1, keepdim=True)"),
+    "RoPE's scaling": ("(high - low)).clamp(0, 1)", "(high - low)).clamp(0, 2)"),
+}
+IMAGE = {
+    "pooling": ("kept)[:, 1:]", "kept)[:, 0:]"),
+    "normalisation": ("0.48145466", "0.5"),
+    "resizing": ("Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR"),
+    "attention": ("q.shape[-1] ** -0.5) @ k", "q.shape[-1] ** -1) @ k"),
+}
+NEITHER = {
+    "a comment": ("# [T, D], the residual stream", "# the stream"),
+    "a docstring": ("Runs the kept blocks over the packed row", "Runs them"),
+    "layout": ("idle = -len(forest.tokens) % multiple", "idle = (-len(forest.tokens)\n            % multiple)"),
+    "the store": ("is not an embedding store", "is no store"),
+}
+
+
+@pytest.mark.parametrize("what", [*TEXT, *IMAGE, *NEITHER])
+def test_cache_keys_change_with_the_code_that_matters(tmp_path, what):
+    old, new = (TEXT | IMAGE | NEITHER)[what]
+    text = Path(flame.__file__).read_text()
+    assert text.count(old) == 1
+    (tmp_path / "flame.py").write_text(text.replace(old, new))
+    for towers, root in ((TEXT, "TextEncoder"), (IMAGE, "Flame")):
+        changed = cache.code_of(tmp_path / "flame.py", root) != cache.code_of(flame.__file__, root)
+        assert changed == (what in towers) or what == "a prompt"  # the image tower's class knows the prompt sets' names
+
+
+def test_cache_keys_hold_the_code_of_their_tower(tmp_path, monkeypatch):
+    def keys():
+        return cache.text_key("llm", flame.PROMPTS["raw"], "A cat."), cache.image_tower_name(flame.Flame(CONFIG), torch.float32)
+
+    torch.manual_seed(0)
+    before = keys()
+    monkeypatch.setattr(cache, "code_of", lambda file, *roots: "other code")
+    cache.text_code.cache_clear()
+    torch.manual_seed(0)
+    assert all(old != new for old, new in zip(before, keys()))
+    cache.text_code.cache_clear()
 
 
 # --- what people pass
