@@ -6,12 +6,12 @@ the authors pack all pictures into one file, and evaluate.py finds out whether i
 returned as "", so that evaluate.py can count what it leaves out.
 
 Readers take the root folder and the split, "test" or, for those in HAS_VAL, "val" and, for classification, "train":
-RETRIEVAL       (pictures, texts: list[str], image_of_text: list[int])
-MULTILINGUAL    (pictures, {language: (texts, image_of_text)})
-COMPOSITION     (pictures, texts, {part: rows}); a row is (what it is resampled with, comparisons), a comparison two pairs
-                (picture, text), and the row is right if the first pair of each of its comparisons scores higher than the second
-CLASSIFICATION  (pictures, classes: list[str], one a picture, {class: name}); with_names() makes labels and templates of it
-All raise flame.InputError when the folder does not have the layout of README.md.
+captions         (pictures, texts: list[str], image_of_text: list[int])
+many languages   (pictures, {language: (texts, image_of_text)})
+compositionality (pictures, texts, {part: rows}); a row is (what it is resampled with, comparisons), a comparison two pairs
+                 (picture, text); the row is right if the first pair of each of its comparisons scores higher than the second
+classes          (pictures, classes: list[str], one a picture, {class: name}); with_names() makes labels and templates of it
+All raise flame.InputError when the folder does not have the layout of README.md. The table of them is in evaluate.py.
 """
 
 import gzip
@@ -38,9 +38,16 @@ def need(path):
     return path
 
 
+def need_file(path):
+    """The path itself if it is a regular file: a pipe would be waited for without end."""
+    if not need(path).is_file():
+        raise flame.InputError(f"{path}: not a regular file; {CURE}")
+    return path
+
+
 def read_text(path):
     """A whole UTF-8 file. flame.InputError names the line of the first byte that is not UTF-8."""
-    raw = need(path).read_bytes()
+    raw = need_file(path).read_bytes()
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -113,12 +120,13 @@ def read_lines(path):
 
 def read_mat(path):
     """A MATLAB file -> {variable: array}. Only Stanford Cars and Flowers-102 need it, hence scipy is no requirement."""
+    need_file(path)
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise flame.InputError(f"{need(path)}: a MATLAB file; to read it, pip install scipy") from None
+        raise flame.InputError(f"{path}: a MATLAB file; to read it, pip install scipy") from None
     try:
-        return loadmat(need(path), squeeze_me=True)
+        return loadmat(path, squeeze_me=True)
     except Exception as error:  # scipy raises nearly anything on a broken file
         raise flame.InputError(f"{path}: not a MATLAB file ({' '.join(str(error).split())}); fetch it again, {CURE}") from None
 
@@ -144,7 +152,7 @@ def sharegpt4v(root, split="test"):
     """The first 1,000 entries of the ShareGPT4V captions: second turn, newlines to spaces (Long-CLIP's choice)."""
     path = root / "share-captioner_coco_lcs_sam_1246k_1107.json"
     # The file is 1.5 GB for 1.2 million entries and the first thousand take about 2 MB of it: decode only those.
-    with open(need(path), encoding="utf-8", errors="replace") as file:
+    with open(need_file(path), encoding="utf-8", errors="replace") as file:
         text = file.read(1 << 25)
     decoder, entries, position = json.JSONDecoder(), [], text.find("[") + 1
     while len(entries) < 1000:
@@ -196,7 +204,7 @@ def docci(root, split="test"):
 # ---------------------------------------------------------------- short captions
 
 def karpathy(path, split, picture):
-    """A split of a file by Karpathy and Fei-Fei; the first five captions of each picture, as everyone reports."""
+    """A split of a file by Karpathy and Fei-Fei; the first five captions of each picture."""
     images, texts, image_of_text = [], [], []
     for number, entry in enumerate(field(path, read_json(path), "images", kind=list)):
         where = f"{path}: entry {number}"
@@ -237,6 +245,15 @@ def xm3600(root, split="test", all_captions=False):
                 image_of_text += [len(images)] * len(captions)
         images.append(root / "images" / f"{field(where, entry, 'image/key')}.jpg")
     return images, languages
+
+
+def in_languages(pictures, languages, wanted, root):
+    """What xm3600 returns, in the wanted languages only, "en,de" or None for all."""
+    wanted = wanted.split(",") if wanted else list(languages)
+    for language in wanted:
+        if language not in languages:
+            raise flame.InputError(f"--language {language}: {root / 'captions.jsonl'} has only {', '.join(languages)}")
+    return pictures, {language: languages[language] for language in wanted}
 
 
 # ---------------------------------------------------------------- compositionality
@@ -305,7 +322,7 @@ def imagefolder(root, split="test"):
 
 
 def imagenet(root, split="test"):
-    """ImageNet (ILSVRC 2012): val/<WordNet id>/ is the test split, as everyone reports; train/<WordNet id>/."""
+    """ImageNet (ILSVRC 2012): val/<WordNet id>/ is scored as the test split; train/<WordNet id>/."""
     return folders(root / ("train" if split == "train" else "val"))
 
 
@@ -318,7 +335,7 @@ def cifar(paths, names, label_bytes):
     """CIFAR's binary version (the Python one is pickled, and pickles can run code): records of labels and 3 x 32 x 32 bytes."""
     pictures, classes, names = [], [], dict(enumerate(read_lines(names)))
     for path in paths:
-        raw = np.frombuffer(need(path).read_bytes(), np.uint8)
+        raw = np.frombuffer(need_file(path).read_bytes(), np.uint8)
         if len(raw) % (label_bytes + 3072) or not len(raw):
             raise flame.InputError(f"{path}: {len(raw)} bytes are no whole number of records; fetch it again, {CURE}")
         records = raw.reshape(-1, label_bytes + 3072)
@@ -405,7 +422,7 @@ def fashionmnist(root, split="test"):
     def read(name, magic, dimensions):
         path = root / f"{'t10k' if split == 'test' else split}-{name}-ubyte.gz"
         try:
-            raw = gzip.decompress(need(path).read_bytes())
+            raw = gzip.decompress(need_file(path).read_bytes())
             shape = np.frombuffer(raw, ">i4", 1 + dimensions)
             if shape[0] != magic:
                 raise ValueError(f"it begins with {shape[0]} instead of {magic}")
@@ -436,6 +453,15 @@ def read_classes(path):
         else:
             raise flame.InputError(f"{path}: line {number}: {line!r} is neither a template with {{}} nor a class, a tab and its name; correct it")
     return names, templates
+
+
+def class_files(bench, root, language=None):
+    """The files of read_classes for a benchmark that there are, those of imagefolder's own folder last."""
+    path = CLASSES / (f"{bench}.txt" if language in (None, "en") else f"{bench}.{language}.txt")
+    if language and not path.exists():
+        raise flame.InputError(f"--language {language}: no file {path}; write one, or name your own with --classes")
+    own = [root / "classes.txt", root / "templates.txt"] if bench == "imagefolder" else []
+    return [file for file in [path, *own] if file.exists()]
 
 
 def with_names(pictures, classes, names, files):
@@ -488,30 +514,4 @@ def demo(root, split="test"):
     return scenes, captions, objects, names
 
 
-RETRIEVAL = {"urban1k": urban1k, "sharegpt4v": sharegpt4v, "dci": dci, "docci": docci, "coco": coco, "flickr30k": flickr30k}
-MULTILINGUAL = {"xm3600": xm3600}
-COMPOSITION = {"sugarcrepe": sugarcrepe, "winoground": winoground}
-CLASSIFICATION = {reader.__name__: reader for reader in (imagenet, food101, cifar10, cifar100, sun397, cars, aircraft, dtd, pets, caltech101,
-                                                         flowers102, fashionmnist, imagefolder)}
 HAS_VAL = {"demo", "coco", "flickr30k"}     # the others come with nothing but a test split
-
-
-def read(bench, root, split="test", classes=None, language=None, all_captions=False):
-    """What the bench's reader returns, with class names and templates for CLASSIFICATION, for xm3600 in the languages asked for.
-
-    classes: a file of read_classes that overrules the one in data/classes, and for imagefolder the folder's own.
-    """
-    reader = globals()[bench]
-    if bench in CLASSIFICATION:
-        files = [CLASSES / (f"{bench}.{language}.txt" if language not in (None, "en") else f"{bench}.txt")]
-        if language and not files[0].exists():
-            raise flame.InputError(f"--language {language}: no file {files[0]}; write one, or name your own with --classes")
-        files += [root / "classes.txt", root / "templates.txt"] if bench == "imagefolder" else []
-        return with_names(*reader(root, split), [path for path in files if path.exists()] + ([classes] if classes else []))
-    if bench != "xm3600":
-        return reader(root, split)
-    images, languages = reader(root, split, all_captions)
-    wanted = language.split(",") if language else list(languages)
-    if unknown := [one for one in wanted if one not in languages]:
-        raise flame.InputError(f"--language {unknown[0]}: {root / 'captions.jsonl'} has only {', '.join(languages)}")
-    return images, {one: languages[one] for one in wanted}

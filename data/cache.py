@@ -10,37 +10,57 @@ import json
 import os
 import sqlite3
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import flame
+from data import files
+from flame import InputError
 
 
 class Cache:
-    """One sqlite file. Raises sqlite3.Error where it cannot be used."""
+    """One sqlite file. Raises flame.InputError where it cannot be used, or the disk is full."""
 
     def __init__(self, path):
-        self.db = sqlite3.connect(path, timeout=60)
-        self.db.execute("PRAGMA synchronous = OFF")     # survives a killed process; after a power cut it may have to be deleted
-        self.db.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
+        self.path = path
+        with self.errors():
+            self.db = sqlite3.connect(path, timeout=60)
+            self.db.execute("PRAGMA synchronous = OFF")     # survives a killed process; not always a power cut
+            self.db.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
+
+    @contextmanager
+    def errors(self):
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise InputError(f"{self.path}: {error}; make room, or delete the file: it is only a cache") from None
 
     def get(self, key):
-        row = self.db.execute("SELECT value FROM cache WHERE key = ?", (key,)).fetchone()
+        with self.errors():
+            row = self.db.execute("SELECT value FROM cache WHERE key = ?", (key,)).fetchone()
         return row and row[0]
 
     def update(self, items):
-        with self.db:
+        with self.errors(), self.db:
             self.db.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", items.items())
 
 
 def open_cache(path):
+    """The cache at a path; a dict in its place, and a note, where there can be none."""
     try:
         return Cache(path)
-    except sqlite3.Error as error:
-        print(f"{path}: {error}; nothing is kept for the next run, delete the file", file=sys.stderr)
+    except InputError as error:
+        print(f"{error}; nothing is kept for the next run", file=sys.stderr)
         return {}
+
+
+def find(cached, key, size):
+    """The bytes under a key; None where there are none, or not `size` of them, as in a damaged file."""
+    blob = cached.get(key) if key else None
+    return blob if isinstance(blob, bytes) and len(blob) == size else None
 
 
 def code_of(file, *roots):
@@ -106,30 +126,27 @@ def pack_states(states):
     return (states / norms).half().numpy().tobytes() + norms.numpy().tobytes()
 
 
+def states_size(facets, dim):
+    """How many bytes pack_states gives."""
+    return facets * (2 * dim + 4)
+
+
 def unpack_states(blobs, facets):
     """n times what pack_states gives -> float32 [n, K, D]"""
     raw = np.frombuffer(b"".join(blobs), np.uint8).reshape(len(blobs), -1)
-    units, norms = (np.ascontiguousarray(part).view(kind) for part, kind in ((raw[:, :-4 * facets], np.float16), (raw[:, -4 * facets:], np.float32)))
-    return torch.from_numpy(units.reshape(len(blobs), facets, -1).astype(np.float32) * norms[..., None])
-
-
-def write(path, save):
-    """save(temporary path), then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    units = np.ascontiguousarray(raw[:, :-4 * facets]).view(np.float16).reshape(len(blobs), facets, -1)
+    norms = np.ascontiguousarray(raw[:, -4 * facets:]).view(np.float32)
+    return torch.from_numpy(units.astype(np.float32) * norms[..., None])
 
 
 def read_index(path):
     """A search index -> {picture_key: bytes}; {} if there is none, or none that can be read."""
+    if not path.is_file():              # a pipe would be waited for without end
+        return {}
     try:
         with np.load(path) as index:    # never unpickles: allow_pickle is off
-            return {str(key): vector.tobytes() for key, vector in zip(index["keys"], index["vectors"].astype(np.float32), strict=True)}
-    except FileNotFoundError:
-        return {}
+            vectors = index["vectors"].astype(np.float32)
+            return {str(key): vector.tobytes() for key, vector in zip(index["keys"], vectors, strict=True)}
     except Exception as error:          # numpy raises nearly anything on a broken file
         print(f"{path}: {' '.join(str(error).split())}; it is made anew", file=sys.stderr)
         return {}
@@ -137,7 +154,9 @@ def read_index(path):
 
 def write_index(path, index):
     """A folder that cannot be written gets no index, and a note."""
+    vectors = np.stack([np.frombuffer(blob, np.float32) for blob in index.values()])
     try:
-        write(path, lambda path: np.savez(path, keys=np.array(list(index)), vectors=np.stack([np.frombuffer(blob, np.float32) for blob in index.values()])))
-    except OSError as error:
-        print(f"{path}: {error.strerror}; no index is kept, the next search encodes every picture again", file=sys.stderr)
+        files.write(path, lambda temporary: np.savez(temporary, keys=np.array(list(index)), vectors=vectors))
+    except InputError as error:
+        reason = str(error).partition(";")[0]
+        print(f"{reason}; no index is kept, the next search encodes every picture again", file=sys.stderr)

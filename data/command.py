@@ -11,9 +11,9 @@ from flame import InputError
 class Parser(argparse.ArgumentParser):
     """argparse with --help on one screen, and a mistake in one line instead of the whole usage."""
 
-    def __init__(self, **settings):
+    def __init__(self, width=150, **settings):
         def narrow(prog):
-            return argparse.HelpFormatter(prog, max_help_position=26, width=150)
+            return argparse.HelpFormatter(prog, max_help_position=26, width=width)
         super().__init__(formatter_class=narrow, allow_abbrev=False, **settings)
 
     def error(self, message):

@@ -1,6 +1,6 @@
-"""Results to look at: lines of text, the contact sheet, the plots of a training run and of what each facet is worth, the page report.html.
+"""Results to look at: lines of text, the contact sheet, the page report.html.
 
-Numbers come from train.py and evaluate.py; nothing is computed here but similarities of what is shown. Captions, class names and file
+Numbers come from evaluate.py; nothing is computed here but similarities of what is shown. Captions, class names and file
 names come from strangers: they reach the page as data, never as markup.
 """
 import base64
@@ -10,22 +10,42 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")    # of flame.PROMPTS, in order
+from data.show.fonts import draw_text, printable, wrapped
+
+FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")  # of flame.PROMPTS
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text", "both_ways": "average of both"}
 FIGURES = ("top1", "top5", "mean_per_class", "accuracy")
-GREEN, RED, BLUE, ORANGE, INK, GREY = "#00a850", "#d83040", "#2f6fb0", "#d9822b", "#202020", "#9a9a9a"
+COUNTS = {"n_train": "training pictures", "n_texts": "texts", "n_images": "pictures", "n_classes": "names",
+          "n_sharing_a_name": "of the names are shared", "n_rows": "rows"}
+GREEN, DARK_GREEN, RED, DARK_RED, INK, GREY = "#00a850", "#00803c", "#d83040", "#b00020", "#202020", "#d0d0d0"
 
 
 def open_picture(picture):
     """Path or uint8 array [H, W] or [H, W, 3] -> PIL image, to be closed"""
-    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else Image.open(picture)
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture)
+    if not picture.is_file():       # a pipe would be waited for without end
+        raise OSError("not a regular file" if picture.exists() else "no such file")
+    return Image.open(picture)
 
 
-def printable(text):
-    """Without control characters and what UTF-8 cannot hold (file names may be any bytes)."""
-    return "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
+def reason(picture, error):
+    """Why a picture cannot be read, in one line that names it."""
+    name = picture if isinstance(picture, Path) else "a picture"
+    return " ".join(f"{name}: {error or type(error).__name__}".split())
+
+
+def thumbnail(picture, side):
+    """-> PIL image that fits side x side; a grey square where the picture cannot be read."""
+    try:
+        with open_picture(picture) as image:
+            image = image.convert("RGB")
+            scale = side / max(image.size)
+            return image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+    except Exception:  # decoders raise nearly anything on a stranger's bytes; evaluate.py has counted it
+        return Image.new("RGB", (side, side), GREY)
 
 
 # ---------------------------------------------------------------- lines of text
@@ -34,111 +54,159 @@ def cells(part, *keys):
     """A figure and its 95% interval, percent."""
     low_high = part.get("ci95", {})
     for key in keys:
-        part, low_high = part[key], low_high.get(key, {}) if isinstance(low_high, dict) else None
-    return f"{part:5.1f}" + (" [{:5.1f}, {:5.1f}]".format(*low_high) if low_high else " " * 15)
+        part = part[key]
+        low_high = low_high.get(key, {}) if isinstance(low_high, dict) else {}
+    interval = " [{:5.1f}, {:5.1f}]".format(*low_high) if low_high else " " * 15
+    return f"{part:5.1f}{interval}"
 
 
 def table(result):
     """The numbers of a result, part by part, as lines of text."""
+    parts = dict(result.get("parts") or {result["bench"]: result})
+    if "accuracy" in result:
+        parts["average"] = {key: result[key] for key in ("accuracy", "chance", "ci95", "n_texts", "n_images")}
     lines = []
-    mean = {"average": {key: result[key] for key in ("accuracy", "chance", "ci95", "n_texts", "n_images")}} if "accuracy" in result else {}
-    for name, part in {**(result.get("parts") or {result["bench"]: result}), **mean}.items():
-        counts = [f"{part[key]} {word}" for key, word in (("n_train", "training pictures"), ("n_texts", "texts"), ("n_images", "pictures"), ("n_classes", "names"), ("n_rows", "rows")) if key in part]
-        counts += [f"{len(part['languages'])} languages"] if "languages" in part else []
+    for name, part in parts.items():
+        counts = [f"{part[key]} {word}" for key, word in COUNTS.items() if part.get(key)]
+        if "languages" in part:
+            counts.append(f"{len(part['languages'])} languages")
         chance = f"R@1 {100 / part['n_images']:.1f}" if "text_to_image" in part else f"{part['chance']:.1f}"
         lines.append(f"{name}: {', '.join(counts)}, chance {chance}")
-        for direction, words in DIRECTIONS.items():
+        for direction in DIRECTIONS:
             if direction in part:
-                lines.append(f"    {words:16}" + "   ".join(f"{k} {cells(part, direction, k)}" for k in part[direction]))
-        if figures := [k for k in FIGURES if k in part]:
-            lines.append("    " + "   ".join(f"{k} {cells(part, k)}" for k in figures))
+                figures = "   ".join(f"{key} {cells(part, direction, key)}" for key in part[direction])
+                lines.append(f"    {DIRECTIONS[direction]:16}{figures}")
+        figures = "   ".join(f"{key} {cells(part, key)}" for key in FIGURES if key in part)
+        if figures:
+            lines.append(f"    {figures}")
         for language, row in part.get("languages", {}).items():
-            lines.append(f"    {language:8}" + (f"top1 {cells(row, 'top1')} among {row['n_classes']}" if "top1" in row else
-                         f"text to image R@1 {cells(row, 'text_to_image', 'R@1')}   image to text R@1 {cells(row, 'image_to_text', 'R@1')}"))
+            if "top1" in row:
+                figures = f"top1 {cells(row, 'top1')} among {row['n_classes']}"
+            else:
+                figures = both_recalls(row, "R@1 ")
+            lines.append(f"    {language:8}{figures}")
     return lines
+
+
+def both_recalls(row, at=""):
+    there = cells(row, "text_to_image", "R@1")
+    back = cells(row, "image_to_text", "R@1")
+    return f"text to image {at}{there}   image to text {at}{back}"
 
 
 def facet_table(rows):
     """What evaluate.ablation returns, as lines of text."""
     lines = ["R@1 with some facets only, from one set of embeddings (inference only: the checkpoint stays as trained)"]
     for row in rows:
-        facets = ",".join(map(str, row["facets"])) + (f" {FACETS[row['facets'][0] - 1]}" if row["kind"] == "alone" else "")
-        lines.append(f"    {row['kind']:12} {facets:32} text to image {cells(row, 'text_to_image', 'R@1')}   image to text {cells(row, 'image_to_text', 'R@1')}")
+        facets = ",".join(str(number) for number in row["facets"])
+        if row["kind"] == "alone":
+            facets += f" {FACETS[row['facets'][0] - 1]}"
+        lines.append(f"    {row['kind']:12} {facets:32} {both_recalls(row)}")
     return lines
 
 
 # ---------------------------------------------------------------- the contact sheet
 
-def found_for(shown, queries, ranks, facets=None, found=5):
-    """What some of the texts shown find -> [{"text", "rank", "of", "found": [tile], "right": tile or None}].
+def found_for(text, vector, image, right=None, rank=None, facets=None, found=5):
+    """What a text finds -> {"text", "rank", "of", "facets": names, "found": [tile], "right": tile or None}.
 
-    ranks: of all texts, 0 for the first place; None where nobody knows what is right. facets [len(queries), K, D]: theirs.
-    A tile is {"picture": its index, "score", "right": bool or None, "facets": [K similarities]}; "right" is the best right
-    picture where none is among those found.
+    vector [D], image [M, D]. right: bool [M], rank: 0 for the first place; None where nobody knows what is right. facets:
+    {name: vector [D]}. A tile is {"picture": its index, "score", "right": bool or None, "facets": similarities}; "right"
+    is the best right picture where none is among those found.
     """
-    def tile(n, query, picture):
-        units = facets[n] / np.linalg.norm(facets[n], axis=-1, keepdims=True) if facets is not None else np.empty((0, shown.image.shape[1]))
-        return {"picture": int(picture), "score": float(shown.image[picture] @ shown.text[query]), "facets": (units @ shown.image[picture]).tolist(),
-                "right": None if ranks is None else bool(shown.image_ids[picture] == shown.text_ids[query])}
+    scores = image @ vector
+    order = np.argsort(-scores, kind="stable")
+    facets = facets or {}
+    units = [facet / np.linalg.norm(facet) for facet in facets.values()]
 
-    rows = []
-    for n, query in enumerate(queries):
-        order = np.argsort(-(shown.image @ shown.text[query]), kind="stable")
-        tiles = [tile(n, query, picture) for picture in order[:found]]
-        right = [] if ranks is None or any(t["right"] for t in tiles) else order[shown.image_ids[order] == shown.text_ids[query]][:1]
-        rows.append({"text": shown.texts[query], "rank": None if ranks is None else int(ranks[query]), "of": len(order), "found": tiles,
-                     "right": tile(n, query, right[0]) if len(right) else None})
-    return rows
+    def tile(picture):
+        return {"picture": int(picture), "score": float(scores[picture]),
+                "facets": [float(unit @ image[picture]) for unit in units],
+                "right": None if right is None else bool(right[picture])}
 
-
-def wrapped(text, font, width):
-    """Lines of words no wider than `width` pixels, as far as single words allow."""
-    lines = []
-    for word in printable(text).split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
+    row = {"text": text, "rank": None if rank is None else int(rank), "of": len(order), "facets": list(facets),
+           "found": [tile(picture) for picture in order[:found]], "right": None}
+    if right is not None and right.any() and not right[order[:found]].any():
+        row["right"] = tile(order[right[order]][0])
+    return row
 
 
-def draw_sheet(rows, pictures, named=False, side=128):
-    """What found_for returns -> PIL image: each text and the pictures found for it, best first; green frame right, red wrong."""
-    font, heading, small = ImageFont.load_default(14), ImageFont.load_default(15), ImageFont.load_default(11)
-    margin, width, line, cell, tall = 16, 420, 18, side + 22, side + 22 + 16 * named
-    columns, blocks = min(5, max(len(row["found"]) for row in rows)), []
+TEXT, SIZE, LINE, MARGIN = 420, 14, 18, 16      # pixels: the texts' column, their size and line, the sheet's edge
+SIDE, FRAME, GAP = 128, 6, 10                   # a picture, its frame, what lies between
+
+
+def draw_sheet(rows, pictures, named=False):
+    """What found_for returns -> PIL image: each text and the pictures found for it, best first; green frame right, red wrong.
+
+    Behind them, apart, the right picture where it is not among them. named: with scores and file names.
+    """
+    cell = SIDE + 2 * FRAME + GAP
+    tall = cell + 16 * named
+    across = min(5, max(len(row["found"]) for row in rows))
+    apart = (cell + GAP) * any(row["right"] for row in rows)
+    blocks = []
     for row in rows:
-        lines = wrapped(row["text"], font, width - 2 * margin)
-        lines = lines if len(lines) <= 14 else lines[:13] + [lines[13] + " …"]
-        blocks.append((row, lines, max(tall * -(-len(row["found"]) // columns) + 4, line * (len(lines) + 2) + 14)))
-    sheet = Image.new("RGB", (2 * margin + width + columns * cell, 2 * margin + sum(height for _, _, height in blocks)), "white")
-    draw, top = ImageDraw.Draw(sheet), margin
-    for row, lines, height in blocks:
-        head = f"the best of {row['of']} pictures" if row["rank"] is None else f"the right picture is number {row['rank'] + 1} of {row['of']}"
-        draw.text((margin, top), head, INK if row["rank"] is None else "#00803c" if row["rank"] == 0 else "#b00020", heading)
-        draw.multiline_text((margin, top + line + 4), "\n".join(lines), INK, font, spacing=line - 14)
+        lines = wrapped(row["text"], SIZE, TEXT - 2 * MARGIN)
+        deep = -(-len(row["found"]) // across)
+        blocks.append((lines, max(tall * deep + 4, LINE * (len(lines) + 2) + 14)))
+    height = sum(height for _, height in blocks)
+    sheet = Image.new("RGB", (2 * MARGIN + TEXT + across * cell + apart, 2 * MARGIN + height), "white")
+    pen = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for row, (lines, height) in zip(rows, blocks):
+        head, colour = heading(row)
+        draw_text(pen, MARGIN, top, head, SIZE + 1, colour)
+        for n, line in enumerate(lines):
+            draw_text(pen, MARGIN, top + LINE * (n + 1) + 4, line, SIZE, INK)
         for place, tile in enumerate(row["found"]):
-            left, up = margin + width + place % columns * cell, top + place // columns * tall
-            draw.rectangle((left, up, left + side + 11, up + side + 11), fill={None: "#d0d0d0", True: GREEN, False: RED}[tile["right"]])
-            with open_picture(pictures[tile["picture"]]) as picture:
-                sheet.paste(ImageOps.pad(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC, "white"), (left + 6, up + 6))
-            if named:
-                name = printable(Path(pictures[tile["picture"]]).name)
-                draw.text((left, up + side + 13), f"{tile['score']:.3f}  {name if len(name) <= 16 else name[:15] + '…'}", INK, small)
+            draw_tile(sheet, MARGIN + TEXT + place % across * cell, top + place // across * tall, tile, pictures, named)
+        if row["right"]:
+            draw_tile(sheet, MARGIN + TEXT + across * cell + GAP, top, row["right"], pictures, named)
         top += height
     return sheet
 
 
-def draw_words(image, grid, side=720):
-    """The middle square of a picture, as the image tower sees it, and over each cell of it the grid's word -> PIL image"""
-    sheet = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC).convert("RGB")
-    draw, cell = ImageDraw.Draw(sheet), side / len(grid)
-    for y, row in enumerate(grid):
-        for x, word in enumerate(row):
-            draw.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="#ffffff")
-            size = min(22.0, 1.6 * cell / max(4, len(word)))
-            draw.text(((x + 0.5) * cell, (y + 0.5) * cell), printable(word), "white", ImageFont.load_default(size), "mm", stroke_width=2, stroke_fill="black")
-    return sheet
+def heading(row):
+    if row["rank"] is None:
+        return f"the best of {row['of']} pictures", INK
+    return f"the right picture is number {row['rank'] + 1} of {row['of']}", DARK_RED if row["rank"] else DARK_GREEN
+
+
+def draw_tile(sheet, left, top, tile, pictures, named):
+    pen = ImageDraw.Draw(sheet)
+    edge = SIDE + 2 * FRAME
+    colour = {None: GREY, True: GREEN, False: RED}[tile["right"]]
+    pen.rectangle((left, top, left + edge - 1, top + edge - 1), fill=colour)
+    pen.rectangle((left + FRAME, top + FRAME, left + FRAME + SIDE - 1, top + FRAME + SIDE - 1), fill="white")
+    small = thumbnail(pictures[tile["picture"]], SIDE)
+    sheet.paste(small, (left + (edge - small.width) // 2, top + (edge - small.height) // 2))
+    if named:
+        name = printable(Path(pictures[tile["picture"]]).name)
+        name = name if len(name) <= 16 else name[:15] + "…"
+        draw_text(pen, left, top + edge + 1, f"{tile['score']:.3f}  {name}", 11, INK)
+
+
+# ---------------------------------------------------------------- the page
+
+def data_url(image, kind, **settings):
+    """PIL image or matplotlib Figure -> data URL, so that the page is one file."""
+    out = io.BytesIO()
+    save = image.save if isinstance(image, Image.Image) else image.savefig
+    save(out, format=kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def page(result, queries, pictures, plot=None):
+    """report.html filled in: everything is in the one file. queries: what found_for returns; plot: of the facets, a Figure."""
+    used = {tile["picture"] for row in queries for tile in [*row["found"], row["right"]] if tile}
+    small = {i: data_url(thumbnail(pictures[i], 160), "jpeg", quality=85) for i in sorted(used)}
+    blob = json.dumps({"result": result, "queries": queries, "facets": FACETS, "pictures": small,
+                       "plot": data_url(plot, "png") if plot else None})
+    for mark in "<>&\u2028\u2029":      # nothing in the data can end the script element or begin a comment
+        blob = blob.replace(mark, f"\\u{ord(mark):04x}")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    before, after = template.split("/*DATA*/null")
+    return before + blob + after
 
 
 # ---------------------------------------------------------------- the plots
@@ -161,67 +229,3 @@ def draw_curve(out):
             pen.text((edge, top - 10), f"{name.replace('_', ' ')}: {points[-1][1]:.3g}" + "%" * (name != "loss"), fill=color, font=font, anchor=anchors[1] + "s")
     image.save(out / "curve.png.tmp", "PNG")
     os.replace(out / "curve.png.tmp", out / "curve.png")
-
-
-def draw_facets(rows):
-    """What evaluate.ablation returns -> PIL image: R@1 over the number of facets; each facet alone, and all but it."""
-    scale, (wide, high) = 2, (1160, 440)
-    plot = Image.new("RGB", (wide * scale, high * scale), "white")
-    draw, font = ImageDraw.Draw(plot), ImageFont.load_default(14 * scale)
-    text = lambda x, y, words, colour=INK, anchor="la": draw.text((x * scale, y * scale), words, colour, font, anchor)
-    line = lambda points, colour, width=2: draw.line([(x * scale, y * scale) for x, y in points], colour, width * scale)
-    most = min(100, max(row["ci95"][d]["R@1"][1] for row in rows for d in ("text_to_image", "image_to_text")) * 1.08 + 1)
-    top, bottom = 60, high - 60
-    up = lambda value: bottom - (bottom - top) * value / most
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("in order", "alone", "all but one")}
-
-    def panel(left, right, title, *legend):
-        text(left, 12, title)
-        for tick in range(0, int(most) + 1, 5 if most <= 30 else 10 if most <= 60 else 20):
-            line([(left, up(tick)), (right, up(tick))], "#e6e6e6", 1)
-            text(left - 8, up(tick), str(tick), GREY, "rm")
-        for i, (words, colour) in enumerate(legend):
-            draw.rectangle([(left + 170 * i) * scale, 37 * scale, (left + 170 * i + 12) * scale, 49 * scale], fill=colour)
-            text(left + 170 * i + 18, 34, words)
-
-    panel(60, 540, "R@1, the first n facets (inference only)", ("text to image", BLUE), ("image to text", ORANGE))
-    for direction, colour, shift in (("text_to_image", BLUE, -4), ("image_to_text", ORANGE, 4)):
-        at = {len(row["facets"]): 60 + 480 * (i + 0.5) / len(kinds["in order"]) + shift for i, row in enumerate(kinds["in order"])}
-        line([(at[len(row["facets"])], up(row[direction]["R@1"])) for row in kinds["in order"]], colour)
-        for row in kinds["in order"]:
-            x, (low, high_end) = at[len(row["facets"])], row["ci95"][direction]["R@1"]
-            line([(x, up(low)), (x, up(high_end))], colour, 1)
-            draw.ellipse([(x - 4) * scale, (up(row[direction]["R@1"]) - 4) * scale, (x + 4) * scale, (up(row[direction]["R@1"]) + 4) * scale], fill=colour)
-            text(x - shift, bottom + 8, str(len(row["facets"])), INK, "ma")
-    panel(620, wide - 20, "R@1 text to image", ("this facet alone", BLUE), ("all but this one", ORANGE))
-    step = (wide - 640) / max(1, len(kinds["alone"]))
-    for i, row in enumerate(kinds["alone"]):
-        for kind, colour, shift in (("alone", BLUE, 0.12), ("all but one", ORANGE, 0.5)):
-            if i < len(kinds[kind]):
-                x, value, (low, high_end) = 620 + step * (i + shift), kinds[kind][i]["text_to_image"]["R@1"], kinds[kind][i]["ci95"]["text_to_image"]["R@1"]
-                draw.rectangle([x * scale, up(value) * scale, (x + step * 0.34) * scale, bottom * scale], fill=colour)
-                line([(x + step * 0.17, up(low)), (x + step * 0.17, up(high_end))], INK, 1)
-        for n, words in enumerate(wrapped(FACETS[row["facets"][0] - 1], font, step * scale)[:3]):
-            text(620 + step * (i + 0.5), bottom + 6 + 16 * n, words, INK, "ma")
-    return plot.resize((wide, high), Image.Resampling.LANCZOS)
-
-
-# ---------------------------------------------------------------- the page
-
-def thumbnail(picture, side=160):
-    """-> data URL of a JPEG that fits side x side"""
-    with open_picture(picture) as image:
-        small, out = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC), io.BytesIO()
-    small.save(out, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def page(result, queries, pictures):
-    """report.html filled in: everything is in the one file. queries: what found_for returns."""
-    used = {tile["picture"] for row in queries for tile in [*row["found"], row["right"]] if tile}
-    blob = json.dumps({"result": result, "queries": queries, "facets": FACETS, "pictures": {i: thumbnail(pictures[i]) for i in sorted(used)}})
-    for mark in "<>&\u2028\u2029":      # nothing in the data can end the script element or begin a comment
-        blob = blob.replace(mark, f"\\u{ord(mark):04x}")
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    before, after = template.split("/*DATA*/null")
-    return before + blob + after

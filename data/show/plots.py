@@ -1,0 +1,62 @@
+"""Figures drawn with matplotlib, which only the extra [demo] installs: imported when a figure is wanted, and never pyplot,
+whose state is global.
+"""
+import sys
+
+from data.show.report import FACETS
+
+BLUE, ORANGE, INK = "#2f6fb0", "#d9822b", "#202020"
+
+
+def new_figure(width, height):
+    """An empty matplotlib Figure, sizes in inches of 100 pixels; None, and one line on stderr, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot is drawn: pip install matplotlib", file=sys.stderr)
+        return None
+    return Figure((width, height), dpi=100, layout="constrained")
+
+
+def draw_facets(rows):
+    """What evaluate.ablation returns -> Figure: R@1 over the number of facets; each facet alone, and all but it.
+
+    None without matplotlib. Bars and points carry their 95% intervals.
+    """
+    figure = new_figure(11.6, 4.4)
+    if figure is None:
+        return None
+    of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("in order", "alone", "all but one")}
+    several, single = figure.subplots(1, 2)
+
+    def draw(axes, places, some, direction, colour, label, line):
+        values = [row[direction]["R@1"] for row in some]
+        low_high = [row["ci95"][direction]["R@1"] for row in some]
+        below = [max(0, value - low) for value, (low, _) in zip(values, low_high)]
+        above = [max(0, high - value) for value, (_, high) in zip(values, low_high)]
+        if line:
+            axes.errorbar(places, values, (below, above), color=colour, marker="o", elinewidth=1, label=label)
+        else:
+            axes.bar(places, values, 0.38, yerr=(below, above), color=colour, ecolor=INK, label=label)
+
+    counts = [len(row["facets"]) for row in of["in order"]]
+    draw(several, [n - 0.05 for n in counts], of["in order"], "text_to_image", BLUE, "text to image", line=True)
+    draw(several, [n + 0.05 for n in counts], of["in order"], "image_to_text", ORANGE, "image to text", line=True)
+    several.set_title("R@1, the first n facets (inference only)", loc="left")
+    several.set_xticks(counts, [str(n) for n in counts])
+
+    places = range(len(of["alone"]))
+    names = [FACETS[row["facets"][0] - 1].replace(" ", "\n") for row in of["alone"]]
+    draw(single, [x - 0.2 for x in places], of["alone"], "text_to_image", BLUE, "this facet alone", line=False)
+    without = of["all but one"]
+    draw(single, [x + 0.2 for x in range(len(without))], without, "text_to_image", ORANGE, "all but this one", line=False)
+    single.set_title("R@1 text to image", loc="left")
+    single.set_xticks(places, names, fontsize=8)
+    for axes in (several, single):
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])     # room for the legend
+        axes.set_ylabel("percent")
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left", ncols=2, frameon=False)
+    return figure

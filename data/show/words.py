@@ -1,0 +1,79 @@
+"""evaluate.py --words: what each patch of a picture says, in the LLM's own words."""
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+import flame
+from data import files
+from data.show import fonts, report
+
+
+@torch.inference_mode()
+def patch_states(model, pixels):
+    """[3, H, W] -> [g, g, D]: the picture's patches, four pooled to one where their grid is even, in the LLM's space.
+
+    A text projection led out of that space: undone here is what it does to one column, the whole of a long caption where
+    the checkpoint was trained on that.
+    """
+    patches = model.visual(pixels[None])[0, 1:]
+    side = round(len(patches) ** 0.5)
+
+    def pool(x):
+        grid = x.T.reshape(-1, side, side)
+        return F.avg_pool2d(grid, 2 - side % 2).flatten(1).T
+
+    states = model.mm(pool(patches)) if model.config["pool_first"] else pool(model.mm(patches))
+    columns = model.config.get("columns", flame.COLUMNS)
+    c = flame.COLUMNS.index("long.0" if "long.0" in columns else columns[0])
+    text = model.text
+    if text.weight is not None:
+        states = torch.linalg.solve(text.weight, states.T).T
+    basis = text.basis[c]
+    rest = text.rest[c].clamp_min(1e-6)
+    along = states @ basis
+    states = (states - along @ basis.T) / rest + (along / (text.gain[c] + rest)) @ basis.T
+    side = int(len(states) ** 0.5)
+    return states.reshape(side, side, -1)
+
+
+def show(picture, model, llm, device, out):
+    """Prints, and draws over the picture, the whole word that the LLM's unembedding finds nearest to each patch."""
+    try:
+        with report.open_picture(picture) as image:
+            pixels = model.preprocess(image)
+            image = image.convert("RGB")
+    except Exception as error:  # decoders raise nearly anything on a stranger's bytes
+        raise flame.InputError(f"{report.reason(picture, error)}; --words wants a picture") from None
+    norm, unembedding = flame.load_unembedding(llm)
+    if len(norm) != model.config["text_dim"]:
+        raise flame.InputError(f"{llm}: its states have {len(norm)} dimensions, the checkpoint was trained for "
+                               f"{model.config['text_dim']}; name the right LLM with --llm")
+    tokenizer = flame.load_tokenizer(llm)
+    names = [tokenizer.decode([token]) for token in range(len(unembedding))]
+    whole = [i for i, name in enumerate(names) if len(name) > 3 and name[0] == " " and name[1:].isalpha()]
+    if not whole:   # parts of words say little
+        raise flame.InputError(f"{llm}: its tokenizer has no token that is a whole word")
+    states = patch_states(model, pixels.to(device)).cpu()
+    nearest = (states * norm @ unembedding[whole].T).argmax(-1)     # an RMSNorm's scale changes no order
+    grid = [[names[whole[token]].strip() for token in row] for row in nearest]
+    for row in grid:
+        print("  ".join(f"{word:14}" for word in row).rstrip())
+    path = out / "words.png"
+    out.mkdir(parents=True, exist_ok=True)
+    files.write(path, draw_words(image, grid).save)
+    print(f"-> {path}")
+
+
+def draw_words(image, grid, side=720):
+    """The middle square of a picture, as the image tower sees it, and over each cell the grid's word -> PIL image"""
+    sheet = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC).convert("RGB")
+    pen = ImageDraw.Draw(sheet)
+    cell = side / len(grid)
+    for y, row in enumerate(grid):
+        for x, word in enumerate(row):
+            pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="#ffffff")
+            size = min(22.0, 1.6 * cell / max(4, len(word)))
+            word = fonts.printable(word)
+            left = (x + 0.5) * cell - fonts.width(word, size) / 2
+            fonts.draw_text(pen, left, (y + 0.5) * cell - size / 2, word, size, "white", stroke_width=2, stroke_fill="black")
+    return sheet
