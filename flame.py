@@ -944,9 +944,10 @@ class VisionTransformer(nn.Module):
     """CLIP's ViT up to the last block's raw output: FLAME uses neither ln_post nor proj.
 
     Published config (ViT-B/16): image 224, patch 16, width 768, 12 blocks, 12 heads; LayerNorm eps 1e-5, exact GELU.
+    init: the blocks' initial weights, "clip" as OpenAI's CLIP has them, "published" as the released FLAME code.
     """
 
-    def __init__(self, image_size, patch_size, width, layers, heads):
+    def __init__(self, image_size, patch_size, width, layers, heads, init="clip"):
         super().__init__()
         self.gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more work
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
@@ -955,11 +956,15 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        for block in self.transformer.resblocks:  # CLIP's initialisation: residual branches shrink with depth
-            nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+        for block in self.transformer.resblocks:
+            if init == "clip":  # residual branches shrink with depth
+                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
+            else:  # what nn.Linear and nn.MultiheadAttention begin with
+                nn.init.xavier_uniform_(block.attn.in_proj_weight)
+                nn.init.zeros_(block.attn.out_proj.bias)
 
     def forward(self, pixels, kept=None):
         """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token.
@@ -1026,18 +1031,20 @@ class Flame(nn.Module):
     """The trained half: image tower (visual.*), projector (mm.*), text projection (text.*), scale and bias.
 
     config: image_size, patch_size, width, layers, heads; text_dim (D), projector_hidden, pool_first;
-    text_rank, text_linear (shape of the text projection); llm (which LLM the texts came from).
+    text_rank, text_linear (shape of the text projection); columns (names of the store columns it is trained on);
+    llm (which LLM the texts came from); init and init_logit_scale in training only.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.visual = VisionTransformer(*(config[k] for k in ("image_size", "patch_size", "width", "layers", "heads")))
+        sizes = [config[name] for name in ("image_size", "patch_size", "width", "layers", "heads")]
+        self.visual = VisionTransformer(*sizes, config.get("init", "clip"))
         hidden, D = config["projector_hidden"], config["text_dim"]
         self.mm = nn.Sequential(nn.Linear(config["width"], hidden), nn.GELU(), nn.Linear(hidden, D), nn.LayerNorm(D))
         self.text = TextProjection(D, config["text_rank"], config["text_linear"])
         self.logit_scale = nn.Parameter(torch.tensor(float(config.get("init_logit_scale", np.log(10)))))
-        self.logit_bias = nn.Parameter(torch.tensor(float(config.get("init_logit_bias", -10.0))))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # used by the sigmoid loss alone
 
     def forward(self, pixels, kept=None):  # what DistributedDataParallel calls
         return self.encode_image(pixels, kept)
@@ -1109,25 +1116,56 @@ def similarity(image, facets):
 def load(checkpoint):
     """Checkpoint folder written by train.py, or the authors' .pt file -> Flame in eval mode.
 
-    In its config: "llm", the text tower's name, fingerprint, layer and positions (the first three None in the authors': their file
-    does not say); "pool" is "released" in the authors': an image's cosine with the mean raw state, not the mean of the cosines.
+    In its config: "columns", names of the store columns it was trained on (all of COLUMNS in the authors'); "llm", the text
+    tower's name, fingerprint, layer and positions (the first three None in the authors': their file does not say); "pool" is
+    "released" in the authors': an image's cosine with the mean raw state, not the mean of the cosines.
     Raises InputError where the checkpoint is missing or does not fit.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
     path = Path(checkpoint)
     try:
-        if path.is_file():
-            config, weights = _read_released(path)
-        else:
-            saved = read_json(path / "config.json", cure="make a checkpoint with train.py")
-            config, weights = saved["model"] | {"llm": saved["llm"]}, load_file(path / "model.safetensors")
-        model = Flame(config)
+        config, weights = _read_released(path) if path.is_file() else _read_checkpoint(path)
+        model = Flame({"columns": COLUMNS} | config)
         model.load_state_dict(weights)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as e:
+    except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError) as e:
         what = "its tensors" if path.is_file() else "model.safetensors and config.json"
-        raise InputError(f"{path}: {what} do not make a model ({' '.join(str(e).split())[:300]}); train or download it anew") from None
+        why = " ".join(str(e).split())[:300]
+        raise InputError(f"{path}: {what} do not make a model ({why}); train or download it anew") from None
     return model.eval()
+
+
+def _read_checkpoint(path):
+    """A folder that train.py wrote -> (config, weights). What both say of the model's sizes must agree."""
+    from safetensors.torch import load_file
+    cure = "make a checkpoint with train.py"
+    saved = read_json(path / "config.json", {"model": dict, "llm": dict, "store": (dict, type(None))}, cure)
+    trained_on = (saved.get("store") or {}).get("columns", COLUMNS)
+    config = {"columns": trained_on} | saved["model"]
+    check_keys(path / "config.json", config, {"heads": int, "pool_first": bool, "columns": list}, cure)
+    text = {"name": (str, type(None)), "fingerprint": (str, type(None)), "layer": (int, type(None)), "positions": (str, type(None))}
+    check_keys(path / "config.json", saved["llm"], text, cure)
+    if not (path / "model.safetensors").is_file():
+        raise OSError("there is no file model.safetensors")
+    weights = load_file(path / "model.safetensors")
+    sizes = _sizes(weights) | {"text_rank": weights["text.basis"].shape[-1], "text_linear": "text.weight" in weights}
+    if wrong := [name for name, size in sizes.items() if config.get(name) != size]:
+        raise ValueError(f"{wrong[0]} is {config.get(wrong[0])} in config.json, {sizes[wrong[0]]} in the weights")
+    if config["heads"] < 1 or config["width"] % config["heads"]:
+        raise ValueError(f"{config['heads']} heads do not divide width {config['width']}")
+    if saved["llm"].get("positions") not in (None, "restart", "sequential"):
+        raise ValueError(f"positions {saved['llm']['positions']}")
+    if not config["columns"] or not all(name in COLUMNS for name in config["columns"]):
+        raise ValueError(f"columns {config['columns']}")
+    return config | {"llm": dict.fromkeys(text) | {"positions": "restart"} | saved["llm"]}, weights
+
+
+def _sizes(weights):
+    """What an image tower's and a projector's tensors tell of their config. Raises LookupError or ValueError where they are none."""
+    width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+    patches = len(weights["visual.positional_embedding"]) - 1
+    return {"image_size": patch_size * round(patches ** 0.5), "patch_size": patch_size, "width": width,
+            "layers": len({name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}),
+            "projector_hidden": len(weights["mm.0.weight"]), "text_dim": len(weights["mm.2.weight"])}
 
 
 def _read_released(path):
@@ -1138,12 +1176,9 @@ def _read_released(path):
         with torch.serialization.safe_globals(allowed):
             file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         weights = {name.removeprefix("module."): tensor for name, tensor in file.get("state_dict", file).items()}
-        width, _, patch_size, _ = weights["visual.conv1.weight"].shape
-        config = {
-            "image_size": patch_size * int((len(weights["visual.positional_embedding"]) - 1) ** 0.5), "patch_size": patch_size,
-            "width": width, "layers": len({name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}),
-            "heads": width // 64, "projector_hidden": len(weights["mm.0.weight"]), "text_dim": len(weights["mm.2.weight"]), "pool_first": False,
-            "text_rank": 0, "text_linear": False,
+        sizes = _sizes(weights)
+        config = sizes | {
+            "heads": sizes["width"] // 64, "pool_first": False, "text_rank": 0, "text_linear": False,
             "llm": {"name": None, "fingerprint": None, "layer": None, "positions": "sequential"}, "pool": "released"}
     except Exception as e:  # torch.load raises nearly anything on a broken file
         why = " ".join(str(e).split("WeightsUnpickler error: ")[-1].split())[:200]  # before that, torch advises to trust the file

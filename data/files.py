@@ -5,6 +5,8 @@ import stat
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from flame import InputError
 
 
@@ -40,7 +42,10 @@ def whole(path):
 def write(path, save):
     """save(temporary path), then rename."""
     with whole(path) as temporary:
-        save(temporary)
+        try:
+            save(temporary)
+        except (RuntimeError, SafetensorError) as error:  # how torch.save and safetensors say that the disk is full
+            raise OSError(None, " ".join(str(error).split())[:100], str(path)) from None
 
 
 def write_text(path, text):
@@ -72,3 +77,9 @@ def open_own(path, mode):
         file.close()
         raise InputError(f"{path}: not a regular file; {cure}")
     return file
+
+
+def append(path, text):
+    """Adds text to a file of ours."""
+    with disk_errors(path), open_own(path, "a") as file:
+        file.write(text)

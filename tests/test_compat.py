@@ -212,6 +212,7 @@ def test_released_checkpoint_equals_open_clip_and_projector(their_model, tmp_pat
     assert (model.config["llm"]["positions"], model.config["llm"]["layer"]) == ("sequential", None)  # all blocks but the last: 39 of Nemo's 40
     assert model.config | {"pool": "released", "image_size": 32, "patch_size": 8, "layers": 3, "heads": 2, "text_dim": 48} == model.config
     assert (model.logit_scale.item(), model.logit_bias.item()) == (3.0, -9.0)
+    assert model.config["columns"] == flame.COLUMNS  # their file does not say, so all that the prompts ask
     facets = torch.randn(2, 7, 48)
     torch.testing.assert_close(model.encode_text(facets, "long"), torch.nn.functional.normalize(facets, dim=-1))
 

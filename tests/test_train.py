@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -403,7 +404,7 @@ def test_torchrun_learns_the_same(run, small, tmp_path):
     arguments = ["--embeddings", small[0], *SMALL, "--steps", "8", "--holdout", "2", "--eval-every", "4"]
     assert run("train.py", *arguments, "--name", "one").returncode == 0
     done = torchrun(tmp_path, 2, *arguments, "--name", "two")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     one, two = ([json.loads(line) for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert [e["step"] for e in two] == list(range(8)) and done.stdout.count("22 images") == 1
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=0.01)  # bfloat16
@@ -411,9 +412,12 @@ def test_torchrun_learns_the_same(run, small, tmp_path):
     assert all(a[name].equal(b[name]) for name in a)  # fitted by one rank, the same in all
 
 
+def torchrun_command(n, *arguments):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), train.__file__, *map(str, arguments)]
+
+
 def torchrun(folder, n, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), Path(train.__file__), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(torchrun_command(n, *arguments), cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_more_ranks_than_images(tmp_path):
@@ -447,8 +451,8 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     assert {p.name for p in (tmp_path / "out/colors").iterdir()} == {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
 
 
-@pytest.mark.parametrize("extra", [("--loss", "sigmoid"), ("--text-projection", "linear"), ("--text-projection", "center"), ("--text-projection", "none", "--pool-first", "no"), ("--columns", "raw.0,long.3"),
-                                   ("--accumulate", "5", "--gradient-checkpointing", "yes", "--clip-grad", "0.5", "--ema", "0.5")], ids=str)
+@pytest.mark.parametrize("extra", [("--loss", "sigmoid"), ("--text-projection", "linear"), ("--text-projection", "center"), ("--text-projection", "none", "--no-pool-first"), ("--columns", "raw.0,long.3"),
+                                   ("--accumulate", "5", "--gradient-checkpointing", "--clip-grad", "0.5", "--ema", "0.5")], ids=str)
 def test_every_option_trains(run, small, tmp_path, extra):
     done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "30", *extra)
     assert done.returncode == 0, done.stderr
@@ -536,6 +540,40 @@ def test_a_run_that_was_killed_or_stopped_goes_on_as_if_nothing_had_been(run, sm
         assert (folder / "model.safetensors").read_bytes() == (tmp_path / "out/whole/model.safetensors").read_bytes()
 
 
+def interrupted_group(process, log, lines):
+    """Waits for so many lines in the log, then tells the whole process group to end, as a cluster does; -> what it printed."""
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    return process.communicate(timeout=100)
+
+
+def test_sigterm_to_the_whole_group_saves_and_leaves(run, small, tmp_path):
+    """Loader processes too: they must not die before the rank has saved."""
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "60", "--workers", "1", "--name"]
+    assert run("train.py", *arguments, "whole").returncode == 0
+    command = [sys.executable, train.__file__, *map(str, arguments), "stopped"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    out, err = interrupted_group(process, tmp_path / "out/stopped/log.jsonl", 10)
+    assert process.returncode == 0 and "the same command goes on" in out and "Traceback" not in err, err
+    assert subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout == b""  # no loader is left behind
+    done = run("train.py", *arguments, "stopped")
+    assert "going on from step" in done.stdout and losses(tmp_path / "out/stopped") == losses(tmp_path / "out/whole"), done.stderr
+    assert (tmp_path / "out/stopped/model.safetensors").read_bytes() == (tmp_path / "out/whole/model.safetensors").read_bytes()
+
+
+def test_sigterm_to_torchruns_group_saves_and_leaves(small, tmp_path):
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "40", "--workers", "1", "--name"]
+    assert torchrun(tmp_path, 2, *arguments, "whole").returncode == 0
+    process = subprocess.Popen(torchrun_command(2, *arguments, "stopped"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    out, err = interrupted_group(process, tmp_path / "out/stopped/log.jsonl", 10)
+    assert "the same command goes on" in out, err
+    done = torchrun(tmp_path, 2, *arguments, "stopped")
+    assert done.returncode == 0 and "going on from step" in done.stdout, done.stderr
+    assert losses(tmp_path / "out/stopped") == losses(tmp_path / "out/whole")
+    assert (tmp_path / "out/stopped/model.safetensors").read_bytes() == (tmp_path / "out/whole/model.safetensors").read_bytes()
+
+
 def test_running_average_is_saved_in_the_weights_place(run, small, tmp_path):
     assert run("train.py", "--embeddings", small[0], *SMALL, "--steps", "2", "--checkpoint-every", "1", "--ema", "0.6", "--name", "a").returncode == 0
     before, after = (torch.load(tmp_path / "out/a" / name, weights_only=True) for name in ("training-previous.pt", "training.pt"))
@@ -588,7 +626,7 @@ def test_held_out_recall_is_that_of_evaluate(small):
     torch.manual_seed(0)
     model = flame.Flame(dict(image_size=16, patch_size=8, width=32, layers=1, heads=2, projector_hidden=40, pool_first=True, text_dim=24, text_rank=0, text_linear=False))
     rows, files, places = find_pictures(store)
-    ours = train.held_out_recall(model, store, list(range(11)), rows, files, places, "cpu")
+    ours, failed = train.held_out_recall(model, store, list(range(11)), rows, files, places, "cpu")
     with torch.no_grad():
         image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in files])).numpy()
     text = store.read(rows, range(4, 11)).mean(1).numpy()
@@ -629,6 +667,379 @@ def test_bad_input_on_the_command_line(run, refused, small, tmp_path):
     refused(run("train.py", "--embeddings", store, *SMALL, "--device", "cuda:99"), "cuda:99")
     (store / "meta.json").rename(store / "journal.json")
     refused(run("train.py", "--embeddings", store), "not finished")
+
+
+# --- settings: all looked at together, before anything is read or made
+
+REFUSED = [
+    "--lr nan", "--lr -1", "--lr inf", "--lr much", "--beta2 2", "--beta2 -0.1", "--weight-decay nan", "--heads 0", "--heads 5", "--heads -1",
+    "--width 0", "--width -24", "--width 1.5", "--layers 0", "--layers 100000000", "--patch-size 0", "--patch-size -8", "--patch-size 64",
+    "--image-size 0", "--image-size 65", "--projector-hidden -1", "--positives 0", "--positives 12", "--batch 0", "--batch -3", "--accumulate -1",
+    "--epochs inf", "--epochs nan", "--epochs -1", "--steps -1", "--steps 1e3", "--warmup -1", "--clip-grad nan", "--ema 1", "--init-scale 0",
+    "--init-scale nan", "--crop-scale 0", "--crop-scale 1.1", "--patch-dropout nan", "--patch-dropout -0.5", "--holdout -1", "--eval-every -1",
+    "--checkpoint-every -1", "--shuffle -1", "--cache nan", "--workers -1", "--seed -1", "--seed 1.0", "--loss hinge", "--init random",
+    "--text-projection sharpen", "--text-projection whiten:nan", "--text-projection raw=whiten:0", "--pool-first=y", "--compile=on", "--preset cc12m",
+    "--device foo", "--device mps", "--device cuda:99", "--no-such-flag 1"]
+
+
+def tree(folder):
+    """All that lies in a folder: paths, and contents of files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_a_wrong_setting_is_one_line_and_leaves_nothing_behind(run, small, tmp_path, flags):
+    before = tree(tmp_path)
+    done = run("train.py", "--embeddings", small[0], *SMALL, *flags.split())
+    assert done.returncode == 2, done.stderr
+    name = flags.split()[0].split("=")[0]
+    assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1 and name in done.stderr, done.stderr
+    assert tree(tmp_path) == before
+
+
+def test_what_the_data_refuse_leaves_nothing_behind_either(run, refused, small, tmp_path, monkeypatch):
+    before = tree(tmp_path)
+    for flags, *names in (("--holdout 13", "--holdout 13", "24 images"), ("--columns raw.0,raw.0", "raw.0"), ("--columns raw.1", "raw.1")):
+        done = run("train.py", "--embeddings", small[0], *SMALL, *flags.split())
+        refused(done, *names)
+        assert done.stderr.count("\n") == 1 and tree(tmp_path) == before
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    refused(run("train.py", "--embeddings", small[0], *SMALL, "--device", "cuda"), "--device cuda:1")  # and does not wait for the other rank
+    assert tree(tmp_path) == before
+
+
+def test_flags_that_are_on_or_off(run, small, tmp_path):
+    assert run("train.py", "--embeddings", small[0], *SMALL, "--steps", "1", "--no-pool-first", "--shrinkage").returncode == 0
+    was = json.loads((tmp_path / "out/store/config.json").read_text())["training"]
+    assert (was["pool_first"], was["shrinkage"], was["compile"]) == (False, True, False)
+
+
+# --- the published recipe
+
+def test_published_initial_weights_are_those_of_torch():
+    """The released code makes nn.MultiheadAttention and nn.Linear and leaves them as they are; CLIP's shrink with depth."""
+    torch.manual_seed(0)
+    width = 768
+    theirs = torch.nn.MultiheadAttention(width, 12).state_dict() | {f"mlp.{k}": v for k, v in torch.nn.Linear(width, 4 * width).state_dict().items()}
+    ours = flame.VisionTransformer(32, 16, width, 2, 12, "published").transformer.resblocks[1]
+    pairs = [(ours.attn.in_proj_weight, theirs["in_proj_weight"]), (ours.attn.in_proj_bias, theirs["in_proj_bias"]), (ours.attn.out_proj.weight, theirs["out_proj.weight"]),
+             (ours.attn.out_proj.bias, theirs["out_proj.bias"]), (ours.mlp.c_fc.weight, theirs["mlp.weight"]), (ours.mlp.c_fc.bias, theirs["mlp.bias"])]
+    for a, b in pairs:
+        assert a.std().item() == pytest.approx(b.std().item(), rel=0.05) and a.abs().max().item() == pytest.approx(b.abs().max().item(), rel=0.05)
+    block = flame.VisionTransformer(32, 16, width, 2, 12, "clip").transformer.resblocks[1]
+    assert block.attn.out_proj.weight.std().item() == pytest.approx(width ** -0.5 / 2, rel=0.05)
+    published = {name: dict(zip(train.PRESETS, row)) for name, row in train.SETTINGS.items()}
+    assert {published["init"][name] for name in ("cc3m", "yfcc15m")} == {"published"} and published["init"]["demo"] == "clip"
+    assert published["holdout"]["cc3m"] == published["holdout"]["yfcc15m"] == 0  # 948 steps an epoch: all images
+
+
+def test_the_checkpoint_says_which_columns_it_was_trained_on(run, small, tmp_path):
+    assert run("train.py", "--embeddings", small[0], *SMALL, "--steps", "1", "--columns", "long.3, raw.0").returncode == 0
+    assert flame.load(tmp_path / "out/store").config["columns"] == ["long.3", "raw.0"]
+    assert run("train.py", "--embeddings", small[0], *SMALL, "--steps", "1", "--name", "all").returncode == 0
+    assert flame.load(tmp_path / "out/all").config["columns"] == flame.COLUMNS
+    record = json.loads((tmp_path / "out/all/config.json").read_text())
+    del record["model"]["columns"]
+    record["store"]["columns"] = flame.COLUMNS[:4]
+    (tmp_path / "out/all/config.json").write_text(json.dumps(record))
+    assert flame.load(tmp_path / "out/all").config["columns"] == flame.COLUMNS[:4]  # all of the store's, where it does not say
+
+
+# --- memory
+
+@pytest.mark.parametrize("options", [{}, {"pool_first": True, "patch_dropout": 0.5}, {"half": False}, {"width": 32, "heads": 4, "layers": 6}], ids=str)
+def test_memory_of_a_picture_is_what_autograd_keeps(monkeypatch, options):
+    options = dict(options)
+    half, dropout = options.pop("half", True), options.pop("patch_dropout", 0.0)
+    config = dict(image_size=32, patch_size=4, width=96, layers=3, heads=3, projector_hidden=300, pool_first=False, text_dim=160, text_rank=0, text_linear=False) | options
+    model, kept = flame.Flame(config), {}
+    parameters = {p.data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in parameters and x.numel() > 8 * 100:
+            kept[x.untyped_storage().data_ptr(), x.dtype] = x
+        return x
+
+    patches = torch.stack([torch.randperm(64)[:32] for _ in range(8)]) if dropout else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model.encode_image(torch.randn(8, 3, 32, 32), patches)
+    weights = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}  # their copies in bfloat16 are no picture's
+    counted = sum(x.untyped_storage().nbytes() for x in kept.values() if x.shape not in weights) / 8
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.bfloat16 if half else torch.float32)
+    assert train.bytes_per_image(config, cpu, dropout) == pytest.approx(counted, rel=0.1)
+    assert train.bytes_per_image(config, cpu, dropout, gradient_checkpointing=True) < 0.8 * counted
+
+
+def test_chunks_are_chosen_by_the_memory_and_change_no_gradient(run, small, tmp_path, monkeypatch):
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "4", "--name"]
+    assert run("train.py", *arguments, "whole").returncode == 0
+    monkeypatch.setattr(train, "main_memory", lambda: 1 << 19)
+    assert run("train.py", *arguments, "chunks").returncode == 0
+    monkeypatch.undo()
+    chosen = [json.loads((tmp_path / "out" / name / "config.json").read_text())["training"]["accumulate"] for name in ("whole", "chunks")]
+    assert chosen[0] == 1 and 1 < chosen[1] <= 12
+    a, b = (losses(tmp_path / "out" / name) for name in ("whole", "chunks"))
+    assert [loss for _, loss, _ in a] == pytest.approx([loss for _, loss, _ in b], rel=1e-3)
+
+
+def test_the_presets_step_fits_one_gpu(monkeypatch):
+    """Batch 3,072 of ViT-B/16 in one chunk is some hundreds of GB."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("H100", (), {"total_memory": 80e9}))
+    s = {name: row[1] for name, row in train.SETTINGS.items()}
+    config = {name: s[name] for name in ("image_size", "patch_size", "width", "layers", "heads", "pool_first")} | {"projector_hidden": 5120, "text_dim": 5120}
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.bfloat16)
+    assert 3072 * train.bytes_per_image(config, torch.device("cuda")) > 200e9
+    model = torch.nn.Linear(10_000, 11_500, device="meta")  # as many parameters
+    model.config = config
+    assert 4 <= train.chunks_that_fit(model, s, 1, torch.device("cuda")) <= 8
+    assert train.chunks_that_fit(model, s, 8, torch.device("cuda")) == 1
+
+
+def test_out_of_memory_says_what_to_change(run, refused, small, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 252.00 GiB.\nand so on")
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "4"]
+    monkeypatch.setattr(flame.Flame, "encode_image", full)
+    for flags, cure in (([], "--accumulate 2"), (["--accumulate", "8"], "--accumulate 12"), (["--accumulate", "12"], "--gradient-checkpointing"),
+                        (["--accumulate", "12", "--gradient-checkpointing"], "--batch below 12")):
+        refused(run("train.py", *arguments, *flags), "out of memory", cure)
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(flame.Flame, "encode_image", lambda *_: torch.empty(1 << 60))  # what the CPU says
+    refused(run("train.py", *arguments), "out of memory on cpu at --batch 12 --accumulate 1", "--accumulate 2")
+
+
+# --- what is said and drawn
+
+def test_the_screen_tells_what_is_used(run, small, tmp_path):
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "4", "--holdout", "3", "--eval-every", "2")
+    assert done.stdout.count("3 held-out pictures: Recall@1 ") == 2 and "bias" not in done.stderr
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "2", "--loss", "sigmoid", "--name", "sigmoid")
+    assert "bias -10.0" in done.stderr and "Recall" not in done.stdout
+
+
+def test_held_out_pictures_that_cannot_be_read(run, small, tmp_path):
+    """They are skipped like others; where none can be read, the curve has no such point, and training goes on."""
+    held = np.random.default_rng([0, 3]).permutation(24)[:3]
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "4", "--holdout", "3", "--eval-every", "2"]
+    for n, name in enumerate(("some", "none")):
+        for key in held[:1] if n == 0 else held:
+            (tmp_path / "data" / f"p{key:03d}.png").write_text("not a picture")
+        done = run("train.py", *arguments, "--name", name)
+        assert done.returncode == 0 and f"skipped {(1, 3)[n]} unreadable" in done.stderr, done.stderr
+        entries = [json.loads(line) for line in (tmp_path / "out" / name / "log.jsonl").read_text().splitlines()]
+        assert ["held_out_R@1" in entry for entry in entries] == ([False] * 4 if n else [False, True] * 2)
+    assert "3 held-out pictures: none can be read" in done.stdout
+
+
+def test_a_picture_is_skipped_once_however_often_it_is_met(run, small, tmp_path):
+    (tmp_path / "data/p003.png").write_text("not a picture")
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "12")  # six epochs
+    assert (tmp_path / "out/store/skipped.txt").read_text() == "p003\tUnidentifiedImageError\n" and "skipped 1 unreadable picture," in done.stderr
+
+
+def test_without_pictures_the_paths_are_told_and_nothing_is_left(run, refused, small, tmp_path):
+    (tmp_path / "none").mkdir()
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--images", tmp_path / "none")
+    store = flame.open_store(small[0])
+    first = Batches(store, [0], find_pictures(store), settings_for(batch=12), 1).pictures(0)[0]
+    refused(done, tmp_path / "none" / f"{store.keys[first]}.png", "FileNotFoundError", f"{store.meta['captions']['path']} names it {store.images[first]}", "--images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_curve_has_ticks_and_is_not_missed(run, small, tmp_path, monkeypatch):
+    from data.show import plots
+    figures = []
+    monkeypatch.setattr(plots.files, "write", lambda path, save: figures.append(save.__self__))
+    entries = [{"step": n, "loss": 5 - n / 20} | ({"held_out_R@1": n} if n % 10 == 9 else {}) for n in range(60)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    plots.draw_curve(tmp_path)
+    figures[0].canvas.draw()
+    loss, recall = figures[0].axes
+    for axis in (loss.xaxis, loss.yaxis, recall.yaxis):
+        assert len([tick for tick in axis.get_ticklabels() if tick.get_text()]) >= 4
+    assert {tick.get_text() for tick in loss.xaxis.get_ticklabels()} >= {"0", "20", "40"}
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "4", "--holdout", "2", "--eval-every", "1")
+    assert done.returncode == 0 and done.stderr.count("matplotlib") == 1 and not (tmp_path / "out/store/curve.png").exists(), done.stderr
+
+
+# --- what others wrote
+
+def resumable(run, store, folder):
+    """-> the arguments of a run, two of whose four steps are done."""
+    arguments = ["--embeddings", store, *SMALL, "--steps", "4", "--checkpoint-every", "2"]
+    train.STOP.append(True)
+    try:
+        assert run("train.py", *arguments).returncode == 0
+    finally:
+        train.STOP.clear()
+    return arguments
+
+
+def changed(record, *path):
+    """record with what lies at a path of keys replaced by, or where that is None without, the last of path."""
+    *keys, last, value = path
+    inner = record
+    for key in keys:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return record
+
+
+CONFIGS = [("model", None), ("model", []), ("training", None), ("training", "x"), ("store", None), ("store", 3), ("step", None), ("step", "2"), ("step", 1.5),
+           ("model", "text_dim", None), ("model", "text_dim", "24"), ("store", "identity", None), ("store", "identity", [1]), ("training", "lr", None),
+           ("training", "lr", "0.001"), ("training", "accumulate", None), ("training", "accumulate", "all")]
+
+
+@pytest.mark.parametrize("what", [*CONFIGS, b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000], ids=lambda what: str(what)[:40])
+def test_another_config_is_one_line(run, small, tmp_path, what):
+    arguments = resumable(run, small[0], tmp_path)
+    path = tmp_path / "out/store/config.json"
+    path.write_bytes(what if isinstance(what, bytes) else json.dumps(changed(json.loads(path.read_text()), *what)).encode())
+    before = tree(tmp_path)
+    done = run("train.py", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "out/store" in done.stderr and "--overwrite" in done.stderr, done.stderr
+    assert tree(tmp_path) == before
+
+
+TRAININGS = [("step", None), ("step", "2"), ("step", 0), ("step", -1), ("step", 5), ("step", 10**30), ("model", None), ("model", {}), ("model", "logit_bias", None),
+             ("model", "logit_bias", torch.zeros(3)), ("model", "logit_bias", "x"), ("optimizer", None), ("optimizer", []), ("optimizer", "state", {}),
+             ("optimizer", "state", 0, "exp_avg", torch.zeros(2)), ("optimizer", "state", 0, "exp_avg", None), ("optimizer", "state", 0, "step", "x"),
+             ("average", 3)]
+
+
+@pytest.mark.parametrize("what", [*TRAININGS, b"", b"not a checkpoint", [1], torch.zeros(3)], ids=lambda what: str(what)[:40])
+def test_another_training_state_is_one_line(run, small, tmp_path, what):
+    arguments = resumable(run, small[0], tmp_path)
+    path = tmp_path / "out/store/training.pt"
+    if isinstance(what, bytes):
+        path.write_bytes(what)
+    else:
+        torch.save(changed(torch.load(path), *what) if isinstance(what, tuple) else what, path)
+    before = tree(tmp_path)
+    done = run("train.py", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "training.pt" in done.stderr and "--overwrite" in done.stderr, done.stderr
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"step": 1}', '{"loss": 3.0}', '{"step": 0, "loss": "x"}', '{"step": 0, "loss": null}', '{"step": "0", "loss": 1}'])
+def test_another_log_is_one_line(run, small, tmp_path, line):
+    arguments = resumable(run, small[0], tmp_path)
+    path = tmp_path / "out/store/log.jsonl"
+    path.write_text(line + "\n" + path.read_text())
+    before = tree(tmp_path)
+    done = run("train.py", *arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "log.jsonl:1:" in done.stderr, done.stderr
+    assert tree(tmp_path) == before
+    path.unlink()  # the cure
+    assert run("train.py", *arguments).returncode == 0
+
+
+LOADED = [("model", None), ("model", 3), ("llm", None), ("llm", []), ("llm", "layer", "3"), ("llm", "fingerprint", 7), ("llm", "positions", "backwards"),
+          ("store", []), ("model", "heads", None), ("model", "heads", "2"), ("model", "heads", 0), ("model", "heads", 5), ("model", "width", 48), ("model", "width", "32"),
+          ("model", "layers", 10**12), ("model", "layers", 2), ("model", "image_size", 24), ("model", "pool_first", "no"), ("model", "text_dim", None),
+          ("model", "text_rank", 3), ("model", "text_linear", True), ("model", "columns", "long.0"), ("model", "columns", ["long.9"]), ("model", "columns", []),
+          ("model", "columns", [{}])]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    store = make_store(folder / "data" / "store", make_pictures(folder / "data"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train.main(["--embeddings", str(store), *SMALL, "--steps", "1"]) == 0
+    return folder / "out" / "store"
+
+
+@pytest.mark.parametrize("what", LOADED, ids=str)
+def test_load_refuses_what_is_no_config(checkpoint, tmp_path, what):
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    record = changed(json.loads((checkpoint / "config.json").read_text()), *what)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(flame.InputError, match=str(tmp_path)) as error:
+        flame.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "noise", "pipe", "missing", "others"])
+def test_load_refuses_what_is_no_model(checkpoint, tmp_path, how):
+    from safetensors.torch import save_file
+    path, whole = tmp_path / "model.safetensors", (checkpoint / "model.safetensors").read_bytes()
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "others":
+        save_file({"visual.conv1.weight": torch.zeros(3)}, path)
+    elif how != "missing":
+        path.write_bytes({"empty": b"", "cut": whole[:-100], "noise": bytes(range(256)) * 99}[how])
+    with pytest.raises(flame.InputError, match="model.safetensors") as error:
+        flame.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_links_are_not_followed(run, small, tmp_path):
+    """What a link in the folder points to is someone else's."""
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out/store").mkdir(parents=True)
+    for name in ("log.jsonl", "skipped.txt", "config.json.tmp", "nan-batch.txt", "training.pt", "curve.png"):
+        (tmp_path / "out/store" / name).symlink_to(tmp_path / "precious")
+    (tmp_path / "data/p003.png").write_text("not a picture")
+    done = run("train.py", "--embeddings", small[0], *SMALL, "--steps", "3")
+    assert done.returncode == 0 and (tmp_path / "precious").read_text() == "precious", done.stderr
+    assert not (tmp_path / "out/store/log.jsonl").is_symlink() and len(losses(tmp_path / "out/store")) == 3
+
+
+# --- a full disk
+
+def disk_of(folder, kilobytes):
+    """Mounts a file system of that size where that is permitted; -> whether."""
+    folder.mkdir()
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True).returncode == 0
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_where_it_was(run, small, tmp_path):
+    """Filled so that it ends in turn in each of the files that a run writes. Where no file system may be mounted, files may grow
+    no larger than so much."""
+    arguments = ["--embeddings", small[0], *SMALL, "--steps", "3", "--checkpoint-every", "1", "--name"]
+    assert run("train.py", *arguments, "whole").returncode == 0
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out/whole").iterdir()}
+    mounted = disk_of(tmp_path / "disk", 4096)
+    (tmp_path / "out" / "small").symlink_to(tmp_path / "disk")
+    refusals = set()
+    try:
+        for room in [1, *range(sizes["training.pt"] // 2, 3 * sizes["training.pt"] + sizes["model.safetensors"], 150_000)]:
+            for path in (tmp_path / "disk").iterdir():
+                path.unlink()
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if mounted:
+                free = os.statvfs(tmp_path / "disk").f_bavail * os.statvfs(tmp_path / "disk").f_frsize
+                (tmp_path / "disk" / "filler").write_bytes(bytes(max(0, free - room)))
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            try:
+                done = run("train.py", *arguments, "small")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            (tmp_path / "disk" / "filler").unlink(missing_ok=True)
+            said = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+            if done.returncode:
+                assert done.returncode == 2 and "Traceback" not in done.stderr and said.startswith("train.py: out/small"), done.stderr
+                refusals.add(said.split(":")[1].split("/")[-1])
+                done = run("train.py", *arguments, "small")
+            assert done.returncode == 0, done.stderr
+            assert losses(tmp_path / "disk") == losses(tmp_path / "out/whole")
+            assert (tmp_path / "disk/model.safetensors").read_bytes() == (tmp_path / "out/whole/model.safetensors").read_bytes()
+    finally:
+        if mounted:
+            subprocess.run(["umount", tmp_path / "disk"], check=True)
+    assert {"log.jsonl", "training.pt"} <= refusals
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Figures drawn with matplotlib, which only the extra [demo] installs: imported when a figure is wanted, and never pyplot,
 whose state is global.
 """
+import json
 import sys
 
+from data import files
 from data.show.report import FACETS
 
-BLUE, ORANGE, INK = "#2f6fb0", "#d9822b", "#202020"
+BLUE, ORANGE, RED, INK = "#2f6fb0", "#d9822b", "#dc2626", "#202020"
 
 
 def new_figure(width, height):
@@ -60,3 +62,26 @@ def draw_facets(rows):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper left", ncols=2, frameon=False)
     return figure
+
+
+def draw_curve(out):
+    """Writes curve.png from log.jsonl: loss (blue, left axis) and held-out Recall@1 (red, right, percent) over steps."""
+    figure = new_figure(10, 4.5)
+    if figure is None:
+        return
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    loss = figure.add_subplot()
+    loss.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries], color=BLUE)
+    loss.set_xlabel("step")
+    loss.xaxis.get_major_locator().set_params(integer=True)
+    loss.set_ylabel(f"loss: {entries[-1]['loss']:.3g}", color=BLUE)
+    loss.tick_params(axis="y", colors=BLUE)
+    loss.grid(alpha=0.3)
+    points = [(entry["step"], entry["held_out_R@1"]) for entry in entries if "held_out_R@1" in entry]
+    if points:
+        recall = loss.twinx()
+        recall.plot(*zip(*points), color=RED)
+        recall.set_ylim(0, 100)
+        recall.set_ylabel(f"held-out Recall@1: {points[-1][1]:.3g}%", color=RED)
+        recall.tick_params(axis="y", colors=RED)
+    files.write(out / "curve.png", figure.savefig)
