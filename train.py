@@ -452,7 +452,7 @@ def take_steps(run, start, tensorboard=False):
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"], worker_init_fn=outlive_sigterm,
         prefetch_factor=2 if s["workers"] else None, pin_memory=run.device.type == "cuda")
-    done, waited, pace = start, 0.0, ""
+    done, waited = start, 0.0
     begun = clock = time.time()
     bar = tqdm(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05, disable=run.rank > 0)
     with bar:
@@ -460,7 +460,7 @@ def take_steps(run, start, tensorboard=False):
             waited += time.time() - clock
             loss, stop = take_step(run, step, batch, failed, batches)
             if step == start:
-                begin_folder(run, lines)
+                begin_folder(run, start, lines)
             note_skipped(out, failed)
             done = step + 1
             if run.rank == 0:
@@ -832,27 +832,34 @@ def restore_moments(optimizer, state):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def earlier_log(out, steps):
-    """The first `steps` lines of log.jsonl, each the entry of its step."""
-    path = out / "log.jsonl"
-    lines = path.read_text(errors="replace").splitlines(keepends=True)[:steps] if steps and path.is_file() else []
-    for step, line in enumerate(lines):
+def earlier_log(out, start):
+    """The lines of log.jsonl that are of steps before `start`."""
+    path, lines, last = out / "log.jsonl", [], -1
+    found = path.read_text(errors="replace").splitlines(keepends=True) if start and path.is_file() else []
+    for number, line in enumerate(found, 1):
+        if last + 1 == start:  # what follows may be cut short
+            break
         try:
             entry = json.loads(line)
-            right = entry["step"] == step and {float} >= {type(float(value)) for value in entry.values()}
-        except (ValueError, TypeError, LookupError, AttributeError):
+            step = entry["step"]
+            right = isinstance(step, int) and step > last and isinstance(entry["loss"], float)
+        except (ValueError, TypeError, LookupError):
             right = False
         if not right:
-            raise flame.InputError(f"{path}:{step + 1}: not the entry of step {step}; delete the file, which only the curve needs")
+            raise flame.InputError(f"{path}:{number}: not the entry of a step; delete the file, which only the curve needs")
+        if step >= start:
+            break
+        lines.append(line)
+        last = step
     return lines
 
 
-def begin_folder(run, lines):
+def begin_folder(run, start, lines):
     """After the first step: log.jsonl cut back to `lines`, and what this run does not go on from thrown away."""
     if run.rank == 0:
         out = run.out
         stale = [*out.glob(".training.*.pt"), *out.glob(".model.*.safetensors")]  # of a writer that was killed
-        if not lines:
+        if not start:
             stale += [out / name for name in (*CHECKPOINT, "skipped.txt")]
         with files.disk_errors(out):
             for path in stale:

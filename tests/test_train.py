@@ -869,7 +869,7 @@ def test_the_curve_has_ticks_and_is_not_missed(run, small, tmp_path, monkeypatch
 # --- what others wrote
 
 def resumable(run, store, folder):
-    """-> the arguments of a run, two of whose four steps are done."""
+    """-> the arguments of a run of four steps, of which one more is done."""
     arguments = ["--embeddings", store, *SMALL, "--steps", "4", "--checkpoint-every", "2"]
     train.STOP.append(True)
     try:
@@ -937,8 +937,17 @@ def test_another_log_is_one_line(run, small, tmp_path, line):
     done = run("train.py", *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "log.jsonl:1:" in done.stderr, done.stderr
     assert tree(tmp_path) == before
-    path.unlink()  # the cure
-    assert run("train.py", *arguments).returncode == 0
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]) + '{"st')  # a last line that was cut short is no matter
+    assert run("train.py", *arguments).returncode == 0 and len(losses(path.parent)) == 4
+
+
+def test_a_log_that_was_thrown_away_is_not_missed(run, small, tmp_path):
+    arguments = resumable(run, small[0], tmp_path)
+    folder = tmp_path / "out/store"
+    (folder / "log.jsonl").unlink()
+    resumable(run, small[0], tmp_path)
+    assert [step for step, *_ in losses(folder)] == [1] and torch.load(folder / "training-previous.pt")["step"] == 1
+    assert run("train.py", *arguments).returncode == 0 and [step for step, *_ in losses(folder)] == [1, 2, 3]
 
 
 LOADED = [("model", None), ("model", 3), ("llm", None), ("llm", []), ("llm", "layer", "3"), ("llm", "fingerprint", 7), ("llm", "positions", "backwards"),
