@@ -58,7 +58,7 @@ def lock(out, overwrite):
                         temporary.unlink()
                 yield
             finally:
-                for temporary in [path, *out.glob("join-*.sqlite")]:
+                for temporary in [path, *out.glob("*join-*.sqlite")]:
                     temporary.unlink(missing_ok=True)
     finally:
         for folder in made:  # still empty where there was nothing to write

@@ -1,9 +1,9 @@
-"""What `--join` takes at YFCC15M's size: seconds and peak memory of rank 0, which reads the file, and of the other ranks.
+"""What `--join` takes at YFCC15M's size: seconds and peak memory of rank 0, which reads the file, and of others.
 
     python tests/bench_join.py [--rows 15000000] [--ranks 8] [--folder DIR]
 
-The file is a JSON list of {"__key__", "minicpm"}, captions of about 600 bytes, its keys in another order than the captions'.
-Each rank is a process of its own; peak memory is over the imports' own. The ranks look up the same keys at the same time.
+The file is a JSON list of {"__key__", "minicpm"}, captions of about 600 bytes, its keys in another order than
+the captions'. Each rank is a process; peak memory is over the imports' own. All look up keys at the same time.
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ from data.captions import open_join, read_join  # noqa: E402
 
 LOOKUPS = 200_000
 STEP = 7_368_787  # a prime: n * STEP % rows goes through all keys, far from their order
-WORDS = "a red kite above the calm sea at sunset with one small boat to its left and two people on the sand".split()
+WORDS = "a red kite above the calm sea at sunset with one small boat to its left, two people on sand".split()
 
 
 def peak():
@@ -34,7 +34,8 @@ def write(path, rows):
         for n in range(rows):
             key = n * STEP % rows
             text = " ".join(WORDS[(key + i * i) % len(WORDS)] for i in range(140))
-            file.write(("[" if n == 0 else ", ") + json.dumps({"__key__": f"{key:09d}", "minicpm": f"{key}: {text}."}))
+            row = {"__key__": f"{key:09d}", "minicpm": f"{key}: {text}."}
+            file.write(("[" if n == 0 else ", ") + json.dumps(row))
         file.write("]")
 
 
@@ -67,7 +68,8 @@ def main():
         command = [sys.executable, __file__, "--rows", str(args.rows), "--folder", folder, "--rank"]
         first = json.loads(subprocess.check_output([*command, "0"]))
         size = os.path.getsize(Path(folder) / "join-long.sqlite") / 1e9
-        print(f"rank 0: {first['open']:.0f} s to read, {first['rest']:.0f} s to count, peak {first['peak']:.0f} MB; {size:.1f} GB on disk")
+        print(f"rank 0: {first['open']:.0f} s to read, {first['rest']:.0f} s to count, "
+              f"peak {first['peak']:.0f} MB; {size:.1f} GB on disk", flush=True)
         others = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE) for n in range(1, args.ranks)]
         for number, process in enumerate(others, 1):
             found = json.loads(process.communicate()[0])

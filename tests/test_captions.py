@@ -1,4 +1,4 @@
-"""data/captions.py: captions joined from a file of their own, tars that are damaged or hostile, what is no regular file."""
+"""data/captions.py: hostile tars, what is no regular file, JSON lists, captions joined from another file."""
 import gzip
 import io
 import json
@@ -41,6 +41,10 @@ def member(name, data=b"", kind=tarfile.REGTYPE, **changes):
     return info.tobuf(changes.get("format", tarfile.GNU_FORMAT)) + data + bytes(-len(data) % 512)
 
 
+def tar(path, *members):
+    path.write_bytes(b"".join(members) + bytes(1024))
+
+
 def pax(name, **records):
     """An extended header whose values are as given, then the file that it is about."""
     lines = b""
@@ -62,7 +66,9 @@ def old_sparse(name, offset, size, real):
 
 
 def hostile(name):
-    """{what: a file of that name in a tar, after which nothing can be read}, {what: a file that alone cannot be used}."""
+    """-> {what: a file in a tar after which nothing can be read}, {what: a file that alone is left out}."""
+    sparse = {"GNU.sparse.major": 1, "GNU.sparse.minor": 0}
+    digits = member("pax", b"7" * 2_000_000, tarfile.XHDTYPE)
     damaged = {
         "negative in base 256": member(name, size=-512),
         "far back in base 256": member(name, size=-1536),
@@ -76,15 +82,18 @@ def hostile(name):
         "too many digits in PAX": pax(name, size="9" * 5000),
         "a PAX header of terabytes": member("pax", kind=tarfile.XHDTYPE, size=1 << 42),
         "a negative PAX header": member("pax", kind=tarfile.XHDTYPE, size=-512),
-        "a PAX header that takes its parser minutes": member("pax", b"7" * 2_000_000, tarfile.XHDTYPE) + member(name, b"evil"),
+        "a PAX header that takes its parser minutes": digits + member(name, b"evil"),
         "a long name of terabytes": member("name", kind=tarfile.GNUTYPE_LONGNAME, size=1 << 42),
         "PAX headers without end": member("pax", b"9 a=bcde\n", tarfile.XHDTYPE) * 3000,
         "a sparse map that is none": pax(name, **{"GNU.sparse.map": "0,1,x", "GNU.sparse.name": "evil.txt"}),
-        "a sparse file of no size": pax(name, **{"GNU.sparse.major": 1, "GNU.sparse.minor": 0, "GNU.sparse.realsize": "x"}),
-        "a sparse file of negative size": pax(name, **{"GNU.sparse.major": 1, "GNU.sparse.minor": 0, "GNU.sparse.realsize": -1, "size": -1024}),
+        "a sparse file of no size": pax(name, **sparse, **{"GNU.sparse.realsize": "x"}),
+        "a sparse file of negative size": pax(name, **sparse, **{"GNU.sparse.realsize": -1}, size=-1024),
         "noise": b"\xff" * 512,
     }
-    alone = {"an old sparse file of 8 GB": old_sparse(name, 0, 0, (1 << 33) - 1), "a sparse file in PAX": pax(name, **{"GNU.sparse.map": "0,4", "GNU.sparse.size": 20 << 30})}
+    alone = {
+        "an old sparse file of 8 GB": old_sparse(name, 0, 0, (1 << 33) - 1),
+        "a sparse file in PAX": pax(name, **{"GNU.sparse.map": "0,4", "GNU.sparse.size": 20 << 30}),
+    }
     return damaged, alone
 
 
@@ -94,9 +103,8 @@ HOSTILE, ALONE = hostile("evil.txt")
 @pytest.mark.parametrize("what", HOSTILE | ALONE)
 def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, what, capsys):
     bad = (HOSTILE | ALONE)[what]
-    end = bytes(1024)
-    (tmp_path / "a-0.tar").write_bytes(member("good.txt", b"before") + bad + member("late.txt", b"after") + end)
-    (tmp_path / "a-1.tar").write_bytes(member("next.txt", b"another") + end)
+    tar(tmp_path / "a-0.tar", member("good.txt", b"before"), bad, member("late.txt", b"after"))
+    tar(tmp_path / "a-1.tar", member("next.txt", b"another"))
     skipped = {}
     with within(10):
         rows = list(read_captions(tmp_path / "a-{0..1}.tar", skipped))
@@ -112,7 +120,7 @@ def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, what, capsys):
 
 
 def test_memory_that_a_tar_asks_for_is_not_given(tmp_path):
-    (tmp_path / "a.tar").write_bytes(member("good.txt", b"before") + member("pax", kind=tarfile.XHDTYPE, size=1 << 30) + bytes(1024))
+    tar(tmp_path / "a.tar", member("good.txt", b"before"), member("pax", kind=tarfile.XHDTYPE, size=1 << 30))
     tracemalloc.start()
     try:
         assert len(list(read_captions(tmp_path / "a.tar"))) == 1
@@ -133,20 +141,24 @@ def test_a_tar_cut_anywhere_gives_what_is_whole(tmp_path):
 
 def test_texts_larger_than_any_caption_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(captions, "LARGEST_TEXT", 100)
-    (tmp_path / "a.tar").write_bytes(member("a.txt", b"x" * 101) + member("b.txt", b"x" * 100) + member("c.json", b'{"caption": "' + b"x" * 99 + b'"}') + bytes(1024))
+    entries = b'{"caption": "' + b"x" * 99 + b'"}'
+    members = {"a.txt": 101 * b"x", "b.txt": 100 * b"x", "c.json": entries}
+    tar(tmp_path / "a.tar", *(member(name, data) for name, data in members.items()))
     skipped = {}
     assert [row.key for row in read_captions(tmp_path / "a.tar", skipped)] == ["b"]
-    assert [count for reason, (count, _) in skipped.items() if "text of over" in reason] == [2]
+    assert [count for reason, (count, _) in skipped.items() if "text too large" in reason] == [2]
 
 
 def test_a_name_in_a_tar_ends_at_its_first_dot(tmp_path):
     assert captions.sample_name("a.b/c.d.JPG") == ("a.b/", "c", "d.jpg")
-    (tmp_path / "a.tar").write_bytes(member("x/a.large.jpg", b"?") + member("x/a.txt", b"A") + member("x/._a.txt", b"no sample's") + member("x/b.txt", b"B") + bytes(1024))
-    assert [(row.key, row.captions["raw"]) for row in read_captions(tmp_path / "a.tar")] == [("a", "A"), ("b", "B")]
+    files = {"x/a.large.jpg": b"?", "x/a.txt": b"A", "x/._a.txt": b"no sample's", "x/b.txt": b"B"}
+    tar(tmp_path / "a.tar", *(member(name, data) for name, data in files.items()))
+    rows = list(read_captions(tmp_path / "a.tar"))
+    assert [(row.key, row.captions["raw"]) for row in rows] == [("a", "A"), ("b", "B")]
 
 
 def test_a_line_break_in_a_tars_name_stays_off_the_screen(tmp_path):
-    (tmp_path / "a.tar").write_bytes(member("a\nb.txt", b"A") + bytes(1024))
+    tar(tmp_path / "a.tar", member("a\nb.txt", b"A"))
     with pytest.raises(flame.InputError) as error:
         next(read_captions(tmp_path / "a.tar"))
     assert "\n" not in str(error.value) and "a b" in str(error.value)
@@ -158,7 +170,8 @@ def test_a_line_break_in_a_tars_name_stays_off_the_screen(tmp_path):
 def test_a_pipe_is_refused_in_one_line(tmp_path, name, monkeypatch, capsys):
     pipe = tmp_path / name.replace("{0..0}", "0")
     os.mkfifo(pipe)
-    monkeypatch.setattr("sys.argv", ["embed.py", "--captions", str(tmp_path / name), "--llm", "none", "--out", str(tmp_path / "store")])
+    arguments = ["--captions", tmp_path / name, "--llm", "none", "--out", tmp_path / "store"]
+    monkeypatch.setattr("sys.argv", ["embed.py", *map(str, arguments)])
     with within(5):
         try:
             code = embed.main()
@@ -198,9 +211,9 @@ def test_entries_come_one_by_one_from_a_list_that_goes_on_without_end():
 
 
 def test_what_is_no_list_names_file_entry_and_cure():
-    for text, where in (("[1, 2, x]", "entry 3"), ('{"a": 1}', "entry 1"), ("", "entry 1"), ("[1] 2", "entry 2")):
-        with pytest.raises(flame.InputError, match=f"^a.json: not a JSON list .{where}: .*; fetch it again"):
-            list(captions.json_entries(io.BytesIO(text.encode()), "a.json", "fetch it again"))
+    for text, entry in {"[1, 2, x]": 3, '{"a": 1}': 1, "": 1, "[1] 2": 2}.items():
+        with pytest.raises(flame.InputError, match=f"^a.json: not a JSON list .entry {entry}: .*; fetch it anew"):
+            list(captions.json_entries(io.BytesIO(text.encode()), "a.json", "fetch it anew"))
 
 
 # --- captions joined from a file of their own
@@ -213,10 +226,12 @@ def joined_file(path, rows):
 @pytest.mark.parametrize("index", [None, "join.sqlite"])
 def test_a_joined_file_is_a_mapping_on_disk(tmp_path, index):
     skipped = {}
-    file = joined_file(tmp_path / "long.json", [("a", "A  1"), ("b", "B"), ("a", "A\n2"), ("c", ""), ("", "D"), ("e\ud800", "E"), ("ü\0", "Ü")])
+    rows = [("a", "A  1"), ("b", "B"), ("a", "A\n2"), ("c", ""), ("", "D"), ("e\ud800", "E"), ("ü\0", "Ü")]
+    file = joined_file(tmp_path / "long.json", rows)
     joined = read_join("long", file, skipped, index and tmp_path / index)
     for one in [joined, open_join(tmp_path / index)] if index else [joined]:
-        assert len(one) == 4 and [one.get(key) for key in ("a", "b", "c", "", "ü\0", 7)] == ["A 2", "B", None, "D", "Ü", None]
+        assert len(one) == 4
+        assert [one.get(key) for key in ("a", "b", "c", "", "ü\0", 7)] == ["A 2", "B", None, "D", "Ü", None]
         assert "a" in one and "c" not in one
     assert skipped == {"joined row without key or caption": [2, [4, 6]]}
 
@@ -242,14 +257,16 @@ def test_a_joined_file_without_captions_leaves_nothing_behind(tmp_path):
     with pytest.raises(flame.InputError, match="long.json: not a JSON list"):
         read_join("long", file, {}, tmp_path / "join.sqlite")
     assert os.listdir(tmp_path) == ["long.json"]
-    with pytest.raises(flame.InputError, match="nowhere/join.sqlite"):
-        read_join("long", joined_file(tmp_path / "long.json", [("a", "A")]), {}, tmp_path / "nowhere/join.sqlite")
+    with pytest.raises(flame.InputError, match="nowhere: .*free space"):
+        file = joined_file(tmp_path / "long.json", [("a", "A")])
+        read_join("long", file, {}, tmp_path / "nowhere/join.sqlite")
 
 
 def test_nothing_of_a_join_stays_beside_the_store(tmp_path, tiny_llm, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "raw.tsv").write_text("key\traw\na\tA\nb\tB\n")
     joined_file(tmp_path / "long.json", [("a", "A long one.")])
-    monkeypatch.setattr("sys.argv", ["embed.py", "--captions", "raw.tsv", "--join", "long=long.json", "--llm", str(tiny_llm), "--out", "store", "--dtype", "float32"])
+    arguments = ["--captions", "raw.tsv", "--join", "long=long.json", "--llm", str(tiny_llm), "--out", "s"]
+    monkeypatch.setattr("sys.argv", ["embed.py", *arguments])
     assert not embed.main()
-    assert sorted(os.listdir("store")) == ["embeddings.npy", "images.txt", "keys.txt", "meta.json"]
+    assert sorted(os.listdir("s")) == ["embeddings.npy", "images.txt", "keys.txt", "meta.json"]
