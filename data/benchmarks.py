@@ -1,19 +1,22 @@
 """Every benchmark -> pictures, texts, and which belongs to which.
 
-One short function a benchmark, for the data set exactly as its authors distribute it; README.md beside this file says
-where each comes from and how it must lie. Nothing is decoded here: a picture is a path, or uint8 [H, W] or [H, W, 3] where
-the authors pack all pictures into one file, and evaluate.py finds out whether it can be read. A caption that is empty is
-returned as "", so that evaluate.py can count what it leaves out.
+One short function a benchmark, for the data set exactly as its authors distribute it; README.md beside this
+file says where each comes from and how it must lie. Nothing is decoded here: a picture is a path, or uint8
+[H, W] or [H, W, 3] where the authors pack all pictures into one file, and evaluate.py finds out whether it
+can be read. A caption that is empty is returned as "", so that evaluate.py can count what it leaves out.
 
-Readers take the root folder and the split, "test" or, for those in HAS_VAL, "val" and, for classification, "train":
+Readers take the root folder and the split, "test" or, for those in HAS_VAL, "val" and, for classification,
+"train":
 captions         (pictures, texts: list[str], image_of_text: list[int])
 many languages   (pictures, {language: (texts, image_of_text)})
-compositionality (pictures, texts, {part: rows}); a row is (what it is resampled with, comparisons), a comparison two pairs
-                 (picture, text); the row is right if the first pair of each of its comparisons scores higher than the second
-classes          (pictures, classes: list[str], one a picture, {class: name}); with_names() makes labels and templates of it
-All raise flame.InputError when the folder does not have the layout of README.md. The table of them is in evaluate.py.
+compositionality (pictures, texts, {part: rows}); a row is (what it is resampled with, comparisons), a
+comparison two pairs
+                 (picture, text); the row is right if the first pair of each of its comparisons scores higher
+                 than the second
+classes          (pictures, classes: list[str], one a picture, {class: name}); with_names() makes labels and
+templates of it All raise flame.InputError when the folder does not have the layout of README.md. The table of
+them is in evaluate.py.
 """
-
 import gzip
 import json
 import re
@@ -23,25 +26,30 @@ from pathlib import Path
 
 import numpy as np
 
-import flame
+from flame import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CURE = "data/README.md says where to get it and how it must lie"
+AGAIN = f"fetch the file again, {CURE}"
+OWN = "or name your own list with --classes"
+HAS_VAL = {"demo", "coco", "flickr30k"}         # the others come with nothing but a test split
+CLASSES = Path(__file__).parent / "classes"     # the names and templates that come with this repository
 
 
-# ---------------------------------------------------------------- reading files
+# ------------------------------------------------------------------------------------------------------------
+# Reading files
 
 def need(path):
     """The path itself if it exists; flame.InputError naming it otherwise."""
     if not path.exists():
-        raise flame.InputError(f"{path}: not found; {CURE}")
+        raise InputError(f"{path}: not found; {CURE}")
     return path
 
 
 def need_file(path):
     """The path itself if it is a regular file: a pipe would be waited for without end."""
     if not need(path).is_file():
-        raise flame.InputError(f"{path}: not a regular file; {CURE}")
+        raise InputError(f"{path}: not a regular file; {CURE}")
     return path
 
 
@@ -52,65 +60,7 @@ def read_text(path):
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise flame.InputError(f"{path}: line {line}: not UTF-8; save the file as UTF-8") from None
-
-
-def read_json(path):
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise flame.InputError(f"{path}: line {error.lineno}: not JSON ({error.msg}); fetch the file again, {CURE}") from None
-
-
-def read_jsonl(path):
-    """One object a line; yields (line number, object)."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise flame.InputError(f"{path}: line {number}: not JSON ({error.msg}); "
-                                       f"fetch the file again, {CURE}") from None
-            if not isinstance(entry, dict):
-                raise flame.InputError(f"{path}: line {number}: not a JSON object; fetch the file again, {CURE}")
-            yield number, entry
-
-
-def field(where, record, *keys, kind=str):
-    """record[key][key]… ; flame.InputError, beginning with `where`, when it is not there or not of that kind."""
-    for key in keys:
-        try:
-            record = record[key]
-        except (KeyError, IndexError, TypeError):
-            raise flame.InputError(f"{where}: no {key!r}; fetch the file again, {CURE}") from None
-    if not isinstance(record, kind):
-        raise flame.InputError(f"{where}: {keys[-1]!r} is not a {kind.__name__}; fetch the file again, {CURE}")
-    return record
-
-
-def read_tsv(path, columns):
-    """A TSV with a header that names at least `columns` -> list of dicts, one a row.
-
-    Rows with too few or too many fields are left out and counted on stderr: a benchmark is not lost to one bad row.
-    """
-    lines = read_text(path).split("\n")
-    header = lines[0].rstrip("\r").split("\t")
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise flame.InputError(f"{path}: line 1: no column {missing[0]!r}; the header must name {' '.join(columns)}")
-    rows, bad = [], []
-    for number, line in enumerate(lines[1:], 2):
-        if line.strip():
-            fields = line.rstrip("\r").split("\t")
-            if len(fields) == len(header):
-                rows.append(dict(zip(header, fields)))
-            else:
-                bad.append(number)
-    if bad:
-        print(f"{path}: line {bad[0]}: not {len(header)} fields; {len(bad)} such row(s) left out", file=sys.stderr)
-    if not rows:
-        raise flame.InputError(f"{path}: no rows; {CURE}")
-    return rows
+        raise InputError(f"{path}: line {line}: not UTF-8; save the file as UTF-8") from None
 
 
 def read_lines(path):
@@ -118,131 +68,208 @@ def read_lines(path):
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-def read_mat(path):
-    """A MATLAB file -> {variable: array}. Only Stanford Cars and Flowers-102 need it, hence scipy is no requirement."""
+def parsed(path, text, line=1):
+    """The JSON in a text that begins at a line of a file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        raise InputError(f"{path}: line {line}: not JSON ({error}); {AGAIN}") from None
+
+
+def read_jsonl(path):
+    """One object a line; yields (what to call it in a message, object)."""
+    for line, text in enumerate(read_text(path).split("\n"), 1):
+        if text.strip():
+            entry = parsed(path, text, line)
+            if not isinstance(entry, dict):
+                raise InputError(f"{path}: line {line}: not a JSON object; {AGAIN}")
+            yield f"{path}: line {line}", entry
+
+
+def field(where, record, *keys, kind=str):
+    """record[key][key]… ; raises InputError, beginning with `where`, unless it is there and of that kind."""
+    for key in keys:
+        try:
+            record = record[key]
+        except (KeyError, IndexError, TypeError):
+            raise InputError(f"{where}: no {key!r}; {AGAIN}") from None
+    if not isinstance(record, kind):
+        raise InputError(f"{where}: {keys[-1]!r} is not a {kind.__name__}; {AGAIN}")
+    return record
+
+
+def line_of(where, record, key):
+    """A text that goes over several lines, as one."""
+    return field(where, record, key).replace("\n", " ").strip()
+
+
+def read_tsv(path, columns):
+    """A TSV with a header that names at least `columns` -> list of dicts, one a row.
+
+    Rows with too few or too many fields are left out and counted on stderr: a benchmark is not lost to one
+    bad row.
+    """
+    lines = [line.rstrip("\r") for line in read_text(path).split("\n")]
+    header = lines[0].split("\t")
+    for column in columns:
+        if column not in header:
+            wanted = " ".join(columns)
+            raise InputError(f"{path}: line 1: no column {column!r}; the header must name {wanted}")
+    rows = []
+    bad = []
+    for number, line in enumerate(lines[1:], 2):
+        fields = line.split("\t")
+        if len(fields) == len(header):
+            rows.append(dict(zip(header, fields)))
+        elif line.strip():
+            bad.append(number)
+    if bad:
+        count = f"{len(bad)} such row(s) left out"
+        print(f"{path}: line {bad[0]}: not {len(header)} fields; {count}", file=sys.stderr)
+    if not rows:
+        raise InputError(f"{path}: no rows; {CURE}")
+    return rows
+
+
+def read_mat(path, variable, dtype=None):
+    """A variable of a MATLAB file -> array [n]. Two data sets alone need scipy, hence it is no requirement."""
     need_file(path)
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise flame.InputError(f"{path}: a MATLAB file; to read it, pip install scipy") from None
+        raise InputError(f"{path}: a MATLAB file; to read it, pip install scipy") from None
     try:
-        return loadmat(path, squeeze_me=True)
+        variables = loadmat(path, squeeze_me=True)
     except Exception as error:  # scipy raises nearly anything on a broken file
-        raise flame.InputError(f"{path}: not a MATLAB file ({' '.join(str(error).split())}); fetch it again, {CURE}") from None
+        why = " ".join(str(error).split())
+        raise InputError(f"{path}: not a MATLAB file ({why}); {AGAIN}") from None
+    values = np.atleast_1d(field(path, variables, variable, kind=object))
+    try:
+        return values.astype(dtype) if dtype else values
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: {variable!r} is no list of {dtype.__name__}; {AGAIN}") from None
 
 
 def pictures_in(folder):
     return sorted(path for path in need(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-# ---------------------------------------------------------------- long captions
+# ------------------------------------------------------------------------------------------------------------
+# Long captions
 
 def urban1k(root, split="test"):
-    """image/<name>.jpg and caption/<name>.txt, the first line of which is the caption (Long-CLIP, 1,000 pairs)."""
+    """image/<name>.jpg and caption/<name>.txt, whose first line is the caption (Long-CLIP, 1,000 pairs)."""
     pictures = {path.stem: path for path in pictures_in(root / "image")}
     captions = {path.stem: path for path in need(root / "caption").glob("*.txt")}
-    # Either half may miss its partner. Both kinds are passed on, so that evaluate.py counts them like other bad items.
-    names = sorted(pictures.keys() | captions.keys())
-    images = [pictures.get(name, root / "image" / f"{name}.jpg") for name in names]
-    texts = [read_text(captions[name]).split("\n")[0].strip() if name in captions else "" for name in names]
-    return images, texts, list(range(len(names)))
+    pairs = []
+    # Either half may miss its partner. Both kinds are passed on, so that evaluate.py counts them like other
+    # bad items.
+    for name in sorted(pictures.keys() | captions.keys()):
+        text = read_text(captions[name]).split("\n")[0].strip() if name in captions else ""
+        pairs.append((pictures.get(name, root / "image" / f"{name}.jpg"), text))
+    return one_each(pairs)
+
+
+def one_each(pairs):
+    """[(picture, text)] -> pictures, texts, image_of_text"""
+    return [picture for picture, _ in pairs], [text for _, text in pairs], list(range(len(pairs)))
 
 
 def sharegpt4v(root, split="test"):
-    """The first 1,000 entries of the ShareGPT4V captions: second turn, newlines to spaces (Long-CLIP's choice)."""
+    """The first 1,000 of the ShareGPT4V captions: second turn, newlines to spaces (Long-CLIP's choice)."""
     path = root / "share-captioner_coco_lcs_sam_1246k_1107.json"
-    # The file is 1.5 GB for 1.2 million entries and the first thousand take about 2 MB of it: decode only those.
+    # The file is 1.5 GB for 1.2 million entries and the first thousand take about 2 MB of it: decode only
+    # those.
     with open(need_file(path), encoding="utf-8", errors="replace") as file:
         text = file.read(1 << 25)
-    decoder, entries, position = json.JSONDecoder(), [], text.find("[") + 1
-    while len(entries) < 1000:
-        position = re.compile(r"[\s,]*").match(text, position).end()
-        if text[position:position + 1] == "]":
+    decoder = json.JSONDecoder()
+    pairs = []
+    at = text.find("[") + 1
+    while len(pairs) < 1000:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        if text[at:at + 1] == "]":
             break
         try:
-            entry, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError:
-            line = text.count("\n", 0, position) + 1
-            raise flame.InputError(f"{path}: line {line}: not a JSON list of entries; fetch the file again, {CURE}") from None
-        entries.append(entry)
-    images, texts = [], []
-    for number, entry in enumerate(entries):
-        where = f"{path}: entry {number}"
-        images.append(root / field(where, entry, "image"))
-        texts.append(field(where, entry, "conversations", 1, "value").replace("\n", " ").strip())
-    return images, texts, list(range(len(texts)))
+            entry, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            line = text.count("\n", 0, at) + 1
+            raise InputError(f"{path}: line {line}: not a JSON list of entries; {AGAIN}") from None
+        where = f"{path}: entry {len(pairs)}"
+        picture = root / field(where, entry, "image")
+        pairs.append((picture, line_of(where, field(where, entry, "conversations", 1, kind=dict), "value")))
+    return one_each(pairs)
 
 
 def dci(root, split="test"):
-    """Densely Captioned Images, all splits: short caption, newline, extra caption, re-joined sentence by sentence."""
+    """Densely Captioned Images, all splits: short caption, newline, extra caption, re-joined by sentences."""
     root = root / "densely_captioned_images"
-    images, texts = [], []
-    splits = read_json(root / "splits.json")
+    splits = parsed(root / "splits.json", read_text(root / "splits.json"))
+    pairs = []
     for split in splits:
         for name in field(root / "splits.json", splits, split, kind=list):
             path = root / "annotations" / str(name)
-            entry = read_json(path)
-            images.append(root / "photos" / field(path, entry, "image"))
+            entry = parsed(path, read_text(path))
             caption = f"{field(path, entry, 'short_caption')}\n{field(path, entry, 'extra_caption')}"
-            pieces = [piece.strip() for piece in re.split(r"\n|</s>|\.", caption)]
-            texts.append(". ".join(piece for piece in pieces if piece))
-    return images, texts, list(range(len(texts)))
+            sentences = [sentence.strip() for sentence in re.split(r"\n|</s>|\.", caption)]
+            text = ". ".join(sentence for sentence in sentences if sentence)
+            pairs.append((root / "photos" / field(path, entry, "image"), text))
+    return one_each(pairs)
 
 
 def docci(root, split="test"):
     """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/; newlines to spaces."""
-    path = root / "docci_descriptions.jsonlines"
-    images, texts = [], []
-    for number, entry in read_jsonl(path):
-        where = f"{path}: line {number}"
+    pairs = []
+    for where, entry in read_jsonl(root / "docci_descriptions.jsonlines"):
         if field(where, entry, "split") == "test":
-            images.append(root / "images" / field(where, entry, "image_file"))
-            texts.append(field(where, entry, "description").replace("\n", " ").strip())
-    return images, texts, list(range(len(texts)))
+            picture = root / "images" / field(where, entry, "image_file")
+            pairs.append((picture, line_of(where, entry, "description")))
+    return one_each(pairs)
 
 
-# ---------------------------------------------------------------- short captions
+# ------------------------------------------------------------------------------------------------------------
+# Short captions
 
-def karpathy(path, split, picture):
+def karpathy(path, split, folder):
     """A split of a file by Karpathy and Fei-Fei; the first five captions of each picture."""
-    images, texts, image_of_text = [], [], []
-    for number, entry in enumerate(field(path, read_json(path), "images", kind=list)):
+    images = []
+    texts = []
+    image_of_text = []
+    for number, entry in enumerate(field(path, parsed(path, read_text(path)), "images", kind=list)):
         where = f"{path}: entry {number}"
         if field(where, entry, "split") == split:
             for sentence in field(where, entry, "sentences", kind=list)[:5]:
                 texts.append(field(where, sentence, "raw").strip())
                 image_of_text.append(len(images))
-            images.append(picture(entry))
+            images.append(folder / field(where, entry, "filename"))
     return images, texts, image_of_text
 
 
 def coco(root, split="test"):
     """COCO 2014, Karpathy's split: dataset_coco.json and val2014/ (5,000 pictures, 25,000 captions)."""
-    path = root / "dataset_coco.json"
-    return karpathy(path, split, lambda entry: root / field(path, entry, "filepath") / field(path, entry, "filename"))
+    return karpathy(root / "dataset_coco.json", split, root / "val2014")
 
 
 def flickr30k(root, split="test"):
-    """Flickr30k, Karpathy's split: dataset_flickr30k.json and flickr30k-images/ (1,000 pictures, 5,000 captions)."""
-    path = root / "dataset_flickr30k.json"
-    return karpathy(path, split, lambda entry: root / "flickr30k-images" / field(path, entry, "filename"))
+    """Flickr30k, Karpathy's split: dataset_flickr30k.json, flickr30k-images/ (1,000 pictures, 5,000 texts)."""
+    return karpathy(root / "dataset_flickr30k.json", split, root / "flickr30k-images")
 
 
-# ---------------------------------------------------------------- many languages
+# ------------------------------------------------------------------------------------------------------------
+# Many languages
 
 def xm3600(root, split="test", all_captions=False):
-    """Crossmodal-3600: captions.jsonl and images/<key>.jpg; the first caption of each language, as CLIP_benchmark does."""
-    path = root / "captions.jsonl"
-    images, languages = [], {}
-    for number, entry in read_jsonl(path):
-        where = f"{path}: line {number}"
-        for language in entry:
-            if isinstance(entry[language], dict):    # the other keys, image/key and image/locale, are plain strings
+    """Crossmodal-3600: captions.jsonl, images/<key>.jpg; a language's first caption a picture, or all."""
+    images = []
+    languages = {}
+    for where, entry in read_jsonl(root / "captions.jsonl"):
+        for language, part in entry.items():
+            if isinstance(part, dict):      # the other keys, image/key and image/locale, are plain strings
+                captions = field(where, part, "caption", kind=list) or [""]
                 texts, image_of_text = languages.setdefault(language, ([], []))
-                captions = [str(caption).strip() for caption in field(where, entry, language, "caption", kind=list)] or [""]
-                captions = captions if all_captions else captions[:1]
-                texts += captions
-                image_of_text += [len(images)] * len(captions)
+                for caption in captions if all_captions else captions[:1]:
+                    texts.append(str(caption).strip())
+                    image_of_text.append(len(images))
         images.append(root / "images" / f"{field(where, entry, 'image/key')}.jpg")
     return images, languages
 
@@ -252,24 +279,31 @@ def in_languages(pictures, languages, wanted, root):
     wanted = wanted.split(",") if wanted else list(languages)
     for language in wanted:
         if language not in languages:
-            raise flame.InputError(f"--language {language}: {root / 'captions.jsonl'} has only {', '.join(languages)}")
+            path = root / "captions.jsonl"
+            raise InputError(f"--language {language}: {path} has only {', '.join(languages)}")
     return pictures, {language: languages[language] for language in wanted}
 
 
-# ---------------------------------------------------------------- compositionality
+# ------------------------------------------------------------------------------------------------------------
+# Compositionality
 
 def sugarcrepe(root, split="test"):
-    """SugarCrepe: seven files of captions and hard negatives over COCO's val2017/; a caption must beat its negative."""
-    images, texts, parts = {}, [], {}
+    """SugarCrepe: seven files of captions over COCO's val2017/; a caption must beat its hard negative."""
+    place = {}      # of each picture: several captions share one
+    texts = []
+    parts = {}
     for part in ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
         path = root / f"{part}.json"
-        entries, parts[part] = read_json(path), []
-        for number, entry in enumerate(entries) if isinstance(entries, list) else field(path, [entries], 0, kind=dict).items():
+        entries = field(path, [parsed(path, read_text(path))], 0, kind=(dict, list))
+        parts[part] = []
+        for number, entry in entries.items() if isinstance(entries, dict) else enumerate(entries):
             where = f"{path}: entry {number}"
-            picture, right = images.setdefault(root / "val2017" / field(where, entry, "filename"), len(images)), len(texts)
-            parts[part].append((picture, [((picture, right), (picture, right + 1))]))
+            picture = place.setdefault(root / "val2017" / field(where, entry, "filename"), len(place))
+            right = picture, len(texts)
+            wrong = picture, len(texts) + 1
             texts += [field(where, entry, "caption").strip(), field(where, entry, "negative_caption").strip()]
-    return list(images), texts, parts
+            parts[part].append((picture, [(right, wrong)]))
+    return list(place), texts, parts
 
 
 def winoground(root, split="test"):
@@ -277,47 +311,55 @@ def winoground(root, split="test"):
 
     text: each picture prefers its own text; image: each text prefers its own picture; group: both.
     """
-    images, texts, parts = [], [], {"text": [], "image": [], "group": []}
-    for number, entry in read_jsonl(root / "examples.jsonl"):
-        where, a, b = f"{root / 'examples.jsonl'}: line {number}", len(images), len(images) + 1
+    images = []
+    texts = []
+    parts = {"text": [], "image": [], "group": []}
+    for where, entry in read_jsonl(root / "examples.jsonl"):
+        a = len(images)     # picture and text number a belong together, and number b
+        b = a + 1
         for i in (0, 1):
             images.append(root / "images" / f"{field(where, entry, f'image_{i}')}.png")
             texts.append(field(where, entry, f"caption_{i}").strip())
-        text, image = [((a, a), (a, b)), ((b, b), (b, a))], [((a, a), (b, a)), ((b, b), (a, b))]     # picture and text number a belong together
-        for part, comparisons in (("text", text), ("image", image), ("group", text + image)):
-            parts[part].append((a, comparisons))
+        text = [((a, a), (a, b)), ((b, b), (b, a))]
+        image = [((a, a), (b, a)), ((b, b), (a, b))]
+        parts["text"].append((a, text))
+        parts["image"].append((a, image))
+        parts["group"].append((a, text + image))
     return images, texts, parts
 
 
-# ---------------------------------------------------------------- classes
+# ------------------------------------------------------------------------------------------------------------
+# Classes
 
-CLASSES = Path(__file__).parent / "classes"     # the names and templates that come with this repository
-
-
-def listed(path, folder, suffix=""):
-    """A text file of lines `class/name` -> pictures, classes; a class may be several folders deep."""
-    lines = [line.strip("/") for line in read_lines(path)]
-    bad = next((number for number, line in enumerate(lines, 1) if "/" not in line), None)
-    if bad:
-        raise flame.InputError(f"{path}: line {bad}: not class/picture; fetch the file again, {CURE}")
-    return [folder / f"{line}{suffix}" for line in lines], [line.rpartition("/")[0] for line in lines], {}
+def listed(paths, folder, suffix=""):
+    """Text files of lines `class/name` -> pictures, classes; a class may be several folders deep."""
+    pictures = []
+    classes = []
+    for path in paths:
+        for number, line in enumerate(read_lines(path), 1):
+            line = line.strip("/")
+            if "/" not in line:
+                raise InputError(f"{path}: line {number}: not class/picture; {AGAIN}")
+            pictures.append(folder / f"{line}{suffix}")
+            classes.append(line.rpartition("/")[0])
+    return pictures, classes, {}
 
 
 def folders(root):
     """<class>/<picture> -> pictures, classes"""
     found = sorted(path for path in need(root).iterdir() if path.is_dir())
     if len(found) < 2:
-        raise flame.InputError(f"{root}: {len(found)} class folder(s), at least 2 are needed; {CURE}")
-    inside = [pictures_in(folder) for folder in found]
-    classes = [folder.name for folder, pictures in zip(found, inside) for _ in pictures]
-    return sum(inside, []), classes, {folder.name: folder.name.replace("_", " ") for folder in found}
+        raise InputError(f"{root}: {len(found)} class folder(s), at least 2 are needed; {CURE}")
+    pictures = [picture for folder in found for picture in pictures_in(folder)]
+    names = {folder.name: folder.name.replace("_", " ") for folder in found}
+    return pictures, [picture.parent.name for picture in pictures], names
 
 
 def imagefolder(root, split="test"):
-    """<class>/<picture> for any classes, or train/<class>/<picture> and test/<class>/<picture>; for a class's name its folder's."""
+    """<class>/<picture>, or train/<class>/<picture> and test/<class>/<picture>, for any classes."""
     halves = (root / "train").is_dir() and (root / "test").is_dir()
     if split == "train" and not halves:
-        raise flame.InputError(f"{root}: no folders train and test, which a linear probe needs; {CURE}")
+        raise InputError(f"{root}: no folders train and test, which a linear probe needs; {CURE}")
     return folders(root / split if halves else root)
 
 
@@ -328,20 +370,22 @@ def imagenet(root, split="test"):
 
 def food101(root, split="test"):
     root = root / "food-101"
-    return listed(root / "meta" / f"{split}.txt", root / "images", ".jpg")
+    return listed([root / "meta" / f"{split}.txt"], root / "images", ".jpg")
 
 
 def cifar(paths, names, label_bytes):
-    """CIFAR's binary version (the Python one is pickled, and pickles can run code): records of labels and 3 x 32 x 32 bytes."""
-    pictures, classes, names = [], [], dict(enumerate(read_lines(names)))
+    """CIFAR's binary version: records of labels and 3 x 32 x 32 bytes. (The Python one is pickled.)"""
+    pictures = []
+    classes = []
     for path in paths:
         raw = np.frombuffer(need_file(path).read_bytes(), np.uint8)
         if len(raw) % (label_bytes + 3072) or not len(raw):
-            raise flame.InputError(f"{path}: {len(raw)} bytes are no whole number of records; fetch it again, {CURE}")
+            raise InputError(f"{path}: {len(raw)} bytes are no whole number of records; {AGAIN}")
         records = raw.reshape(-1, label_bytes + 3072)
         pictures += list(records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        classes += [str(label) for label in records[:, label_bytes - 1]]    # CIFAR-100: the coarse label comes before the fine
-    return pictures, classes, {str(label): name.replace("_", " ") for label, name in names.items()}
+        classes += [str(label) for label in records[:, label_bytes - 1]]    # CIFAR-100: the fine one
+    names = enumerate(read_lines(names))
+    return pictures, classes, {str(label): name.replace("_", " ") for label, name in names}
 
 
 def cifar10(root, split="test"):
@@ -356,84 +400,101 @@ def cifar100(root, split="test"):
 
 
 def sun397(root, split="test"):
-    """SUN397/ and, of the authors' ten partitions, the first: 50 pictures a class to train on and 50 to test."""
-    pictures, classes, _ = listed(root / f"{split.title()}ing_01.txt", root / "SUN397")
-    return pictures, classes, {c: c.partition("/")[2].replace("/", " ").replace("_", " ") for c in classes}    # a/apse/indoor
+    """SUN397/ and, of the authors' ten partitions, the first: 50 pictures a class to train on, 50 to test."""
+    pictures, classes, _ = listed([root / f"{split.title()}ing_01.txt"], root / "SUN397")
+    names = {c: re.sub("[/_]", " ", c.partition("/")[2]) for c in classes}      # a/apse/indoor: apse indoor
+    return pictures, classes, names
 
 
 def cars(root, split="test"):
     """Stanford Cars: cars_train/, cars_test/ and devkit/; the test labels are a file of their own."""
-    files = {"train": "cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
-    path = root / "devkit" / files[split]
-    path = path if path.exists() else root / files[split]
-    names = np.atleast_1d(field(root / "devkit" / "cars_meta.mat", read_mat(root / "devkit" / "cars_meta.mat"), "class_names", kind=object))
-    rows = np.atleast_1d(field(path, read_mat(path), "annotations", kind=object))
+    names = read_mat(root / "devkit" / "cars_meta.mat", "class_names", str)
+    file = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+    path = root / "devkit" / file
+    if not path.exists():
+        path = root / file
+    pictures = []
+    classes = []
     try:
-        pictures, classes = [root / f"cars_{split}" / str(row["fname"]) for row in rows], [str(int(row["class"])) for row in rows]
+        for row in read_mat(path, "annotations"):
+            pictures.append(root / f"cars_{split}" / str(row["fname"]))
+            classes.append(str(int(row["class"])))
     except (ValueError, IndexError, TypeError):
-        raise flame.InputError(f"{path}: annotations without fname and class; fetch the file again, {CURE}") from None
-    return pictures, classes, {str(number): str(name) for number, name in enumerate(names, 1)}
+        raise InputError(f"{path}: annotations without fname and class; {AGAIN}") from None
+    return pictures, classes, {str(number): name for number, name in enumerate(names.tolist(), 1)}
 
 
 def aircraft(root, split="test"):
     """FGVC-Aircraft, its 100 variants; a line is `<picture> <variant>`."""
     root = root / "fgvc-aircraft-2013b" / "data"
-    lines = [line.partition(" ") for line in read_lines(root / f"images_variant_{'trainval' if split == 'train' else split}.txt")]
-    return [root / "images" / f"{name}.jpg" for name, _, _ in lines], [variant for _, _, variant in lines], {}
+    part = "trainval" if split == "train" else split
+    lines = [line.split(" ", 1) for line in read_lines(root / f"images_variant_{part}.txt")]
+    return [root / "images" / f"{line[0]}.jpg" for line in lines], [line[-1] for line in lines], {}
 
 
 def dtd(root, split="test"):
     """Describable Textures, the first of the authors' ten splits."""
     root = root / "dtd"
-    parts = [listed(root / "labels" / f"{part}1.txt", root / "images") for part in (("test",) if split == "test" else ("train", "val"))]
-    return sum((part[0] for part in parts), []), sum((part[1] for part in parts), []), {}
+    parts = ["test"] if split == "test" else ["train", "val"]
+    return listed([root / "labels" / f"{part}1.txt" for part in parts], root / "images")
 
 
 def pets(root, split="test"):
     """Oxford-IIIT Pets; a line is `<breed>_<number> ...`."""
-    names = [line.split()[0] for line in read_lines(root / "annotations" / f"{'trainval' if split == 'train' else split}.txt") if line[0] != "#"]
-    return [root / "images" / f"{name}.jpg" for name in names], [name.rpartition("_")[0] for name in names], {}
+    lines = read_lines(root / "annotations" / ("trainval.txt" if split == "train" else f"{split}.txt"))
+    names = [line.split()[0] for line in lines if line[0] != "#"]
+    pictures = [root / "images" / f"{name}.jpg" for name in names]
+    return pictures, [name.rpartition("_")[0] for name in names], {}
 
 
 def caltech101(root, split="test"):
-    """Caltech-101 has no split of its own: as in CLIP's, 30 pictures of each of 102 classes train (drawn here), the rest test."""
+    """Caltech-101 has no split of its own: 30 pictures of each class train, drawn here, the rest test."""
     pictures, classes, names = folders(root / "101_ObjectCategories")
-    rng, chosen, classes = np.random.default_rng(0), [], np.array(classes)
+    rng = np.random.default_rng(0)
+    chosen = []
     for name in names:
-        own = rng.permutation(np.flatnonzero(classes == name))
+        own = rng.permutation(np.flatnonzero(np.array(classes) == name))
         cut = min(30, len(own) - 1)
         chosen += own[:cut].tolist() if split == "train" else own[cut:].tolist()
-    return [pictures[i] for i in sorted(chosen)], [str(classes[i]) for i in sorted(chosen)], names
+    chosen.sort()
+    return [pictures[i] for i in chosen], [classes[i] for i in chosen], names
 
 
 def flowers102(root, split="test"):
-    """Oxford Flowers-102: jpg/, imagelabels.mat and setid.mat; training and validation pictures together train, as in CLIP's."""
-    labels = np.atleast_1d(field(root / "imagelabels.mat", read_mat(root / "imagelabels.mat"), "labels", kind=object))
-    sets = read_mat(root / "setid.mat")
-    ids = [number for part in (("tstid",) if split == "test" else ("trnid", "valid"))
-           for number in np.atleast_1d(field(root / "setid.mat", sets, part, kind=object))]
-    if max(ids) > len(labels):
-        raise flame.InputError(f"{root / 'setid.mat'}: picture {max(ids)} has no label in imagelabels.mat; fetch both again, {CURE}")
-    return [root / "jpg" / f"image_{i:05}.jpg" for i in ids], [str(labels[i - 1]) for i in ids], {str(label): str(label) for label in np.unique(labels)}
+    """Oxford Flowers-102: jpg/, imagelabels.mat, setid.mat; training and validation pictures train."""
+    labels = read_mat(root / "imagelabels.mat", "labels", int)
+    parts = ["tstid"] if split == "test" else ["trnid", "valid"]
+    numbers = [number for part in parts for number in read_mat(root / "setid.mat", part, int)]
+    for number in numbers:
+        if not 1 <= number <= len(labels):
+            path = root / "setid.mat"
+            raise InputError(f"{path}: picture {number} has no label in imagelabels.mat; {AGAIN}")
+    pictures = [root / "jpg" / f"image_{number:05}.jpg" for number in numbers]
+    classes = [str(labels[number - 1]) for number in numbers]
+    return pictures, classes, {}
 
 
 def fashionmnist(root, split="test"):
     """Fashion-MNIST, in MNIST's format: a big-endian header, then bytes."""
-    def read(name, magic, dimensions):
-        path = root / f"{'t10k' if split == 'test' else split}-{name}-ubyte.gz"
-        try:
-            raw = gzip.decompress(need_file(path).read_bytes())
-            shape = np.frombuffer(raw, ">i4", 1 + dimensions)
-            if shape[0] != magic:
-                raise ValueError(f"it begins with {shape[0]} instead of {magic}")
-            return np.frombuffer(raw, np.uint8, offset=4 * len(shape)).reshape(shape[1:])
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise flame.InputError(f"{path}: not an IDX file ({error}); fetch it again, {CURE}") from None
-
-    pictures, labels = read("images-idx3", 2051, 3), read("labels-idx1", 2049, 1)
+    part = "t10k" if split == "test" else split
+    pictures = read_idx(root / f"{part}-images-idx3-ubyte.gz", 2051, 3)
+    labels = read_idx(root / f"{part}-labels-idx1-ubyte.gz", 2049, 1)
     if len(pictures) != len(labels):
-        raise flame.InputError(f"{root}: {len(pictures)} pictures and {len(labels)} labels; fetch both again, {CURE}")
+        counts = f"{len(pictures)} pictures and {len(labels)} labels"
+        raise InputError(f"{root}: {counts}; fetch both again, {CURE}")
     return list(pictures), [str(label) for label in labels], {str(i): str(i) for i in range(10)}
+
+
+def read_idx(path, magic, dimensions):
+    need_file(path)
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        first, *shape = np.frombuffer(raw, ">i4", 1 + dimensions)
+        if first != magic:
+            raise ValueError(f"it begins with {first} instead of {magic}")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: not an IDX file ({error}); {AGAIN}") from None
 
 
 def read_classes(path):
@@ -441,17 +502,19 @@ def read_classes(path):
 
     A line with {} is a template, `class<TAB>name` names a class, lines that begin with # are comments.
     """
-    names, templates = {}, []
+    names = {}
+    templates = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        name = line.partition("\t")[2].strip()
         if line.startswith("#") or not line.strip():
             continue
+        given, _, name = line.partition("\t")
         if "{}" in line:
             templates.append(line.strip())
-        elif name:
-            names[line.partition("\t")[0].strip()] = number, name
+        elif name.strip():
+            names[given.strip()] = number, name.strip()
         else:
-            raise flame.InputError(f"{path}: line {number}: {line!r} is neither a template with {{}} nor a class, a tab and its name; correct it")
+            raise InputError(f"{path}: line {number}: {line!r} is neither a template with {{}} nor a class, "
+                             "a tab and its name; correct it")
     return names, templates
 
 
@@ -459,59 +522,72 @@ def class_files(bench, root, language=None):
     """The files of read_classes for a benchmark that there are, those of imagefolder's own folder last."""
     path = CLASSES / (f"{bench}.txt" if language in (None, "en") else f"{bench}.{language}.txt")
     if language and not path.exists():
-        raise flame.InputError(f"--language {language}: no file {path}; write one, or name your own with --classes")
+        raise InputError(f"--language {language}: no file {path}; write one, or name your own with --classes")
     own = [root / "classes.txt", root / "templates.txt"] if bench == "imagefolder" else []
     return [file for file in [path, *own] if file.exists()]
 
 
 def with_names(pictures, classes, names, files):
-    """What a CLASSIFICATION reader returns, and files of read_classes -> (pictures, labels: list[int], names, templates).
+    """What a reader of classes returns, and files of read_classes -> (pictures, labels: list[int], names,
+    templates).
 
-    Names and templates are the last file's that gives any; names the data set's own where none does. A file that names
-    classes must name exactly those of the data set.
+    Names and templates are the last file's that gives any; names the data set's own where none does. A file
+    that names classes must name exactly those of the data set.
     """
-    names, templates, path = names or {c: c.replace("_", " ") for c in sorted(set(classes))}, ["a photo of a {}."], None
+    names = names or {c: c.replace("_", " ") for c in sorted(set(classes))}
+    templates = ["a photo of a {}."]
+    path = None
     for file in files:
-        given, own_templates = read_classes(file)
+        found, own_templates = read_classes(file)
         templates = own_templates or templates
-        if given:
-            path, listed_names = file, given
+        if found:
+            path = file
+            given = found
     if path:
-        if unknown := [c for c in listed_names if c not in names]:
-            raise flame.InputError(f"{path}: line {listed_names[unknown[0]][0]}: the data set has no class {unknown[0]!r}; correct the line, "
-                                   "or name your own list with --classes")
-        if unnamed := [c for c in names if c not in listed_names]:
-            raise flame.InputError(f"{path}: no line for the class {unnamed[0]!r} of the data set; add it, or name your own list with --classes")
-        names = {c: listed_names[c][1] for c in names}
+        for c, (line, _) in given.items():
+            if c not in names:
+                raise InputError(f"{path}: line {line}: the data set has no class {c!r}; correct it, {OWN}")
+        for c in names:
+            if c not in given:
+                raise InputError(f"{path}: no line for the class {c!r} of the data set; add it, {OWN}")
+        names = {c: given[c][1] for c in names}
     label = {c: i for i, c in enumerate(names)}
+    for c in classes:
+        if c not in label:
+            raise InputError(f"a picture's class is {c!r}, none of the data set's {len(names)}; {AGAIN}")
     return pictures, [label[c] for c in classes], list(names.values()), templates
 
 
-# ---------------------------------------------------------------- the demo
+# ------------------------------------------------------------------------------------------------------------
+# The demo
 
 def demo(root, split="test"):
     """The corpus that data/demo.py makes -> scenes, captions, objects, names.
 
     scenes    list[Path], the pictures of <split>.tsv
     captions  {"long" | "short" | "raw": list[str]}, one text a scene
-    objects   list of (Path, object, "seen" | "unseen"): single-object pictures. Of each object's pictures, in the order
+    objects   list of (Path, object, "seen" | "unseen"): single-object pictures. Of each object's pictures, in
+    the order
               of objects.tsv, every second one belongs to val, beginning with the first, and the rest to test.
     names     {language: {object: name}}
     """
     rows = read_tsv(root / f"{split}.tsv", ["key", "image", "raw", "short", "long"])
     scenes = [root / row["image"] for row in rows]
     captions = {column: [row[column].strip() for row in rows] for column in ("long", "short", "raw")}
-    objects, seen_so_far = [], {}
+    objects = []
+    val = {}    # whether an object's last picture belonged to val
     for row in read_tsv(root / "objects.tsv", ["image", "object", "split"]):
-        index = seen_so_far[row["object"]] = seen_so_far.get(row["object"], -1) + 1
-        if (index % 2 == 0) == (split == "val"):
-            objects.append((root / row["image"], row["object"], row["split"]))
-    rows = read_tsv(root / "names.tsv", ["object", "en"])
-    names = {language: {row["object"]: row[language].strip() for row in rows} for language in rows[0] if language != "object"}
-    unnamed = sorted({name for _, name, _ in objects} - names["en"].keys())
+        thing = row["object"]
+        val[thing] = not val.get(thing, False)
+        if val[thing] == (split == "val"):
+            objects.append((root / row["image"], thing, row["split"]))
+    names = {}
+    for row in read_tsv(root / "names.tsv", ["object", "en"]):
+        thing = row.pop("object")
+        for language, name in row.items():
+            names.setdefault(language, {})[thing] = name.strip()
+    unnamed = sorted({thing for _, thing, _ in objects} - names["en"].keys())
     if unnamed:
-        raise flame.InputError(f"{root / 'names.tsv'}: no row for {unnamed[0]!r} of objects.tsv; run data/demo.py again")
+        path = root / "names.tsv"
+        raise InputError(f"{path}: no row for {unnamed[0]!r} of objects.tsv; run data/demo.py again")
     return scenes, captions, objects, names
-
-
-HAS_VAL = {"demo", "coco", "flickr30k"}     # the others come with nothing but a test split

@@ -1,7 +1,9 @@
-"""What the frozen text tower and a checkpoint's image tower said, kept on disk so that a second run takes seconds.
+"""What the frozen text tower and a checkpoint's image tower said, kept on disk so that a second run takes
+seconds.
 
-evaluate.py keeps it in <out>/cache.sqlite and, for --search, in <folder>/.flame-index.npz. Both can be deleted at any time.
-A cache has the two methods of a dict that evaluate.py uses, get(key) and update({key: bytes}), so that a dict can stand in.
+evaluate.py keeps it in <out>/cache.sqlite and, for --search, in <folder>/.flame-index.npz. Both can be
+deleted at any time. A cache has the two methods of a dict that evaluate.py uses, get(key) and update({key:
+bytes}), so that a dict can stand in.
 """
 import ast
 import functools
@@ -28,24 +30,25 @@ class Cache:
         self.path = path
         with self.errors():
             self.db = sqlite3.connect(path, timeout=60)
-            self.db.execute("PRAGMA synchronous = OFF")     # survives a killed process; not always a power cut
-            self.db.execute("CREATE TABLE IF NOT EXISTS cache (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
+            self.db.execute("PRAGMA synchronous = OFF")     # survives a kill, not a power cut
+            columns = "(key TEXT PRIMARY KEY, value BLOB)"
+            self.db.execute(f"CREATE TABLE IF NOT EXISTS cache {columns} WITHOUT ROWID")
 
     @contextmanager
     def errors(self):
         try:
             yield
         except sqlite3.Error as error:
-            raise InputError(f"{self.path}: {error}; make room, or delete the file: it is only a cache") from None
+            raise InputError(f"{self.path}: {error}; make room, or delete it: it is only a cache") from None
 
     def get(self, key):
         with self.errors():
             row = self.db.execute("SELECT value FROM cache WHERE key = ?", (key,)).fetchone()
         return row and row[0]
 
-    def update(self, items):
+    def update(self, pairs):
         with self.errors(), self.db:
-            self.db.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", items.items())
+            self.db.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", pairs)
 
 
 def open_cache(path):
@@ -105,14 +108,16 @@ def image_tower_name(model, dtype):
 
 
 def picture_key(tower, picture, folder=None):
-    """By the picture's path (relative to folder), size and time, or by content if it is an array. None if it is missing."""
+    """By the picture's path (relative to folder), size and time; an array by content. None where missing."""
     if isinstance(picture, np.ndarray):
         return f"{tower}\t{hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()}"
     try:
-        stat, path = os.stat(picture), picture.relative_to(folder) if folder else picture.resolve()
-    except OSError:
+        stat = os.stat(picture)
+        path = picture.relative_to(folder) if folder else picture.resolve()
+    except (OSError, ValueError):   # not there, or no name that a file can have
         return None
-    return f"{tower}\t{stat.st_size}\t{stat.st_mtime_ns}\t{path.as_posix()}".encode("utf-8", "backslashreplace").decode()
+    key = f"{tower}\t{stat.st_size}\t{stat.st_mtime_ns}\t{path.as_posix()}"
+    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def text_key(tower, prompts, text):
@@ -121,7 +126,7 @@ def text_key(tower, prompts, text):
 
 
 def pack_states(states):
-    """Facet states float32 [K, D] -> bytes: unit vectors as float16, as in a store, and their norms as float32."""
+    """Facet states float32 [K, D] -> bytes: unit vectors as float16, as in a store, and norms as float32."""
     norms = states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return (states / norms).half().numpy().tobytes() + norms.numpy().tobytes()
 

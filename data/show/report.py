@@ -1,25 +1,33 @@
 """Results to look at: lines of text, the contact sheet, the page report.html.
 
-Numbers come from evaluate.py; nothing is computed here but similarities of what is shown. Captions, class names and file
-names come from strangers: they reach the page as data, never as markup.
+Numbers come from evaluate.py; nothing is computed here but similarities of what is shown. Captions, class
+names and file names come from strangers: they reach the page as data, never as markup.
 """
 import base64
 import io
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.show.fonts import draw_text, printable, wrapped
 
-FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")  # of flame.PROMPTS
-DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text", "both_ways": "average of both"}
+# What each of the questions of flame.PROMPTS asks for, in order.
+FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")
+DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text",
+              "both_ways": "average of both"}
 FIGURES = ("top1", "top5", "mean_per_class", "accuracy")
 COUNTS = {"n_train": "training pictures", "n_texts": "texts", "n_images": "pictures", "n_classes": "names",
           "n_sharing_a_name": "of the names are shared", "n_rows": "rows"}
-GREEN, DARK_GREEN, RED, DARK_RED, INK, GREY = "#00a850", "#00803c", "#d83040", "#b00020", "#202020", "#d0d0d0"
+GREEN = "#00a850"
+DARK_GREEN = "#00803c"
+RED = "#d83040"
+DARK_RED = "#b00020"
+INK = "#202020"
+GREY = "#d0d0d0"
 
 
 def open_picture(picture):
@@ -43,7 +51,8 @@ def thumbnail(picture, side):
         with open_picture(picture) as image:
             image = image.convert("RGB")
             scale = side / max(image.size)
-            return image.resize([max(1, round(scale * length)) for length in image.size], Image.Resampling.BICUBIC)
+            size = [max(1, round(scale * length)) for length in image.size]
+            return image.resize(size, Image.Resampling.BICUBIC)
     except Exception:  # decoders raise nearly anything on a stranger's bytes; evaluate.py has counted it
         return Image.new("RGB", (side, side), GREY)
 
@@ -96,7 +105,7 @@ def both_recalls(row, at=""):
 
 def facet_table(rows):
     """What evaluate.ablation returns, as lines of text."""
-    lines = ["R@1 with some facets only, from one set of embeddings (inference only: the checkpoint stays as trained)"]
+    lines = ["R@1 with some facets only, from one set of embeddings (inference only, the checkpoint stays)"]
     for row in rows:
         facets = ",".join(str(number) for number in row["facets"])
         if row["kind"] == "alone":
@@ -107,83 +116,107 @@ def facet_table(rows):
 
 # ---------------------------------------------------------------- the contact sheet
 
-def found_for(text, vector, image, right=None, rank=None, facets=None, found=5):
+class Shown(NamedTuple):
+    """Texts and the gallery they are asked of; a picture is right where text_ids [N] = image_ids [M]."""
+    texts: list             # N
+    text: np.ndarray        # [N, D]
+    pictures: list          # M
+    image: np.ndarray       # [M, D]
+    text_ids: np.ndarray
+    image_ids: np.ndarray
+    prompts: str
+    templates: int = 1      # that a text's vector is the mean of
+
+
+def found_for(shown, query, rank=None, facets=None, best=5):
     """What a text finds -> {"text", "rank", "of", "facets": names, "found": [tile], "right": tile or None}.
 
-    vector [D], image [M, D]. right: bool [M], rank: 0 for the first place; None where nobody knows what is right. facets:
-    {name: vector [D]}. A tile is {"picture": its index, "score", "right": bool or None, "facets": similarities}; "right"
-    is the best right picture where none is among those found.
+    rank: 0 for the first place; None where nobody knows what is right. facets: {name: vector [D]} of the
+    text. A tile is {"picture": its index, "score", "right": bool or None, "facets": similarities}; "right" is
+    the best right picture where none is among those found.
     """
-    scores = image @ vector
-    order = np.argsort(-scores, kind="stable")
+    scores = shown.image @ shown.text[query]
+    right = shown.image_ids == shown.text_ids[query]
     facets = facets or {}
     units = [facet / np.linalg.norm(facet) for facet in facets.values()]
 
     def tile(picture):
         return {"picture": int(picture), "score": float(scores[picture]),
-                "facets": [float(unit @ image[picture]) for unit in units],
-                "right": None if right is None else bool(right[picture])}
+                "facets": [float(unit @ shown.image[picture]) for unit in units],
+                "right": None if rank is None else bool(right[picture])}
 
-    row = {"text": text, "rank": None if rank is None else int(rank), "of": len(order), "facets": list(facets),
-           "found": [tile(picture) for picture in order[:found]], "right": None}
-    if right is not None and right.any() and not right[order[:found]].any():
+    order = np.argsort(-scores, kind="stable")
+    row = {"text": shown.texts[query], "rank": None if rank is None else int(rank), "of": len(order),
+           "facets": list(facets), "found": [tile(picture) for picture in order[:best]], "right": None}
+    if right.any() and not right[order[:best]].any():
         row["right"] = tile(order[right[order]][0])
     return row
 
 
-TEXT, SIZE, LINE, MARGIN = 420, 14, 18, 16      # pixels: the texts' column, their size and line, the sheet's edge
-SIDE, FRAME, GAP = 128, 6, 10                   # a picture, its frame, what lies between
+# Pixels: the column of texts, their size and line; the sheet's edge; a picture, its frame, a picture with all
+# around it.
+TEXT = 420
+SIZE = 14
+LINE = 18
+MARGIN = 16
+SIDE = 128
+FRAME = 6
+CELL = SIDE + 2 * FRAME + 10
 
 
 def draw_sheet(rows, pictures, named=False):
-    """What found_for returns -> PIL image: each text and the pictures found for it, best first; green frame right, red wrong.
+    """What found_for returns -> PIL image: each text and the pictures found for it, best first; green frame
+    right, red wrong.
 
     Behind them, apart, the right picture where it is not among them. named: with scores and file names.
     """
-    cell = SIDE + 2 * FRAME + GAP
-    tall = cell + 16 * named
-    across = min(5, max(len(row["found"]) for row in rows))
-    apart = (cell + GAP) * any(row["right"] for row in rows)
-    blocks = []
-    for row in rows:
-        lines = wrapped(row["text"], SIZE, TEXT - 2 * MARGIN)
-        deep = -(-len(row["found"]) // across)
-        blocks.append((lines, max(tall * deep + 4, LINE * (len(lines) + 2) + 14)))
-    height = sum(height for _, height in blocks)
-    sheet = Image.new("RGB", (2 * MARGIN + TEXT + across * cell + apart, 2 * MARGIN + height), "white")
-    pen = ImageDraw.Draw(sheet)
+    drawn = [draw_row(row, pictures, named) for row in rows]
+    width = max(image.width for image in drawn)
+    height = sum(image.height for image in drawn)
+    sheet = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN), "white")
     top = MARGIN
-    for row, (lines, height) in zip(rows, blocks):
-        head, colour = heading(row)
-        draw_text(pen, MARGIN, top, head, SIZE + 1, colour)
-        for n, line in enumerate(lines):
-            draw_text(pen, MARGIN, top + LINE * (n + 1) + 4, line, SIZE, INK)
-        for place, tile in enumerate(row["found"]):
-            draw_tile(sheet, MARGIN + TEXT + place % across * cell, top + place // across * tall, tile, pictures, named)
-        if row["right"]:
-            draw_tile(sheet, MARGIN + TEXT + across * cell + GAP, top, row["right"], pictures, named)
-        top += height
+    for image in drawn:
+        sheet.paste(image, (MARGIN, top))
+        top += image.height
     return sheet
 
 
-def heading(row):
-    if row["rank"] is None:
-        return f"the best of {row['of']} pictures", INK
-    return f"the right picture is number {row['rank'] + 1} of {row['of']}", DARK_RED if row["rank"] else DARK_GREEN
+def draw_row(row, pictures, named):
+    lines = wrapped(row["text"], SIZE, TEXT - 2 * MARGIN)
+    found = row["found"]
+    across = min(5, len(found))
+    tall = CELL + 16 * named
+    width = TEXT + across * CELL + (CELL + 10) * bool(row["right"])
+    height = max(tall * -(-len(found) // across) + 4, LINE * (len(lines) + 2) + 14)
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    head = f"the best of {row['of']} pictures"
+    colour = INK
+    if row["rank"] is not None:
+        head = f"the right picture is number {row['rank'] + 1} of {row['of']}"
+        colour = DARK_RED if row["rank"] else DARK_GREEN
+    draw_text(pen, 0, 0, head, SIZE + 1, colour)
+    for n, line in enumerate(lines, 1):
+        draw_text(pen, 0, LINE * n + 4, line, SIZE, INK)
+    for n, tile in enumerate(found):
+        left = TEXT + n % across * CELL
+        top = n // across * tall
+        image.paste(framed(tile, pictures), (left, top))
+        if named:
+            name = printable(Path(pictures[tile["picture"]]).name)
+            name = name if len(name) <= 16 else name[:15] + "…"
+            draw_text(pen, left, top + SIDE + 2 * FRAME + 1, f"{tile['score']:.3f}  {name}", 11, INK)
+    if row["right"]:
+        image.paste(framed(row["right"], pictures), (width - CELL, 0))
+    return image
 
 
-def draw_tile(sheet, left, top, tile, pictures, named):
-    pen = ImageDraw.Draw(sheet)
-    edge = SIDE + 2 * FRAME
-    colour = {None: GREY, True: GREEN, False: RED}[tile["right"]]
-    pen.rectangle((left, top, left + edge - 1, top + edge - 1), fill=colour)
-    pen.rectangle((left + FRAME, top + FRAME, left + FRAME + SIDE - 1, top + FRAME + SIDE - 1), fill="white")
+def framed(tile, pictures):
+    """A picture on white in a frame that says whether it is right."""
+    white = Image.new("RGB", (SIDE, SIDE), "white")
     small = thumbnail(pictures[tile["picture"]], SIDE)
-    sheet.paste(small, (left + (edge - small.width) // 2, top + (edge - small.height) // 2))
-    if named:
-        name = printable(Path(pictures[tile["picture"]]).name)
-        name = name if len(name) <= 16 else name[:15] + "…"
-        draw_text(pen, left, top + edge + 1, f"{tile['score']:.3f}  {name}", 11, INK)
+    white.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    return ImageOps.expand(white, FRAME, {None: GREY, True: GREEN, False: RED}[tile["right"]])
 
 
 # ---------------------------------------------------------------- the page
@@ -197,7 +230,7 @@ def data_url(image, kind, **settings):
 
 
 def page(result, queries, pictures, plot=None):
-    """report.html filled in: everything is in the one file. queries: what found_for returns; plot: of the facets, a Figure."""
+    """report.html filled in: all is in the one file. queries: what found_for returns; plot: of the facets."""
     used = {tile["picture"] for row in queries for tile in [*row["found"], row["right"]] if tile}
     small = {i: data_url(thumbnail(pictures[i], 160), "jpeg", quality=85) for i in sorted(used)}
     blob = json.dumps({"result": result, "queries": queries, "facets": FACETS, "pictures": small,

@@ -6,14 +6,16 @@ from PIL import Image, ImageDraw, ImageOps
 import flame
 from data import files
 from data.show import fonts, report
+from flame import InputError
 
 
 @torch.inference_mode()
 def patch_states(model, pixels):
-    """[3, H, W] -> [g, g, D]: the picture's patches, four pooled to one where their grid is even, in the LLM's space.
+    """[3, H, W] -> [g, g, D]: the picture's patches, four pooled to one where their grid is even, in the
+    LLM's space.
 
-    A text projection led out of that space: undone here is what it does to one column, the whole of a long caption where
-    the checkpoint was trained on that.
+    A text projection led out of that space: undone here is what it does to one column, the whole of a long
+    caption where the checkpoint was trained on that.
     """
     patches = model.visual(pixels[None])[0, 1:]
     side = round(len(patches) ** 0.5)
@@ -36,36 +38,35 @@ def patch_states(model, pixels):
     return states.reshape(side, side, -1)
 
 
-def show(picture, model, llm, device, out):
-    """Prints, and draws over the picture, the whole word that the LLM's unembedding finds nearest to each patch."""
+def show(args, model, llm):
+    """Prints, and draws over the picture, the word that the LLM's unembedding finds nearest to each patch."""
     try:
-        with report.open_picture(picture) as image:
+        with report.open_picture(args.words) as image:
             pixels = model.preprocess(image)
             image = image.convert("RGB")
     except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-        raise flame.InputError(f"{report.reason(picture, error)}; --words wants a picture") from None
+        raise InputError(f"{report.reason(args.words, error)}; --words wants a picture") from None
     norm, unembedding = flame.load_unembedding(llm)
     if len(norm) != model.config["text_dim"]:
-        raise flame.InputError(f"{llm}: its states have {len(norm)} dimensions, the checkpoint was trained for "
-                               f"{model.config['text_dim']}; name the right LLM with --llm")
+        raise InputError(f"{llm}: its states have {len(norm)} dimensions, the checkpoint was trained for "
+                         f"{model.config['text_dim']}; name the right LLM with --llm")
     tokenizer = flame.load_tokenizer(llm)
     names = [tokenizer.decode([token]) for token in range(len(unembedding))]
     whole = [i for i, name in enumerate(names) if len(name) > 3 and name[0] == " " and name[1:].isalpha()]
     if not whole:   # parts of words say little
-        raise flame.InputError(f"{llm}: its tokenizer has no token that is a whole word")
-    states = patch_states(model, pixels.to(device)).cpu()
+        raise InputError(f"{llm}: its tokenizer has no token that is a whole word")
+    states = patch_states(model, pixels.to(args.device)).cpu()
     nearest = (states * norm @ unembedding[whole].T).argmax(-1)     # an RMSNorm's scale changes no order
     grid = [[names[whole[token]].strip() for token in row] for row in nearest]
     for row in grid:
         print("  ".join(f"{word:14}" for word in row).rstrip())
-    path = out / "words.png"
-    out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "words.png"
     files.write(path, draw_words(image, grid).save)
     print(f"-> {path}")
 
 
 def draw_words(image, grid, side=720):
-    """The middle square of a picture, as the image tower sees it, and over each cell the grid's word -> PIL image"""
+    """The middle square of a picture, as the image tower sees it, and over each cell its word -> PIL image"""
     sheet = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC).convert("RGB")
     pen = ImageDraw.Draw(sheet)
     cell = side / len(grid)
@@ -75,5 +76,6 @@ def draw_words(image, grid, side=720):
             size = min(22.0, 1.6 * cell / max(4, len(word)))
             word = fonts.printable(word)
             left = (x + 0.5) * cell - fonts.width(word, size) / 2
-            fonts.draw_text(pen, left, (y + 0.5) * cell - size / 2, word, size, "white", stroke_width=2, stroke_fill="black")
+            top = (y + 0.5) * cell - size / 2
+            fonts.draw_text(pen, left, top, word, size, "white", stroke_width=2, stroke_fill="black")
     return sheet
