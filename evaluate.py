@@ -36,10 +36,10 @@ from tqdm import tqdm
 import flame
 from data import benchmarks, cache, files
 from data.command import Parser, number, run, usable_device
-from data.show import plots, report, search, words
+from data.show import report, search, words
 from flame import InputError
 
-SEED = 0                        # of the bootstrap, of the linear probe and of the queries shown
+SEED = 0                        # of the bootstrap and of the linear probe
 RESAMPLES = 1000
 RECALL_AT = (1, 5, 10)
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
@@ -789,7 +789,7 @@ def main(argv=None):
     def body():
         args = settings(argv)
         flame.keep_freed_memory()
-        data = read(args, args.split) if args.bench else None       # first: a wrong folder is found in a moment
+        data = read(args, args.split) if args.bench else None   # first: a wrong folder is found in a moment
         train = read(args, "train") if args.probe else None
         checkpoint = args.checkpoint or newest_checkpoint()
         llm = args.llm or Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
@@ -829,42 +829,18 @@ def evaluate(args, towers, checkpoint, data, train):
         print("\n".join(report.facet_table(result["facets"])))
     path = args.out / (args.bench + "-probe" * args.probe)
     files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
-    drawn = draw(args, towers, result, shown, path)
+    ranks = None
+    if shown:
+        ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
+    by_name = functools.partial(facets_by_name, towers)
+    drawn = report.write(path, result, shown, ranks, by_name if args.report else None)
     print("-> " + ", ".join([f"{path}.json", *drawn]))
 
 
-def draw(args, towers, result, shown, path):
-    """What there is to look at: facet plot, contact sheet, page -> names of the files."""
-    drawn = []
-    queries = []
-    plot = plots.draw_facets(result["facets"]) if args.facets else None
-    if plot:
-        drawn.append(f"{path}-facets.png")
-        files.write(drawn[-1], plot.savefig)
-    if shown:
-        ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
-        order = np.random.default_rng(SEED).permutation(len(ranks))
-        drawn.append(f"{path}.png")
-        rows = [report.found_for(shown, query, ranks[query]) for query in np.sort(order[:8])]
-        files.write(drawn[-1], report.draw_sheet(rows, shown.pictures).save)
-    if shown and args.report:
-        right = order[ranks[order] == 0][:6]
-        wrong = order[ranks[order] > 0][:6]
-        some = [*right, *wrong]
-        facets = by_facet_name(towers, shown, some)
-        queries = [report.found_for(shown, query, ranks[query], own) for query, own in zip(some, facets)]
-    if args.report:
-        drawn.append(f"{path}.html")
-        files.write_text(drawn[-1], report.page(result, queries, shown.pictures if shown else [], plot))
-    return drawn
-
-
-def by_facet_name(towers, shown, queries):
-    """[{facet's name: vector [D]}] of some texts; None for each where a text stands for many templates."""
-    if shown.templates > 1:
-        return [None] * len(queries)
-    vectors = encode_texts(towers, [shown.texts[i] for i in queries], shown.prompts, by_facet=True)
-    names = [report.FACETS[k] for k in facets_of(towers.columns, shown.prompts)]
+def facets_by_name(towers, texts, prompts):
+    """[{facet's name: vector [D]}] of texts."""
+    vectors = encode_texts(towers, texts, prompts, by_facet=True)
+    names = [report.FACETS[k] for k in facets_of(towers.columns, prompts)]
     return [dict(zip(names, vector)) for vector in vectors]
 
 

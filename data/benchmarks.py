@@ -133,7 +133,7 @@ def read_tsv(path, columns):
 
 
 def read_mat(path, variable, dtype=None):
-    """A variable of a MATLAB file -> array [n]. Two data sets alone need scipy, hence it is no requirement."""
+    """A variable of a MATLAB file -> array [n]. Two data sets alone need it, so scipy is optional."""
     need_file(path)
     try:
         from scipy.io import loadmat
@@ -251,7 +251,7 @@ def coco(root, split="test"):
 
 
 def flickr30k(root, split="test"):
-    """Flickr30k, Karpathy's split: dataset_flickr30k.json, flickr30k-images/ (1,000 pictures, 5,000 texts)."""
+    """Flickr30k, Karpathy's split: dataset_flickr30k.json, flickr30k-images/ (1,000 pictures)."""
     return karpathy(root / "dataset_flickr30k.json", split, root / "flickr30k-images")
 
 

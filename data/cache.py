@@ -1,9 +1,8 @@
-"""What the frozen text tower and a checkpoint's image tower said, kept on disk so that a second run takes
-seconds.
+"""What the text tower and a checkpoint's image tower said, kept on disk: a second run takes seconds.
 
 evaluate.py keeps it in <out>/cache.sqlite and, for --search, in <folder>/.flame-index.npz. Both can be
-deleted at any time. A cache has the two methods of a dict that evaluate.py uses, get(key) and update({key:
-bytes}), so that a dict can stand in.
+deleted at any time. A cache has the two methods of a dict that evaluate.py uses, get(key) and
+update(pairs of key and bytes), so that a dict can stand in.
 """
 import ast
 import functools

@@ -66,7 +66,7 @@ def font_for(char, size):
 
 
 def runs(text, size):
-    """A line of text -> [(part, font)]; one font for all where one has all, for the order of right-to-left."""
+    """A line of text -> [(part, font)]; one font for all where one has all: it orders right-to-left."""
     fonts = [font_for(char, size) for char in dict.fromkeys(text)]
     for font in dict.fromkeys(fonts):
         if all(has(font, char) for char in set(text)):

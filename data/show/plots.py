@@ -7,8 +7,9 @@ import sys
 import numpy as np
 
 from data import files
-from data.show.report import FACETS
 
+# What each of the questions of flame.PROMPTS asks for, in order.
+FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")
 BLUE = "#2f6fb0"
 ORANGE = "#d9822b"
 RED = "#dc2626"

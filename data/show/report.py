@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from data import files
 from data.show.fonts import draw_text, printable, wrapped
+from data.show.plots import FACETS, draw_facets
 
-# What each of the questions of flame.PROMPTS asks for, in order.
-FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text",
               "both_ways": "average of both"}
 FIGURES = ("top1", "top5", "mean_per_class", "accuracy")
@@ -217,6 +217,38 @@ def framed(tile, pictures):
     small = thumbnail(pictures[tile["picture"]], SIDE)
     white.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
     return ImageOps.expand(white, FRAME, {None: GREY, True: GREEN, False: RED}[tile["right"]])
+
+
+# ---------------------------------------------------------------- files
+
+def write(path, result, shown, ranks, facets_by_name=None, seed=0):
+    """Writes what there is to look at: facet plot, contact sheet and, with facets_by_name, the page.
+
+    ranks: of all texts shown. facets_by_name(texts, prompts): what each facet of them says. -> names of files
+    """
+    written = []
+    queries = []
+    plot = draw_facets(result["facets"]) if "facets" in result else None
+    if plot:
+        written.append(f"{path}-facets.png")
+        files.write(written[-1], plot.savefig)
+    if shown:
+        order = np.random.default_rng(seed).permutation(len(ranks))
+        rows = [found_for(shown, query, ranks[query]) for query in np.sort(order[:8])]
+        written.append(f"{path}.png")
+        files.write(written[-1], draw_sheet(rows, shown.pictures).save)
+    if shown and facets_by_name:
+        right = order[ranks[order] == 0][:6]
+        wrong = order[ranks[order] > 0][:6]
+        some = [*right, *wrong]
+        facets = [None] * len(some)
+        if shown.templates == 1:    # else a text stands for many
+            facets = facets_by_name([shown.texts[query] for query in some], shown.prompts)
+        queries = [found_for(shown, query, ranks[query], own) for query, own in zip(some, facets)]
+    if facets_by_name:
+        written.append(f"{path}.html")
+        files.write_text(written[-1], page(result, queries, shown.pictures if shown else [], plot))
+    return written
 
 
 # ---------------------------------------------------------------- the page

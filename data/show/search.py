@@ -12,7 +12,8 @@ def search(args, prompts, towers, encode_images, encode_texts):
     """
     folder = args.images
     index_path = benchmarks.need(folder) / ".flame-index.npz"
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in benchmarks.IMAGE_SUFFIXES)
+    suffixes = benchmarks.IMAGE_SUFFIXES
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     before = cache.read_index(index_path)
     index = dict(before)
     image, kept = encode_images(towers._replace(cached=index), pictures, folder=folder, least=1)
@@ -21,12 +22,14 @@ def search(args, prompts, towers, encode_images, encode_texts):
     if index.keys() != before.keys():
         cache.write_index(index_path, index)
     pictures = [pictures[i] for i in kept]
-    nothing_right = np.array([-1]), np.zeros(len(image))
     text = encode_texts(towers, [args.search], prompts)
-    shown = report.Shown([args.search], text, pictures, image, *nothing_right, prompts)
+    nothing = np.array([-1])    # is the right answer to what nobody knows
+    shown = report.Shown([args.search], text, pictures, image, nothing, np.arange(len(image)), prompts)
     row = report.found_for(shown, 0, best=10)
     for place, tile in enumerate(row["found"], 1):
-        print(f"{place:3}  {tile['score']:.4f}  {fonts.printable(pictures[tile['picture']])}")
+        score = tile["score"]
+        path = pictures[tile["picture"]]
+        print(f"{place:3}  {score:.4f}  {fonts.printable(path)}")
     path = args.out / "search.png"
     files.write(path, report.draw_sheet([row], pictures, named=True).save)
     print(f"the best of {len(image)} pictures, prompts {prompts}   -> {path}")

@@ -33,7 +33,8 @@ def patch_states(model, pixels):
     basis = text.basis[c]
     rest = text.rest[c].clamp_min(1e-6)
     along = states @ basis
-    states = (states - along @ basis.T) / rest + (along / (text.gain[c] + rest)) @ basis.T
+    inside = along / (text.gain[c] + rest)
+    states = (states - along @ basis.T) / rest + inside @ basis.T
     side = int(len(states) ** 0.5)
     return states.reshape(side, side, -1)
 
@@ -52,8 +53,9 @@ def show(args, model, llm):
                          f"{model.config['text_dim']}; name the right LLM with --llm")
     tokenizer = flame.load_tokenizer(llm)
     names = [tokenizer.decode([token]) for token in range(len(unembedding))]
+    # Parts of words say little: a whole one begins with a space.
     whole = [i for i, name in enumerate(names) if len(name) > 3 and name[0] == " " and name[1:].isalpha()]
-    if not whole:   # parts of words say little
+    if not whole:
         raise InputError(f"{llm}: its tokenizer has no token that is a whole word")
     states = patch_states(model, pixels.to(args.device)).cpu()
     nearest = (states * norm @ unembedding[whole].T).argmax(-1)     # an RMSNorm's scale changes no order
