@@ -18,6 +18,7 @@ templates of it All raise flame.InputError when the folder does not have the lay
 them is in evaluate.py.
 """
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.captions import json_entries
 from flame import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -179,25 +181,13 @@ def one_each(pairs):
 def sharegpt4v(root, split="test"):
     """The first 1,000 of the ShareGPT4V captions: second turn, newlines to spaces (Long-CLIP's choice)."""
     path = root / "share-captioner_coco_lcs_sam_1246k_1107.json"
-    # The file is 1.5 GB for 1.2 million entries and the first thousand take about 2 MB of it: decode only
-    # those.
-    with open(need_file(path), encoding="utf-8", errors="replace") as file:
-        text = file.read(1 << 25)
-    decoder = json.JSONDecoder()
     pairs = []
-    at = text.find("[") + 1
-    while len(pairs) < 1000:
-        at = re.compile(r"[\s,]*").match(text, at).end()
-        if text[at:at + 1] == "]":
-            break
-        try:
-            entry, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            line = text.count("\n", 0, at) + 1
-            raise InputError(f"{path}: line {line}: not a JSON list of entries; {AGAIN}") from None
-        where = f"{path}: entry {len(pairs)}"
-        picture = root / field(where, entry, "image")
-        pairs.append((picture, line_of(where, field(where, entry, "conversations", 1, kind=dict), "value")))
+    with open(need_file(path), "rb") as file:   # 1.5 GB for 1.2 million entries: only these are decoded
+        for number, entry in enumerate(itertools.islice(json_entries(file, path, AGAIN), 1000)):
+            where = f"{path}: entry {number}"
+            picture = root / field(where, entry, "image")
+            answer = field(where, entry, "conversations", 1, kind=dict)
+            pairs.append((picture, line_of(where, answer, "value")))
     return one_each(pairs)
 
 

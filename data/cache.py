@@ -66,7 +66,8 @@ def find(cached, key, size):
 
 
 def code_of(file, *roots):
-    """Digest of what a Python file's top-level `roots` say, and all else of that file that they name, directly or not.
+    """Digest of what a Python file's top-level `roots` say, and all else of that file that they name,
+    directly or not.
 
     Comments, layout and docstrings do not count. So a key that holds it changes by itself with the code.
     """
@@ -75,7 +76,8 @@ def code_of(file, *roots):
         names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         for name in [node.name] if hasattr(node, "name") else names:
             defined[name] = node
-    todo, said = list(roots), {}
+    todo = list(roots)
+    said = {}
     while todo:
         name = todo.pop()
         if name in defined and name not in said:
@@ -99,7 +101,8 @@ def text_code():
 def image_tower_name(model, dtype):
     """Names what pictures go through, by content: settings, weights, and the type of the matrix products."""
     settings = {key: value for key, value in model.config.items() if key != "llm"}
-    digest = hashlib.sha256(json.dumps([code_of(flame.__file__, "Flame"), str(dtype), settings], sort_keys=True, default=str).encode())
+    towers = [code_of(flame.__file__, "Flame"), str(dtype), settings]
+    digest = hashlib.sha256(json.dumps(towers, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("visual.", "mm.")):
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
@@ -109,7 +112,8 @@ def image_tower_name(model, dtype):
 def picture_key(tower, picture, folder=None):
     """By the picture's path (relative to folder), size and time; an array by content. None where missing."""
     if isinstance(picture, np.ndarray):
-        return f"{tower}\t{hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()}"
+        content = repr(picture.shape).encode() + picture.tobytes()
+        return f"{tower}\t{hashlib.sha256(content).hexdigest()}"
     try:
         stat = os.stat(picture)
         path = picture.relative_to(folder) if folder else picture.resolve()

@@ -1,8 +1,9 @@
-"""evaluate.py: metrics against slow twins and CLIP_benchmark; cache, ablation, report and search through the command line.
-test_benchmarks.py has the readers, the small trees and the models that this file borrows.
+"""evaluate.py: metrics against slow twins and CLIP_benchmark; cache, ablation, report and search through the
+command line. test_benchmarks.py has the readers, the small trees and the models that this file borrows.
 
     pytest tests/test_evaluate.py
 """
+# ruff: noqa: F811  (the fixtures of test_benchmarks.py are imported, and named again by who wants them)
 import base64
 import io
 import json
@@ -27,41 +28,76 @@ import evaluate
 import flame
 from data import cache
 from data.show import fonts, plots, report, words
-from test_benchmarks import (COLOURS, NAMES, RECALL_AT, ROOT, TREES, ColourModel, ColourWords, colours, picture, put, real, slow_rank, tree_coco, tree_demo, tree_docci,  # noqa: F401
-                             tree_imagefolder, tree_urban1k, tree_xm3600)
+from test_benchmarks import (
+    COLOURS,
+    NAMES,
+    RECALL_AT,
+    ROOT,
+    TREES,
+    ColourModel,
+    ColourWords,
+    colours,  # noqa: F401
+    picture,
+    put,
+    real,  # noqa: F401
+    slow_rank,
+    tree_coco,
+    tree_demo,
+    tree_docci,
+    tree_imagefolder,
+    tree_urban1k,
+    tree_xm3600,
+)
 
 
 def towers(model, encoder):
-    return evaluate.Towers(model, lambda: encoder, flame.COLUMNS, "cosine", "cpu", 64, {}, "image tower", "text tower")
+    return evaluate.Towers(
+        model, lambda: encoder, flame.COLUMNS, "cosine", "cpu", 64, {}, "image tower", "text tower"
+    )
 
 
 # ---------------------------------------------------------------- metrics
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), texts=st.integers(1, 40), images=st.integers(1, 25), dim=st.integers(1, 4))
+@given(
+    seed=st.integers(0, 2**32 - 1), texts=st.integers(1, 40), images=st.integers(1, 25), dim=st.integers(1, 4)
+)
 def test_retrieval_equals_slow_twin_with_ties(seed, texts, images, dim):
     rng = np.random.default_rng(seed)
-    text, image = (rng.integers(-2, 3, (n, dim)) for n in (texts, images))     # small integers: exact products, many ties
+    text, image = (
+        rng.integers(-2, 3, (n, dim)) for n in (texts, images)
+    )  # small integers: exact products, many ties
     owner = rng.integers(0, images, texts)
     got = evaluate.retrieval(text, image, owner)
     scores = (text @ image.T).tolist()
     forth = [slow_rank(scores[t], [owner[t] == i for i in range(images)]) for t in range(texts)]
-    back = [slow_rank([scores[t][i] for t in range(texts)], [owner[t] == i for t in range(texts)]) for i in sorted(set(owner))]
-    assert got == {"text_to_image": {f"R@{k}": pytest.approx(100 * np.mean([r < k for r in forth])) for k in RECALL_AT},
-                   "image_to_text": {f"R@{k}": pytest.approx(100 * np.mean([r < k for r in back])) for k in RECALL_AT}}
+    back = [
+        slow_rank([scores[t][i] for t in range(texts)], [owner[t] == i for t in range(texts)])
+        for i in sorted(set(owner))
+    ]
+    assert got == {
+        "text_to_image": {f"R@{k}": pytest.approx(100 * np.mean([r < k for r in forth])) for k in RECALL_AT},
+        "image_to_text": {f"R@{k}": pytest.approx(100 * np.mean([r < k for r in back])) for k in RECALL_AT},
+    }
 
 
 def test_retrieval_equals_clip_benchmark():
     rng = np.random.default_rng(1)
     image = rng.standard_normal((60, 16)).astype(np.float32)
     owner = rng.permutation(np.repeat(np.arange(60), 5))
-    text = (image[owner] + 2.5 * rng.standard_normal((300, 16))).astype(np.float32)     # neither hopeless nor perfect
+    text = (image[owner] + 2.5 * rng.standard_normal((300, 16))).astype(
+        np.float32
+    )  # neither hopeless nor perfect
     got = evaluate.retrieval(text, image, owner)
     scores, pairs = torch.from_numpy(text @ image.T), torch.from_numpy(owner[:, None] == np.arange(60))
     for k in RECALL_AT:
         forth, back = recall_at_k(scores, pairs, k), recall_at_k(scores.T, pairs.T, k)
-        assert got["text_to_image"][f"R@{k}"] == pytest.approx(100 * (forth > 0).float().mean().item(), abs=1e-4)   # percent: 1e-6 of a share
-        assert got["image_to_text"][f"R@{k}"] == pytest.approx(100 * (back > 0).float().mean().item(), abs=1e-4)   # percent: 1e-6 of a share
+        assert got["text_to_image"][f"R@{k}"] == pytest.approx(
+            100 * (forth > 0).float().mean().item(), abs=1e-4
+        )  # percent: 1e-6 of a share
+        assert got["image_to_text"][f"R@{k}"] == pytest.approx(
+            100 * (back > 0).float().mean().item(), abs=1e-4
+        )  # percent: 1e-6 of a share
     assert 10 < got["text_to_image"]["R@1"] < 90
 
 
@@ -69,20 +105,34 @@ def test_retrieval_equals_clip_benchmark():
 @given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 40), classes=st.integers(1, 12))
 def test_classification_equals_slow_twin_with_ties(seed, images, classes):
     rng = np.random.default_rng(seed)
-    image, names, labels = rng.integers(-2, 3, (images, 3)), rng.integers(-2, 3, (classes, 3)), rng.integers(0, classes, images)
+    image, names, labels = (
+        rng.integers(-2, 3, (images, 3)),
+        rng.integers(-2, 3, (classes, 3)),
+        rng.integers(0, classes, images),
+    )
     scores = image @ names.T
     ranks = np.array([slow_rank(scores[i], [labels[i] == c for c in range(classes)]) for i in range(images)])
     assert evaluate.classification(image, names, labels) == {
-        "top1": pytest.approx(100 * np.mean(ranks < 1)), "top5": pytest.approx(100 * np.mean(ranks < 5)),
-        "mean_per_class": pytest.approx(100 * np.mean([np.mean(ranks[labels == c] < 1) for c in set(labels)]))}
+        "top1": pytest.approx(100 * np.mean(ranks < 1)),
+        "top5": pytest.approx(100 * np.mean(ranks < 5)),
+        "mean_per_class": pytest.approx(
+            100 * np.mean([np.mean(ranks[labels == c] < 1) for c in set(labels)])
+        ),
+    }
 
 
 def test_classification_equals_clip_benchmark():
     rng = np.random.default_rng(2)
-    image, classes, labels = rng.standard_normal((200, 8)), rng.standard_normal((20, 8)), rng.integers(0, 20, 200)
+    image, classes, labels = (
+        rng.standard_normal((200, 8)),
+        rng.standard_normal((20, 8)),
+        rng.integers(0, 20, 200),
+    )
     image = (image + classes[labels]).astype(np.float32)
     got = evaluate.classification(image, classes, labels)
-    top1, top5 = accuracy(torch.from_numpy(image @ classes.astype(np.float32).T), torch.from_numpy(labels), topk=(1, 5))
+    top1, top5 = accuracy(
+        torch.from_numpy(image @ classes.astype(np.float32).T), torch.from_numpy(labels), topk=(1, 5)
+    )
     assert (got["top1"], got["top5"]) == (pytest.approx(100 * top1), pytest.approx(100 * top5))
     assert 10 < got["top1"] < 90
 
@@ -98,7 +148,11 @@ def test_a_constant_model_scores_at_most_chance(images, per_image):
         assert got["text_to_image"][f"R@{k}"] <= 100 * min(1, k / images)
         assert got["image_to_text"][f"R@{k}"] <= 100 * min(1, k / images)
     got = evaluate.classification(text, image, owner)
-    assert got["top1"] <= 100 / images and got["top5"] <= 100 * min(1, 5 / images) and got["mean_per_class"] <= 100 / images
+    assert (
+        got["top1"] <= 100 / images
+        and got["top5"] <= 100 * min(1, 5 / images)
+        and got["mean_per_class"] <= 100 / images
+    )
 
 
 def test_blocks_give_the_same_numbers_and_no_full_matrix(monkeypatch):
@@ -118,8 +172,12 @@ def test_bad_embeddings_are_refused():
     good, owner = np.eye(3, dtype=np.float32), np.arange(3)
     bad = good.copy()
     bad[1, 2] = np.nan
-    for call in (lambda: evaluate.retrieval(bad, good, owner), lambda: evaluate.retrieval(good, bad, owner),
-                 lambda: evaluate.classification(bad, good, owner), lambda: evaluate.classification(good, np.full((3, 3), np.inf), owner)):
+    for call in (
+        lambda: evaluate.retrieval(bad, good, owner),
+        lambda: evaluate.retrieval(good, bad, owner),
+        lambda: evaluate.classification(bad, good, owner),
+        lambda: evaluate.classification(good, np.full((3, 3), np.inf), owner),
+    ):
         with pytest.raises(flame.InputError, match="row [01]: NaN or infinite"):
             call()
     for owner in (np.array([0, 1]), np.array([0, 1, 3]), np.array([-1, 0, 1])):
@@ -131,10 +189,17 @@ def test_bad_embeddings_are_refused():
 
 def test_interval_is_that_of_the_binomial():
     hits = np.arange(400) % 4 == 0
-    interval = lambda hits, groups=None: evaluate.intervals(hits[:, None], groups)[0]
+
+    def interval(hits, groups=None):
+        return evaluate.intervals(hits[:, None], groups)[0]
+
     low, high = interval(hits)
-    # Resampling n hits with replacement and counting them is a binomial draw: here 100 +- 1.96 * sqrt(75), of 400.
-    assert (low, high) == (pytest.approx(25 - 1.96 * 75 ** 0.5 / 4, abs=0.5), pytest.approx(25 + 1.96 * 75 ** 0.5 / 4, abs=0.5))
+    # Resampling n hits with replacement and counting them is a binomial draw: here 100 +- 1.96 * sqrt(75), of
+    # 400.
+    assert (low, high) == (
+        pytest.approx(25 - 1.96 * 75**0.5 / 4, abs=0.5),
+        pytest.approx(25 + 1.96 * 75**0.5 / 4, abs=0.5),
+    )
     assert interval(hits) == [low, high]
     # Saying everything five times over adds no evidence, if copies stay together.
     assert interval(np.repeat(hits, 5), np.repeat(np.arange(400) + 7, 5)) == pytest.approx([low, high])
@@ -150,7 +215,9 @@ def test_bootstrap_equals_its_loop():
         means.append(100 * hits[rows].mean(0))
     got = evaluate.bootstrap(hits, groups, 30)
     assert got == pytest.approx(np.array(means))
-    assert evaluate.intervals(hits, groups)[1] == pytest.approx(np.percentile(np.array(means)[:, 1], [2.5, 97.5]))
+    assert evaluate.intervals(hits, groups)[1] == pytest.approx(
+        np.percentile(np.array(means)[:, 1], [2.5, 97.5])
+    )
 
 
 def test_intervals_lie_beside_the_figures():
@@ -172,11 +239,14 @@ def test_intervals_lie_beside_the_figures():
 def test_classes_average_unit_vectors_over_templates():
     long, short = np.array([100.0, 0, 0]), np.array([0, 1.0, 0])
     vectors = {"a cat": long, "my cat": short, "a dog": short, "my dog": short}
-    got = evaluate.encode_classes(["cat", "dog"], ["a {}", "my {}"], lambda texts, prompts: np.array([vectors[t] for t in texts]))
+    got = evaluate.encode_classes(
+        ["cat", "dog"], ["a {}", "my {}"], lambda texts, prompts: np.array([vectors[t] for t in texts])
+    )
     assert got == pytest.approx(np.array([[0.5 ** 0.5, 0.5 ** 0.5, 0], [0, 1, 0]]))
 
 
-# ---------------------------------------------------------------- through main(), with a model whose answers are known
+# ---------------------------------------------------------------- through main(), with a model whose answers
+# are known
 
 def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     tree_demo(tmp_path / "data" / "demo")
@@ -189,11 +259,17 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     for part in ("long", "short", "raw"):
         assert parts[part]["text_to_image"]["R@1"] == 80            # yellow finds the white picture
     assert (parts["seen"]["n_images"], parts["seen"]["n_classes"], parts["seen"]["top1"]) == (6, 3, 100)
-    # yellow's name says white: a yellow picture finds both names equally far, a white one finds them equal, a tie, wrong
-    assert (parts["unseen"]["n_images"], parts["unseen"]["n_classes"], parts["unseen"]["chance"], parts["unseen"]["top1"]) == (4, 2, 50, 0)
+    # yellow's name says white: a yellow picture finds both names equally far, a white one finds them equal, a
+    # tie, wrong
+    assert (
+        parts["unseen"]["n_images"],
+        parts["unseen"]["n_classes"],
+        parts["unseen"]["chance"],
+        parts["unseen"]["top1"],
+    ) == (4, 2, 50, 0)
     languages = parts["multilingual"]["languages"]
     assert languages["en"]["top1"] == 100 and languages["en"]["n_classes"] == 3
-    assert languages["fr"]["top1"] == pytest.approx(100 / 3)        # vert says blue: green is wrong, blue a tie
+    assert languages["fr"]["top1"] == pytest.approx(100 / 3)  # vert says blue: green is wrong, blue a tie
     assert parts["multilingual"]["top1"] == pytest.approx((100 + 100 / 3) / 2)
     low, high = parts["multilingual"]["ci95"]["top1"]
     assert 50 <= low < 66.7 < high <= 100
@@ -204,10 +280,11 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
 
 def test_names_shared_in_a_language_are_one_class(colours, tmp_path):
     tree_demo(tmp_path / "data" / "demo")
-    put(tmp_path / "data" / "demo" / "names.tsv", "object\ten\tfr\nred\tred\tvert\ngreen\tgreen\tvert\nblue\tblue\t\nyellow\tyellow\tx\nwhite\twhite\tx\n")
+    table = "object\ten\tfr\nred\tred\tvert\ngreen\tgreen\tvert\nyellow\tyellow\tx\nwhite\twhite\tx\n"
+    put(tmp_path / "data" / "demo" / "names.tsv", table + "blue\tblue\t\n")
     code, _ = colours("demo")
-    assert code == 2                                                # one name left in French is no choice
-    put(tmp_path / "data" / "demo" / "names.tsv", "object\ten\tfr\nred\tred\tvert\ngreen\tgreen\tvert\nblue\tblue\tbleu\nyellow\tyellow\tx\nwhite\twhite\tx\n")
+    assert code == 2  # one name left in French is no choice
+    put(tmp_path / "data" / "demo" / "names.tsv", table + "blue\tblue\tbleu\n")
     french = colours("demo")[1]["parts"]["multilingual"]["languages"]["fr"]
     assert french["n_classes"] == 2 and french["n_images"] == 6
 
@@ -226,7 +303,11 @@ def test_bad_rows_of_a_tsv_are_counted(colours, tmp_path, capsys):
         file.write("red\timages/test/red.png\n")
     (root / "images" / "objects" / "red1.png").unlink()
     _, result = colours("demo")
-    assert result["n_texts"] == 5 and result["parts"]["seen"]["n_images"] == 5 and result["parts"]["seen"]["top1"] == 100
+    assert (
+        result["n_texts"] == 5
+        and result["parts"]["seen"]["n_images"] == 5
+        and result["parts"]["seen"]["top1"] == 100
+    )
     assert "test.tsv: line 7: not 5 fields; 1 such row(s) left out" in capsys.readouterr().err
 
 
@@ -252,7 +333,9 @@ def test_bad_input_exits_2_with_one_line(colours, tmp_path, monkeypatch, capsys)
         patch.setattr(flame, "llm_fingerprint", lambda folder: "another")
         fails("urban1k", "the checkpoint was trained with another LLM (colours) than")
     with monkeypatch.context() as patch:
-        patch.setattr(ColourModel, "encode_image", lambda self, pixels: torch.full((len(pixels), 3), float("nan")))
+        patch.setattr(
+            ColourModel, "encode_image", lambda self, pixels: torch.full((len(pixels), 3), float("nan"))
+        )
         fails("urban1k", "image embeddings: row 0: NaN or infinite")
     for path in (tmp_path / "data" / "urban1k" / "image").iterdir():
         path.write_text("")
@@ -263,7 +346,10 @@ def test_bad_input_exits_2_with_one_line(colours, tmp_path, monkeypatch, capsys)
 
 def test_the_newest_finished_checkpoint_is_taken(tmp_path):
     for age, name in enumerate(("training", "new", "old", "unfinished")):
-        put(tmp_path / name / "config.json", '{"step": 3, "training": {"steps": 9}}' if name == "training" else "{}")
+        put(
+            tmp_path / name / "config.json",
+            '{"step": 3, "training": {"steps": 9}}' if name == "training" else "{}",
+        )
         if name != "unfinished":
             put(tmp_path / name / "model.safetensors", "x" * age)
             os.utime(tmp_path / name / "model.safetensors", (1e9 - age, 1e9 - age))
@@ -276,20 +362,30 @@ def test_a_second_run_asks_neither_tower(colours, tmp_path, monkeypatch):
     tree_urban1k(tmp_path / "data" / "urban1k")
     first = colours("urban1k")[1]
     asked = []
-    monkeypatch.setattr(ColourWords, "encode_batches", lambda self, texts, prompts: asked.append(list(texts)) or iter(()))
+    monkeypatch.setattr(
+        ColourWords, "encode_batches", lambda self, texts, prompts: asked.append(list(texts)) or iter(())
+    )
     monkeypatch.setattr(ColourModel, "encode_image", lambda self, pixels: asked.append(len(pixels)) or 1 / 0)
     assert colours("urban1k")[1] == first and not asked
     monkeypatch.undo()
 
 
 def test_the_cache_knows_what_a_state_depends_on(colours, tmp_path, monkeypatch):
-    """A change of LLM, prompts, text, picture or weights is encoded anew; everything else comes from the cache."""
+    """A change of LLM, prompts, text, picture or weights is encoded anew; all else comes from the cache."""
     root = tmp_path / "data" / "urban1k"
     tree_urban1k(root)
     texts, images = [], []
     encode_batches, encode_image = ColourWords.encode_batches, ColourModel.encode_image
-    monkeypatch.setattr(ColourWords, "encode_batches", lambda self, some, prompts: texts.extend(some) or encode_batches(self, some, prompts))
-    monkeypatch.setattr(ColourModel, "encode_image", lambda self, pixels: images.append(len(pixels)) or encode_image(self, pixels))
+    monkeypatch.setattr(
+        ColourWords,
+        "encode_batches",
+        lambda self, some, prompts: texts.extend(some) or encode_batches(self, some, prompts),
+    )
+    monkeypatch.setattr(
+        ColourModel,
+        "encode_image",
+        lambda self, pixels: images.append(len(pixels)) or encode_image(self, pixels),
+    )
 
     def new(*more):
         texts.clear(), images.clear()
@@ -304,7 +400,9 @@ def test_the_cache_knows_what_a_state_depends_on(colours, tmp_path, monkeypatch)
     monkeypatch.setattr(ColourModel, "state_dict", lambda self: {"visual.x": torch.ones(1)})
     assert new() == (0, 5)
     monkeypatch.setattr(flame, "llm_fingerprint", lambda folder: "g")
-    monkeypatch.setattr(ColourModel, "config", ColourModel.config | {"llm": {**ColourModel.config["llm"], "fingerprint": "g"}})
+    monkeypatch.setattr(
+        ColourModel, "config", ColourModel.config | {"llm": {**ColourModel.config["llm"], "fingerprint": "g"}}
+    )
     assert new() == (5, 0)
     monkeypatch.setitem(flame.PROMPTS, "long", flame.PROMPTS["long"]._replace(prefix="A {}"))
     assert new() == (5, 0)
@@ -333,8 +431,14 @@ def test_prompts_and_languages_are_taken(colours, tmp_path, capsys):
     tree_urban1k(tmp_path / "data" / "urban1k")
     tree_xm3600(tmp_path / "data" / "xm3600")
     tree_imagefolder(tmp_path / "data" / "imagefolder")
-    assert colours("urban1k", "--prompts", "short")[1]["prompts"] == "short" and "texts (short)" in capsys.readouterr().err
-    assert colours("imagefolder", "--prompts", "long")[1]["prompts"] == "long" and "texts (long)" in capsys.readouterr().err
+    assert (
+        colours("urban1k", "--prompts", "short")[1]["prompts"] == "short"
+        and "texts (short)" in capsys.readouterr().err
+    )
+    assert (
+        colours("imagefolder", "--prompts", "long")[1]["prompts"] == "long"
+        and "texts (long)" in capsys.readouterr().err
+    )
     result = colours("xm3600", "--language", "fr")[1]
     assert list(result["languages"]) == ["fr"] and result["n_texts"] == 5
     assert colours("xm3600", "--all-captions")[1]["languages"]["en"]["n_texts"] == 10
@@ -346,9 +450,13 @@ def test_the_mean_over_languages_has_an_interval(colours, tmp_path, monkeypatch)
     result = colours("xm3600")[1]
     en, fr = (result["languages"][language]["text_to_image"]["R@1"] for language in ("en", "fr"))
     assert (en, fr, result["text_to_image"]["R@1"]) == (100, 60, 80)
-    # English never fails, so that the average's interval is that of French, halved, on the same resamples of the pictures.
+    # English never fails, so that the average's interval is that of French, halved, on the same resamples of
+    # the pictures.
     low, high = result["languages"]["fr"]["ci95"]["text_to_image"]["R@1"]
-    assert result["ci95"]["text_to_image"]["R@1"] == pytest.approx([50 + low / 2, 50 + high / 2]) and low < 60 < high
+    assert (
+        result["ci95"]["text_to_image"]["R@1"] == pytest.approx([50 + low / 2, 50 + high / 2])
+        and low < 60 < high
+    )
 
 
 def test_released_pooling_is_the_normalised_mean_of_states(real, tmp_path):
@@ -365,39 +473,73 @@ def test_released_pooling_is_the_normalised_mean_of_states(real, tmp_path):
 
 def test_ablation_equals_one_subset_at_a_time():
     rng = np.random.default_rng(6)
-    facets, image, owner = rng.standard_normal((30, 4, 8)), rng.standard_normal((12, 8)), rng.integers(0, 12, 30)
+    facets, image, owner = (
+        rng.standard_normal((30, 4, 8)),
+        rng.standard_normal((12, 8)),
+        rng.integers(0, 12, 30),
+    )
     facets += 1.5 * image[owner][:, None] * np.array([1, 0.5, 0, 2])[:, None]
     for pool in ("cosine", "released"):
         rows = evaluate.ablation(facets.astype(np.float32), image, owner, pool)
         assert [(row["kind"], row["facets"]) for row in rows] == [
-            ("in order", [1]), ("in order", [1, 2]), ("in order", [1, 2, 3]), ("in order", [1, 2, 3, 4]),
-            ("all but one", [2, 3, 4]), ("all but one", [1, 3, 4]), ("all but one", [1, 2, 4]), ("all but one", [1, 2, 3]),
-            ("alone", [1]), ("alone", [2]), ("alone", [3]), ("alone", [4])]
+            ("in order", [1]),
+            ("in order", [1, 2]),
+            ("in order", [1, 2, 3]),
+            ("in order", [1, 2, 3, 4]),
+            ("all but one", [2, 3, 4]),
+            ("all but one", [1, 3, 4]),
+            ("all but one", [1, 2, 4]),
+            ("all but one", [1, 2, 3]),
+            ("alone", [1]),
+            ("alone", [2]),
+            ("alone", [3]),
+            ("alone", [4]),
+        ]
         for row in rows:
             text = sum(facets[:, f - 1] for f in row["facets"]) / len(row["facets"])
             text = text / np.linalg.norm(text, axis=1, keepdims=True) if pool == "released" else text
             assert row["text_to_image"] == evaluate.retrieval(text, image, owner)["text_to_image"]
             assert row["image_to_text"] == evaluate.retrieval(text, image, owner)["image_to_text"]
     assert len({row["text_to_image"]["R@1"] for row in rows}) > 4
-    assert [row["facets"] for row in evaluate.ablation(facets, image, owner, "cosine", 2, 3)] == [[1, 2], [1, 2, 3], [2, 3], [1, 3], [1, 2], [1], [2], [3]]
+    assert [row["facets"] for row in evaluate.ablation(facets, image, owner, "cosine", 2, 3)] == [
+        [1, 2],
+        [1, 2, 3],
+        [2, 3],
+        [1, 3],
+        [1, 2],
+        [1],
+        [2],
+        [3],
+    ]
 
 
 def test_facets_through_the_command_line(colours, tmp_path, monkeypatch, capsys):
-    """The stub's facets all see the picture; here facet 1 says the same of every text: alone it is at chance."""
+    """The stub's facets all see the picture; here facet 1 says the same of every text: it is at chance."""
     tree_coco(tmp_path / "data" / "coco")
     encode_text = ColourModel.encode_text
-    blind = lambda self, facets, prompts: torch.cat([torch.ones_like(facets[:, :1]) * 9, encode_text(self, facets[:, 1:], prompts)], dim=1)
+
+    def blind(self, facets, prompts):
+        nothing = torch.full_like(facets[:, :1], 9)
+        return torch.cat([nothing, encode_text(self, facets[:, 1:], prompts)], dim=1)
+
     monkeypatch.setattr(ColourModel, "encode_text", blind)
     code, result = colours("coco", "--facets", "1..K")
     rows = {(row["kind"], tuple(row["facets"])): row["text_to_image"]["R@1"] for row in result["facets"]}
     assert code == 0 and len(rows) == 7 + 7 + 7
-    assert rows["alone", (1,)] == rows["in order", (1,)] == 25 and rows["alone", (5,)] == rows["all but one", (2, 3, 4, 5, 6, 7)] == 100
+    assert (
+        rows["alone", (1,)] == rows["in order", (1,)] == 25
+        and rows["alone", (5,)] == rows["all but one", (2, 3, 4, 5, 6, 7)] == 100
+    )
     assert result["text_to_image"]["R@1"] == rows["in order", (1, 2, 3, 4, 5, 6, 7)]
     out = capsys.readouterr().out
     assert "inference only" in out and "main object" in out
     with Image.open(tmp_path / "results" / "coco-facets.png") as plot:
-        assert {ImageColor.getrgb(plots.BLUE), ImageColor.getrgb(plots.ORANGE)} <= {colour for _, colour in plot.convert("RGB").getcolors(1 << 20)}
-    assert [row["facets"] for row in colours("coco", "--facets", "2..9", "--prompts", "short")[1]["facets"][:2]] == [[1, 2], [1, 2, 3]]
+        assert {ImageColor.getrgb(plots.BLUE), ImageColor.getrgb(plots.ORANGE)} <= {
+            colour for _, colour in plot.convert("RGB").getcolors(1 << 20)
+        }
+    assert [
+        row["facets"] for row in colours("coco", "--facets", "2..9", "--prompts", "short")[1]["facets"][:2]
+    ] == [[1, 2], [1, 2, 3]]
     for flag, bench in (("3..2", "coco"), ("0..3", "coco"), ("x", "coco"), ("1..K", "imagefolder")):
         assert colours(bench, "--facets", flag)[0] == 2
         assert "--facets: 1..K or a range like 2..5" in capsys.readouterr().err
@@ -422,12 +564,18 @@ def test_the_page_holds_what_the_json_holds(colours, tmp_path, monkeypatch):
     right, wrong = ([row for row in data["queries"] if (row["rank"] == 0) == good] for good in (True, False))
     assert len(right) == 6 and len(wrong) == 5 and all("red" in row["text"] for row in wrong)
     for row in data["queries"]:
-        assert [tile["score"] for tile in row["found"]] == sorted((tile["score"] for tile in row["found"]), reverse=True)
+        assert [tile["score"] for tile in row["found"]] == sorted(
+            (tile["score"] for tile in row["found"]), reverse=True
+        )
         for tile in row["found"]:
-            assert len(tile["facets"]) == 7 and np.mean(tile["facets"]) == pytest.approx(tile["score"], abs=1e-5)
+            assert len(tile["facets"]) == 7 and np.mean(tile["facets"]) == pytest.approx(
+                tile["score"], abs=1e-5
+            )
             assert data["pictures"][str(tile["picture"])].startswith("data:image/jpeg;base64,")
     assert wrong[0]["found"][0]["right"] is False and right[0]["found"][0]["right"] is True
-    assert "http" not in html.replace("http://www.w3.org/2000/svg", "") and html.count("<script") == 1      # self-contained
+    assert (
+        "http" not in html.replace("http://www.w3.org/2000/svg", "") and html.count("<script") == 1
+    )  # self-contained
 
 
 def test_strangers_texts_cannot_leave_the_data(colours, tmp_path):
@@ -437,7 +585,9 @@ def test_strangers_texts_cannot_leave_the_data(colours, tmp_path):
     put(root / "caption" / "1.txt", evil)
     colours("urban1k", "--report")
     html = (tmp_path / "results" / "urban1k.html").read_text(encoding="utf-8")
-    assert evil.replace("\u2028", " ") in {row["text"].replace("\u2028", " ") for row in data_of(html)["queries"]}
+    assert evil.replace("\u2028", " ") in {
+        row["text"].replace("\u2028", " ") for row in data_of(html)["queries"]
+    }
     assert html.count("</script>") == html.count("<script") == 1 and "onerror" in html and "<img" not in html
     assert "innerHTML" not in html and "insertAdjacentHTML" not in html and "document.write" not in html
 
@@ -448,8 +598,14 @@ def test_confusions_are_the_most_frequent_wrong_guesses(colours, tmp_path):
         picture(tmp_path / "data" / "imagefolder" / "red" / f"{i}.png", "blue")     # in the wrong folder
     picture(tmp_path / "data" / "imagefolder" / "green" / "9.png", "white")
     _, result = colours("imagefolder", "--report")
-    assert result["confusions"] == [{"true": "red", "guess": "blue", "count": 4, "of": 7}, {"true": "green", "guess": "white", "count": 1, "of": 4}]
-    assert data_of((tmp_path / "results" / "imagefolder.html").read_text())["result"]["confusions"] == result["confusions"]
+    assert result["confusions"] == [
+        {"true": "red", "guess": "blue", "count": 4, "of": 7},
+        {"true": "green", "guess": "white", "count": 1, "of": 4},
+    ]
+    assert (
+        data_of((tmp_path / "results" / "imagefolder.html").read_text())["result"]["confusions"]
+        == result["confusions"]
+    )
 
 
 # ---------------------------------------------------------------- search
@@ -460,7 +616,11 @@ def test_search_ranks_a_folder_and_keeps_an_index(colours, tmp_path, monkeypatch
         picture(folder / "deep" / f"{name}.jpg", name)
     put(folder / "broken.png", "not a picture")
     sizes, encode_image = [], ColourModel.encode_image
-    monkeypatch.setattr(ColourModel, "encode_image", lambda self, pixels: sizes.append(len(pixels)) or encode_image(self, pixels))
+    monkeypatch.setattr(
+        ColourModel,
+        "encode_image",
+        lambda self, pixels: sizes.append(len(pixels)) or encode_image(self, pixels),
+    )
 
     def search(text, *more):
         sizes.clear()
@@ -479,7 +639,9 @@ def test_search_ranks_a_folder_and_keeps_an_index(colours, tmp_path, monkeypatch
     assert search("a red thing")[1:] == (5, 2)
     assert search("a red thing")[1:] == (5, 0)
     with np.load(folder / ".flame-index.npz") as index:
-        assert len(index["keys"]) == len(index["vectors"]) == 5 and not any("green" in str(key) for key in index["keys"])
+        assert len(index["keys"]) == len(index["vectors"]) == 5 and not any(
+            "green" in str(key) for key in index["keys"]
+        )
     (folder / ".flame-index.npz").write_bytes(b"PK")
     assert search("a blue thing")[2] == 5
     monkeypatch.setattr(ColourModel, "state_dict", lambda self: {"visual.x": torch.ones(1)})
@@ -509,7 +671,7 @@ def test_search_without_a_writable_folder_or_pictures(colours, tmp_path, monkeyp
 # ---------------------------------------------------------------- classes that share a name
 
 def test_classes_of_one_name_score_as_clip_benchmark_has_it():
-    """Of classes that share a name, and so a vector, argmax takes the first one listed; so does evaluate.classification."""
+    """Of classes that share a name, and so a vector, the first one listed is guessed, as argmax has it."""
     rng = np.random.default_rng(9)
     classes = rng.standard_normal((40, 16)).astype(np.float32)
     names = [f"class {c}" for c in range(40)]
@@ -522,10 +684,12 @@ def test_classes_of_one_name_score_as_clip_benchmark_has_it():
     guess = logits.argmax(1).numpy()
     assert got["top1"] == pytest.approx(100 * np.mean(guess == labels)) and 20 < got["top1"] < 90
     assert got["mean_per_class"] == pytest.approx(100 * balanced_accuracy_score(labels, guess))
-    # CLIP_benchmark's top 5 comes from topk, which orders ties as it likes; the five places are the same, but for a tie
-    # between the fifth and the sixth, and so is the mean of its top 1 over a pair.
+    # CLIP_benchmark's top 5 comes from topk, which orders ties as it likes; the five places are the same, but
+    # for a tie between the fifth and the sixth, and so is the mean of its top 1 over a pair.
     top1, top5 = accuracy(logits, torch.from_numpy(labels), topk=(1, 5))
-    assert got["top5"] == pytest.approx(100 * top5, abs=0.5) and got["top1"] == pytest.approx(100 * top1, abs=3)
+    assert got["top5"] == pytest.approx(100 * top5, abs=0.5) and got["top1"] == pytest.approx(
+        100 * top1, abs=3
+    )
     # Without the names, equal vectors are ties like any others, and count against the model.
     assert evaluate.classification(image, classes, labels)["top1"] < got["top1"] - 1
 
@@ -544,7 +708,9 @@ def test_the_json_says_how_many_classes_share_a_name(colours, tmp_path, capsys):
     put(tmp_path / "names.txt", "red\tred\ngreen\tred\nblue\tblue\nyellow\tyellow\nwhite\twhite\n")
     result = colours("imagefolder", "--classes", str(tmp_path / "names.txt"))[1]
     assert result["n_sharing_a_name"] == 2 and "2 of the names are shared" in capsys.readouterr().out
-    assert result["top1"] == 60     # the class green comes first: its pictures are not red, and the red ones are taken for it
+    assert (
+        result["top1"] == 60
+    )  # the class green comes first: its pictures are not red, and the red ones are taken for it
 
 
 # ---------------------------------------------------------------- what the checkpoint was trained on
@@ -588,10 +754,17 @@ def test_prompts_without_a_trained_facet_are_refused(colours, tmp_path, monkeypa
     for bench in ("demo", "xm3600", "imagefolder"):
         assert colours(bench) == (2, None)
         error = capsys.readouterr().err.splitlines()
-        assert len(error) == 1 and f"{bench} asks by the raw prompts" in error[0] and "--prompts long" in error[0]
+        assert (
+            len(error) == 1
+            and f"{bench} asks by the raw prompts" in error[0]
+            and "--prompts long" in error[0]
+        )
     assert colours("demo", "--prompts", "long")[1]["parts"]["seen"]["top1"] == 100
     capsys.readouterr()
-    assert evaluate.main(["--search", "red", "--images", str(tmp_path / "data" / "urban1k"), "--device", "cpu"]) == 2
+    assert (
+        evaluate.main(["--search", "red", "--images", str(tmp_path / "data" / "urban1k"), "--device", "cpu"])
+        == 2
+    )
     assert "--search asks by the raw prompts" in capsys.readouterr().err
     trained_on(monkeypatch, "raw.0")
     assert colours("urban1k") == (2, None) and "--prompts raw" in capsys.readouterr().err
@@ -599,12 +772,20 @@ def test_prompts_without_a_trained_facet_are_refused(colours, tmp_path, monkeypa
 
 # ---------------------------------------------------------------- bad settings, Ctrl-C
 
-@pytest.mark.parametrize("wrong, message", [
-    (["--bench", "nowhere"], "--bench"), (["--bench", "coco", "--batch-size", "0"], "'0' is not a whole number from 1"),
-    (["--bench", "coco", "--batch-size", "x"], "'x' is not a whole number"), ([], "give --bench NAME"),
-    (["--bench", "coco", "--device", "mps"], "--device mps"), (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
-    (["--bench", "coco", "--facets", "7..1"], "--facets"), (["--words", "x.png", "--bench", "coco"], "give --bench NAME"),
-    (["--bench", "coco", "--nonsense"], "--nonsense")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--bench", "nowhere"], "--bench"),
+        (["--bench", "coco", "--batch-size", "0"], "'0' is not a whole number from 1"),
+        (["--bench", "coco", "--batch-size", "x"], "'x' is not a whole number"),
+        ([], "give --bench NAME"),
+        (["--bench", "coco", "--device", "mps"], "--device mps"),
+        (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
+        (["--bench", "coco", "--facets", "7..1"], "--facets"),
+        (["--words", "x.png", "--bench", "coco"], "give --bench NAME"),
+        (["--bench", "coco", "--nonsense"], "--nonsense"),
+    ],
+)
 def test_bad_settings_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, wrong, message):
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(wrong) == 2
@@ -625,7 +806,9 @@ def test_errors_name_the_script_and_an_interrupt_ends_in_one_line(colours, monke
     assert len(error) == 1 and error[0].startswith("evaluate.py: interrupted")
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "", '{"step": "x"}', '{"training": []}', "{", '{"step": true}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "", '{"step": "x"}', '{"training": []}', "{", '{"step": true}']
+)
 def test_a_damaged_checkpoint_config_is_named(tmp_path, text):
     put(tmp_path / "run" / "config.json", text)
     put(tmp_path / "run" / "model.safetensors", "")
@@ -649,7 +832,9 @@ def test_a_pipe_among_the_pictures_is_left_out(colours, tmp_path, capsys):
     (folder / "1.jpg").unlink()
     os.mkfifo(folder / "1.jpg")
     code, result = colours("urban1k")
-    assert code == 0 and result["skipped_images"] == 1 and "1.jpg: not a regular file" in capsys.readouterr().err
+    assert (
+        code == 0 and result["skipped_images"] == 1 and "1.jpg: not a regular file" in capsys.readouterr().err
+    )
     assert evaluate.main(["--search", "blue", "--images", str(folder), "--device", "cpu"]) == 0
     assert "1 of 5 pictures cannot be read" in capsys.readouterr().err
 
@@ -687,7 +872,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(colours, tmp_path, capsys):
 
 
 def test_thin_and_vanished_pictures_end_nothing(colours, tmp_path, monkeypatch):
-    """A picture of 1 x 3,000 has no width left when it is made small; another one is gone when the sheet is drawn."""
+    """A picture of 1 x 3,000 has no width left when it is made small; another is gone when it is drawn."""
     root = tmp_path / "data" / "urban1k"
     tree_urban1k(root)
     Image.new("RGB", (1, 3000), COLOURS["red"]).save(root / "image" / "1.jpg")
@@ -722,7 +907,8 @@ def test_a_full_cache_disk_is_one_line(colours, tmp_path, monkeypatch, capsys):
     colours("urban1k")
     with sqlite3.connect(tmp_path / "results" / "cache.sqlite") as database:
         database.execute("DELETE FROM cache")
-        database.execute("CREATE TRIGGER full BEFORE INSERT ON cache BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END")
+        refusal = "BEGIN SELECT RAISE(FAIL, 'database or disk is full'); END"
+        database.execute(f"CREATE TRIGGER full BEFORE INSERT ON cache {refusal}")
     capsys.readouterr()
     assert colours("urban1k")[0] == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -763,7 +949,6 @@ def test_the_sheet_shows_the_right_picture_where_it_is_not_among_the_best(tmp_pa
         for i in range(2):
             picture(tmp_path / f"{name}{i}.png", name)
     pictures = sorted(tmp_path.iterdir())
-    image = np.eye(10, dtype=np.float32)
     text = np.linspace(1, 0.1, 10)[None]
     shown = report.Shown(["some text"], text, pictures, np.eye(10), np.array([7]), np.arange(10), "long")
     rows = [report.found_for(shown, 0, rank=7)]
@@ -778,7 +963,7 @@ def test_the_sheet_shows_the_right_picture_where_it_is_not_among_the_best(tmp_pa
     ("Ein grüner Käfer läuft über die Straße — schön!", "LATIN"), ("一只红色的鸟", "CJK"), ("طائر أحمر", "ARABIC"),
     ("a bird 🐦 and a 🚗", "symbols and emoji")])
 def test_texts_of_any_script_are_drawn_or_named(text, script, monkeypatch, capsys):
-    """No box is drawn in silence: there is a font for each character, or one line says which script has none."""
+    """No box is drawn in silence: each character has a font, or one line says which script has none."""
     pictures = [np.zeros((8, 8), np.uint8)] * 2
     shown = report.Shown([text] * 2, np.eye(2), pictures, np.eye(2), np.arange(2), np.arange(2), "long")
     rows = [report.found_for(shown, query, rank=0) for query in (0, 1)]
@@ -805,12 +990,24 @@ def test_long_texts_are_broken_where_they_have_no_spaces():
 
 def test_the_facet_plot_shows_every_subset(tmp_path, monkeypatch):
     rng = np.random.default_rng(6)
-    facets, image = rng.standard_normal((30, 4, 8)).astype(np.float32), rng.standard_normal((30, 8)).astype(np.float32)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)      # its state is global: importing it would fail
-    figure = plots.draw_facets(evaluate.ablation(facets, image, np.arange(30), "cosine", numbers=[1, 2, 4, 6]))
+    facets, image = (
+        rng.standard_normal((30, 4, 8)).astype(np.float32),
+        rng.standard_normal((30, 8)).astype(np.float32),
+    )
+    monkeypatch.setitem(
+        sys.modules, "matplotlib.pyplot", None
+    )  # its state is global: importing it would fail
+    figure = plots.draw_facets(
+        evaluate.ablation(facets, image, np.arange(30), "cosine", numbers=[1, 2, 4, 6])
+    )
     several, single = figure.axes
     assert [label.get_text() for label in several.get_xticklabels()] == ["1", "2", "3", "4"]
-    assert [label.get_text().replace("\n", " ") for label in single.get_xticklabels()] == ["the whole", "main object", "minor object", "action"]
+    assert [label.get_text().replace("\n", " ") for label in single.get_xticklabels()] == [
+        "the whole",
+        "main object",
+        "minor object",
+        "action",
+    ]
     assert len(single.patches) == 8 and len(several.lines) >= 2
     figure.savefig(tmp_path / "facets.png")
 
@@ -820,7 +1017,9 @@ def test_without_matplotlib_the_numbers_stay_and_one_line_says_so(colours, tmp_p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, result = colours("coco", "--facets")
-    assert code == 0 and len(result["facets"]) == 21 and not (tmp_path / "results" / "coco-facets.png").exists()
+    assert (
+        code == 0 and len(result["facets"]) == 21 and not (tmp_path / "results" / "coco-facets.png").exists()
+    )
     lines = [line for line in capsys.readouterr().err.splitlines() if "matplotlib" in line]
     assert len(lines) == 1 and "pip install matplotlib" in lines[0]
 
@@ -829,22 +1028,34 @@ def test_without_matplotlib_the_numbers_stay_and_one_line_says_so(colours, tmp_p
 
 def command(folder, *more):
     env = {key: value for key, value in os.environ.items() if key != "FLAME_LLM"}
-    return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *more], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), *more],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("prompts", ["long", "raw"])
 def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, prompts):
     model = flame.load(real / "out" / "tiny")
     torch.manual_seed(1)
-    model.text.mean.copy_(torch.randn_like(model.text.mean) * 0.1)      # a text projection that differs between columns
-    encoder = flame.TextEncoder(real / "data" / "demo" / "llm", "cpu", torch.float32, budget=400)   # several packed rows
+    model.text.mean.copy_(
+        torch.randn_like(model.text.mean) * 0.1
+    )  # a text projection that differs between columns
+    encoder = flame.TextEncoder(
+        real / "data" / "demo" / "llm", "cpu", torch.float32, budget=400
+    )  # several packed rows
     image = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
     texts = ["a", "A much longer text about nothing, that goes on for a while.", "b b", "a"]
     got = evaluate.encode_texts(towers(model, encoder), texts, prompts) @ image.numpy().T
     for row, text in zip(got, texts):
         with torch.inference_mode():
             expected = flame.similarity(image, model.encode_text(encoder.encode([text], prompts), prompts))[0]
-        assert row == pytest.approx(expected.numpy(), abs=1e-4)     # texts alone and in company differ by rounding
+        assert row == pytest.approx(
+            expected.numpy(), abs=1e-4
+        )  # texts alone and in company differ by rounding
 
 
 def test_an_llm_of_another_width_is_refused(real, tmp_path, tiny_llm):
@@ -853,7 +1064,9 @@ def test_an_llm_of_another_width_is_refused(real, tmp_path, tiny_llm):
     config = json.loads((tmp_path / "silent" / "config.json").read_text())
     config["llm"]["fingerprint"] = None
     put(tmp_path / "silent" / "config.json", json.dumps(config))
-    done = command(real, "--bench", "demo", "--llm", tiny_llm, "--checkpoint", tmp_path / "silent", "--out", tmp_path)
+    done = command(
+        real, "--bench", "demo", "--llm", tiny_llm, "--checkpoint", tmp_path / "silent", "--out", tmp_path
+    )
     assert done.returncode == 2 and "48 dimensions" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -869,10 +1082,26 @@ def test_command_line_equals_one_by_one(real):
 
     def score(path, text, prompts):
         with torch.inference_mode(), Image.open(path) as image:
-            return flame.similarity(model.encode_image(model.preprocess(image)[None]), model.encode_text(encoder.encode([text], prompts), prompts)).item()
+            return flame.similarity(
+                model.encode_image(model.preprocess(image)[None]),
+                model.encode_text(encoder.encode([text], prompts), prompts),
+            ).item()
 
-    scores = [[score(real / "data" / "demo" / "images" / "test" / f"{i}.png", f"A {t} thing, in some detail.", "long") for i in NAMES] for t in NAMES]
-    gaps = np.diff(np.sort(np.array(scores), axis=1), axis=1).min(), np.diff(np.sort(np.array(scores), axis=0), axis=0).min()
+    scores = [
+        [
+            score(
+                real / "data" / "demo" / "images" / "test" / f"{i}.png",
+                f"A {t} thing, in some detail.",
+                "long",
+            )
+            for i in NAMES
+        ]
+        for t in NAMES
+    ]
+    gaps = (
+        np.diff(np.sort(np.array(scores), axis=1), axis=1).min(),
+        np.diff(np.sort(np.array(scores), axis=0), axis=0).min(),
+    )
     assert min(gaps) > 1e-5, "too close for rounding not to matter: choose another seed"
     ranks = [slow_rank(scores[t], [t == i for i in range(5)]) for t in range(5)]
     assert result["parts"]["long"]["text_to_image"]["R@1"] == 100 * np.mean([r < 1 for r in ranks])
@@ -882,9 +1111,14 @@ def test_command_line_equals_one_by_one(real):
     names = ("blue", "green", "red")
     hits = []
     for n in names:
-        row = [score(real / "data" / "demo" / "images" / "objects" / f"{n}1.png", f"{name} clip art", "raw") for name in names]
+        row = [
+            score(real / "data" / "demo" / "images" / "objects" / f"{n}1.png", f"{name} clip art", "raw")
+            for name in names
+        ]
         hits.append(np.argmax(row) == names.index(n))
-    assert result["parts"]["seen"]["top1"] == pytest.approx(100 * np.mean(hits))    # an object's pictures are alike here
+    assert result["parts"]["seen"]["top1"] == pytest.approx(
+        100 * np.mean(hits)
+    )  # an object's pictures are alike here
 
 
 def test_another_llm_is_refused_through_the_command_line(real, tmp_path):
@@ -892,30 +1126,57 @@ def test_another_llm_is_refused_through_the_command_line(real, tmp_path):
     other.mkdir()
     for path in (real / "data" / "demo" / "llm").iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    put(other / "config.json", (other / "config.json").read_text() + "\n")
+    config = json.loads((other / "config.json").read_text())
+    put(other / "config.json", json.dumps(config | {"rms_norm_eps": 2e-5}))
     done = command(real, "--bench", "demo", "--llm", str(other), "--out", str(tmp_path / "results"))
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "results").exists()
     assert len(done.stderr.splitlines()) == 1 and "trained with another LLM (tiny)" in done.stderr
 
 
-@pytest.mark.parametrize("size, pool_first, linear", [(32, True, False), (32, False, True), (24, False, False)])
+@pytest.mark.parametrize(
+    "size, pool_first, linear", [(32, True, False), (32, False, True), (24, False, False)]
+)
 def test_patch_states_undo_the_text_projection(size, pool_first, linear):
     torch.manual_seed(0)
-    model = flame.Flame({"image_size": size, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "text_dim": 12, "projector_hidden": 20,
-                         "pool_first": pool_first, "text_rank": 0 if linear else 5, "text_linear": linear}).eval()
+    model = flame.Flame(
+        {
+            "image_size": size,
+            "patch_size": 8,
+            "width": 16,
+            "layers": 1,
+            "heads": 2,
+            "text_dim": 12,
+            "projector_hidden": 20,
+            "pool_first": pool_first,
+            "text_rank": 0 if linear else 5,
+            "text_linear": linear,
+        }
+    ).eval()
     text, c = model.text, flame.COLUMNS.index("long.0")
     if linear:
         text.weight.data = torch.randn(12, 12)
     else:
-        text.basis[c], text.gain[c], text.rest[c] = torch.linalg.qr(torch.randn(12, 5))[0], torch.rand(5) * 9, 0.5
-    matrix = text.weight.data if linear else 0.5 * torch.eye(12) + text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
+        text.basis[c], text.gain[c], text.rest[c] = (
+            torch.linalg.qr(torch.randn(12, 5))[0],
+            torch.rand(5) * 9,
+            0.5,
+        )
+    matrix = (
+        text.weight.data
+        if linear
+        else 0.5 * torch.eye(12) + text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
+    )
     pixels, side = torch.randn(3, size, size), size // 8
     got = words.patch_states(model, pixels)
     with torch.inference_mode():
         tokens = model.visual(pixels[None])[0, 1:].reshape(side, side, 16)
         for y in range(len(got)):
             for x in range(len(got)):
-                cell = (tokens[2 * y:2 * y + 2, 2 * x:2 * x + 2] if side % 2 == 0 else tokens[y:y + 1, x:x + 1]).reshape(-1, 16)
+                cell = (
+                    tokens[2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+                    if side % 2 == 0
+                    else tokens[y : y + 1, x : x + 1]
+                ).reshape(-1, 16)
                 z = model.mm(cell.mean(0)) if pool_first else model.mm(cell).mean(0)
                 torch.testing.assert_close(matrix @ got[y, x], z, rtol=1e-3, atol=1e-4)
     assert len(got) == (side // 2 if side % 2 == 0 else side)
@@ -930,13 +1191,23 @@ def test_words_of_a_picture(real, tmp_path):
     model, tokenizer = flame.load(real / "out" / "tiny"), flame.load_tokenizer(real / "data" / "demo" / "llm")
     norm, unembedding = flame.load_unembedding(real / "data" / "demo" / "llm")
     names = {i: tokenizer.decode([i]) for i in range(len(unembedding))}
-    names = {i: name.strip() for i, name in names.items() if name.startswith(" ") and name[1:].isalpha() and len(name) > 3}
+    names = {
+        i: name.strip()
+        for i, name in names.items()
+        if name.startswith(" ") and name[1:].isalpha() and len(name) > 3
+    }
     with Image.open(image) as picture:
         states = words.patch_states(model, model.preprocess(picture))
-    expected = [max(names, key=lambda i: (state * norm @ unembedding[i]).item()) for state in states.flatten(0, 1)]
+    expected = [
+        max(names, key=lambda i: (state * norm @ unembedding[i]).item()) for state in states.flatten(0, 1)
+    ]
     assert done.stdout.split("\n", 1)[1].split("->")[0].split() == [names[i] for i in expected]
     put(tmp_path / "no.png", "text")
-    assert (done := command(real, "--words", tmp_path / "no.png", "--out", tmp_path)).returncode == 2 and "no.png" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        (done := command(real, "--words", tmp_path / "no.png", "--out", tmp_path)).returncode == 2
+        and "no.png" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_help_fits_one_screen(real):

@@ -69,7 +69,7 @@ def draw_facets(rows):
 
 
 def draw_curve(out):
-    """Writes curve.png from log.jsonl: loss (blue, left axis) and held-out Recall@1 (red, right, percent) over steps."""
+    """Writes curve.png from log.jsonl: loss (blue, left) and held-out Recall@1 (red, right, percent)."""
     figure = new_figure(10, 4.5)
     if figure is None:
         return

@@ -6,12 +6,11 @@ names and file names come from strangers: they reach the page as data, never as 
 import base64
 import io
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from data import files
 from data.show.fonts import draw_text, printable, wrapped
@@ -272,25 +271,3 @@ def page(result, queries, pictures, plot=None):
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     before, after = template.split("/*DATA*/null")
     return before + blob + after
-
-
-# ---------------------------------------------------------------- the plots
-
-def draw_curve(out):
-    """curve.png: loss (blue, left axis) and held-out Recall@1 (red, right axis, percent) over steps."""
-    entries = [json.loads(line) for line in open(out / "log.jsonl")]
-    width, height, left, top, last = 900, 420, 70, 30, max(1, entries[-1]["step"])
-    image = Image.new("RGB", (width + 2 * left, height + 2 * top + 20), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    pen.rectangle((left, top, left + width, top + height), outline="#b0b0b0")
-    pen.text((left + width / 2, top + height + 20), f"{len(entries)} steps", fill="black", font=font, anchor="mm")
-    for name, color, edge, away, anchors in (("loss", "#2563eb", left, -8, "rl"), ("held_out_R@1", "#dc2626", left + width, 8, "lr")):
-        if points := [(e["step"], e[name]) for e in entries if name in e]:
-            low, high = (0, 100) if name != "loss" else (min(v for _, v in points), max(v for _, v in points))
-            y = lambda value: top + height * (1 - (value - low) / max(1e-9, high - low))
-            pen.line([(left + width * step / last, y(value)) for step, value in points], fill=color, width=2)
-            for value in np.linspace(low, high, 5):
-                pen.text((edge + away, y(value)), f"{value:.3g}", fill=color, font=font, anchor=anchors[0] + "m")
-            pen.text((edge, top - 10), f"{name.replace('_', ' ')}: {points[-1][1]:.3g}" + "%" * (name != "loss"), fill=color, font=font, anchor=anchors[1] + "s")
-    image.save(out / "curve.png.tmp", "PNG")
-    os.replace(out / "curve.png.tmp", out / "curve.png")
