@@ -222,9 +222,11 @@ def confusions(image, classes, labels, names, most=20):
     guess = np.concatenate([(block @ classes.T).argmax(1) for block in blocks])
     pairs = Counter(zip(labels.tolist(), guess.tolist())).most_common()
     of = Counter(labels.tolist())
-    wrong = [(true, taken_for, count) for (true, taken_for), count in pairs if true != taken_for]
-    return [{"true": names[true], "guess": names[taken_for], "count": count, "of": of[true]}
-            for true, taken_for, count in wrong[:most]]
+    found = []
+    for (true, taken_for), count in pairs:
+        if true != taken_for:
+            found.append({"true": names[true], "guess": names[taken_for], "count": count, "of": of[true]})
+    return found[:most]
 
 
 def ablation(facets, image, owner, pool, first=1, last=None, numbers=None):
@@ -381,8 +383,9 @@ def encode_texts(towers, texts, prompts, by_facet=False):
 def encode_classes(names, templates, embed_texts, prompts="raw"):
     """Each name in every template, embed_texts(texts, prompts), averaged and normalised again -> [C, D]"""
     filled = [template.replace("{}", name) for name in names for template in templates]
-    vectors = embed_texts(filled, prompts).reshape(len(names), len(templates), -1)
-    mean = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).mean(1)
+    vectors = embed_texts(filled, prompts)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    mean = vectors.reshape(len(names), len(templates), -1).mean(1)
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
 
@@ -440,7 +443,8 @@ def score_texts(towers, prompts, pictures, image, kept, texts, image_of_text):
 
 
 def counted(pictures, image, prompts, **more):
-    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "prompts": prompts, **more}
+    skipped = len(pictures) - len(image)
+    return {"n_images": len(image), "skipped_images": skipped, "prompts": prompts, **more}
 
 
 def score_retrieval(towers, prompts, pictures, texts, image_of_text):
@@ -472,8 +476,14 @@ def score_among(image, classes, labels, names, same_vector=True):
     """Pictures among C classes. same_vector: classes of one name have one vector, see classification()."""
     sharing = sum(n for n in Counter(names).values() if n > 1)
     scores = classification(image, classes, labels, ci95=True, names=names if same_vector else None)
-    return {"n_images": len(image), "n_classes": len(names), "n_sharing_a_name": sharing,
-            "chance": 100 / len(names), **scores, "confusions": confusions(image, classes, labels, names)}
+    return {
+        "n_images": len(image),
+        "n_classes": len(names),
+        "n_sharing_a_name": sharing,
+        "chance": 100 / len(names),
+        **scores,
+        "confusions": confusions(image, classes, labels, names),
+    }
 
 
 def score_classification(towers, prompts, pictures, labels, names, templates):
@@ -534,8 +544,13 @@ def score_composition(towers, prompts, pictures, texts, parts):
         samples.append(bootstrap(hits[:, None], groups, len(pictures)))
         chance = {1: 50, 2: 25, 4: 100 / 6}[races.shape[1]]     # by the number of comparisons to win
         low_high = bounds(samples[-1])[0].tolist()
-        scores[part] = {"n_rows": len(hits), "skipped_rows": len(rows) - len(hits), "chance": chance,
-                        "accuracy": 100 * float(hits.mean()), "ci95": {"accuracy": low_high}}
+        scores[part] = {
+            "n_rows": len(hits),
+            "skipped_rows": len(rows) - len(hits),
+            "chance": chance,
+            "accuracy": 100 * float(hits.mean()),
+            "ci95": {"accuracy": low_high},
+        }
     result = counted(pictures, image, prompts, n_texts=len(text), parts=scores)
     if all(part["chance"] == 50 for part in scores.values()):     # of unlike scores no average
         result["accuracy"] = float(np.mean([part["accuracy"] for part in scores.values()]))
@@ -570,39 +585,41 @@ def score_objects(towers, prompts, objects, names):
     """Single-object pictures among names -> the parts seen, unseen and multilingual, see score_demo()."""
     image, kept = encode_images(towers, [path for path, _, _ in objects])
     readable = [objects[i][1] for i in kept]    # the object of each encoded picture
+    seen = sorted({thing for _, thing, split in objects if split == "seen"})
+    every_name = [table[thing] for table in names.values() for thing in seen if table.get(thing)]
+    encode_texts(towers, every_name, prompts)   # all at once: from here on they come from the cache
 
-    def texts_of(split, language, template="{}"):
-        """{object: text} of a split's objects that have a name in the language."""
+    def among_names(split, language, template="{}"):
+        """Pictures of a split's objects among those objects' names -> (result, hits [n], pictures [n])"""
         table = names[language]
-        things = [thing for _, thing, own in objects if own == split and table.get(thing)]
-        texts = {thing: template.replace("{}", table[thing]) for thing in things}
-        if len(set(texts.values())) < 2 or texts.keys().isdisjoint(readable):
-            raise InputError(f"objects.tsv and names.tsv give no two names in {language!r}, or no readable "
-                             f"picture, for {split} objects; run data/demo.py again")
-        return texts
-
-    def among(texts):
-        """-> (result, hits [n], which pictures [n])"""
-        choices = sorted(set(texts.values()))
-        rows = [i for i, thing in enumerate(readable) if thing in texts]
-        labels = np.array([choices.index(texts[readable[i]]) for i in rows])
-        classes = encode_texts(towers, choices, prompts)
-        named = [choice.removesuffix(DEMO_TEMPLATE.removeprefix("{}")) for choice in choices]
+        named = {thing for _, thing, own in objects if own == split and table.get(thing)}
+        choices = sorted({table[thing] for thing in named})
+        rows = [i for i, thing in enumerate(readable) if thing in named]
+        if not rows or len(choices) < 2:
+            counts = f"{len(rows)} readable pictures and {len(choices)} names"
+            raise InputError(f"objects.tsv and names.tsv give {counts} for {split} objects in {language!r}; "
+                             "run data/demo.py again")
+        labels = np.array([choices.index(table[readable[i]]) for i in rows])
+        classes = encode_texts(towers, [template.replace("{}", choice) for choice in choices], prompts)
         hits = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices))) == 0
-        return {**score_among(image[rows], classes, labels, named), "prompts": prompts}, hits, rows
+        return {**score_among(image[rows], classes, labels, choices), "prompts": prompts}, hits, rows
 
-    trials = [texts_of("seen", "en", DEMO_TEMPLATE), texts_of("unseen", "en", DEMO_TEMPLATE)]
-    trials += [texts_of("seen", language) for language in names]
-    everything = [text for texts in trials for text in texts.values()]
-    encode_texts(towers, everything, prompts)   # all at once: from here on they come from the cache
-    (seen, _, _), (unseen, _, _), *scored = [among(texts) for texts in trials]
-    languages = {language: result for language, (result, _, _) in zip(names, scored)}
-    for result in languages.values():
-        del result["confusions"]
-    hits = np.concatenate([hits for _, hits, _ in scored])
-    groups = np.concatenate([rows for _, _, rows in scored])
-    multilingual = {"n_images": seen["n_images"], "prompts": prompts, "languages": languages,
-                    "ci95": {"top1": intervals(hits[:, None], groups)[0]}}
+    seen, _, _ = among_names("seen", "en", DEMO_TEMPLATE)
+    unseen, _, _ = among_names("unseen", "en", DEMO_TEMPLATE)
+    languages = {}
+    hits = []
+    groups = []     # the picture of each hit
+    for language in names:
+        languages[language], own_hits, rows = among_names("seen", language)
+        del languages[language]["confusions"]
+        hits.extend(own_hits)
+        groups.extend(rows)
+    multilingual = {
+        "n_images": seen["n_images"],
+        "prompts": prompts,
+        "languages": languages,
+        "ci95": {"top1": intervals(np.array(hits)[:, None], groups)[0]},
+    }
     for key in ("chance", "top1"):
         multilingual[key] = float(np.mean([result[key] for result in languages.values()]))
     return {"seen": seen, "unseen": unseen, "multilingual": multilingual}
@@ -730,27 +747,20 @@ def prompt_sets(args):
     return [args.prompts or prompts for prompts in defaults]
 
 
-def trained_columns(args, model, checkpoint):
-    """The columns that the checkpoint was trained on, or all. Refuses prompts that it never met."""
-    columns = model.config.get("columns", flame.COLUMNS)
-    known = [name for name in flame.COLUMNS if isinstance(columns, list) and name in columns]
-    if not known or len(known) != len(columns):
-        given = json.dumps(columns)[:100]
-        raise InputError(f"{checkpoint}/config.json: 'columns' is {given}, no list of some of "
-                         f"{' '.join(flame.COLUMNS)}; train the checkpoint anew")
+def check_prompts(args, columns, checkpoint):
+    """Says which facets are asked, where not all of a prompt set were trained; refuses one that never was."""
     for prompts in sorted(set(prompt_sets(args))):
-        trained = facets_of(known, prompts)
+        trained = facets_of(columns, prompts)
         count = len(flame.PROMPTS[prompts].facets)
         if not trained:
-            other = known[0].split(".")[0]
             asker = args.bench or "--search"
+            other = columns[0].split(".")[0]
             raise InputError(f"{asker} asks by the {prompts} prompts, but {checkpoint} was trained on "
-                             f"{' '.join(known)} alone; ask by others: --prompts {other}")
+                             f"{' '.join(columns)} alone; ask by others: --prompts {other}")
         if len(trained) < count:
             names = ", ".join(report.FACETS[k] for k in trained)
             counts = f"trained on {len(trained)} of {count} facets of the {prompts} prompts"
             print(f"{counts}, asked by them alone: {names}")
-    return known
 
 
 def open_towers(args, model, checkpoint, llm):
@@ -766,7 +776,8 @@ def open_towers(args, model, checkpoint, llm):
     if text and (text.weight is not None or text.basis.any() or text.mean.any()):
         raise InputError("--pool released: the mean of states as they are goes with checkpoints without text "
                          "projection; leave the flag out")
-    columns = trained_columns(args, model, checkpoint)
+    columns = model.config["columns"]
+    check_prompts(args, columns, checkpoint)
     dtype = flame.default_dtype(args.device)
 
     @functools.cache
@@ -781,8 +792,17 @@ def open_towers(args, model, checkpoint, llm):
     cached = cache.open_cache(args.out / "cache.sqlite")
     image_tower = cache.image_tower_name(model, dtype)
     text_tower = f"{fingerprint} {source['layer']} {source['positions']} {dtype}"
-    settings = args.device, args.batch_size
-    return Towers(model, encoder, columns, pool, *settings, cached, image_tower, text_tower)
+    return Towers(
+        model=model,
+        encoder=encoder,
+        columns=columns,
+        pool=pool,
+        device=args.device,
+        batch_size=args.batch_size,
+        cached=cached,
+        image_tower=image_tower,
+        text_tower=text_tower,
+    )
 
 
 def main(argv=None):

@@ -745,6 +745,7 @@ class ColourModel:
         "llm": {"name": "colours", "fingerprint": "f", "layer": 1, "positions": "restart"},
         "text_dim": 3,
         "width": 3,
+        "columns": flame.COLUMNS,
     }
 
     def to(self, device):

@@ -816,12 +816,17 @@ def test_a_damaged_checkpoint_config_is_named(tmp_path, text):
         evaluate.newest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("columns", ["long.0", {}, [], [3], ["long.9"], ["long.0", "long.0"]])
-def test_columns_that_are_none_are_refused(colours, tmp_path, monkeypatch, capsys, columns):
-    tree_coco(tmp_path / "data" / "coco")
-    monkeypatch.setattr(ColourModel, "config", ColourModel.config | {"columns": columns})
-    assert colours("coco") == (2, None)
-    assert "config.json: 'columns'" in capsys.readouterr().err
+@pytest.mark.parametrize("columns", ["long.0", {}, [], [3], ["long.9"]])
+def test_columns_that_are_none_are_refused(real, tmp_path, capsys, columns):
+    shutil.copytree(real / "out" / "tiny", tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config["model"]["columns"] = columns
+    put(tmp_path / "tiny" / "config.json", json.dumps(config))
+    root, llm = real / "data" / "demo", real / "data" / "demo" / "llm"
+    known = ["--data-root", str(root), "--llm", str(llm), "--out", str(tmp_path / "results")]
+    assert evaluate.main(["--bench", "demo", "--checkpoint", str(tmp_path / "tiny"), *known]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "columns" in error and "config.json" in error
 
 
 # ---------------------------------------------------------------- what is no picture, no file, no cache
@@ -960,7 +965,9 @@ def test_the_sheet_shows_the_right_picture_where_it_is_not_among_the_best(tmp_pa
 
 
 @pytest.mark.parametrize("text, script", [
-    ("Ein grüner Käfer läuft über die Straße — schön!", "LATIN"), ("一只红色的鸟", "CJK"), ("طائر أحمر", "ARABIC"),
+    ("Ein grüner Käfer läuft über die Straße — schön!", "LATIN"),
+    ("一只红色的鸟", "CJK"),
+    ("طائر أحمر", "ARABIC"),
     ("a bird 🐦 and a 🚗", "symbols and emoji")])
 def test_texts_of_any_script_are_drawn_or_named(text, script, monkeypatch, capsys):
     """No box is drawn in silence: each character has a font, or one line says which script has none."""
@@ -1150,6 +1157,7 @@ def test_patch_states_undo_the_text_projection(size, pool_first, linear):
             "pool_first": pool_first,
             "text_rank": 0 if linear else 5,
             "text_linear": linear,
+            "columns": flame.COLUMNS,
         }
     ).eval()
     text, c = model.text, flame.COLUMNS.index("long.0")

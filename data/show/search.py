@@ -11,25 +11,31 @@ def search(args, prompts, towers, encode_images, encode_texts):
     args: the command line; towers, encode_images, encode_texts: evaluate.py's.
     """
     folder = args.images
+
     index_path = benchmarks.need(folder) / ".flame-index.npz"
     suffixes = benchmarks.IMAGE_SUFFIXES
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     before = cache.read_index(index_path)
-    index = dict(before)
-    image, kept = encode_images(towers._replace(cached=index), pictures, folder=folder, least=1)
-    keys = [cache.picture_key(towers.image_tower, picture, folder) for picture in pictures]
-    index = {key: index[key] for key in keys if key in index}      # what is gone or changed is dropped
+    cached = dict(before)
+    image, kept = encode_images(towers._replace(cached=cached), pictures, folder=folder, least=1)
+    index = {}      # without what is gone or has changed
+    for i, vector in zip(kept, image):
+        key = cache.picture_key(towers.image_tower, pictures[i], folder)
+        index[key] = vector.tobytes()
     if index.keys() != before.keys():
         cache.write_index(index_path, index)
+
     pictures = [pictures[i] for i in kept]
     text = encode_texts(towers, [args.search], prompts)
     nothing = np.array([-1])    # is the right answer to what nobody knows
     shown = report.Shown([args.search], text, pictures, image, nothing, np.arange(len(image)), prompts)
     row = report.found_for(shown, 0, best=10)
+
     for place, tile in enumerate(row["found"], 1):
         score = tile["score"]
         path = pictures[tile["picture"]]
         print(f"{place:3}  {score:.4f}  {fonts.printable(path)}")
+
     path = args.out / "search.png"
     files.write(path, report.draw_sheet([row], pictures, named=True).save)
     print(f"the best of {len(image)} pictures, prompts {prompts}   -> {path}")

@@ -11,8 +11,7 @@ from flame import InputError
 
 @torch.inference_mode()
 def patch_states(model, pixels):
-    """[3, H, W] -> [g, g, D]: the picture's patches, four pooled to one where their grid is even, in the
-    LLM's space.
+    """[3, H, W] -> [g, g, D]: a picture's patches in the LLM's space, four pooled to one where it is even.
 
     A text projection led out of that space: undone here is what it does to one column, the whole of a long
     caption where the checkpoint was trained on that.
@@ -25,7 +24,8 @@ def patch_states(model, pixels):
         return F.avg_pool2d(grid, 2 - side % 2).flatten(1).T
 
     states = model.mm(pool(patches)) if model.config["pool_first"] else pool(model.mm(patches))
-    columns = model.config.get("columns", flame.COLUMNS)
+
+    columns = model.config["columns"]
     c = flame.COLUMNS.index("long.0" if "long.0" in columns else columns[0])
     text = model.text
     if text.weight is not None:
@@ -35,6 +35,7 @@ def patch_states(model, pixels):
     along = states @ basis
     inside = along / (text.gain[c] + rest)
     states = (states - along @ basis.T) / rest + inside @ basis.T
+
     side = int(len(states) ** 0.5)
     return states.reshape(side, side, -1)
 
@@ -47,21 +48,28 @@ def show(args, model, llm):
             image = image.convert("RGB")
     except Exception as error:  # decoders raise nearly anything on a stranger's bytes
         raise InputError(f"{report.reason(args.words, error)}; --words wants a picture") from None
+
     norm, unembedding = flame.load_unembedding(llm)
     if len(norm) != model.config["text_dim"]:
         raise InputError(f"{llm}: its states have {len(norm)} dimensions, the checkpoint was trained for "
                          f"{model.config['text_dim']}; name the right LLM with --llm")
+
     tokenizer = flame.load_tokenizer(llm)
     names = [tokenizer.decode([token]) for token in range(len(unembedding))]
-    # Parts of words say little: a whole one begins with a space.
-    whole = [i for i, name in enumerate(names) if len(name) > 3 and name[0] == " " and name[1:].isalpha()]
+    whole = []      # parts of words say little: a whole one begins with a space
+    for token, name in enumerate(names):
+        if len(name) > 3 and name[0] == " " and name[1:].isalpha():
+            whole.append(token)
     if not whole:
         raise InputError(f"{llm}: its tokenizer has no token that is a whole word")
+
     states = patch_states(model, pixels.to(args.device)).cpu()
-    nearest = (states * norm @ unembedding[whole].T).argmax(-1)     # an RMSNorm's scale changes no order
-    grid = [[names[whole[token]].strip() for token in row] for row in nearest]
-    for row in grid:
-        print("  ".join(f"{word:14}" for word in row).rstrip())
+    logits = states * norm @ unembedding[whole].T       # an RMSNorm's scale changes no order
+    grid = []
+    for row in logits.argmax(-1).tolist():
+        grid.append([names[whole[token]].strip() for token in row])
+        print("  ".join(f"{word:14}" for word in grid[-1]).rstrip())
+
     path = args.out / "words.png"
     files.write(path, draw_words(image, grid).save)
     print(f"-> {path}")
@@ -74,10 +82,12 @@ def draw_words(image, grid, side=720):
     cell = side / len(grid)
     for y, row in enumerate(grid):
         for x, word in enumerate(row):
-            pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="#ffffff")
-            size = min(22.0, 1.6 * cell / max(4, len(word)))
+            left = x * cell
+            top = y * cell
+            pen.rectangle((left, top, left + cell, top + cell), outline="white")
             word = fonts.printable(word)
-            left = (x + 0.5) * cell - fonts.width(word, size) / 2
-            top = (y + 0.5) * cell - size / 2
+            size = min(22.0, 1.6 * cell / max(4, len(word)))
+            left += (cell - fonts.width(word, size)) / 2
+            top += (cell - size) / 2
             fonts.draw_text(pen, left, top, word, size, "white", stroke_width=2, stroke_fill="black")
     return sheet
