@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import flame
-from data import store
+from data import released, store
 from data.captions import fingerprint, open_join, read_captions
 from data.command import Parser, number, run, usable_device
 from data.pictures import warn_of_missing_pictures
@@ -103,7 +103,7 @@ def default_out(args):
 
 def load_encoder(args, settings, device):
     dtype, layer = getattr(torch, args.dtype), settings["llm"]["layer"]
-    return flame.TextEncoder(args.llm, device, dtype, layer, args.positions, settings["budget"])
+    return released.text_encoder(args.llm, device, dtype, layer, args.positions, settings["budget"])
 
 
 def embed_windows(out, settings, journal, encoder, joined, rank, world):

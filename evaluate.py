@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flame
-from data import benchmarks, cache, files
+from data import benchmarks, cache, files, released
 from data.command import Parser, number, run, usable_device
 from data.show import report, search, words
 from flame import InputError
@@ -782,7 +782,7 @@ def open_towers(args, model, checkpoint, llm):
 
     @functools.cache
     def encoder():      # the one place where the text tower is made, and only if a text is not cached
-        tower = flame.TextEncoder(llm, args.device, dtype, source["layer"], source["positions"])
+        tower = released.text_encoder(llm, args.device, dtype, source["layer"], source["positions"])
         if tower.dim != model.config["text_dim"]:
             raise InputError(f"{llm}: its states have {tower.dim} dimensions, {checkpoint} was trained for "
                              f"{model.config['text_dim']}; name the right LLM with --llm")
@@ -817,7 +817,8 @@ def main(argv=None):
         if args.bench:
             task = f"bench {args.bench} in {args.data_root}"
         print(f"{task}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
-        model = flame.load(checkpoint).to(args.device)
+        load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
+        model = load(checkpoint).to(args.device)
         towers = open_towers(args, model, checkpoint, llm)
         if args.words:
             words.show(args, model, llm)

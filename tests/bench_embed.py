@@ -157,7 +157,7 @@ def ablate(what, encoder):
         def shared_root_flat_facets(prefixes, suffixes, positions):
             base = original(prefixes, [[[n]] for n in range(len(prefixes))])  # one marker token a caption keeps them apart
             forests = [flat_forest(p, s) for p, s in zip(prefixes, suffixes)]
-            opening = min(flame._shared_prefix(prefixes[0], p) for p in prefixes)
+            opening = min(flame.shared_prefix(prefixes[0], p) for p in prefixes)
             lengths, parents, tokens, answers, at = [opening], [-1], [torch.tensor(prefixes[0][:opening])], [], opening
             assert base.lengths[0] == opening or len(prefixes) == 1
             for f in forests:

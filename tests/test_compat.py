@@ -14,6 +14,7 @@ from PIL import Image
 import embed
 import evaluate
 import flame
+from data import released as released_path
 from test_decoders import tekken  # noqa: F401 (a fixture: Nemo's tokenizer.json)
 from test_flame import CONFIG, centered_error, path, version_1  # noqa: F401 (path is a fixture)
 
@@ -78,7 +79,7 @@ def nemo(make_random_llm, tekken):  # noqa: F811
 @pytest.mark.parametrize("model", ["llm", "nemo"])
 def test_text_path_equals_the_released_one(request, path, model, prompts):  # noqa: F811
     folder, captions = request.getfixturevalue(model), tuple(CAPTIONS if model == "nemo" else CAPTIONS[:-1])  # long ones take long
-    ours, theirs = flame.TextEncoder(folder, dtype=torch.float32, positions="sequential").encode(captions, prompts), released(folder, prompts, captions)
+    ours, theirs = released_path.text_encoder(folder, dtype=torch.float32, positions="sequential").encode(captions, prompts), released(folder, prompts, captions)
     cosine = torch.cosine_similarity(ours - theirs.mean(0), theirs - theirs.mean(0), dim=-1)  # [N, K]
     assert cosine.min() >= 0.9999 and centered_error(ours, theirs) <= 1e-3
     if prompts != "raw":  # and it is not what we do by default
@@ -92,7 +93,7 @@ def test_tokens_of_the_released_path(request, model):
     folder = request.getfixturevalue(model)
     ours, reference = flame.load_tokenizer(folder), PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for prompts in flame.PROMPTS:
-        for caption, prefix, facets in zip(CAPTIONS, *flame.tokenize(ours, CAPTIONS, prompts, "sequential"), strict=True):
+        for caption, prefix, facets in zip(CAPTIONS, *released_path.tokenize(ours, CAPTIONS, prompts), strict=True):
             assert prefix + sum(facets, []) == released_ids(reference, caption, prompts)
             assert reference.decode(facets[-1]).endswith('word:"') and reference.decode(prefix).endswith(" ,")
             if model == "nemo" and prompts != "raw":  # the lone space, <s>, and then the question
@@ -101,9 +102,9 @@ def test_tokens_of_the_released_path(request, model):
 
 def test_released_path_never_cuts_a_question(llm):
     """A caption that grows in the round trip (its double quotes become single ones) gives way to the questions at 1,536 tokens."""
-    encoder = flame.TextEncoder(llm, dtype=torch.float32, positions="sequential")
+    encoder = released_path.text_encoder(llm, dtype=torch.float32, positions="sequential")
     caption = ' ","' * 1500  # a token each; with single quotes two
-    prefixes, facets = flame.tokenize(encoder.tokenizer, [caption], "long", "sequential")
+    prefixes, facets = released_path.tokenize(encoder.tokenizer, [caption], "long")
     assert len(prefixes[0]) + sum(map(len, facets[0])) > 1536
     (_, forest), = encoder.pack([caption], "long")
     assert encoder.truncated == 1 and 1500 < forest.positions.max() < 1536
@@ -148,7 +149,7 @@ def test_compat_store_in_float16_equals_the_released_vectors(nemo, tmp_path, mon
 def test_float16_keeps_the_centered_states(llm):
     """A real LLM's largest values fit into float16. On CPU it is slow: few captions, few blocks."""
     captions = ["A tiny fox\nin the snow.", "A huge lamp."]
-    exact, rounded = (flame.TextEncoder(llm, dtype=dtype, layer=4, positions="sequential").encode(captions, "raw") for dtype in (torch.float32, torch.float16))
+    exact, rounded = (released_path.text_encoder(llm, dtype=dtype, layer=4, positions="sequential").encode(captions, "raw") for dtype in (torch.float32, torch.float16))
     assert torch.isfinite(rounded).all()
     assert torch.cosine_similarity(exact - exact.mean(0), rounded - exact.mean(0), dim=-1).min() >= 0.9995
 
@@ -201,7 +202,7 @@ def their_file(their_model, path, prefix="module.", **more):  # noqa: F811
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
 def test_released_checkpoint_equals_open_clip_and_projector(their_model, tmp_path, prefix):
-    model, (visual, mm) = flame.load(their_file(their_model, tmp_path / "epoch_32.pt", prefix)), their_model
+    model, (visual, mm) = released_path.load(their_file(their_model, tmp_path / "epoch_32.pt", prefix)), their_model
     visual.ln_post = torch.nn.Identity()  # there, but never used
     pixels = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -229,7 +230,7 @@ def test_numpy_scalars_of_either_spelling_are_read(their_model, tmp_path):
         data[name] = data[name].replace(now, *(either - {now}))
         for name, content in data.items():
             new.writestr(name, content)
-    a, b = flame.load(file).state_dict(), flame.load(tmp_path / "old.pt").state_dict()
+    a, b = released_path.load(file).state_dict(), released_path.load(tmp_path / "old.pt").state_dict()
     assert a.keys() == b.keys() and all(a[n].equal(b[n]) for n in a)
 
 
@@ -244,7 +245,7 @@ class Executed:
 def test_checkpoint_that_does_not_match_is_refused_by_name(their_model, tmp_path, capsys, more, word):
     file = their_file(their_model, tmp_path / "epoch_32.pt", **more)
     with pytest.raises(flame.InputError, match=re.escape(word)) as error:
-        flame.load(file)
+        released_path.load(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value) and "executed" not in capsys.readouterr().out
 
 
@@ -253,7 +254,7 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path):
     torch.save([1], tmp_path / "list.pt")
     for name in ("cat.txt", "list.pt"):
         with pytest.raises(flame.InputError, match=f"{name}: not a FLAME checkpoint"):
-            flame.load(tmp_path / name)
+            released_path.load(tmp_path / name)
 
 
 def test_the_llms_tensors_are_not_read(their_model, tmp_path):
@@ -262,10 +263,11 @@ def test_the_llms_tensors_are_not_read(their_model, tmp_path):
     import sys
     file = their_file(their_model, tmp_path / "big.pt", **{f"module.text.model.{n}": torch.zeros(50 << 19, dtype=torch.float16) for n in range(8)})
     script = f"""if True:
-        import re, flame
+        import re
+        from data import released as released_path
         peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024  # ru_maxrss would begin at the parent's
         before = peak()
-        flame.load({str(file)!r})
+        released_path.load({str(file)!r})
         print(peak() - before)"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=flame.__file__.rpartition("/")[0])
     assert done.returncode == 0, done.stderr
@@ -284,10 +286,10 @@ def test_evaluate_scores_the_released_checkpoint(their_model, tiny_llm, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
     assert evaluate.main(["--bench", "urban1k", "--data-root", "urban1k", "--checkpoint", str(file), "--llm", str(tiny_llm), "--device", "cpu"]) == 0
-    result, model = json.loads((tmp_path / "results/urban1k.json").read_text()), flame.load(file)
+    result, model = json.loads((tmp_path / "results/urban1k.json").read_text()), released_path.load(file)
     with torch.no_grad():
         image = torch.stack([model.encode_image(model.preprocess(Image.open(f))[None])[0] for f in sorted((tmp_path / "urban1k/image").iterdir())])
-    text = torch.nn.functional.normalize(flame.TextEncoder(tiny_llm, dtype=torch.float32, positions="sequential").encode(captions, "long").mean(1), dim=-1)
+    text = torch.nn.functional.normalize(released_path.text_encoder(tiny_llm, dtype=torch.float32, positions="sequential").encode(captions, "long").mean(1), dim=-1)
     expected = evaluate.retrieval(text.numpy(), image.numpy(), np.arange(40))
     assert result["pool"] == "released" and all(result[direction] == expected[direction] for direction in expected)
 

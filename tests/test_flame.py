@@ -175,7 +175,7 @@ def test_one_pass_equals_separate_passes_random_models(make_random_llm, path, co
         ours = flame.TextEncoder(folder, dtype=torch.float32, layer=layer, budget=500).encode(CAPTIONS, "long")
         reference = separate_passes(folder, "long", layer or 3)
         if layer == 4:  # transformers puts the final norm on the last hidden state
-            weight = flame._weights_reader(folder)[0]("model.norm.weight")
+            weight = flame.weights_reader(folder)[0]("model.norm.weight")
             ours = ours * torch.rsqrt(ours.square().mean(-1, keepdim=True) + 1e-6) * weight
         assert centered_error(ours, reference) <= 1e-4
 

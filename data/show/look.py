@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import flame
-from data import files
+from data import files, released
 from data.captions import read_captions, read_join, report_skipped
 from data.store import CURE, SETTINGS
 
@@ -33,17 +33,17 @@ def plan(args):
         elif (place := int(random.integers(total))) < SAMPLE:
             sample[place] = row.captions
     report_skipped(args.captions, skipped)
-    N, tokenizer = args.plan or total, flame.load_tokenizer(args.llm)
+    N, tokenizer, tokenize = args.plan or total, flame.load_tokenizer(args.llm), released.text_path(args.positions)
     found = {}
     for name in prompts:
-        prefixes, suffixes = flame.tokenize(tokenizer, [texts[name] for texts in sample], name, args.positions)
+        prefixes, suffixes = tokenize(tokenizer, [texts[name] for texts in sample], name)
         forests = [flame.caption_forest(prefixes[i:i + 16], suffixes[i:i + 16], args.positions) for i in range(0, len(sample), 16)]
         apart = sum(len(p) + len(f) for p, fs in zip(prefixes, suffixes) for f in fs)
         found[name] = np.array([apart, sum(len(f.tokens) for f in forests), sum(flops(config, layer, f) for f in forests)]) / len(sample)
     found["together"] = sum(found.values())
     speeds = {"1 H100": H100_FLOPS * MFU, "8 H100": 8 * H100_FLOPS * MFU}
     if any(Path(args.llm).glob("*.safetensors")):
-        encoder, forests = flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtype), layer, args.positions, args.budget), []
+        encoder, forests = released.text_encoder(args.llm, args.device, getattr(torch, args.dtype), layer, args.positions, args.budget), []
         packs = [pack for name in prompts for pack in encoder.pack([texts[name] for texts in sample], name)]
         started = None
         for rows, forest in [packs[0], *packs]:  # the first to warm up
@@ -147,7 +147,7 @@ def draw(args):
         raise flame.InputError("--draw: the caption is not UTF-8; type it anew") from None
     tokenizer = flame.load_tokenizer(args.llm)
     prompts = args.prompts[-1]
-    prefixes, suffixes = flame.tokenize(tokenizer, [args.draw], prompts, args.positions)
+    prefixes, suffixes = released.text_path(args.positions)(tokenizer, [args.draw], prompts)
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
     T, S = len(forest.tokens), len(forest.lengths)
     if T > 2048:  # as many pixels a side as a screen can still show, squared
