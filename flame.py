@@ -234,6 +234,8 @@ def decode(decoder, forest):
     for block in decoder.blocks:
         h = add_and_norm(x, update, block["attention_norm"], eps, dtype)
         qkv = F.linear(h, block["wqkv"], block["bqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
+        if block["qk_norm"] is not None:
+            norm_heads(qkv, block["qk_norm"], eps)
         rope(qkv, cos, sin, heads + kv_heads)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
         mixed = attend(q, k, v).flatten(1)
@@ -284,6 +286,15 @@ def add_and_norm(x, update, weight, eps, dtype):
     if update is not None:
         x += update
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+
+
+def norm_heads(qkv, weight, eps):
+    """Qwen3: RMSNorm, in place, of each of the first heads of [T, heads + others, d]; weight float32 [heads,
+    d].
+    """
+    x = qkv[:, :len(weight)].float()
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    qkv[:, :len(weight)] = (x * scale * weight).to(qkv.dtype)
 
 
 def rope(qkv, cos, sin, heads):
@@ -346,7 +357,9 @@ SIZES = 64  # a packed row's tokens are a multiple of it: for every new number o
 
 
 def rounded(forest, multiple):
-    """The forest with a root of idle tokens behind it, so that T is a multiple; what was there sees none of them."""
+    """The forest with a root of idle tokens behind it, so that T is a multiple; what was there sees none of
+    them.
+    """
     idle = -len(forest.tokens) % multiple
     if not idle:
         return forest
@@ -757,7 +770,8 @@ def read_array(path, dtype, shape, cure="download or write it anew"):
 # ------------------------------------------------------------------------------------------------------------
 # An LLM's folder
 
-FAMILIES = ("llama", "mistral", "qwen2")  # model_type; Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5
+# model_type: Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5; Qwen3
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LLM_CURE = "--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer; download it anew"
 UNQUANTISED = "download the bfloat16 or float16 checkpoint, the one without FP8, GPTQ, AWQ or bnb in its name"
 ANEW = "download it anew"
@@ -856,9 +870,9 @@ def weight_files(llm_dir):
         if not names:
             raise InputError(f"{index}: 'weight_map' is empty; {ANEW}")
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name == "..":
+            if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
                 raise InputError(f"{index}: 'weight_map' holds {json.dumps(name)[:200]}, "
-                                 f"not the name of a file beside it; {ANEW}")
+                                 f"no file's name, or one in another folder; {ANEW}")
         return sorted({llm_dir / name for name in names})
     files = [whole] if whole.exists() else sorted(llm_dir.glob("*.safetensors"))
     if not files:
@@ -920,26 +934,30 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
 
 
 def load_block(llm_dir, config, weight, names, prefix):
-    """weight(name, *shape) -> the tensors of the block whose names begin with prefix; q, k, v and gate, up as
-    one matrix.
+    """weight(name, *shape) -> the tensors of the block whose names begin with prefix; q, k, v are one matrix,
+    so are gate, up.
     """
+    family = config["model_type"]
     D = config["hidden_size"]
     inner = config["intermediate_size"]
     head_dim = config["head_dim"]
-    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
+    kv_heads = config["num_key_value_heads"]
+    heads = {"q": config["num_attention_heads"], "k": kv_heads, "v": kv_heads}
     attention = prefix + "self_attn."
     mlp = prefix + "mlp."
-    biases = {}
-    if config["model_type"] == "qwen2":
-        biases = {f"{attention}{x}_proj.bias": n * head_dim for x, n in heads.items()}
-    extra = sorted(name for name in names if name.startswith(prefix) and name.endswith(".bias") and name not in biases)
-    if extra:
-        raise InputError(f"{llm_dir}: tensor {extra[0]}: a bias here is not supported; "
-                         "use a checkpoint without (qwen2 alone has it, on q, k and v)")
+    biases = [f"{attention}{x}_proj.bias" for x in heads] if family == "qwen2" else []
+    norms = [f"{attention}{x}_norm.weight" for x in "qk"] if family == "qwen3" else []
+    for name in sorted(names):
+        odd = name.startswith(prefix) and name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
+        if odd and name not in biases + norms:
+            raise InputError(f"{llm_dir}: tensor {name} is not supported in a {family} checkpoint; use one without it")
+    bias = [weight(name, n * head_dim) for name, n in zip(biases, heads.values())]
+    norm = [weight(name, head_dim, to=torch.float32).expand(n, -1) for name, n in zip(norms, heads.values())]
     return {
         "attention_norm": weight(prefix + "input_layernorm.weight", D, to=torch.float32),
         "wqkv": torch.cat([weight(f"{attention}{x}_proj.weight", n * head_dim, D) for x, n in heads.items()]),
-        "bqkv": torch.cat([weight(name, size) for name, size in biases.items()]) if biases else None,
+        "bqkv": torch.cat(bias) if bias else None,
+        "qk_norm": torch.cat(norm) if norm else None,  # [heads + kv_heads, head_dim]
         "wo": weight(attention + "o_proj.weight", D, heads["q"] * head_dim),
         "mlp_norm": weight(prefix + "post_attention_layernorm.weight", D, to=torch.float32),
         "w_gate_up": torch.cat([weight(f"{mlp}{x}_proj.weight", inner, D) for x in ("gate", "up")]),
@@ -1079,9 +1097,10 @@ def adds_bos(path):
 
 def read_tekken(path):
     from tiktoken import Encoding
-    settings = {"default_num_special_tokens": int, "default_vocab_size": int, "pattern": str}
-    tekken = read_json(path, {"config": settings, "vocab": list}, ANEW)
+    tekken = read_json(path, {"config": dict, "vocab": list}, ANEW)
     config = tekken["config"]
+    wanted = {"default_num_special_tokens": int, "default_vocab_size": int, "pattern": str}
+    check_keys(path, config, wanted, ANEW)
     special = config["default_num_special_tokens"]  # these ids come first; <s> is 1
     vocabulary = tekken["vocab"][:config["default_vocab_size"] - special]
     ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in vocabulary}

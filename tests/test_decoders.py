@@ -31,6 +31,8 @@ DECODERS = {
     "Mistral-Nemo (head_dim, sharded)": dict(family="Mistral", head_dim=20, num_key_value_heads=1, sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=1e6), max_shard_size="2MB"),
     "Qwen2 (bias, head_dim)": dict(family="Qwen2", num_key_value_heads=2),
     "Qwen2.5 (tied, sharded)": dict(family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True, max_shard_size="2MB"),
+    "Qwen3 (norms of q and k, head_dim)": dict(family="Qwen3", head_dim=20),
+    "Qwen3 (tied, sharded)": dict(family="Qwen3", head_dim=8, num_key_value_heads=1, tie_word_embeddings=True, max_shard_size="2MB"),
 }
 
 
@@ -39,10 +41,12 @@ def make(make_random_llm):
     @functools.lru_cache
     def make(name):
         folder = make_random_llm(**DECODERS[name])
-        if DECODERS[name].get("family") == "Qwen2":  # transformers starts biases at zero, where leaving them out changes nothing
+        if DECODERS[name].get("family", "").startswith("Qwen"):
             from safetensors.torch import load_file, save_file
+            random = ("bias", "q_norm.weight", "k_norm.weight")  # 0 and 1 in a new model, where leaving them out changes nothing
             for file in folder.glob("*.safetensors"):
-                save_file({n: torch.randn_like(t) if n.endswith("bias") else t for n, t in load_file(file).items()}, file, {"format": "pt"})
+                weights = {n: torch.randn_like(t) if n.endswith(random) else t for n, t in load_file(file).items()}
+                save_file(weights, file, {"format": "pt"})
         return folder
     return make
 
@@ -149,7 +153,10 @@ def drop_tensor(folder, ending):
 
 
 @pytest.mark.parametrize("name, change, word", [
-    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="qwen3"), "qwen3.*llama, mistral, qwen2"),
+    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="qwen3_moe"), "qwen3_moe.*llama, mistral, qwen2, qwen3"),
+    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="qwen3"), "no tensor .*layers.0.self_attn.q_norm.weight"),
+    ("Qwen2 (bias, head_dim)", lambda f: edit_config(f, model_type="qwen3"), "bias"),
+    ("Qwen3 (norms of q and k, head_dim)", lambda f: edit_config(f, model_type="llama"), "layers.0.self_attn.k_norm.weight"),
     ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="gemma2"), "gemma2.*llama, mistral, qwen2"),
     ("Llama 2 (no GQA)", lambda f: edit_config(f, rope_parameters=dict(rope_type="yarn", factor=4.0)), "yarn.*default, linear, llama3"),
     ("Llama 2 (no GQA)", lambda f: edit_config(f, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
