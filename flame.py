@@ -222,7 +222,7 @@ def decode(decoder, forest):
     eps = decoder.config["rms_norm_eps"]
     device = decoder.embedding.device
     dtype = decoder.embedding.dtype
-    attend = attention_over(forest, device, dtype)
+    attend = attention_over(forest, device, dtype, heads // kv_heads)
     angle = torch.outer(forest.positions.float().to(device), decoder.inv_freq)  # [T, head_dim / 2]
     cos = angle.cos()
     sin = angle.sin()
@@ -247,34 +247,39 @@ def decode(decoder, forest):
     return (x + update)[answer_of.to(device)]
 
 
-def attention_over(forest, device, dtype):
-    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule, no T x T
-    buffer.
+def attention_over(forest, device, dtype, share):
+    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule, no T x T buffer.
 
-    With the extension every ancestor's keys and values are read in place. Without it: dense attention per
-    branch.
+    share: query heads a key head, H / Hkv. Here: dense attention per branch. With the extension every ancestor's keys
+    and values are read in place.
     """
     if flame_ext and dtype in NATIVE and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda):
-        layout = flame_ext.layout(forest.lengths, forest.parents)
-
-        def attend(q, k, v):
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-            flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, None, stream)
-            return out
-        return attend
-
+        return native_attention(forest, device, share)
     cut = [[torch.from_numpy(x).to(device) for x in branch] for branch in branches(forest)]
 
-    def attend_plainly(q, k, v):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # a key head serves its group
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    def attend(q, k, v):
+        out = torch.empty(q.shape, dtype=q.dtype, device=device)
+        k = k.repeat_interleave(share, dim=1)  # a key head serves its group
+        v = v.repeat_interleave(share, dim=1)
         for queries, keys, mask in cut:
             parts = [x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]  # [1, H, tokens, d]
             out[queries] = F.scaled_dot_product_attention(*parts, attn_mask=mask)[0].transpose(0, 1)
         return out
-    return attend_plainly
+    return attend
+
+
+def native_attention(forest, device, share):
+    gpu = device.type == "cuda"
+    tile = max(1, 64 // share) if gpu else 64  # queries that are worked on together
+    layout = flame_ext.layout(forest.lengths, forest.parents, tile)
+    plan = torch.tensor(layout.plan, device=device) if gpu else None
+
+    def attend(q, k, v):
+        out = torch.empty(q.shape, dtype=q.dtype, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if gpu else 0
+        flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, plan, stream)
+        return out
+    return attend
 
 
 def add_and_norm(x, update, weight, eps, dtype):

@@ -1,0 +1,231 @@
+// Attention over the forest. A task is one tile of queries and one KV head; its rows are queries x query heads of
+// that group, so that each loaded key serves them all. For a group of rows and a block of keys there are two products:
+//   S^T = K Q^T          lanes over rows: the softmax needs no horizontal step, and keys are read where they lie
+//   O = alpha O + P V    lanes over head_dim
+// The softmax is online and in base 2.
+
+constexpr float LOWEST = -INFINITY;
+
+// ---- Operands ---------------------------------------------------------------------------------------------
+
+// A row of `dim` elements as units, zeros from there to `units`.
+template <Math M, class T>
+TARGET inline void to_units(const T* from, int dim, uint32_t* to, int units) {
+  for (int i = dim / per_unit(M); i < units; ++i) to[i] = 0;
+  if (M == FLOATS)
+    for (int i = 0; i < dim; ++i) to[i] = bits_as<uint32_t>(to_float(from[i]));
+  else std::memcpy(to, from, sizeof(T) * dim);
+}
+
+// Two rows as units that join their elements.
+template <class T>
+TARGET inline void join(const T* even, const T* odd, int dim, uint32_t* to, int units) {
+  for (int i = 0; i < dim; ++i) to[i] = ((const uint16_t*)even)[i] | (uint32_t)((const uint16_t*)odd)[i] << 16;
+  for (int i = dim; i < units; ++i) to[i] = 0;
+}
+
+// Values of n keys as a right operand [keys / per_unit, width], zeros behind them.
+template <Math M, class T>
+TARGET inline void to_value_units(const T* from, int64_t stride, int n, int dim, uint32_t* to, int width) {
+  static const T zeros[MAX_DIM] = {};
+  const auto key = [&](int j) { return j < n ? from + j * stride : zeros; };
+  for (int j = 0; j < round_up(n, key_block(M)); j += per_unit(M), to += width)
+    if (M == FLOATS) to_units<FLOATS>(key(j), dim, to, width);
+    else join(key(j), key(j + 1), dim, to, width);
+}
+
+// Asks for a row well before it is read: rows that lie apart escape the hardware's own prefetching.
+template <class T>
+TARGET inline void prefetch(const T* row, int dim) {
+  for (int i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
+// ---- Softmax ----------------------------------------------------------------------------------------------
+
+// Scores [GROUP] of one key: -inf for the rows that may not see it.
+TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first, const int32_t* __restrict q_depth,
+                        int32_t k_first, int32_t k_last, int32_t k_depth) {
+  for (int r = 0; r < GROUP; ++r) {
+    const float x = s[r];
+    s[r] = visible(q_first[r], q_depth[r], k_first, k_last, k_depth) ? x : LOWEST;
+  }
+}
+
+// Two keys' weights as a unit, rounded to bfloat16 (half up: they are not negative).
+TARGET inline vec pair_of(vec even, vec odd) {
+  return (vec)((((uvec)even + 0x8000) >> 16) | (((uvec)odd + 0x8000) & 0xffff0000));
+}
+
+// A step for WIDTH rows: scores s of `keys` keys -> units p of their weights, zeros behind them. maximum and total
+// are the rows' so far; alpha gets what earlier sums are to be multiplied by.
+template <Math M>
+TARGET inline void softmax(const float* s, int keys, float scale, float* p, float* maximum, float* total,
+                           float* alpha) {
+  constexpr bool ROUGH = M != FLOATS;
+  const vec before = load(maximum);
+  vec now = before, added{};
+  for (int j = 0; j < keys; ++j) {
+    const vec x = load(s + j * GROUP);
+    now = x > now ? x : now;
+  }
+  const vec log2_scale = splat(scale * 1.44269504f);
+  const vec base = now == splat(LOWEST) ? vec{} : now * log2_scale;  // nothing seen yet: keep -inf - -inf out
+  int j = 0;
+  for (; j < keys; j += per_unit(M), p += GROUP) {
+    const vec even = exp2_of<ROUGH>(load(s + j * GROUP) * log2_scale - base);
+    const bool paired = M != FLOATS && j + 1 < keys;
+    const vec odd = paired ? exp2_of<ROUGH>(load(s + (j + 1) * GROUP) * log2_scale - base) : vec{};
+    added += even + odd;
+    store(p, M == FLOATS ? even : pair_of(even, odd));
+  }
+  for (; j < round_up(keys, key_block(M)); j += per_unit(M), p += GROUP) store(p, vec{});
+  const vec factor = exp2_of<false>(before * log2_scale - base);
+  store(alpha, factor);
+  store(maximum, now);
+  store(total, load(total) * factor + added);
+}
+
+// ---- A task -----------------------------------------------------------------------------------------------
+
+template <class T, Math M>
+struct Task {
+  static constexpr int PER = per_unit(M);
+  const Attention& a;
+  const Plan& plan;
+  const int32_t* query;
+  const int queries, kv_head;
+  float* const scratch;
+  const int share = a.heads / a.kv_heads, rows = queries * share;
+  const int padded = (int)round_up(rows, GROUP);
+  const int units = (int)round_up(a.dim, 16 * PER) / PER;  // of a row of Q or K
+  const int width = (int)round_up(a.dim, 16);              // of a row of O
+  int64_t floats = 0;                                      // of scratch
+  float* const s = take((KEYS + PAST) * GROUP);            // [KEYS + PAST, GROUP]
+  float* const p = M == FLOATS ? s : take(KEYS / PER * GROUP);           // [KEYS / PER, GROUP]
+  float* const o = take((int64_t)padded * width);                        // [padded, width]
+  float* const maximum = take(padded);
+  float* const total = take(padded);
+  uint32_t* const q = (uint32_t*)take((int64_t)padded * units);          // [units, padded]
+  uint32_t* const k_copy = (uint32_t*)take((KEYS + PAST) * units);       // [KEYS + PAST, units]
+  uint32_t* const v_copy = (uint32_t*)take(KEYS / PER * width);          // [KEYS / PER, width]
+  int32_t* const q_first = (int32_t*)take(padded);
+  int32_t* const q_depth = (int32_t*)take(padded);
+
+  float* take(int64_t n) {  // on cache lines
+    const uintptr_t part = (uintptr_t)scratch + 4 * floats;
+    floats += round_up(n, 16);
+    return (float*)part;
+  }
+
+  const T* q_row(int r) const {  // rows past the end repeat the last one
+    r = std::min(r, rows - 1);
+    return (const T*)a.q + query[r / share] * a.q_stride + (kv_head * share + r % share) * a.dim;
+  }
+
+  TARGET void begin() {
+    for (int r = 0; r < padded; r += 16) {
+      for (int i = 0; i < 16; ++i) {
+        prefetch(q_row(r + i + 16), a.dim);
+        to_units<M>(q_row(r + i), a.dim, k_copy + i * units, units);
+      }
+      for (int u = 0; u < units; u += 16) transpose(k_copy + u, units, q + (int64_t)u * padded + r, padded);
+    }
+    for (int r = 0; r < padded; ++r) {
+      const int32_t token = query[std::min(r, rows - 1) / share];
+      q_first[r] = plan.first[token];
+      q_depth[r] = plan.depth[token];
+      maximum[r] = LOWEST;
+      total[r] = 0;
+    }
+    std::memset(o, 0, sizeof(float) * padded * width);
+  }
+
+  // All rows take in the n keys from packed token `start` on.
+  TARGET void take_in(int64_t start, int n, bool masked) {
+    const T* k = (const T*)a.k + start * a.k_stride + kv_head * a.dim;
+    const T* v = (const T*)a.v + start * a.v_stride + kv_head * a.dim;
+    Left keys{(const uint32_t*)k, a.k_stride / PER, 1};
+    Right values{(const uint32_t*)v, a.v_stride};
+    const bool k_in_place = sizeof(T) * PER == 4 && a.dim % (16 * PER) == 0 && a.k_stride % PER == 0;
+    const bool v_in_place = sizeof(T) == 4 && a.dim == width;
+    if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is nothing to read
+      for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k_stride, a.dim, k_copy + j * units, units);
+      keys = {k_copy, units, 1};
+    }
+    if (!v_in_place) {
+      to_value_units<M>(v, a.v_stride, n, a.dim, v_copy, width);
+      values = {v_copy, width};
+    }
+    for (int r = 0; r < rows; r += GROUP) {
+      const int lanes = std::min(GROUP, (int)round_up(rows - r, 16));
+      int low = 0, high = n;
+      if (masked) trim(start, r, lanes, low, high);
+      if (low < high) take_in_group(start, r, lanes, low, high, masked, keys, values);
+    }
+  }
+
+  // Leaves out keys at both ends that no row of the group sees.
+  TARGET void trim(int64_t start, int r, int lanes, int& low, int& high) const {
+    const int32_t lowest = q_first[r], highest = q_first[r + lanes - 1];
+    const int32_t deepest = *std::max_element(q_depth + r, q_depth + r + lanes);
+    const auto needed = [&](int64_t k) {
+      return visible_to_some(lowest, highest, deepest, plan.first[k], plan.last[k], plan.depth[k]);
+    };
+    while (low < high && !needed(start + high - 1)) --high;
+    while (low < high && !needed(start + low)) ++low;
+    if (low < high) low -= low % key_block(M);
+  }
+
+  TARGET void take_in_group(int64_t start, int r, int lanes, int low, int high, bool masked, Left keys,
+                            Right values) {
+    float* scores = s + low * GROUP;
+    float* weights = p + low / PER * GROUP;
+    alignas(64) float alpha[GROUP];
+    keys.at += low * keys.row;
+    values.at += low / PER * values.step;
+    product<M>(high - low, lanes, keys, {q + r, padded}, units, scores, GROUP, nullptr);
+    for (int64_t k = start + low; masked && k < start + high; ++k)
+      hide(s + (k - start) * GROUP, q_first + r, q_depth + r, plan.first[k], plan.last[k], plan.depth[k]);
+    for (int i = 0; i < lanes; i += WIDTH)
+      softmax<M>(scores + i, high - low, a.scale, weights + i, maximum + r + i, total + r + i, alpha + i);
+    const Left left{(const uint32_t*)weights, 1, GROUP};
+    const int steps = (high - low + PER - 1) / PER;
+    product<M>(std::min(lanes, rows - r), width, left, values, steps, o + r * width, width, alpha);
+  }
+
+  TARGET void end() const {
+    for (int r = 0; r < rows; ++r) {
+      T* out = (T*)a.out + query[r / share] * a.out_stride + (kv_head * share + r % share) * a.dim;
+      const vec scale = splat(1 / total[r]);
+      for (int i = 0; i < a.dim; i += WIDTH) put(out + i, load(o + r * width + i) * scale, a.dim - i);
+    }
+  }
+};
+
+template <class T, Math M>
+TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_head, float* scratch) {
+  [[maybe_unused]] const TileRegisters<M> registers;
+  const int32_t begin = plan.tile[tile], end = plan.tile[tile + 1];
+  Task<T, M> task{a, plan, plan.query + begin, end - begin, kv_head, scratch};
+  task.begin();
+  for (int32_t run = plan.run[tile]; run < plan.run[tile + 1]; ++run) {
+    const bool masked = plan.before[run] >= plan.common[tile];
+    const int64_t stop = plan.run_stop[run];
+    for (int64_t start = plan.run_start[run]; start < stop; start += KEYS)
+      task.take_in(start, (int)std::min<int64_t>(KEYS, stop - start), masked);
+  }
+  task.end();
+}
+
+template <class T, Math M>
+size_t scratch_floats(const Attention& a, int tile_size) {  // whole cache lines
+  return Task<T, M>{a, {}, nullptr, tile_size, 0, nullptr}.floats;
+}
+
+// ---- Mask -------------------------------------------------------------------------------------------------
+
+TARGET void mask(const Plan& plan, uint8_t* out, int64_t stride, int64_t from, int64_t to) {
+  for (int64_t q = from; q < to; ++q)
+    for (int64_t k = 0; k < plan.tokens; ++k)
+      out[q * stride + k] = visible(plan.first[q], plan.depth[q], plan.first[k], plan.last[k], plan.depth[k]);
+}

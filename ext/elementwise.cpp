@@ -1,0 +1,79 @@
+// The module's element-wise functions: of a decoder block what is neither attention nor a matrix product, and the
+// store's reader.
+#include "cpu.h"
+#include "view.h"
+
+namespace {
+
+void rope(const py::object& qkv_, const py::object& cos_, const py::object& sin_, int64_t heads) {
+  const View qkv = View(qkv_, "qkv", FLOATING, {ANY, ANY, ANY}, CPU, 1).written();
+  const int64_t tokens = qkv.shape[0], dim = qkv.shape[2];
+  if (dim % 2) qkv.fail(" has an odd head_dim, ", dim);
+  if (heads < 0 || heads > qkv.shape[1]) qkv.fail(" has ", qkv.shape[1], " heads, but heads is ", heads);
+  const View cos(cos_, "cos", "float32", {tokens, dim / 2});
+  const View sin(sin_, "sin", "float32", {tokens, dim / 2});
+  const Rope task{qkv.data<void>(), qkv.stride[0], (int)heads, (int)dim, cos.data<float>(), sin.data<float>()};
+  const auto kernel = cpu().rope[qkv.floating()];
+  py::gil_scoped_release release;
+  over_rows(tokens, [&](int64_t from, int64_t to) { kernel(task, from, to); });
+}
+
+void rmsnorm(const py::object& x_, const py::object& weight_, const py::object& out_, double eps,
+             const py::object& delta_) {
+  const View x = View(x_, "x", "float32", {ANY, ANY}).written();
+  const View weight(weight_, "weight", "float32", {x.shape[1]});
+  const View out = View(out_, "out", FLOATING, x.shape).written();
+  RmsNorm task{x.data<float>(), nullptr, weight.data<float>(), out.data<void>(), x.shape[1], (float)eps};
+  if (!delta_.is_none()) task.delta = View(delta_, "delta", out.dtype, x.shape).data<void>();
+  const auto kernel = cpu().rmsnorm[out.floating()];
+  py::gil_scoped_release release;
+  over_rows(x.shape[0], [&](int64_t from, int64_t to) { kernel(task, from, to); });
+}
+
+void swiglu(const py::object& gate_up_, const py::object& out_) {
+  const View gate_up(gate_up_, "gate_up", FLOATING, {ANY, ANY});
+  const int64_t tokens = gate_up.shape[0], width = gate_up.shape[1] / 2;
+  if (gate_up.shape[1] % 2) gate_up.fail(" has an odd width, ", gate_up.shape[1]);
+  const View out = View(out_, "out", gate_up.dtype, {tokens, width}).written();
+  const SwiGlu task{gate_up.data<void>(), out.data<void>(), width};
+  const auto kernel = cpu().swiglu[out.floating()];
+  py::gil_scoped_release release;
+  over_rows(tokens, [&](int64_t from, int64_t to) { kernel(task, from, to); });
+}
+
+void unit_vectors(const py::object& vectors_, const py::object& index_, const py::object& out_,
+                  const py::object& scales_, const py::object& statistics_) {
+  const bool int8 = !scales_.is_none();
+  const View vectors(vectors_, "vectors", int8 ? "int8" : "float16", {ANY, ANY, ANY});
+  const int64_t rows = vectors.shape[0], columns = vectors.shape[1], width = vectors.shape[2];
+  const std::vector<int64_t> index = integers(index_, "index");
+  for (const int64_t i : index)
+    if (i < 0 || i >= rows * columns)
+      throw py::value_error(text("index has ", i, ", but there are ", rows * columns, " vectors"));
+  const View out = View(out_, "out", "float32", {(int64_t)index.size(), width}).written();
+  UnitVectors task{vectors.data<void>(), nullptr, nullptr, columns, width, index.data(), out.data<float>()};
+  if (int8) task.scales = View(scales_, "scales", "float32", {rows, columns}).data<float>();
+  if (int8) task.statistics = View(statistics_, "statistics", "float32", {2, columns, width}).data<float>();
+  const auto kernel = cpu().unit_vectors[int8];
+  py::gil_scoped_release release;
+  over_rows(out.shape[0], [&](int64_t from, int64_t to) { kernel(task, from, to); });
+}
+
+}  // namespace
+
+void add_elementwise(py::module_& m) {
+  m.def("rope", rope, py::arg("qkv"), py::arg("cos"), py::arg("sin"), py::arg("heads"),
+        "Rotates the first `heads` heads of qkv [T, *, d] in place, pairs (i, i + d / 2). CPU.\n"
+        "cos, sin: float32 [T, d / 2].");
+  m.def("rmsnorm", rmsnorm, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("eps"),
+        py::arg("delta") = py::none(),
+        "x += delta in place if given, then out = x / sqrt(mean(x^2) + eps) * weight, all [T, D]. CPU.\n"
+        "x, weight float32; out and delta both float32 or both bfloat16.");
+  m.def("swiglu", swiglu, py::arg("gate_up"), py::arg("out"),
+        "out [T, F] = silu(gate) * up, gate_up = [gate | up] [T, 2 F], computed in float32. CPU.");
+  m.def("unit_vectors", unit_vectors, py::arg("vectors"), py::arg("index"), py::arg("out"),
+        py::arg("scales") = py::none(), py::arg("statistics") = py::none(),
+        "out [n, D] float32 = the vectors number index [n] of a store, normalised. CPU.\n"
+        "vectors: float16 [N, M, D] as they are, or int8 with scales [N, M] and statistics [2, M, D], float32:\n"
+        "mean + deviation * scale * integers.");
+}

@@ -1,0 +1,177 @@
+// Products of small matrices. The operands' unit is 32 bits: one float32, or a pair of bfloat16, neighbours in the
+// summed dimension, that are multiplied and added at once.
+
+enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
+#if defined(AMX)
+constexpr Math BF16_MATH = TILES;
+#elif defined(BF16_DOT)
+constexpr Math BF16_MATH = PAIRS;
+#else
+constexpr Math BF16_MATH = FLOATS;
+#endif
+
+constexpr int KEYS = 96;   // keys a block: with GROUP, a block's scores and operands stay in the L1 cache
+constexpr int GROUP = 48;  // rows a block
+constexpr int STEP = 6;    // rows in registers: 6 x 4 sums and 4 loads fill the 32 registers of AVX-512
+constexpr int TILE = 16;   // side of an AMX tile
+constexpr int PAST = 16;   // rows that a product may read past its last: it rounds up to STEP or TILE
+
+constexpr int per_unit(Math m) { return m == FLOATS ? 1 : 2; }             // elements
+constexpr int key_block(Math m) { return m == TILES ? 32 : per_unit(m); }  // keys that P V takes at once
+
+struct Left {  // unit (r, s) is at[r * row + s * step]
+  const uint32_t* at;
+  int64_t row, step;
+};
+struct Right {  // unit (s, j) is at[s * step + j]
+  const uint32_t* at;
+  int64_t step;
+};
+
+// sum += a b, where a is one unit for all lanes. It may lie at an odd multiple of two bytes.
+template <Math M>
+TARGET inline vec multiply_add(vec sum, const uint32_t* a, vec b) {
+  float value;
+  std::memcpy(&value, a, 4);
+  return sum + splat(value) * b;
+}
+#ifdef BF16_DOT
+template <>
+TARGET inline vec multiply_add<PAIRS>(vec sum, const uint32_t* a, vec b) {
+  int pair;
+  std::memcpy(&pair, a, 4);
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+}
+#endif
+
+// c[STEP][V * WIDTH] = alpha c + a b; a null alpha starts from 0. Fewer vectors where fewer columns are left.
+template <Math M, int V>
+TARGET inline void product_block(int columns, Left a, Right b, int steps, float* c, int64_t c_row,
+                                 const float* alpha) {
+  if constexpr (V > 1)
+    if (columns < V * WIDTH) return product_block<M, V - 1>(columns, a, b, steps, c, c_row, alpha);
+  vec sum[STEP][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j)
+      sum[r][j] = alpha ? splat(alpha[r]) * load(c + r * c_row + j * WIDTH) : vec{};
+  for (int s = 0; s < steps; ++s) {
+    vec row[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) row[j] = load((const float*)b.at + s * b.step + j * WIDTH);
+#pragma GCC unroll 8
+    for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j)
+        sum[r][j] = multiply_add<M>(sum[r][j], a.at + r * a.row + s * a.step, row[j]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) store(c + r * c_row + j * WIDTH, sum[r][j]);
+}
+
+// The same for `rows`, rounded up to a multiple of STEP, and `columns`, a multiple of 16.
+template <Math M>
+TARGET void product(int rows, int columns, Left a, Right b, int steps, float* c, int64_t c_row,
+                    const float* alpha) {
+  constexpr int V = WIDTH == 16 ? 4 : 2;
+  for (int j = 0; j < columns; j += V * WIDTH)
+    for (int r = 0; r < rows; r += STEP) {
+      const Left a_block{a.at + r * a.row, a.row, a.step};
+      const Right b_block{b.at + j, b.step};
+      const float* alpha_block = alpha ? alpha + r : nullptr;
+      product_block<M, V>(columns - j, a_block, b_block, steps, c + r * c_row + j, c_row, alpha_block);
+    }
+}
+
+// to[j * to_row + i] = from[i * from_row + j] for i, j below 16.
+TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+#if WIDTH == 16
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    const __m512i even = _mm512_loadu_si512(from + i * from_row);
+    const __m512i odd = _mm512_loadu_si512(from + (i + 1) * from_row);
+    a[i] = _mm512_unpacklo_epi32(even, odd);
+    a[i + 1] = _mm512_unpackhi_epi32(even, odd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // b[i + m]: elements 4 l + m of rows i..i + 3 in 128-bit lane l
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < 4; ++m) {
+    const __m512i low01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(b[8 + m], b[12 + m], 0x44);
+    const __m512i high23 = _mm512_shuffle_i32x4(b[8 + m], b[12 + m], 0xee);
+    _mm512_storeu_si512(to + m * to_row, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + (4 + m) * to_row, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(to + (8 + m) * to_row, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + (12 + m) * to_row, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
+#endif
+}
+
+// ---- On AMX tiles -----------------------------------------------------------------------------------------
+
+template <Math M>
+struct TileRegisters {};  // in use while this lives
+
+#ifdef AMX
+template <>
+struct TileRegisters<TILES> {
+  TARGET TileRegisters() {
+    alignas(64) uint8_t config[64] = {1};  // palette 1; from byte 16 on each tile's bytes a row, from 48 on its rows
+    for (int t = 0; t < 8; ++t) {
+      config[16 + 2 * t] = 4 * TILE;
+      config[48 + t] = TILE;
+    }
+    _tile_loadconfig(config);
+  }
+  TARGET ~TileRegisters() { _tile_release(); }
+};
+
+// Rows, columns and steps are rounded up to multiples of TILE.
+template <>
+TARGET void product<TILES>(int rows, int columns, Left a, Right b, int steps, float* c, int64_t c_row,
+                           const float* alpha) {
+  alignas(64) uint32_t turned[GROUP][KEYS / 2];
+  if (a.step != 1) {  // a tile is loaded by rows
+    for (int r = 0; r < rows; r += TILE)
+      for (int s = 0; s < steps; s += TILE)
+        transpose(a.at + r + s * a.step, a.step, &turned[r][s], KEYS / 2);
+    a = {turned[0], KEYS / 2, 1};
+  }
+  for (int r = 0; alpha && r < rows; ++r)
+    for (int j = 0; j < columns; j += WIDTH)
+      store(c + r * c_row + j, splat(alpha[r]) * load(c + r * c_row + j));
+  for (int r = 0; r < rows; r += TILE)
+    for (int j = 0; j < columns; j += 2 * TILE) {
+      float* to = c + r * c_row + j;
+      const bool two = j + TILE < columns;
+      if (alpha) _tile_loadd(0, to, c_row * 4);
+      else _tile_zero(0);
+      if (alpha && two) _tile_loadd(1, to + TILE, c_row * 4);
+      else _tile_zero(1);
+      for (int s = 0; s < steps; s += TILE) {
+        _tile_loadd(2, a.at + r * a.row + s, a.row * 4);
+        _tile_loadd(3, b.at + s * b.step + j, b.step * 4);
+        _tile_dpbf16ps(0, 2, 3);
+        if (!two) continue;
+        _tile_loadd(4, b.at + s * b.step + j + TILE, b.step * 4);
+        _tile_dpbf16ps(1, 2, 4);
+      }
+      _tile_stored(0, to, c_row * 4);
+      if (two) _tile_stored(1, to + TILE, c_row * 4);
+    }
+}
+#endif
