@@ -1,17 +1,18 @@
 """Stage 1: captions + frozen LLM -> embedding store.
 
     python embed.py --captions cc3m.tsv                 # -> data/embeddings/cc3m
-    torchrun --nproc_per_node 8 embed.py --captions "cc3m/{0000..0575}.tar" --join long=long.json short=short.json
     python embed.py --captions cc3m.tsv --plan          # what it would take, before any hours are spent
-    python embed.py --inspect data/embeddings/cc3m      # is it whole? are the facets distinct? nearest to which words?
-    python embed.py --draw "A red kite above a beach."  # -> a picture of that caption's segment forest and mask
+    python embed.py --inspect data/embeddings/cc3m      # is it whole? are the facets distinct? which words?
+    python embed.py --draw "A red kite above a beach."  # -> a picture of that caption's forest and mask
+    torchrun --nproc_per_node 8 embed.py --captions "cc3m/{0000..0575}.tar" --join long=long.json
 
-The LLM never changes, so its facet embeddings are computed once and training never runs it. The captions are cut into
-fixed windows of rows; what a window's embeddings are depends on nothing but its captions and the recorded settings. So
-windows can be split over processes (torchrun) and machines (--shard), and after a crash, or kill -9, the same command
-goes on with the windows that are missing and ends with the same bytes.
+The LLM never changes, so its facet embeddings are computed once and training never runs it. The captions
+are cut into fixed windows of rows; what a window's embeddings are depends on nothing but its captions and the
+recorded settings. So windows can be split over processes (torchrun) and machines (--shard), and after a
+crash, or kill -9, the same command goes on with the windows that are missing and ends with the same bytes.
 """
 import argparse
+import itertools
 import os
 import queue
 import re
@@ -35,42 +36,45 @@ from data.command import Parser, number, run, usable_device
 from data.pictures import warn_of_missing_pictures
 from data.show import look
 
-WINDOW = {"cpu": 256, "cuda": 2048}  # rows between two flushes: seconds to a minute of work; part of what fixes the bytes
+# Rows between two flushes: seconds to a minute of work. Part of what fixes the bytes, as the rows' budget is.
+WINDOW = {"cpu": 256, "cuda": 2048}
+
+# torchrun says which of how many processes this is.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def embed(args):
-    """This process' part of the run: under torchrun, its share of the windows; rank 0 makes and finishes the store."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    own_gpu = args.device == "cuda" and world > 1
-    device = usable_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else args.device)
-    if rank == 0:
-        next(read_captions(args.captions))  # complains of a file without captions before anything is made
-    settings = settings_of(args, device, with_hash=rank == 0)
+    """This process' part of the run.
+
+    Rank 0 makes the store and finishes it; every rank embeds its share of the windows.
+    """
+    one_of_many = args.device == "cuda" and WORLD > 1
+    device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_of_many else args.device)
+    settings = settings_of(args, device.type)
     out = Path(args.out or default_out(args))
-    if rank == 0:
-        warn_of_missing_pictures(args.captions)
-    if world > 1:  # for the ranks to wait for one another, however long one takes
+    if WORLD > 1:  # for the ranks to wait for one another, however long one takes
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    with store.lock(out, args.overwrite) if rank == 0 else nullcontext():
+    with store.lock(out, args.overwrite) if RANK == 0 else nullcontext():
         encoder = journal = None
-        if rank == 0 and not args.overwrite and store.finished(out, settings, args.llm):
+        if RANK == 0 and not args.overwrite and store.finished(out, settings, args.llm):
             print(f"{out}: finished already, nothing to do")
-        elif rank == 0:
+        elif RANK == 0:
+            warn_of_missing_pictures(args.captions)
             encoder = load_encoder(args, settings, device)  # complains of an LLM before anything is made
             journal = store.begin(out, settings, encoder.dim, args.llm, args.overwrite)
-        if world > 1:
-            shared = [journal]
-            torch.distributed.broadcast_object_list(shared, src=0)
-            journal = shared[0]
+        if WORLD > 1:
+            told = [journal]
+            torch.distributed.broadcast_object_list(told, src=0)
+            journal = told[0]
         if journal:
             encoder = encoder or load_encoder(args, settings, device)
-            joined = {name: open_join(store.join_file(out, name)) for name in args.join}
-            embed_windows(out, settings, journal, encoder, joined, rank, world)
+            embed_windows(out, settings, journal, encoder)
 
 
-def settings_of(args, device, with_hash):
+def settings_of(args, device):
     """All that fixes the store's bytes, for its journal and its meta.json."""
-    joins = {name: os.path.abspath(file) for name, file in args.join.items()}
+    files = [args.captions, *args.join.values()]
     return {
         "llm": {
             "name": Path(args.llm).resolve().name,
@@ -80,15 +84,15 @@ def settings_of(args, device, with_hash):
         },
         "captions": {
             "path": os.path.abspath(args.captions),
-            "joins": joins,
-            "sha256": fingerprint([args.captions, *args.join.values()]) if with_hash else None,
+            "joins": {name: os.path.abspath(file) for name, file in args.join.items()},
+            "sha256": fingerprint(files) if RANK == 0 else None,
         },
         "prompts": args.prompts,
         "columns": [column for column in flame.COLUMNS if column.split(".")[0] in args.prompts],
         "dtype": args.dtype,
-        "device": device.type,
-        "budget": args.budget or flame.BUDGET[device.type],
-        "window": args.window or WINDOW[device.type],
+        "device": device,
+        "budget": flame.BUDGET[device],
+        "window": args.window or WINDOW[device],
         "store": args.store,
         "shard": list(args.shard),
     }
@@ -97,86 +101,84 @@ def settings_of(args, device, with_hash):
 def default_out(args):
     """cc3m.tsv.gz, cc3m/, cc3m-{0000..0575}.tar -> data/embeddings/cc3m"""
     name = re.split(r"[.{]", Path(args.captions).resolve().name)[0].rstrip("-_") or "captions"
-    shard, shards = args.shard
-    return Path("data/embeddings") / (name if shards == 1 else f"{name}-{shard}-of-{shards}")
+    if args.shard[1] > 1:
+        name = "{}-{}-of-{}".format(name, *args.shard)
+    return Path("data/embeddings", name)
 
 
 def load_encoder(args, settings, device):
     dtype, layer = getattr(torch, args.dtype), settings["llm"]["layer"]
-    return released.text_encoder(args.llm, device, dtype, layer, args.positions, settings["budget"])
+    return released.text_encoder(args.llm, device, dtype, layer, args.positions)
 
 
-def embed_windows(out, settings, journal, encoder, joined, rank, world):
-    """One rank's share of the windows that are not finished yet; rank 0 finishes the store when all are there."""
-    started = time.time()
-    total, D, device = journal["total"], encoder.dim, encoder.decoder.embedding.device.type
-    repeats = set(journal["repeats"])
-
-    def rows():
-        captions = read_captions(settings["captions"]["path"], None, joined, store.released(settings))
-        return (row for row in captions if row.number not in repeats)
-
-    statistics, busy = None, 0.0  # busy: seconds of the LLM at work
+def embed_windows(out, settings, journal, encoder):
+    """Embeds this rank's share of the windows that are not finished yet; rank 0 then finishes the store."""
+    started, busy = time.time(), 0.0  # busy: seconds of the LLM at work
+    total, window = journal["total"], settings["window"]
+    if RANK == 0:
+        shape = [journal["N"], len(settings["columns"]), encoder.dim]
+        slower = "" if flame.flame_ext else ", without flame_ext: slower"
+        print(f"{out}: {shape} {settings['store']}, layer {encoder.layer}, "
+              f"{settings['dtype']} on {WORLD} x {settings['device']}{slower}")
+    statistics = None
     if settings["store"] == "int8":
-        if rank == 0 and not (out / "statistics.npy").exists():
-            store.fit_statistics(out / "statistics.npy", encoder, rows(), settings["prompts"], total)
+        if RANK == 0 and not (out / "statistics.npy").exists():
+            store.fit_statistics(out, settings, encoder, rows_of(out, settings, journal), total)
             busy = time.time() - started
-        if world > 1:
+        if WORLD > 1:
             torch.distributed.barrier()
-        statistics = store.read_statistics(out, settings, D)
-    if rank == 0:
-        size = (out / "embeddings.npy").stat().st_size / 1e6
-        shape = [journal["N"], len(settings["columns"]), D]
-        print(f"{journal['N']} captions, prompts {','.join(settings['prompts'])} -> {out} "
-              f"({shape} {settings['store']}, {size:.0f} MB), layer {encoder.layer}, "
-              f"{settings['dtype']} on {world if world > 1 else ''}{device}"
-              + ("" if flame.flame_ext else ", without flame_ext: slower"))
-    if device == "cpu":
+        statistics = store.read_statistics(out, settings, encoder.dim)
+    if settings["device"] == "cpu":
         settle_memory(encoder)
-    unfinished = [w for w in store.windows_of(settings, total) if w not in journal["finished"]]
-    mine = unfinished[rank::world]
-    todo = sum(min(settings["window"], total - w * settings["window"]) for w in mine)
-    busy += run_windows(out, settings, encoder, rows(), mine, todo, statistics, rank)
-    seconds = time.time() - started
-    if world > 1:
+    windows = store.windows_of(settings, total)
+    mine = [w for w in windows if w not in journal["finished"]][RANK::WORLD]
+    todo = sum(min(window, total - w * window) for w in mine)  # rows
+    busy += run_windows(out, settings, encoder, rows_of(out, settings, journal), mine, todo, statistics)
+    if WORLD > 1:
         torch.distributed.barrier()
-    if rank == 0:
-        store.finish(out, settings, journal, D)
-        print(f"{out}: {journal['N']} x {len(settings['columns'])} embeddings; {todo * world / seconds:.2f} captions/s, "
-              f"{seconds:.0f} s, model busy {busy / seconds:.1%} of the time"
-              + (f"; {encoder.truncated} captions were cut to the model's context" if encoder.truncated else ""))
+    if RANK == 0:
+        store.finish(out, settings, journal, encoder.dim)
+        seconds = time.time() - started
+        print(f"{out}: finished; {todo * WORLD / seconds:.2f} captions/s, {seconds:.0f} s, "
+              f"model busy {busy / seconds:.1%} of the time")
+        if encoder.truncated:
+            print(f"{encoder.truncated} captions were cut to the model's context")
 
 
-def run_windows(out, settings, encoder, rows, wanted, todo, statistics, rank):
+def rows_of(out, settings, journal):
+    """The captions' rows, less those whose key occurs before."""
+    joined = {name: open_join(store.join_file(out, name)) for name in settings["captions"]["joins"]}
+    repeats = set(journal["repeats"])
+    rows = read_captions(settings["captions"]["path"], None, joined, store.released(settings))
+    return (row for row in rows if row.number not in repeats)
+
+
+def run_windows(out, settings, encoder, rows, wanted, todo, statistics):
     """Embeds and writes the wanted windows, `todo` rows together; -> seconds that the LLM was at work."""
-    columns, device = settings["columns"], encoder.decoder.embedding.device.type
-    work = packed_rows(rows, settings["window"], set(wanted), settings["prompts"], encoder)
-    if device != "cpu":
+    columns, busy = settings["columns"], 0.0
+    work = packed_windows(rows, settings, wanted, encoder)
+    if settings["device"] == "cuda":
         work = ahead(work)
-    block, busy = None, 0.0  # block: float32 [rows of the window, M, D]
-    with tqdm(total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05, disable=rank > 0) as bar:
-        for w, packed in work:
-            if packed is None:
-                first = w // settings["shard"][1] * settings["window"]
-                store.write_window(out, rank, w, first, block, statistics)
-                block = None
-                continue
-            if block is None:
-                block = np.empty((packed.height, len(columns), encoder.dim), np.float32)
-            clock = time.time()
-            facets = encoder.run(packed.forest, packed.captions)
-            busy += time.time() - clock
-            at = columns.index(f"{packed.prompts}.0")
-            block[packed.rows, at:at + facets.shape[1]] = normalize(facets, dim=-1).numpy()[packed.picks]
-            bar.update(len(packed.rows) * facets.shape[1])
+    how = {"desc": "embedding", "unit": " embeddings", "smoothing": 0.05, "disable": RANK > 0}
+    with tqdm(total=todo * len(columns), **how) as bar:
+        for w, height, packs in work:
+            block = np.empty((height, len(columns), encoder.dim), np.float32)
+            for pack in packs:
+                clock = time.time()
+                facets = encoder.run(pack.forest, pack.captions)
+                busy += time.time() - clock
+                at = columns.index(f"{pack.prompts}.0")
+                block[pack.rows, at:at + facets.shape[1]] = normalize(facets, dim=-1).numpy()[pack.picks]
+                bar.update(len(pack.rows) * facets.shape[1])
+            store.write_window(out, settings, RANK, w, block, statistics)
     return busy
 
 
 def settle_memory(encoder):
     """Runs two blocks, one as all and one as the last is run, over rows of every usual length.
 
-    What oneDNN keeps for each is then there from the start: a memory limit that is too low shows now, not after hours. At
-    the usual budget it costs less than two packed rows.
+    What oneDNN keeps for each is then there from the start: a memory limit that is too low shows now, not
+    after hours. It costs less than two packed rows.
     """
     few = encoder.decoder._replace(blocks=encoder.decoder.blocks[:2])
     for tokens in range(encoder.budget, encoder.budget // 2, -flame.SIZES):
@@ -185,46 +187,39 @@ def settle_memory(encoder):
         flame.decode(few, flame.Forest(idle, idle, *one_segment, torch.arange(min(tokens, flame.SIZES))))
 
 
-class PackedRow(NamedTuple):
-    """Some captions of a window asked one prompt set's questions; equal captions are encoded once."""
+class Pack(NamedTuple):
+    """A packed row: captions of a window, asked one prompt set's questions. Equal ones are encoded once."""
     forest: flame.Forest
     captions: int      # how many are in the forest
     prompts: str       # the prompt set
-    height: int        # rows of the whole window
     rows: np.ndarray   # [n] rows of the window that take an answer,
     picks: np.ndarray  # [n] and of which caption in the forest
 
 
-def packed_rows(rows, window, wanted, prompts, encoder):
-    """Yields (w, PackedRow) for all packed rows of window w, then (w, None), for each wanted window in order."""
-    for w, texts in windows_of(rows, window):
-        if w not in wanted:
-            continue
-        for name in prompts:
-            rows_of = {}  # caption -> rows of the window
-            for row, captions in enumerate(texts):
-                rows_of.setdefault(captions[name], []).append(row)
-            distinct = list(rows_of)
-            for some, forest in encoder.pack(distinct, name):
-                where = [(row, pick) for pick, i in enumerate(some) for row in rows_of[distinct[i]]]
-                yield w, PackedRow(forest, len(some), name, len(texts), *np.array(where).T)
-        yield w, None
+def packed_windows(rows, settings, wanted, encoder):
+    """Yields (w, how many rows, list of Packs) for each wanted window in order."""
+    for w in itertools.count():
+        window = [row.captions for row in itertools.islice(rows, settings["window"])]
+        if not window:
+            return
+        if w in wanted:
+            packs = [pack for name in settings["prompts"] for pack in packed(window, name, encoder)]
+            yield w, len(window), packs
 
 
-def windows_of(rows, window):
-    """Yields (w, captions of the window's rows)."""
-    w, texts = 0, []
-    for row in rows:
-        texts.append(row.captions)
-        if len(texts) == window:
-            yield w, texts
-            w, texts = w + 1, []
-    if texts:
-        yield w, texts
+def packed(window, prompts, encoder):
+    """A window's rows -> their Packs for one prompt set."""
+    rows_of = {}  # caption -> rows of the window
+    for row, captions in enumerate(window):
+        rows_of.setdefault(captions[prompts], []).append(row)
+    distinct = list(rows_of)
+    for some, forest in encoder.pack(distinct, prompts):
+        where = [(row, pick) for pick, i in enumerate(some) for row in rows_of[distinct[i]]]
+        yield Pack(forest, len(some), prompts, *np.array(where).T)
 
 
-def ahead(items, depth=8):
-    """The same items, made by a thread of its own, so that tokenizing and packing never keep a GPU waiting."""
+def ahead(items, depth=2):
+    """The same items, made by a thread of its own: tokenizing and packing never keep a GPU waiting."""
     line, failed, end = queue.Queue(depth), [], object()
 
     def make():
@@ -242,7 +237,7 @@ def ahead(items, depth=8):
         raise failed[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # What the command line says
 
 def prompt_sets(text):
@@ -263,34 +258,32 @@ def shard(text):
 def join(text):
     name, equals, file = text.partition("=")
     if name not in flame.PROMPTS or not file:
-        raise argparse.ArgumentTypeError(f"{text!r} is not SET=FILE with a set among {', '.join(flame.PROMPTS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not SET=FILE, SET one of {', '.join(flame.PROMPTS)}")
     return name, file
 
 
 def command_line():
     parser = Parser(description="Stage 1: captions + frozen LLM -> embedding store")
     add = parser.add_argument
-    add("--captions", metavar="FILE", help="TSV/CSV with a header among `key image raw short long`, Conceptual Captions "
-        "TSV, JSON, JSONL (also .gz), webdataset tars (folder or x-{000..123}.tar)")
+    add("--captions", metavar="FILE",
+        help="TSV/CSV with a header among `key image raw short long`, Conceptual Captions TSV, JSON, JSONL "
+        "(also .gz), webdataset tars (folder or x-{000..123}.tar)")
     add("--join", metavar="SET=FILE", type=join, nargs="+", action="extend", default=[],
         help="captions of a prompt set from files of their own, by key: long=long.json short=short.json")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", "data/demo/llm"),
         help="Hugging Face checkpoint folder (default $FLAME_LLM, else data/demo/llm)")
-    add("--out", metavar="DIR", help="the store (default data/embeddings/<captions' name>); with --draw the PNG")
+    add("--out", metavar="DIR",
+        help="the store (default data/embeddings/<captions' name>); with --draw the picture")
     add("--prompts", type=prompt_sets, help="prompt sets to embed (default raw,short,long; --draw: long)")
     add("--layer", metavar="N", type=number(int, 1), help="blocks to keep (default: all but the last)")
-    add("--positions", choices=("restart", "sequential"), default="restart",
-        help="restart: a facet is fixed by its own string (default); sequential: as the released code has it")
-    add("--compat", dest="positions", action="store_const", const="sequential",
-        help="the released code's text path, the same as --positions sequential")
+    add("--compat", dest="positions", action="store_const", const="sequential", default="restart",
+        help="the released code's text path: questions one after the other, captions cut and cleaned alike")
     add("--store", choices=("float16", "int8"), default="float16",
         help="how embeddings are stored (default float16; int8 is half the bytes)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default: cuda where there is one)")
     add("--dtype", choices=("bfloat16", "float32", "float16"),
         help="of the matrix products (default bfloat16 where it is fast; float16 as in the released code)")
-    add("--budget", metavar="TOKENS", type=number(int, 1, 1 << 20),
-        help="tokens in one packed row (default 2048 on CPU, 16384 on GPU)")
     add("--window", metavar="ROWS", type=number(int, 1, 1 << 16),
         help="rows between two flushes, at most lost by a crash (default 256 on CPU, 2048 on GPU)")
     add("--overwrite", action="store_true", help="throw away what is at --out and start anew")
@@ -322,7 +315,7 @@ def chosen():
     blocks = flame.llm_config(args.llm)["num_hidden_layers"]
     if args.layer and args.layer > blocks:
         raise flame.InputError(f"--layer {args.layer}: {args.llm} has {blocks} blocks; choose 1 to {blocks}")
-    if int(os.environ.get("RANK", 0)) == 0:
+    if RANK == 0:
         print(f"LLM: {args.llm}")
     return embed(args) if args.plan is None else look.plan(args)
 

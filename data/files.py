@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the whole of one or nothing, whenever the writer is killed or the disk is full."""
+"""Writing files so that a reader finds the whole of one or nothing, if a writer is killed or a disk full."""
 import json
 import os
 import stat
@@ -21,12 +21,13 @@ def disk_errors(path, cure="free space or choose another place, then run the sam
 
 @contextmanager
 def whole(path):
-    """Yields a temporary path beside `path`, and renames what was written there; an error inside leaves `path` as it was.
+    """Yields a temporary path beside `path`, and renames what was written there.
 
+    An error inside leaves `path` as it was.
     Raises InputError where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the ending stays: libraries go by it
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # libraries go by the ending
     with disk_errors(path):
         try:
             temporary.unlink(missing_ok=True)  # never through a link that somebody put there
@@ -44,7 +45,7 @@ def write(path, save):
     with whole(path) as temporary:
         try:
             save(temporary)
-        except (RuntimeError, SafetensorError) as error:  # how torch.save and safetensors say that the disk is full
+        except (RuntimeError, SafetensorError) as error:  # how these libraries say it
             raise OSError(None, " ".join(str(error).split())[:100], str(path)) from None
 
 
@@ -53,7 +54,7 @@ def write_text(path, text):
 
 
 def read_marker(path):
-    """What a marker file says that its writer keeps for the next run; None where there is none that can be read."""
+    """What a marker file says that its writer keeps for the next run; None where none can be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -61,7 +62,7 @@ def read_marker(path):
 
 
 def open_own(path, mode):
-    """open() for a file of ours that may be there already: never emptied, never through a link, never a pipe or a device.
+    """open() for a file of ours that may be there: never emptied, never through a link, never a pipe.
 
     Raises InputError where it is one of these or cannot be opened.
     """

@@ -1,8 +1,8 @@
 """Writing an embedding store: its lock, its journal, its arrays, its finished mark; flame.Store reads it.
 
-A store is written a window of rows at a time. windows-<rank>.txt says which windows are on the disk, journal.json what
-the store is made of. meta.json comes last and makes the store finished. Whenever the writer is killed or the disk is
-full, the same command goes on from the windows that are there and ends with the same bytes.
+A store is written a window of rows at a time. windows-<rank>.txt says which windows are on the disk,
+journal.json what the store is made of. meta.json comes last and makes the store finished. Whenever the writer
+is killed or the disk is full, the same command goes on from the windows there and ends with the same bytes.
 """
 import fcntl
 import json
@@ -20,23 +20,25 @@ from data import files
 from data.captions import read_captions, read_join, report_skipped, skip
 
 SAMPLE = 256  # rows, evenly spaced, that an int8 store's statistics are fitted on
-FILES = ("meta.json", "journal.json", "embeddings.npy", "keys.txt", "images.txt", "statistics.npy", "scales.npy")
+FILES = ("meta.json", "journal.json",  # in this order they go
+         "embeddings.npy", "keys.txt", "images.txt", "statistics.npy", "scales.npy")
 CURE = "choose another --out, or --overwrite"
 
-# What fixes a store's bytes, in its journal and in its meta.json. "store" is the embeddings' dtype, "dtype" the LLM's.
+# What fixes a store's bytes, in its journal and its meta.json. "store" is its dtype, "dtype" the LLM's.
 SETTINGS = {
     "llm": {"name": str, "fingerprint": str, "layer": int, "positions": str},
-    "captions": {"path": str, "joins": dict, "sha256": str},
-    "prompts": list, "columns": list, "dtype": str, "device": str, "budget": int, "window": int, "store": str, "shard": list,
+    "captions": {"path": str, "sha256": str},
+    "prompts": list, "columns": list, "shard": list, "budget": int, "window": int,
+    "dtype": str, "device": str, "store": str,
 }
 JOURNAL = {"settings": SETTINGS, "N": int, "total": int, "repeats": list}
 
 
 @contextmanager
 def lock(out, overwrite):
-    """Makes the store's folder and keeps other runs out of it; the system releases the lock however this process ends.
+    """Makes the store's folder and keeps other runs out; however this process ends, the lock is released.
 
-    Raises InputError where another run holds it, where the folder cannot be made, or where its files are not ours.
+    Raises InputError where another run holds it, where the folder cannot be made, or its files are not ours.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     path = out / "lock"
@@ -75,7 +77,7 @@ def refuse_strangers(out):
 
 
 def finished(out, settings, llm):
-    """Is the store in this folder whole? Raises InputError where the one there was made with other settings."""
+    """Is the store in this folder whole? Raises InputError where it was made with other settings."""
     path = out / "meta.json"
     if not path.exists():
         return False
@@ -94,10 +96,10 @@ def join_file(out, name):
 
 
 def begin(out, settings, D, llm, overwrite=False):
-    """Makes the store, or checks what is there of it; -> its journal, and in "finished" the windows that are on the disk.
+    """Makes the store, or checks what is there; -> its journal, and "finished", the windows on the disk.
 
-    D: the vectors' width; llm: the LLM's folder. Raises InputError where another run's store is there, or
-    a damaged one, or where the disk is full: then either nothing was made, or the same command goes on.
+    D: the vectors' width; llm: the LLM's folder. Raises InputError where another run's store is there, or a
+    damaged one, or where the disk is full: then either nothing was made, or the same command goes on.
     """
     path = out / "journal.json"
     skipped = {}
@@ -114,14 +116,15 @@ def begin(out, settings, D, llm, overwrite=False):
     for name, (dtype, shape) in arrays(settings, N, D).items():
         flame.read_array(out / f"{name}.npy", dtype, shape, CURE)
     done = finished_windows(out, windows_of(settings, total))
-    files.write_text(out / "windows-0.txt", "".join(f"{w}\n" for w in sorted(done)))  # one list of whole lines again
-    for log in set(out.glob("windows-*.txt")) - {out / "windows-0.txt"}:
+    first = out / "windows-0.txt"  # one list of whole lines again
+    files.write_text(first, "".join(f"{w}\n" for w in sorted(done)))
+    for log in set(out.glob("windows-*.txt")) - {first}:
         log.unlink()
     return journal | {"finished": done}
 
 
 def make(out, settings, D, joined, skipped):
-    """A new store, with room for all its rows and none written. What was there goes only when the captions could be read."""
+    """A new store, with room for all its rows. What was there goes once the captions could be read."""
     with files.whole(out / "keys.txt") as keys, files.whole(out / "images.txt") as images:
         journal = list_rows(keys, images, settings, joined, skipped)
         discard(out)
@@ -140,14 +143,17 @@ def discard(out):
 
 
 def list_rows(keys_path, images_path, settings, joined, skipped):
-    """Writes key and picture of this shard's rows, a line each; -> {"N": its rows, "total": all, "repeats": not taken}."""
-    captions = settings["captions"]["path"]
-    shard, shards = settings["shard"]
-    N, total, repeats, seen = 0, 0, [], set()
+    """Writes key and picture of this shard's rows, a line each.
+
+    -> {"N": its rows, "total": those of all shards, "repeats": numbers of rows whose key occurs before}.
+    """
+    captions, window, (shard, shards) = settings["captions"], settings["window"], settings["shard"]
+    total, repeats, seen = 0, [], set()
     used = dict.fromkeys(joined, 0)
+    source = read_captions(captions["path"], skipped, joined, released(settings))
     with (open(keys_path, "w", encoding="utf-8", newline="\n") as keys,
           open(images_path, "w", encoding="utf-8", newline="\n") as images,
-          tqdm(read_captions(captions, skipped, joined, released(settings)), desc="reading captions", unit=" rows", leave=False) as rows):
+          tqdm(source, desc="reading captions", unit=" rows", leave=False) as rows):
         for row in rows:
             known = hash(row.key)  # 64 bits instead of the key: 15 million of them stay small
             if known in seen:
@@ -155,34 +161,37 @@ def list_rows(keys_path, images_path, settings, joined, skipped):
                 skip(skipped, "key occurs before", f"row {row.number}")
                 continue
             seen.add(known)
-            if total // settings["window"] % shards == shard:
-                keys.write(row.key + "\n")
-                images.write(row.image + "\n")
-                N += 1
+            if total // window % shards == shard:
+                keys.write(f"{row.key}\n")
+                images.write(f"{row.image}\n")
             total += 1
             for name in used:
                 used[name] += row.key in joined[name]
-    report_skipped(captions, skipped)
+    report_skipped(captions["path"], skipped)
     for name, count in used.items():
-        if count < len(joined[name]):
-            file = settings["captions"]["joins"][name]
-            print(f"{file}: {len(joined[name]) - count} keys are not in {captions}", file=sys.stderr)
+        if strangers := len(joined[name]) - count:
+            file = captions["joins"][name]
+            print(f"{file}: {strangers} keys are not in {captions['path']}", file=sys.stderr)
+    N = rows_of_shard(settings, total)
     if not N:
-        windows = -(-total // settings["window"])
-        raise flame.InputError(f"--shard: {total} captions make {windows} windows of {settings['window']} rows; "
-                               "use no more shards than that")
+        windows = -(-total // window)
+        raise flame.InputError(f"--shard: {total} captions make {windows} windows of {window} rows; "
+                               "use no more shards")
     return {"N": N, "total": total, "repeats": repeats}
 
 
 def check_same(path, old, settings, llm=None):
-    """Raises InputError where a store's settings, read from `path`, are not these. llm: the folder of these settings' LLM."""
+    """Raises InputError where a store's settings, read from `path`, are not these.
+
+    llm: the folder of these settings' LLM, by which older fingerprints of the same LLM are known.
+    """
     for what, new in settings.items():
         was = old[what]
         if what == "captions":
             was, new = was["sha256"], new["sha256"]  # the same file elsewhere is the same file
         if what == "llm":
             was = was | {"name": new["name"]}
-            if llm and flame.same_llm(was["fingerprint"], llm):  # older stores have another kind of fingerprint
+            if llm and flame.same_llm(was["fingerprint"], llm):
                 was["fingerprint"] = new["fingerprint"]
         if was != new:
             raise flame.InputError(f"{path}: this store was made with {what} {was}, now it is {new}; {CURE}")
@@ -213,26 +222,19 @@ def allocate(out, settings, N, D):
     """Makes the arrays' files at full size: a disk that is too small is found now, not after hours."""
     for name, (dtype, shape) in arrays(settings, N, D).items():
         path = out / f"{name}.npy"
-        size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
-        cure = f"{size / 1e9:.1f} GB are needed there, or choose another --out"
-        with files.disk_errors(path, cure), open(path, "xb") as file:
-            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-            header = {"descr": descr, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            if hasattr(os, "posix_fallocate"):  # not everywhere
-                os.posix_fallocate(file.fileno(), 0, file.tell() + size)
-            else:
-                file.truncate(file.tell() + size)
+        size = np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64) / 1e9
+        with files.disk_errors(path, f"{size:.1f} GB are needed there, or choose another --out"):
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            with files.open_own(path, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # not everywhere
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def write_window(out, rank, w, first, block, statistics):
-    """Writes window w, float32 [n, M, D] from row `first` on, and logs it once it is on the disk. statistics: for int8."""
+def write_window(out, settings, rank, w, block, statistics):
+    """Writes window w, float32 [n, M, D], and logs it once it is on the disk. statistics: for int8."""
     data = {"embeddings": block.astype(np.float16)} if statistics is None else quantised(block, statistics)
-    write_rows(out, data, first)
-    path = out / f"windows-{rank}.txt"
-    with files.disk_errors(path), files.open_own(path, "a") as log:
-        log.write(f"{w}\n")
+    write_rows(out, data, w // settings["shard"][1] * settings["window"])
+    files.append(out / f"windows-{rank}.txt", f"{w}\n")
 
 
 def write_rows(out, data, first):
@@ -277,17 +279,18 @@ def finish(out, settings, journal, D):
         path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# int8: a vector's standard scores as integers and one scale. Plain int8 would lose all but the few largest dimensions.
+# -----------------------------------------------------------------------------
+# int8: a vector's standard scores as integers, and a scale. Plain int8 loses all but the largest dimensions.
 
-def fit_statistics(path, encoder, captions, prompts, total):
-    """Mean and deviation of each column and dimension, [2, M, D], over SAMPLE rows evenly spaced in the captions' `total`."""
+def fit_statistics(out, settings, encoder, rows, total):
+    """Mean and deviation of each column and dimension, [2, M, D], over SAMPLE rows, evenly spaced."""
     wanted = set(np.linspace(0, total - 1, min(total, SAMPLE)).astype(int).tolist())
-    rows = [row.captions for i, row in enumerate(captions) if i in wanted]
-    states = [encoder.encode([texts[name] for texts in rows], name) for name in prompts]
-    sample = torch.cat([normalize(x, dim=-1) for x in states], dim=1)
-    statistics = torch.stack([sample.mean(0), sample.std(0, correction=0).clamp_min(1e-6)])
-    files.write(path, lambda temporary: np.save(temporary, statistics.numpy()))
+    some = [row.captions for i, row in enumerate(rows) if i in wanted]
+    states = [encoder.encode([captions[name] for captions in some], name) for name in settings["prompts"]]
+    units = normalize(torch.cat(states, dim=1), dim=-1)
+    deviation = units.std(0, correction=0).clamp_min(1e-6)
+    statistics = torch.stack([units.mean(0), deviation]).numpy()
+    files.write(out / "statistics.npy", lambda temporary: np.save(temporary, statistics))
 
 
 def read_statistics(out, settings, D):
@@ -295,34 +298,33 @@ def read_statistics(out, settings, D):
 
 
 def quantised(block, statistics):
-    """float32 [n, M, D] -> int8 integers and, a scale per vector, what makes them standard scores (flame.Store reads them)."""
+    """float32 [n, M, D] -> int8 integers and, a scale per vector, what makes them standard scores again."""
     scores = (block - statistics[0]) / statistics[1]
     scales = np.maximum(np.abs(scores).max(-1) / 127, 1e-12)
-    return {"embeddings": np.rint(scores / scales[..., None]).astype(np.int8), "scales": scales.astype(np.float32)}
+    integers = np.rint(scores / scales[..., None]).astype(np.int8)
+    return {"embeddings": integers, "scales": scales.astype(np.float32)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Shards
 
 def merge(paths, out=None, overwrite=False):
-    """The stores of all shards -> one, as if it had been made in one run. out: default the shards' common name.
+    """The stores of all shards -> one, as if made in one run. out: default the shards' common name.
 
-    Raises InputError where a shard is missing, where they were made with other settings, or where the disk is full.
+    Raises InputError where a shard is missing, where their settings differ, or where the disk is full.
     """
     parts = all_shards([flame.open_store(path) for path in paths])
-    out = out or parts[0].path.with_name(parts[0].path.name.split("-0-of-")[0])
-    if any(out.resolve() == part.path.resolve() for part in parts):
-        raise flame.InputError(f"{out}: one of the stores to merge; choose another --out")
     meta = parts[0].meta | {"shard": [0, 1], "N": sum(map(len, parts))}
+    out = out or parts[0].path.with_name(parts[0].path.name.split("-0-of-")[0])
+    if out.resolve() in [part.path.resolve() for part in parts]:
+        raise flame.InputError(f"{out}: one of the stores to merge; choose another --out")
     with lock(out, overwrite):
         if (out / "meta.json").exists() and not overwrite:
             raise flame.InputError(f"{out}: finished already; {CURE}")
         discard(out)
         try:
             allocate(out, meta, meta["N"], meta["D"])
-            keys, images = copy_windows(parts, out, meta)
-            files.write_text(out / "keys.txt", "".join(f"{key}\n" for key in keys))
-            files.write_text(out / "images.txt", "".join(f"{image}\n" for image in images))
+            copy_windows(parts, out, meta)
             files.write_text(out / "meta.json", json.dumps(meta, indent=1))
         except BaseException:
             discard(out)
@@ -332,25 +334,24 @@ def merge(paths, out=None, overwrite=False):
 
 def all_shards(parts):
     """The stores in the order of their shards, checked: each once, all made alike."""
-    metas = [flame.read_json(part.path / "meta.json", SETTINGS, CURE) for part in parts]
-    given = [meta["shard"] for meta in metas]
-    wanted = [[shard, len(parts)] for shard in range(len(parts))]
-    for shard in wanted:
-        if shard not in given:
-            raise flame.InputError(f"--merge: {len(parts)} stores, none of which is shard {shard[0]} of {shard[1]}; "
+    total, shards, by_shard = sum(map(len, parts)), len(parts), {}
+    for part in parts:
+        path = part.path / "meta.json"
+        meta = flame.read_json(path, SETTINGS, CURE)
+        by_shard[str(meta["shard"])] = part
+        check_same(path, meta, {what: parts[0].meta[what] for what in SETTINGS if what != "shard"})
+    for shard in range(shards):
+        part = by_shard.get(str([shard, shards]))
+        if part is None:
+            raise flame.InputError(f"--merge: none of these {shards} stores is shard {shard} of {shards}; "
                                    "give every shard once")
-    ordered = [parts[given.index(shard)] for shard in wanted]
-    alike = {what: value for what, value in ordered[0].meta.items() if what in SETTINGS and what != "shard"}
-    total = sum(map(len, parts))
-    for part in ordered:
-        check_same(part.path / "meta.json", part.meta, alike)
         if part.meta["window"] < 1 or len(part) != rows_of_shard(part.meta, total):
-            raise flame.InputError(f"{part.path}: {len(part)} rows are not this shard's share of {total}; {CURE}")
-    return ordered
+            raise flame.InputError(f"{part.path}: {len(part)} rows are not its share of {total}; {CURE}")
+    return [by_shard[str([shard, shards])] for shard in range(shards)]
 
 
 def copy_windows(parts, out, meta):
-    """Window w is that of shard w % shards; -> (keys, images) of all rows."""
+    """All rows; window w is shard w % shards' next one."""
     window, columns, statistics = meta["window"], range(len(meta["columns"])), parts[0].statistics
     keys, images = [], []
     if statistics is not None:
@@ -367,4 +368,5 @@ def copy_windows(parts, out, meta):
         else:  # machines that round differently fitted them
             data = quantised(part.read(np.arange(len(part))[rows], columns).numpy(), statistics)
         write_rows(out, data, w * window)
-    return keys, images
+    for name, lines in {"keys": keys, "images": images}.items():
+        files.write_text(out / f"{name}.txt", "".join(f"{line}\n" for line in lines))

@@ -34,7 +34,8 @@ def make(folder, rows, D):
         out = folder / name
         out.mkdir()
         llm = {"name": "none", "fingerprint": "", "layer": 0, "positions": "restart"}
-        meta = {"N": rows, "D": D, "columns": flame.COLUMNS, "store": name, "llm": llm, "captions": {"path": "", "sha256": ""}}
+        meta = {"N": rows, "D": D, "columns": flame.COLUMNS, "store": name,
+                "llm": llm, "captions": {"path": "", "sha256": ""}}
         store.allocate(out, meta, rows, D)
         int8 = store.quantised(vectors, statistics)
         store.write_rows(out, int8 if name == "int8" else {"embeddings": vectors.astype(np.float16)}, 0)
