@@ -1,6 +1,7 @@
 """Figures drawn with matplotlib, which only the extra [demo] installs: imported when a figure is wanted, and
 never pyplot, whose state is global.
 """
+import functools
 import json
 import sys
 
@@ -20,9 +21,14 @@ def new_figure(width, height):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no plot is drawn: pip install matplotlib", file=sys.stderr)
+        tell_missing()
         return None
     return Figure((width, height), dpi=100, layout="constrained")
+
+
+@functools.cache
+def tell_missing():  # once, however many plots
+    print("no plot is drawn: pip install matplotlib", file=sys.stderr)
 
 
 def draw_facets(rows):

@@ -1,0 +1,175 @@
+"""A run's folder, out/<name>: its checkpoint, its log, and going on from them.
+
+    training.pt, training-previous.pt   weights, AdamW's moments and the step
+    model.safetensors, config.json      what flame.load reads; config.json comes last and vouches for these
+    log.jsonl, skipped.txt              a line for each step, a line for each picture that cannot be read
+
+Whenever a run is killed or the disk is full, each file is whole or not there at all, and the same command
+goes on.
+"""
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+
+import torch
+from safetensors.torch import save_file
+
+import flame
+from data import files
+
+ANEW = "choose another --name, or start anew with --overwrite"
+
+
+@contextmanager
+def folder(out):
+    """Makes it now, not after the last step. A run that ends without a step leaves none behind."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        with files.disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        yield
+    finally:
+        if made and not any((out / name).exists() for name in ("log.jsonl", "nan-batch.txt")):
+            shutil.rmtree(made[-1], ignore_errors=True)
+
+
+def identity(store):
+    """A store's content in a word: everything that fixes its bytes, and not where it or its captions lie."""
+    meta = {key: value for key, value in store.meta.items() if key != "versions"}
+    meta["captions"] = meta["captions"]["sha256"]
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def save(out, step, s, store, model, average, optimizer):
+    """s: the settings. average: whose weights are to be used, the running average or the model itself."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise flame.InputError(f"{out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
+                               "last checkpoint is kept")
+    training = {"step": step, "model": model.state_dict(), "average": average.state_dict(),
+                "optimizer": optimizer.state_dict()}
+    of_store = {"path": str(store.path), "identity": identity(store), "N": len(store),
+                "columns": store.meta["columns"]}
+    record = {"model": model.config, "llm": store.meta["llm"], "training": s, "step": step, "store": of_store}
+
+    def write_training(temporary):
+        torch.save(training, temporary)
+        if (out / "training.pt").exists():
+            os.replace(out / "training.pt", out / "training-previous.pt")
+
+    files.write(out / "training.pt", write_training)
+    files.write(out / "model.safetensors", functools.partial(save_file, average.state_dict()))
+    files.write_text(out / "config.json", json.dumps(record, indent=1))
+
+
+def earlier_run(out, store, fixed):
+    """-> config.json of the run in this folder, None where there was none. InputError where it was another
+    run.
+
+    fixed: the settings that must be as they were.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        return None
+    old = flame.read_json(path, {"model": dict, "training": dict, "store": dict, "step": int}, ANEW)
+    flame.check_keys(path, old["training"], {"accumulate": int}, ANEW)
+    width = old["model"].get("text_dim")
+    if width != store.meta["D"]:
+        raise flame.InputError(f"{out}: holds a checkpoint for vectors of width {width}, {store.path} has "
+                               f"{store.meta['D']}; {ANEW}")
+    if old["store"].get("identity") != identity(store):
+        raise flame.InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
+    for name, value in fixed.items():
+        was = old["training"].get(name)
+        if was != value:
+            raise flame.InputError(f"{out}: was trained with {name} {was}, now it is {value}; {ANEW}")
+    return old
+
+
+def restore(out, steps, model, average, optimizer):
+    """Loads training.pt, or where that is damaged training-previous.pt; -> the step to go on from."""
+    reasons = []
+    for name in ("training.pt", "training-previous.pt"):
+        try:
+            if not (out / name).is_file():
+                raise FileNotFoundError("no such file")
+            step = load_training(out / name, model, average, optimizer)
+            if not 1 <= step <= steps:
+                raise ValueError(f"step {step} of {steps}")
+        except Exception as e:  # a damaged file can raise nearly anything
+            why = " ".join(str(e).split())[:100]
+            reasons.append(f"{out / name}: cannot be gone on from ({type(e).__name__}: {why})")
+            continue
+        if reasons:
+            print(f"{reasons[0]}; {name} serves", file=sys.stderr)
+        return step
+    raise flame.InputError(f"{'; '.join(reasons)}; {ANEW}")
+
+
+def load_training(path, model, average, optimizer):
+    saved = dict(torch.load(path, map_location="cpu", weights_only=True))
+    model.load_state_dict(saved["model"])
+    average.load_state_dict(saved["average"])
+    groups = optimizer.state_dict()["param_groups"]  # what the settings say stays
+    optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    for p in model.parameters():
+        state = optimizer.state[p]
+        if state["step"].ndim or state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
+            raise ValueError("AdamW's moments are another model's")
+    return saved["step"]
+
+
+def earlier_log(out, start):
+    """The lines of log.jsonl that are of steps before `start`."""
+    path, lines, last = out / "log.jsonl", [], -1
+    found = path.read_text(errors="replace").splitlines(keepends=True) if start and path.is_file() else []
+    for number, line in enumerate(found, 1):
+        if last + 1 == start:  # what follows may be cut short
+            break
+        try:
+            entry = json.loads(line)
+            step = entry["step"]
+            right = isinstance(step, int) and step > last and isinstance(entry["loss"], float)
+        except (ValueError, TypeError, LookupError):
+            right = False
+        if not right:
+            raise flame.InputError(f"{path}:{number}: not a step's entry; delete it, only the curve needs it")
+        if step >= start:
+            break
+        lines.append(line)
+        last = step
+    return lines
+
+
+def begin(out, start, lines):
+    """After the first step: log.jsonl holds `lines`; what a run from `start` on does not need is gone."""
+    stale = [*out.glob(".training.*.pt"), *out.glob(".model.*.safetensors")]  # of a writer that was killed
+    if not start:
+        names = ("training.pt", "training-previous.pt", "model.safetensors", "config.json", "skipped.txt")
+        stale += [out / name for name in names]
+    with files.disk_errors(out):
+        for path in stale:
+            path.unlink(missing_ok=True)
+    files.write_text(out / "log.jsonl", "".join(lines))
+
+
+def note_skipped(out, failed):
+    """[(key, why)] -> a line each in skipped.txt, once, whichever rank and epoch met it."""
+    path = out / "skipped.txt"
+    if failed:
+        known = {line.split("\t")[0] for line in path.read_text().splitlines()} if path.is_file() else ()
+        files.append(path, "".join(f"{key}\t{why}\n" for key, why in failed if key not in known))
+
+
+def tell_skipped(out):
+    path = out / "skipped.txt"
+    if path.is_file():
+        skipped = [line.replace("\t", " (") + ")" for line in path.read_text().splitlines()]
+        some = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
+        pictures = "pictures" if len(skipped) > 1 else "picture"
+        print(f"skipped {len(skipped)} unreadable {pictures}, listed in {path}: {some}", file=sys.stderr)
