@@ -90,18 +90,16 @@ def caption_cost(args, config, layer, prompts, captions):
 def flops(config, layer, forest):
     """Of one packed row; a multiply-add counts twice.
 
-    The last block computes keys and values for all tokens, all else for the answers only.
+    What follows the last block's attention is done for the answers only.
     """
     D, inner = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
     seen = flame.token_depths(forest.lengths, forest.parents) + 1  # keys that a token sees
-    answers = np.unique(forest.answers)
-    tokens = (layer - 1) * len(seen) + len(answers)
-    keys_values = 4 * D * keys * layer * len(seen)
-    rest = (4 * D * queries + 6 * D * inner) * tokens
-    attention = 4 * queries * ((layer - 1) * seen.sum() + seen[answers].sum())
-    return keys_values + rest + attention
+    T = len(seen)
+    before = 2 * D * (queries + 2 * keys) * T + 4 * queries * seen.sum()  # products for q, k, v and attention
+    after = 2 * D * (queries + 3 * inner)                                 # output projection and MLP, a token
+    return layer * before + ((layer - 1) * T + len(np.unique(forest.answers))) * after
 
 
 def measured_speed(args, config, layer, texts):
