@@ -1,4 +1,4 @@
-"""What several test files need: the demo's real LLM, small random LLMs, and the command line run in this process."""
+"""What several test files need: the demo's real LLM, small random LLMs, and the command line."""
 import json
 import os
 import subprocess
@@ -23,13 +23,15 @@ def llm():
 
 @pytest.fixture(scope="session")
 def make_random_llm(llm, tmp_path_factory):
-    """make(**config) -> folder of a small random Llama or Mistral, saved by transformers, with the demo's tokenizer."""
+    """make(**config) -> folder of a small random LLM, saved by transformers, with the demo's tokenizer."""
     def make(family="Llama", max_shard_size="1GB", seed=0, **config):
         import transformers
-        base = dict(vocab_size=49152, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.2)
+        base = dict(vocab_size=49152, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                    initializer_range=0.2)
+        settings = getattr(transformers, f"{family}Config")(**base | config)
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**base | config))
+        model = getattr(transformers, f"{family}ForCausalLM")(settings)
         folder = tmp_path_factory.mktemp("llm")
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         (folder / "tokenizer.json").write_bytes((llm / "tokenizer.json").read_bytes())
@@ -44,22 +46,25 @@ def tiny_llm(make_random_llm):
 
 @pytest.fixture(scope="session")
 def byte_llm(tmp_path_factory):
-    """Folder of a random Llama of two blocks to whose tokenizer every byte is a token: 100 kB, so that tests may copy it."""
+    """Folder of a random Llama whose tokens are bytes: 100 kB, so that tests may copy it."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder = tmp_path_factory.mktemp("byte-llm")
-    config = {"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    config = {"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    shapes = {"model.embed_tokens.weight": (256, 32), "model.norm.weight": (32,), "lm_head.weight": (256, 32)}
-    for i in range(2):
-        layer = f"model.layers.{i}."
-        shapes |= {layer + "input_layernorm.weight": (32,), layer + "post_attention_layernorm.weight": (32,)}
-        shapes |= {layer + f"self_attn.{x}_proj.weight": (16 if x in "kv" else 32, 32) for x in "qkvo"}
-        shapes |= {layer + f"mlp.{x}_proj.weight": (64, 32) for x in ("gate", "up")}
-        shapes[layer + "mlp.down_proj.weight"] = 32, 64
+    matrices = {"model.embed_tokens": (256, 32), "lm_head": (256, 32)}
+    norms = ["model.norm"]
+    for layer in ("model.layers.0.", "model.layers.1."):
+        norms += [layer + "input_layernorm", layer + "post_attention_layernorm"]
+        matrices |= {layer + f"self_attn.{x}_proj": (16 if x in "kv" else 32, 32) for x in "qkvo"}
+        matrices |= {layer + "mlp.gate_proj": (64, 32), layer + "mlp.up_proj": (64, 32)}
+        matrices[layer + "mlp.down_proj"] = 32, 64
     random = torch.Generator().manual_seed(0)
-    save_file({name: torch.randn(shape, generator=random) for name, shape in shapes.items()}, folder / "model.safetensors")
+    weights = {f"{name}.weight": torch.randn(shape, generator=random) / 5 for name, shape in matrices.items()}
+    weights |= {f"{name}.weight": torch.ones(32) for name in norms}
+    save_file(weights, folder / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,15 +75,16 @@ def byte_llm(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path):
-    """run("embed.py", "--captions", ...) in an empty folder of its own -> completed process with text output."""
+    """run("embed.py", "--captions", ...) in an empty folder of its own -> completed process with text."""
     def run(script, *args, cwd=tmp_path):
-        return subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, ROOT / script, *map(str, args)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     return run
 
 
 @pytest.fixture
 def refused():
-    """Asserts the contract for bad input: exit code 2 and, on stderr, one clear line that names what is named here."""
+    """Asserts the contract for bad input: exit code 2 and, on stderr, one clear line that has these names."""
     def check(done, *names):
         assert done.returncode == 2, done.stderr
         message = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
@@ -88,9 +94,13 @@ def refused():
 
 
 def pytest_sessionfinish(session):
-    """In CI a skipped test is a failure, unless the machine lacks a GPU: what is skipped elsewhere rots unseen."""
+    """In CI a skipped test is a failure, unless the machine lacks a GPU: what is skipped rots unseen."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    reasons = [report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr) for report in reporter.stats.get("skipped", [])]
-    if os.environ.get("CI") and (wrong := [reason for reason in reasons if "no CUDA GPU" not in reason]):
+    wrong = []
+    for report in reporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if "no CUDA GPU" not in reason:
+            wrong.append(reason)
+    if os.environ.get("CI") and wrong:
         reporter.write_line(f"skipped in CI: {wrong}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

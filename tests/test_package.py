@@ -1,9 +1,9 @@
-"""What `pip install .` brings: flame and flame_ext, and no module whose name others need (evaluate, train, data).
+"""What `pip install .` brings: flame and flame_ext, nothing whose name others need (evaluate, train, data).
 
     pytest tests/test_package.py
 
-The wheel is built from a copy of the checkout and installed into an empty environment. There, in an empty folder, it
-encodes a caption and a picture. torch and the other requirements are lent by the environment that runs the tests.
+The wheel is built from a copy of the checkout and installed into an empty environment. There, in an empty
+folder, it encodes a caption and a picture. torch and the like are lent by the environment of the tests.
 """
 import json
 import pkgutil
@@ -33,13 +33,14 @@ llm, checkpoint = sys.argv[1:]
 facets = flame.TextEncoder(llm).encode(["A red kite above a beach."], prompts="long")
 model = flame.load(checkpoint)
 image = model.encode_image(model.preprocess(Image.new("RGB", (40, 30), "red"))[None])
-print(flame.__file__, flame.flame_ext.__file__, *flame.similarity(image, model.encode_text(facets, "long")).shape)
+score = flame.similarity(image, model.encode_text(facets, "long"))
+print(flame.__file__, flame.flame_ext.__file__, *score.shape)
 """
 
 
 def pip(*arguments):
-    done = subprocess.run([sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *map(str, arguments)],
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -84,7 +85,8 @@ def test_a_caption_and_a_picture_are_encoded_from_an_empty_folder(installed, byt
               "pool_first": True, "text_dim": 32, "text_rank": 0, "text_linear": False}
     save_file(flame.Flame(config).state_dict(), checkpoint / "model.safetensors")
     (checkpoint / "config.json").write_text(json.dumps({"model": config, "llm": {"name": "random"}}))
-    done = subprocess.run([python, "-c", USE, byte_llm, checkpoint], cwd=empty, capture_output=True, text=True)
+    command = [python, "-c", USE, byte_llm, checkpoint]
+    done = subprocess.run(command, cwd=empty, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     method, extension, texts, images = done.stdout.split()
     assert Path(method).parent == Path(extension).parent == site
