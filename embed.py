@@ -108,7 +108,10 @@ def default_out(args):
 
 def load_encoder(args, settings, device):
     dtype, layer = getattr(torch, args.dtype), settings["llm"]["layer"]
-    return released.text_encoder(args.llm, device, dtype, layer, args.positions)
+    encoder = released.text_encoder(args.llm, device, dtype, layer, args.positions)
+    for name in args.prompts:  # complains of another model's tokenizer, and of a context too short for the prompts
+        next(encoder.pack([""], name))
+    return encoder
 
 
 def embed_windows(out, settings, journal, encoder):

@@ -328,11 +328,12 @@ def encode_images(towers, pictures, patches=False, folder=None, least=2):
             for i, vector in zip(good, encoded.float().cpu().numpy()):
                 blobs[i] = vector.tobytes()
             towers.cached.update((keys[i], blobs[i]) for i in good)
+    kept = [i for i, blob in enumerate(blobs) if blob]
+    first = f" (the first that cannot: {bad[min(bad)]})" if bad else ""
+    enough(kept, pictures, f"pictures can be read{first}", least)
     if bad:
         left_out = f"{len(bad)} of {len(pictures)} pictures cannot be read and are left out"
         print(f"{left_out}; the first: {bad[min(bad)]}", file=sys.stderr)
-    kept = [i for i, blob in enumerate(blobs) if blob]
-    enough(kept, pictures, "pictures can be read", least)
     return np.stack([np.frombuffer(blobs[i], np.float32) for i in kept]), kept
 
 
@@ -663,7 +664,9 @@ def read(args, split):
         return benchmarks.with_names(*reader(root, split), class_files + [args.classes] * bool(args.classes))
     if args.bench == "xm3600":
         return benchmarks.in_languages(*reader(root, split, args.all_captions), args.language, root)
-    return reader(root, split)
+    found = reader(root, split)
+    enough(found[0], found[0], f"pictures of split {split} in {root}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -714,6 +717,10 @@ def settings(argv):
         parser.error(f"--probe: {args.bench} has no classes; leave the flag out")
     if args.split == "val" and args.bench not in benchmarks.HAS_VAL:
         parser.error(f"--split val: {args.bench} has only a test split; leave the flag out")
+    if args.classes and scorer is not score_classification:
+        parser.error(f"--classes: {args.bench} has no classes; leave the flag out")
+    if args.language and scorer not in (score_classification, score_multilingual):
+        parser.error(f"--language: {args.bench} has one language; leave the flag out")
     usable_device(args.device)
     args.data_root = args.data_root or Path("data") / str(args.bench)
     return args
@@ -788,8 +795,7 @@ def open_towers(args, model, checkpoint, llm):
                              f"{model.config['text_dim']}; name the right LLM with --llm")
         return tower
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    cached = cache.open_cache(args.out / "cache.sqlite")
+    cached = cache.Cache(args.out / "cache.sqlite")
     image_tower = cache.image_tower_name(model, dtype)
     text_tower = f"{fingerprint} {source['layer']} {source['positions']} {dtype}"
     return Towers(
@@ -811,6 +817,7 @@ def main(argv=None):
         flame.keep_freed_memory()
         data = read(args, args.split) if args.bench else None   # first: a wrong folder is found in a moment
         train = read(args, "train") if args.probe else None
+        pictures = search.pictures_under(args.images) if args.search else None
         checkpoint = args.checkpoint or newest_checkpoint()
         llm = args.llm or Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
         task = f"search in {args.images}" if args.search else f"words for {args.words}"
@@ -820,12 +827,13 @@ def main(argv=None):
         load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
         model = load(checkpoint).to(args.device)
         towers = open_towers(args, model, checkpoint, llm)
-        if args.words:
-            words.show(args, model, llm)
-        elif args.search:
-            search.search(args, prompt_sets(args)[0], towers, encode_images, encode_texts)
-        else:
-            evaluate(args, towers, checkpoint, data, train)
+        with files.folder(args.out):
+            if args.words:
+                words.show(args, model, llm)
+            elif args.search:
+                search.search(args, prompt_sets(args)[0], pictures, towers, encode_images, encode_texts)
+            else:
+                evaluate(args, towers, checkpoint, data, train)
 
     return run("evaluate.py", body, "the same command goes on from what the cache has")
 

@@ -248,10 +248,11 @@ def decode(decoder, forest):
 
 
 def attention_over(forest, device, dtype, share):
-    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule, no T x T buffer.
+    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule, no T x T
+    buffer.
 
-    share: query heads a key head, H / Hkv. Here: dense attention per branch. With the extension every ancestor's keys
-    and values are read in place.
+    share: query heads a key head, H / Hkv. Here: dense attention per branch. With the extension every
+    ancestor's keys and values are read in place.
     """
     if flame_ext and dtype in NATIVE and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda):
         return native_attention(forest, device, share)
@@ -448,18 +449,22 @@ class TextEncoder:
             due = tokens * packed_rows // total  # as many rows should be there by now
             if due > made:
                 chosen = [prefixes[j] for j in batch], [suffixes[j] for j in batch]
-                yield batch, rounded(caption_forest(*chosen, self.positions), SIZES)
+                forest = caption_forest(*chosen, self.positions)
+                self.check_vocabulary(forest.tokens)
+                yield batch, rounded(forest, SIZES)
                 made = due
                 batch = []
 
     def run(self, forest, n):
         """The n captions' facet states, float32 [n, K, D] on the CPU, of a Forest that `pack` made."""
-        token = forest.tokens.max().item()
+        return decode(self.decoder, forest).cpu().view(n, -1, self.dim)
+
+    def check_vocabulary(self, tokens):
+        token = tokens.max().item()
         vocabulary = len(self.decoder.embedding)
         if token >= vocabulary:
             raise InputError(f"{self.llm_dir}: its tokenizer says {token}, its weights have {vocabulary} tokens; "
                              "they belong to different models")
-        return decode(self.decoder, forest).cpu().view(n, -1, self.dim)
 
     def longest_beginning(self, caption, prompts):
         """(prefix ids, facet ids) of as much of a caption as fits into the context: the prompt itself is
@@ -770,6 +775,18 @@ def read_array(path, dtype, shape, cure="download or write it anew"):
         raise InputError(f"{path}: {array.dtype} {list(array.shape)}{order}, "
                          f"where {np.dtype(dtype)} {list(shape)} is wanted; {cure}")
     return array
+
+
+def read_lines(path, count, cure):
+    """A text file's lines, one a row of the store. Raises InputError where there are not `count` of them."""
+    path = regular_file(path, cure)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({e}); {cure}") from None
+    if len(lines) != count:
+        raise InputError(f"{path}: {len(lines)} lines, where {count} are wanted; {cure}")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1209,6 +1226,8 @@ def preprocess(image, size):
     if not isinstance(image, Image.Image):
         raise ValueError(f"a picture must be a PIL image or a path, not {type(image).__name__}")
     w, h = image.size
+    if max(w, h) > 100 * min(w, h):  # with its shortest side at the new size it might fill the memory
+        raise ValueError(f"a picture of {w} x {h} pixels is too thin")
     w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
     left = round((w - size) / 2)
     top = round((h - size) / 2)
@@ -1286,19 +1305,8 @@ class Store:
         if dtype == "int8":
             self.scales = read_array(self.path / "scales.npy", np.float32, (N, M), self.CURE)
             self.statistics = np.array(read_array(self.path / "statistics.npy", np.float32, (2, M, D), self.CURE))
-        self.keys = self.lines("keys.txt")
-        self.images = self.lines("images.txt")
-
-    def lines(self, name):
-        """A text file's lines, one a row of the store."""
-        path = regular_file(self.path / name, self.CURE)
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        except (OSError, ValueError) as e:
-            raise InputError(f"{path}: cannot be read ({e}); {self.CURE}") from None
-        if len(lines) != self.meta["N"]:
-            raise InputError(f"{path}: {len(lines)} lines, where meta.json says {self.meta['N']}; {self.CURE}")
-        return lines
+        self.keys = read_lines(self.path / "keys.txt", N, self.CURE)
+        self.images = read_lines(self.path / "images.txt", N, self.CURE)
 
     def __len__(self):
         return len(self.keys)
@@ -1366,6 +1374,12 @@ def read_checkpoint(path):
             raise ValueError(f"{name} is {config.get(name)} in config.json, {size} in the weights")
     if config["heads"] < 1 or config["width"] % config["heads"]:
         raise ValueError(f"{config['heads']} heads do not divide width {config['width']}")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name} holds what is no finite float")
+    layer = saved["llm"].get("layer")
+    if layer is not None and layer < 1:
+        raise ValueError(f"layer {layer}")
     if saved["llm"].get("positions") not in (None, "restart", "sequential"):
         raise ValueError(f"positions {saved['llm']['positions']}")
     if not isinstance(config["columns"], list) or not config["columns"] or not set(config["columns"]) <= set(COLUMNS):

@@ -153,8 +153,17 @@ def read_mat(path, variable, dtype=None):
         raise InputError(f"{path}: {variable!r} is no list of {dtype.__name__}; {AGAIN}") from None
 
 
-def pictures_in(folder):
-    return sorted(path for path in need(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+def need_folder(path):
+    """The path itself if it is a folder."""
+    if not need(path).is_dir():
+        raise InputError(f"{path}: not a folder; {CURE}")
+    return path
+
+
+def pictures_in(folder, deep=False):
+    """The files in a folder that are named like pictures; deep: in its folders too."""
+    found = need_folder(folder).rglob("*") if deep else need_folder(folder).iterdir()
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 # ------------------------------------------------------------------------------------------------------------

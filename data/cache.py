@@ -23,10 +23,27 @@ from flame import InputError
 
 
 class Cache:
-    """One sqlite file. Raises flame.InputError where it cannot be used, or the disk is full."""
+    """One sqlite file, made when there is something to keep. Raises flame.InputError where the disk is full.
+
+    Where the file can be none, a note says so, and what is kept is gone with this process.
+    """
 
     def __init__(self, path):
         self.path = path
+        self.db = None
+        if os.path.lexists(path):
+            self.open()
+
+    def open(self):
+        try:
+            if os.path.exists(self.path) and not os.path.isfile(self.path):     # a pipe would be waited for
+                raise InputError(f"{self.path}: not a regular file; remove it")
+            self.connect(self.path)
+        except InputError as error:
+            print(f"{error}; nothing is kept for the next run", file=sys.stderr)
+            self.connect(":memory:")
+
+    def connect(self, path):
         with self.errors():
             self.db = sqlite3.connect(path, timeout=60)
             self.db.execute("PRAGMA synchronous = OFF")     # survives a kill, not a power cut
@@ -41,6 +58,8 @@ class Cache:
             raise InputError(f"{self.path}: {error}; make room, or delete it: it is only a cache") from None
 
     def get(self, key):
+        if self.db is None:
+            return None
         with self.errors():
             row = self.db.execute("SELECT value FROM cache WHERE key = ?", (key,)).fetchone()
         return row and row[0]
@@ -48,15 +67,6 @@ class Cache:
     def update(self, pairs):
         with self.errors(), self.db:
             self.db.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", pairs)
-
-
-def open_cache(path):
-    """The cache at a path; a dict in its place, and a note, where there can be none."""
-    try:
-        return Cache(path)
-    except InputError as error:
-        print(f"{error}; nothing is kept for the next run", file=sys.stderr)
-        return {}
 
 
 def find(cached, key, size):

@@ -127,6 +127,8 @@ def load_training(path, model, average, optimizer):
 def earlier_log(out, start):
     """The lines of log.jsonl that are of steps before `start`."""
     path, lines, last = out / "log.jsonl", [], -1
+    if path.exists() and not path.is_file():
+        raise flame.InputError(f"{path}: not a regular file; remove it, only the curve needs it")
     found = path.read_text(errors="replace").splitlines(keepends=True) if start and path.is_file() else []
     for number, line in enumerate(found, 1):
         if last + 1 == start:  # what follows may be cut short
@@ -162,14 +164,14 @@ def note_skipped(out, failed):
     """[(key, why)] -> a line each in skipped.txt, once, whichever rank and epoch met it."""
     path = out / "skipped.txt"
     if failed:
-        known = {line.split("\t")[0] for line in path.read_text().splitlines()} if path.is_file() else ()
+        known = {line.split("\t")[0] for line in path.read_text(errors="replace").splitlines()} if path.is_file() else ()
         files.append(path, "".join(f"{key}\t{why}\n" for key, why in failed if key not in known))
 
 
 def tell_skipped(out):
     path = out / "skipped.txt"
     if path.is_file():
-        skipped = [line.replace("\t", " (") + ")" for line in path.read_text().splitlines()]
+        skipped = [line.replace("\t", " (") + ")" for line in path.read_text(errors="replace").splitlines()]
         some = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
         pictures = "pictures" if len(skipped) > 1 else "picture"
         print(f"skipped {len(skipped)} unreadable {pictures}, listed in {path}: {some}", file=sys.stderr)

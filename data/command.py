@@ -50,10 +50,13 @@ def usable_device(name):
 
 def run(script, body, again):
     """Runs a stage; -> its exit code. 2 with one line on stderr for bad input, 130 for Ctrl-C. again: what resuming does."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         body()
     except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())  # a file's name may have two lines
+        print(f"{script}: {line}", file=sys.stderr)
         return 2
     except OSError as error:  # a file vanished, a folder may not be read
         print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; mend that and run the same command again", file=sys.stderr)

@@ -20,6 +20,23 @@ def disk_errors(path, cure="free space or choose another place, then run the sam
 
 
 @contextmanager
+def folder(path):
+    """Makes a folder, and takes away again what it made of it where nothing came in. Raises InputError where it cannot."""
+    path = Path(path)
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    try:
+        with disk_errors(path, "choose another place"):
+            path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for one in made:
+            try:
+                one.rmdir()
+            except OSError:
+                break
+
+
+@contextmanager
 def whole(path):
     """Yields a temporary path beside `path`, and renames what was written there.
 

@@ -143,6 +143,8 @@ def index_tars(store, tars, index):
     about = [(tar, os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
     stamp = json.dumps([keys, *about])
     try:
+        if not os.path.isfile(index):  # to open a pipe is to wait without end
+            raise FileNotFoundError(index)
         with np.load(index) as saved:
             if str(saved["stamp"]) == stamp:
                 return saved["rows"], saved["places"]

@@ -72,7 +72,7 @@ def whitening(covariance, ridge, rank, shrink_rows=0):
         trace, squares = variances.sum(), (variances ** 2).sum()
         share = (squares + trace ** 2) / ((shrink_rows + 1) * (squares - trace ** 2 / D))
         variances = torch.lerp(variances, trace.expand(D) / D, share.clamp(max=1))
-    s = variances.sqrt().flip(0)
+    s = variances.sqrt().flip(0).clamp_min(1e-12)  # where all vectors are alike nothing is whitened
     wanted = 1 / (s + ridge * s[0])
     wanted = wanted / wanted[-1]  # only directions matter, the result is normalised; keeps numbers near 1
     rest = wanted[rank].float() if rank < D else torch.zeros(())

@@ -115,6 +115,8 @@ def begin(out, settings, D, llm, overwrite=False):
         raise flame.InputError(f"{path}: its numbers of rows do not agree; {CURE}")
     for name, (dtype, shape) in arrays(settings, N, D).items():
         flame.read_array(out / f"{name}.npy", dtype, shape, CURE)
+    for name in ("keys.txt", "images.txt"):
+        flame.read_lines(out / name, N, CURE)
     done = finished_windows(out, windows_of(settings, total))
     first = out / "windows-0.txt"  # one list of whole lines again
     files.write_text(first, "".join(f"{w}\n" for w in sorted(done)))

@@ -50,11 +50,11 @@ def byte_llm(tmp_path_factory):
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder = tmp_path_factory.mktemp("byte-llm")
-    config = {"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64,
+    config = {"model_type": "llama", "vocab_size": 257, "hidden_size": 32, "intermediate_size": 64,
               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    matrices = {"model.embed_tokens": (256, 32), "lm_head": (256, 32)}
+    matrices = {"model.embed_tokens": (257, 32), "lm_head": (257, 32)}
     norms = ["model.norm"]
     for layer in ("model.layers.0.", "model.layers.1."):
         norms += [layer + "input_layernorm", layer + "post_attention_layernorm"]
@@ -65,7 +65,7 @@ def byte_llm(tmp_path_factory):
     weights = {f"{name}.weight": torch.randn(shape, generator=random) / 5 for name, shape in matrices.items()}
     weights |= {f"{name}.weight": torch.ones(32) for name in norms}
     save_file(weights, folder / "model.safetensors")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u0120kite"]  # and a word, in no text
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -252,7 +252,7 @@ def picture_path(out):
     path = Path(out)
     if path.name and not path.suffix:
         path = path.with_suffix(".png")
-    if path.suffix.lower() not in SUFFIXES or path.is_dir():
+    if path.suffix.lower() not in SUFFIXES or path.is_dir() or Path(out).is_dir():
         raise flame.InputError(f"--out {out}: not a picture's name; let it end in {', '.join(SUFFIXES)}")
     return path
 

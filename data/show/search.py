@@ -3,18 +3,24 @@ import numpy as np
 
 from data import benchmarks, cache, files
 from data.show import fonts, report
+from flame import InputError
 
 
-def search(args, prompts, towers, encode_images, encode_texts):
+def pictures_under(folder):
+    pictures = benchmarks.pictures_in(folder, deep=True)
+    if not pictures:
+        suffixes = " ".join(sorted(benchmarks.IMAGE_SUFFIXES))
+        raise InputError(f"{folder}: no pictures, {suffixes}; name another folder")
+    return pictures
+
+
+def search(args, prompts, pictures, towers, encode_images, encode_texts):
     """Prints and draws the ten best; what the image tower says of all of them is kept beside them.
 
     args: the command line; towers, encode_images, encode_texts: evaluate.py's.
     """
     folder = args.images
-
-    index_path = benchmarks.need(folder) / ".flame-index.npz"
-    suffixes = benchmarks.IMAGE_SUFFIXES
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    index_path = folder / ".flame-index.npz"
     before = cache.read_index(index_path)
     cached = dict(before)
     image, kept = encode_images(towers._replace(cached=cached), pictures, folder=folder, least=1)
