@@ -142,7 +142,8 @@ def embed_windows(out, settings, journal, encoder):
     if RANK == 0:
         store.finish(out, settings, journal, encoder.dim)
         seconds = time.time() - started
-        print(f"{out}: finished; {todo * WORLD / seconds:.2f} captions/s, {seconds:.0f} s, "
+        size = f"{journal['N']} x {len(settings['columns'])} embeddings"
+        print(f"{out}: {size}; {todo * WORLD / seconds:.2f} captions/s, {seconds:.0f} s, "
               f"model busy {busy / seconds:.1%} of the time")
         if encoder.truncated:
             print(f"{encoder.truncated} captions were cut to the model's context")

@@ -659,13 +659,14 @@ def read(args, split):
     """What the benchmark's reader returns; with names and templates, in the languages asked for."""
     reader, scorer, _ = BENCHMARKS[args.bench]
     root = args.data_root
+    more = [args.all_captions] if args.bench == "xm3600" else []
+    found = reader(root, split, *more)
+    enough(found[0], found[0], f"pictures are of split {split} in {root}")
     if scorer is score_classification:      # a file named by the user overrules those in data/classes
         class_files = benchmarks.class_files(args.bench, root, args.language)
-        return benchmarks.with_names(*reader(root, split), class_files + [args.classes] * bool(args.classes))
+        return benchmarks.with_names(*found, class_files + [args.classes] * bool(args.classes))
     if args.bench == "xm3600":
-        return benchmarks.in_languages(*reader(root, split, args.all_captions), args.language, root)
-    found = reader(root, split)
-    enough(found[0], found[0], f"pictures of split {split} in {root}")
+        return benchmarks.in_languages(*found, args.language, root)
     return found
 
 

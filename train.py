@@ -407,8 +407,10 @@ def take_step(run, step, batch, failed, batches):
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
     if loss is None:
-        raise flame.InputError(f"{run.out}: no picture of step {step}'s batch could be read (first: "
-                               f"{', '.join(failed[0])}); give the right --images DIR")
+        key, why = failed[0]
+        file = batches.files[batches.places[batches.pictures(step)[0], 0]]
+        raise flame.InputError(f"{run.out}: no picture of step {step}'s batch could be read "
+                               f"(first: {file}, key {key}, {why}); give the right --images DIR")
     status = torch.stack([loss, torch.tensor(float(len(STOP)), device=run.device)])
     if ranks() > 1:
         dist.all_reduce(status)

@@ -97,7 +97,9 @@ def field(where, record, *keys, kind=str):
         except (KeyError, IndexError, TypeError):
             raise InputError(f"{where}: no {key!r}; {AGAIN}") from None
     if not isinstance(record, kind):
-        raise InputError(f"{where}: {keys[-1]!r} is not a {kind.__name__}; {AGAIN}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(one.__name__ for one in kinds)
+        raise InputError(f"{where}: {keys[-1]!r} is not a {names}; {AGAIN}")
     return record
 
 
@@ -205,7 +207,7 @@ def dci(root, split="test"):
     root = root / "densely_captioned_images"
     splits = parsed(root / "splits.json", read_text(root / "splits.json"))
     pairs = []
-    for split in splits:
+    for split in splits if isinstance(splits, dict) else ["train"]:
         for name in field(root / "splits.json", splits, split, kind=list):
             path = root / "annotations" / str(name)
             entry = parsed(path, read_text(path))

@@ -65,6 +65,8 @@ class Cache:
         return row and row[0]
 
     def update(self, pairs):
+        if self.db is None:
+            self.open()
         with self.errors(), self.db:
             self.db.executemany("INSERT OR REPLACE INTO cache VALUES (?, ?)", pairs)
 

@@ -413,7 +413,7 @@ COMMANDS = [
     (f"{NEW_STORE} --draw 'A kite.' --out captions.tsv", "captions.tsv"),
     (f"{NEW_STORE} --draw 'A kite.' --out captions.tsv/a.png", "captions.tsv"),
     (f"{NEW_STORE} --merge store --out store --overwrite", "store"),
-    (f"{NEW_STORE} --merge store store8", "--merge"),
+    (f"{NEW_STORE} --merge store store8", "store8"),
     (f"{NEW_STORE} --captions 'a\nb.tsv'", "a"),
     (f"{NEW_STORE} --captions {'x' * 300}.tsv", "xxx.tsv"),
     (f"{NEW_STORE} --llm 'caf\udce9'", "caf"),
