@@ -1,4 +1,7 @@
-"""Every decoder family and every kind of tokenizer against transformers and mistral-common, on small random weights."""
+"""Decoder families and kinds of tokenizers against transformers and mistral-common, on small random weights.
+
+Then what is not supported, and what is broken, in an LLM's folder: each refused in one line.
+"""
 import functools
 import json
 import math
@@ -22,17 +25,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # --- decoders: hidden states equal transformers' <= 1e-4, centered over texts
 
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64, rope_theta=500000.0)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64, rope_theta=500000.0)
+LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
+UNSCALED = dict(rope_type="default", rope_theta=1e6)
+SHARDED = dict(max_shard_size="2MB")
 DECODERS = {
     "Llama 2 (no GQA)": dict(num_key_value_heads=4),
     "Llama 3.1 (scaled RoPE)": dict(rope_parameters=LLAMA3),
-    "Llama, linear RoPE, tied": dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0), tie_word_embeddings=True),
+    "Llama, linear RoPE, tied": dict(rope_parameters=LINEAR, tie_word_embeddings=True),
     "Mistral-7B v0.1 (window)": dict(family="Mistral", sliding_window=600),
-    "Mistral-Nemo (head_dim, sharded)": dict(family="Mistral", head_dim=20, num_key_value_heads=1, sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=1e6), max_shard_size="2MB"),
+    "Mistral-Nemo (head_dim, sharded)": dict(
+        family="Mistral", head_dim=20, num_key_value_heads=1, sliding_window=None,
+        rope_parameters=UNSCALED, **SHARDED),
     "Qwen2 (bias, head_dim)": dict(family="Qwen2", num_key_value_heads=2),
-    "Qwen2.5 (tied, sharded)": dict(family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True, max_shard_size="2MB"),
+    "Qwen2.5 (tied, sharded)": dict(
+        family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True, **SHARDED),
     "Qwen3 (norms of q and k, head_dim)": dict(family="Qwen3", head_dim=20),
-    "Qwen3 (tied, sharded)": dict(family="Qwen3", head_dim=8, num_key_value_heads=1, tie_word_embeddings=True, max_shard_size="2MB"),
+    "Qwen3 (tied, sharded)": dict(
+        family="Qwen3", head_dim=8, num_key_value_heads=1, tie_word_embeddings=True, **SHARDED),
 }
 
 
@@ -43,10 +55,12 @@ def make(make_random_llm):
         folder = make_random_llm(**DECODERS[name])
         if DECODERS[name].get("family", "").startswith("Qwen"):
             from safetensors.torch import load_file, save_file
-            random = ("bias", "q_norm.weight", "k_norm.weight")  # 0 and 1 in a new model, where leaving them out changes nothing
+            # In a new model these are 0 and 1, and leaving them out changes nothing.
+            random = ("bias", "q_norm.weight", "k_norm.weight")
             for file in folder.glob("*.safetensors"):
-                weights = {n: torch.randn_like(t) if n.endswith(random) else t for n, t in load_file(file).items()}
-                save_file(weights, file, {"format": "pt"})
+                weights = load_file(file)
+                drawn = {n: torch.randn_like(t) for n, t in weights.items() if n.endswith(random)}
+                save_file(weights | drawn, file, {"format": "pt"})
         return folder
     return make
 
@@ -59,25 +73,35 @@ def test_hidden_states_equal_transformers(make, path, name):  # noqa: F811
     assert centered_error(ours, separate_passes(folder, "long", 3)) <= 1e-4
 
 
-@pytest.mark.parametrize("name, change", [("Llama 3.1 (scaled RoPE)", dict(rope_parameters=LLAMA3 | {"rope_type": "default"})),
-                                          ("Llama, linear RoPE, tied", dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0)))])
+@pytest.mark.parametrize("name, change", [
+    ("Llama 3.1 (scaled RoPE)", LLAMA3 | {"rope_type": "default"}),
+    ("Llama, linear RoPE, tied", LINEAR | {"rope_type": "default"})])
 def test_rope_scaling_matters(make, tmp_path, name, change):
     """The comparison above would notice: without the scaling the states are others."""
     folder = shutil.copytree(make(name), tmp_path / "llm")
-    edit_config(folder, **change)
-    assert centered_error(flame.TextEncoder(folder, dtype=torch.float32).encode(CAPTIONS, "long"), separate_passes(make(name), "long", 3)) > 1e-2
+    edit_config(folder, rope_parameters=change)
+    ours = flame.TextEncoder(folder, dtype=torch.float32).encode(CAPTIONS, "long")
+    assert centered_error(ours, separate_passes(make(name), "long", 3)) > 1e-2
+
+
+LLAMA_3_2 = {k: v for k, v in LLAMA3.items() if k != "rope_theta"} | {
+    "factor": 32.0, "original_max_position_embeddings": 8192}
 
 
 @pytest.mark.parametrize("spelling", ["transformers 4", "transformers 4, old", "transformers 5"])
-@pytest.mark.parametrize("scaling", [None, dict(rope_type="linear", factor=4.0), {k: v for k, v in LLAMA3.items() if k != "rope_theta"} | {"factor": 32.0, "original_max_position_embeddings": 8192}], ids=str)
+@pytest.mark.parametrize("scaling", [None, dict(rope_type="linear", factor=4.0), LLAMA_3_2], ids=str)
 def test_rope_in_either_spelling(make, tmp_path, scaling, spelling):
+    """transformers 5: all in rope_parameters; 4: rope_theta, and rope_scaling with "type" or "rope_type"."""
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     folder = shutil.copytree(make("Llama 2 (no GQA)"), tmp_path / "llm")
-    old = spelling.endswith("old") and scaling and scaling["rope_type"] == "linear"  # "type" was the word before "rope_type"
-    named = {"type": "linear", "factor": 4.0} if old else scaling
-    edit_config(folder, head_dim=128, **(dict(rope_parameters=(scaling or {"rope_type": "default"}) | {"rope_theta": 5e5}) if spelling.endswith("5")
-                                         else dict(rope_parameters=None, rope_theta=500000.0, rope_scaling=named)))
+    if spelling == "transformers 5":
+        rope = dict(rope_parameters=(scaling or {"rope_type": "default"}) | {"rope_theta": 5e5})
+    else:
+        old = spelling.endswith("old") and scaling and scaling["rope_type"] == "linear"
+        named = {"type": "linear", "factor": 4.0} if old else scaling
+        rope = dict(rope_parameters=None, rope_theta=500000.0, rope_scaling=named)
+    edit_config(folder, head_dim=128, **rope)
     theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder)).inv_freq
     torch.testing.assert_close(flame.llm_config(folder)["inv_freq"].float(), theirs, rtol=1e-6, atol=0)
 
@@ -87,27 +111,30 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-@pytest.mark.parametrize("config, context", [
-    (dict(model_type="mistral", sliding_window=4096, max_position_embeddings=32768), 4096),                                # Mistral-7B v0.1
-    (dict(model_type="mistral", sliding_window=None, max_position_embeddings=32768), 32768),                               # v0.2, v0.3
-    (dict(model_type="mistral", max_position_embeddings=32768), 4096),                                                     # transformers' default
-    (dict(model_type="qwen2", sliding_window=131072, use_sliding_window=False, max_position_embeddings=32768), 32768),     # Qwen2.5
-    (dict(model_type="qwen2", sliding_window=300, use_sliding_window=True, max_position_embeddings=32768), 300),
-    (dict(model_type="llama", max_position_embeddings=2048), 2048)])
-def test_context_is_the_shorter_of_positions_and_window(tmp_path, config, context):
-    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=4, hidden_size=48, num_hidden_layers=4, intermediate_size=96, vocab_size=9, rms_norm_eps=1e-6) | config))
+@pytest.mark.parametrize("family, config, context", [
+    ("mistral", dict(sliding_window=4096, max_position_embeddings=32768), 4096),  # Mistral-7B v0.1
+    ("mistral", dict(sliding_window=None, max_position_embeddings=32768), 32768),  # v0.2, v0.3
+    ("mistral", dict(max_position_embeddings=32768), 4096),  # transformers' default
+    ("qwen2", dict(sliding_window=300, use_sliding_window=False, max_position_embeddings=32768), 32768),
+    ("qwen2", dict(sliding_window=300, use_sliding_window=True, max_position_embeddings=32768), 300),
+    ("llama", dict(max_position_embeddings=2048), 2048)])
+def test_context_is_the_shorter_of_positions_and_window(tmp_path, family, config, context):
+    name, text = config_with(model_type=family, **config)
+    (tmp_path / name).write_text(text)
     assert flame.llm_config(tmp_path)["context"] == context
 
 
 def test_caption_longer_than_the_sliding_window_is_cut_to_where_it_changes_nothing(make_random_llm):
-    """The prompt is whole, of the caption a beginning is left, and transformers' windowed attention agrees on these strings."""
+    """The prompt is whole, a beginning of the caption is left, and transformers with its window agrees."""
     from transformers import AutoModelForCausalLM
     folder = make_random_llm(family="Mistral", sliding_window=200)
     encoder, tokenizer = flame.TextEncoder(folder, dtype=torch.float32), flame.load_tokenizer(folder)
-    captions = ["A fox.", "A fox asks (it is late): where is the old green lamp of the house at the sea? " * 20]
+    asks = "A fox asks (it is late): where is the old green lamp of the house at the sea? "
+    captions = ["A fox.", asks * 20]
     (_, forest), = encoder.pack(captions, "long")
     assert encoder.truncated == 1
-    strings = [forest.tokens[torch.from_numpy(seen)].tolist() for seen in flame.visible(forest, forest.answers.numpy(), np.arange(len(forest.tokens)))]
+    masks = flame.visible(forest, forest.answers.numpy(), np.arange(len(forest.tokens)))
+    strings = [forest.tokens[torch.from_numpy(seen)].tolist() for seen in masks]
     opening, closing = flame.PROMPTS["long"].prefix.split("{}")
     for n, (ids, facet) in enumerate(zip(strings, flame.PROMPTS["long"].facets * 2, strict=True)):
         text = tokenizer.decode(ids)
@@ -116,7 +143,8 @@ def test_caption_longer_than_the_sliding_window_is_cut_to_where_it_changes_nothi
         assert kept == "A fox." if n < 7 else captions[1].startswith(kept[:-1]) and len(kept) > 80
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        reference = torch.stack([model(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0, -1] for ids in strings]).view(2, 7, -1)
+        hidden = [model(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in strings]
+        reference = torch.stack([states[3][0, -1] for states in hidden]).view(2, 7, -1)
     assert centered_error(encoder.encode(captions, "long"), reference) <= 1e-4
 
 
@@ -128,13 +156,16 @@ def test_context_too_short_for_the_prompt_and_foreign_tokenizer_are_refused(make
 
 
 def test_loading_needs_no_more_memory_than_the_result_and_a_shard(make_random_llm):
-    """float16 on disk, bfloat16 kept, so that every tensor is copied: the files' pages must not stay beside the copies."""
-    folder = make_random_llm(vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=9, max_shard_size="40MB", dtype=torch.float16)
+    """float16 on disk, bfloat16 kept, so all is copied: the files' pages must not stay beside the copies."""
+    folder = make_random_llm(
+        vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=9,
+        max_shard_size="40MB", dtype=torch.float16)
     shards = [f.stat().st_size for f in folder.glob("*.safetensors")]
     assert len(shards) > 5
     script = f"""if True:
         import re, torch, flame, safetensors
-        peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024  # ru_maxrss would begin at the parent's
+        def peak():  # ru_maxrss would begin at the parent's
+            return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
         (torch.ones(9).half().bfloat16(), torch.cat([torch.ones(9)] * 2))
         before = peak()
         decoder = flame.load_decoder({str(folder)!r})
@@ -152,17 +183,26 @@ def drop_tensor(folder, ending):
     save_file({n: t for n, t in tensors.items() if not n.endswith(ending)}, folder / "model.safetensors")
 
 
+LLAMA, QWEN2, QWEN3 = "Llama 2 (no GQA)", "Qwen2 (bias, head_dim)", "Qwen3 (norms of q and k, head_dim)"
+LLAMA3_NO_LOW = {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}
+
+
+def changed(**config):
+    return lambda folder: edit_config(folder, **config)
+
+
 @pytest.mark.parametrize("name, change, word", [
-    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="qwen3_moe"), "qwen3_moe.*llama, mistral, qwen2, qwen3"),
-    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="qwen3"), "no tensor .*layers.0.self_attn.q_norm.weight"),
-    ("Qwen2 (bias, head_dim)", lambda f: edit_config(f, model_type="qwen3"), "bias"),
-    ("Qwen3 (norms of q and k, head_dim)", lambda f: edit_config(f, model_type="llama"), "layers.0.self_attn.k_norm.weight"),
-    ("Llama 2 (no GQA)", lambda f: edit_config(f, model_type="gemma2"), "gemma2.*llama, mistral, qwen2"),
-    ("Llama 2 (no GQA)", lambda f: edit_config(f, rope_parameters=dict(rope_type="yarn", factor=4.0)), "yarn.*default, linear, llama3"),
-    ("Llama 2 (no GQA)", lambda f: edit_config(f, rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
-    ("Llama 3.1 (scaled RoPE)", lambda f: edit_config(f, rope_parameters={k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}), "low_freq_factor"),
-    ("Qwen2 (bias, head_dim)", lambda f: edit_config(f, model_type="llama"), "bias"),
-    ("Qwen2 (bias, head_dim)", lambda f: drop_tensor(f, "layers.1.self_attn.k_proj.bias"), "layers.1.self_attn.k_proj.bias"),
+    (LLAMA, changed(model_type="gemma2"), "gemma2.*llama, mistral, qwen2"),
+    (LLAMA, changed(model_type="qwen3_moe"), "qwen3_moe.*llama, mistral, qwen2, qwen3"),
+    (LLAMA, changed(model_type="qwen3"), "no tensor .*layers.0.self_attn.q_norm.weight"),
+    (QWEN2, changed(model_type="qwen3"), "bias"),
+    (QWEN2, changed(model_type="llama"), "bias"),
+    (QWEN3, changed(model_type="llama"), "layers.0.self_attn.k_norm.weight"),
+    (LLAMA, changed(rope_parameters=dict(rope_type="yarn", factor=4.0)), "yarn.*default, linear, llama3"),
+    (LLAMA, changed(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
+    (LLAMA, changed(rope_parameters=LLAMA3 | {"low_freq_factor": None}), "low_freq_factor"),
+    (LLAMA, changed(rope_parameters=LLAMA3_NO_LOW), "low_freq_factor"),
+    (QWEN2, lambda f: drop_tensor(f, "layers.1.self_attn.k_proj.bias"), "layers.1.self_attn.k_proj.bias"),
     ("Qwen2.5 (tied, sharded)", lambda f: sorted(f.glob("model-*.safetensors"))[1].unlink(), "model-00002"),
 ])
 def test_what_is_not_supported_is_refused_by_name(make, tmp_path, name, change, word):
@@ -183,7 +223,7 @@ def change_tensors(folder, change):
 
 
 def quantised(dtype, ending="weight"):
-    """Of all blocks' projections, as FP8, int8, 4-bit (uint8) and GPTQ or AWQ (int32) checkpoints hold them."""
+    """Of all blocks' projections, as checkpoints in FP8, int8, 4 bits (uint8), GPTQ (int32) hold them."""
     def change(name, tensor):
         if "_proj" not in name:
             return {name: tensor}
@@ -192,15 +232,15 @@ def quantised(dtype, ending="weight"):
 
 
 @pytest.mark.parametrize("change, word", [
-    (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "config.json: .*fp8"),
-    (lambda f: edit_config(f, quantization_config=True), "config.json: .*quantization_config"),
-    (lambda f: edit_config(f, compression_config={"format": "int-quantized"}), "config.json: .*compression_config"),
+    (changed(quantization_config={"quant_method": "fp8"}), "config.json: .*fp8"),
+    (changed(quantization_config=True), "config.json: .*quantization_config"),
+    (changed(compression_config={"format": "int-quantized"}), "config.json: .*compression_config"),
     (quantised(torch.int8), "model.safetensors: .*_proj.weight is I8"),
     (quantised(torch.uint8), "model.safetensors: .*_proj.weight is U8"),
     (quantised(torch.float8_e4m3fn), "model.safetensors: .*_proj.weight is F8_E4M3"),
     (quantised(torch.int32, "qweight"), "model.safetensors: .*_proj.qweight is I32"),
 ])
-def test_quantised_checkpoints_are_refused_before_anything_is_loaded(make, tmp_path, monkeypatch, change, word):
+def test_quantised_llms_are_refused_before_anything_is_loaded(make, tmp_path, monkeypatch, change, word):
     folder = shutil.copytree(make("Llama 2 (no GQA)"), tmp_path / "llm")
     change(folder)
     monkeypatch.setattr(torch.Tensor, "to", None)  # no weight gets as far as its device
@@ -224,44 +264,61 @@ def config_without(key):
 
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
-INDEX, TEKKEN = "model.safetensors.index.json", "tekken.json"
-BROKEN = {  # file, what stands in it, what the message says besides the file
-    **{f"{file}: {text!r}": (file, text, ".") for file in ("config.json", INDEX, "tokenizer.json", TEKKEN, "tokenizer_config.json")
-       for text in ("", "[]", "null", "3", '{"a', '"text"', "\xff")},
-    **{f"no {key}": (*config_without(key), repr(key)) for key in SIZES + ("model_type", "rms_norm_eps")},
-    **{f"{key}: {value!r}": (*config_with(**{key: value}), repr(key))
-       for key in SIZES + ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
-       for value in ("64", 0, -4, 4.5, [4], 10 ** 12, True)},
-    **{f"rms_norm_eps: {value!r}": (*config_with(rms_norm_eps=value), "'rms_norm_eps'") for value in ("small", -1.0, math.nan, math.inf, None)},
-    **{f"rope_theta: {value!r}": (*config_with(rope_theta=value), "'rope_theta'") for value in ("big", 0, -1.0, math.nan, 10 ** 400, [])},
-    **{f"rope_scaling: {value!r}": (*config_with(rope_scaling=value), word) for value, word in (
-        ([], "'rope_scaling'"), ("linear", "'rope_scaling'"), ({"rope_type": 3}, "'rope_type'"), ({"type": "linear"}, "'factor'"),
-        ({"type": "linear", "factor": 0}, "'factor'"), ({"type": "linear", "factor": "4"}, "'factor'"),
-        ({k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}, "'high_freq_factor'"),
-        (LLAMA3 | {"high_freq_factor": 1.0}, "'high_freq_factor'"),
-        (LLAMA3 | {"original_max_position_embeddings": None}, "'original_max_position_embeddings'"))},
-    "heads not divisible by kv heads": (*config_with(num_key_value_heads=3), "'num_attention_heads' is 4.*'num_key_value_heads'"),
-    "odd head_dim": (*config_with(head_dim=11), "'head_dim' is 11"),
-    "hidden_act a number": (*config_with(hidden_act=3), "'hidden_act'"),
-    "use_sliding_window a number": (*config_with(use_sliding_window=3), "'use_sliding_window'"),
-    **{f"weight_map: {value!r}": (INDEX, json.dumps({"weight_map": value}), word) for value, word in (
-        ([], "'weight_map'"), (None, "'weight_map'"), ({}, "'weight_map'"), ({"a": 3}, "'weight_map'.*3"), ({"a": ""}, "'weight_map'"),
-        ({"a": "../model.safetensors"}, "'weight_map'.*../model.safetensors.*another folder"),
-        ({"a": "/etc/passwd"}, "'weight_map'.*/etc/passwd.*another folder"), ({"a": ".."}, "'weight_map'.*another folder"))},
-    "weight_map missing": (INDEX, "{}", "'weight_map'"),
-    "weights empty": ("model.safetensors", "", "download it anew"),
-    "weights cut off": ("model.safetensors", "\x88\0\0\0\0\0\0\0{", "download it anew"),
-    "weights without a tensor": ("model.safetensors", "\2\0\0\0\0\0\0\0{}", "no tensor"),
-    "add_bos_token a text": ("tokenizer_config.json", '{"add_bos_token": "yes"}', "'add_bos_token'"),
-    "tekken without vocabulary": (TEKKEN, '{"config": {}}', "'vocab'"),
-    "tekken's config a list": (TEKKEN, '{"config": [], "vocab": []}', "'config'"),
-    "tekken without pattern": (TEKKEN, '{"config": {"default_num_special_tokens": 1, "default_vocab_size": 2}, "vocab": []}', "'pattern'"),
-    "tekken's size a text": (TEKKEN, '{"config": {"default_num_special_tokens": 1, "default_vocab_size": "2", "pattern": "."}, "vocab": []}',
-                             "'default_vocab_size'"),
-    "tekken's vocabulary of numbers": (TEKKEN, '{"config": {"default_num_special_tokens": 1, "default_vocab_size": 2, "pattern": "."}, "vocab": [3]}',
-                                       "not a tokenizer"),
-    "a vocabulary of nothing": ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}', "no token"),
-}
+MAY_BE_MISSING = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+INDEX, TEKKEN, WEIGHTS = "model.safetensors.index.json", "tekken.json", "model.safetensors"
+OTHER_FOLDER = "'weight_map'.*{}.*another folder"
+A_TEKKEN = {"default_num_special_tokens": 1, "default_vocab_size": 2, "pattern": "."}
+NO_VOCABULARY = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
+
+
+def broken_files():
+    """Yields (what is wrong, file, what stands in it, what the message says besides the file)."""
+    for file in ("config.json", INDEX, "tokenizer.json", TEKKEN, "tokenizer_config.json"):
+        for text in ("", "[]", "null", "3", '{"a', '"text"', "\xff"):
+            yield f"{file} is {text!r}", file, text, "."
+    for key in SIZES + ("model_type", "rms_norm_eps"):
+        yield f"no {key}", *config_without(key), repr(key)
+    numbers = dict.fromkeys(SIZES + MAY_BE_MISSING, ("64", 0, -4, 4.5, [4], 10 ** 12, True)) | {
+        "rms_norm_eps": ("small", -1.0, math.nan, math.inf, None),
+        "rope_theta": ("big", 0, -1.0, math.nan, 10 ** 400, []),
+        "hidden_act": (3,), "use_sliding_window": (3,)}
+    for key, values in numbers.items():
+        for value in values:
+            yield f"{key} is {str(value)[:20]}", *config_with(**{key: value}), repr(key)
+    no_high = {k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}
+    for word, value in (
+            ("rope_scaling", []), ("rope_scaling", "linear"), ("rope_type", {"rope_type": 3}),
+            ("factor", {"type": "linear"}), ("factor", {"type": "linear", "factor": 0}),
+            ("factor", {"type": "linear", "factor": "4"}),
+            ("high_freq_factor", no_high), ("high_freq_factor", LLAMA3 | {"high_freq_factor": 1.0}),
+            ("original_max_position_embeddings", LLAMA3 | {"original_max_position_embeddings": None})):
+        yield f"rope_scaling is {value}", *config_with(rope_scaling=value), repr(word)
+    divides = "'num_attention_heads' is 4.*'num_key_value_heads'"
+    yield "heads not divisible by kv heads", *config_with(num_key_value_heads=3), divides
+    yield "odd head_dim", *config_with(head_dim=11), "'head_dim' is 11"
+    for value, word in (
+            ([], "'weight_map'"), (None, "'weight_map'"), ({}, "'weight_map'"),
+            ({"a": 3}, "'weight_map'.*3"), ({"a": ""}, "'weight_map'"),
+            ({"a": "../model.safetensors"}, OTHER_FOLDER.format("../model.safetensors")),
+            ({"a": "/etc/passwd"}, OTHER_FOLDER.format("/etc/passwd")),
+            ({"a": ".."}, OTHER_FOLDER.format(".."))):
+        yield f"weight_map is {value}", INDEX, json.dumps({"weight_map": value}), word
+    yield "weight_map missing", INDEX, "{}", "'weight_map'"
+    yield "weights empty", WEIGHTS, "", "download it anew"
+    yield "weights cut off", WEIGHTS, "\x88\0\0\0\0\0\0\0{", "download it anew"
+    yield "weights without a tensor", WEIGHTS, "\2\0\0\0\0\0\0\0{}", "no tensor"
+    yield "add_bos_token a text", "tokenizer_config.json", '{"add_bos_token": "yes"}', "'add_bos_token'"
+    yield "a vocabulary of nothing", "tokenizer.json", json.dumps(NO_VOCABULARY), "no token"
+    for tekken, word in (
+            ({"config": {}}, "'vocab'"), ({"config": [], "vocab": []}, "'config'"),
+            ({"config": A_TEKKEN | {"pattern": 3}, "vocab": []}, "'pattern'"),
+            ({"config": {k: v for k, v in A_TEKKEN.items() if k != "pattern"}, "vocab": []}, "'pattern'"),
+            ({"config": A_TEKKEN | {"default_vocab_size": "2"}, "vocab": []}, "'default_vocab_size'"),
+            ({"config": A_TEKKEN, "vocab": [3]}, "not a tokenizer")):
+        yield f"tekken is {tekken}", TEKKEN, json.dumps(tekken), word
+
+
+BROKEN = {what: rest for what, *rest in broken_files()}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -293,13 +350,18 @@ def test_pipe_in_place_of_a_file_is_refused_not_waited_for(make, tmp_path, name)
 # --- tokenizers: the same ids as mistral-common and transformers
 
 TEXTS = CAPTIONS[:7] + [
-    "Ένας κόκκινος χαρταετός πάνω από τη θάλασσα.", "Красный воздушный змей над морем.", "Կարմիր օդապարիկ ծովի վերևում։", "עפיפון אדום מעל הים.",
-    "طائرة ورقية حمراء فوق البحر.", "समुद्र के ऊपर लाल पतंग।", "সমুদ্রের উপর লাল ঘুড়ি।", "ਸਮੁੰਦਰ ਉੱਤੇ ਲਾਲ ਪਤੰਗ।", "દરિયા ઉપર લાલ પતંગ.", "ସମୁଦ୍ର ଉପରେ ନାଲି ଗୁଡ଼ି।",
-    "கடலுக்கு மேல் சிவப்பு பட்டம்.", "సముద్రంపై ఎర్రటి గాలిపటం.", "ಸಮುದ್ರದ ಮೇಲೆ ಕೆಂಪು ಗಾಳಿಪಟ.", "കടലിനു മുകളിൽ ചുവന്ന പട്ടം.", "මුහුදට ඉහළින් රතු සරුංගලයක්.", "ว่าวสีแดงเหนือทะเล",
-    "ວ່າວສີແດງເໜືອທະເລ", "རྒྱ་མཚོའི་སྟེང་དུ་ཤོག་བྱ་དམར་པོ།", "ပင်လယ်ပေါ်က စွန်နီ။", "წითელი ფრანი ზღვის თავზე.", "바다 위의 빨간 연.", "ቀይ ካይት ከባሕር በላይ።", "ខ្លែងក្រហមលើសមុទ្រ។",
-    "ᎩᎦᎨ ᎠᎹ ᎡᏉᎯ", "ᠤᠯᠠᠭᠠᠨ ᠴᠠᠰᠤ", "海の上の赤い凧。カイト！", "Diều đỏ bay trên biển.",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 👍🏽 🦊🦊", "two  three   four    " + " " * 40 + "many" + " " * 300, " leading", "trailing \n", "tab\tnew\nline\r\n\n\nend", "\x00\x01\x7f\x85\u00a0\u200b\ufeff\u2028",
-    "\ufffd\ufffd e\u0301\u0327 \U000e0041\U0010fffd", "ﬁ ① ½ Å Å ㎏", "http://a.b/c?d=e&f=%20#g", "{'a': [1, 2.50, -3e10]}", "x" * 500, "12345678901234567890", '""""\'\'\'\'', "İiıI ßẞ"]
+    "Ένας κόκκινος χαρταετός πάνω από τη θάλασσα.", "Красный воздушный змей над морем.",
+    "Կարմիր օդապարիկ ծովի վերևում։", "עפיפון אדום מעל הים.", "طائرة ورقية حمراء فوق البحر.",
+    "समुद्र के ऊपर लाल पतंग।", "সমুদ্রের উপর লাল ঘুড়ি।", "ਸਮੁੰਦਰ ਉੱਤੇ ਲਾਲ ਪਤੰਗ।", "દરિયા ઉપર લાલ પતંગ.",
+    "ସମୁଦ୍ର ଉପରେ ନାଲି ଗୁଡ଼ି।", "கடலுக்கு மேல் சிவப்பு பட்டம்.", "సముద్రంపై ఎర్రటి గాలిపటం.",
+    "ಸಮುದ್ರದ ಮೇಲೆ ಕೆಂಪು ಗಾಳಿಪಟ.", "കടലിനു മുകളിൽ ചുവന്ന പട്ടം.", "මුහුදට ඉහළින් රතු සරුංගලයක්.",
+    "ว่าวสีแดงเหนือทะเล", "ວ່າວສີແດງເໜືອທະເລ", "རྒྱ་མཚོའི་སྟེང་དུ་ཤོག་བྱ་དམར་པོ།", "ပင်လယ်ပေါ်က စွန်နီ။",
+    "წითელი ფრანი ზღვის თავზე.", "바다 위의 빨간 연.", "ቀይ ካይት ከባሕር በላይ።", "ខ្លែងក្រហមលើសមុទ្រ។", "ᎩᎦᎨ ᎠᎹ ᎡᏉᎯ",
+    "ᠤᠯᠠᠭᠠᠨ ᠴᠠᠰᠤ", "海の上の赤い凧。カイト！", "Diều đỏ bay trên biển.", "👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 👍🏽 🦊🦊",
+    "two  three   four    " + " " * 40 + "many" + " " * 300, " leading", "trailing \n",
+    "tab\tnew\nline\r\n\n\nend", "\x00\x01\x7f\x85\u00a0\u200b\ufeff\u2028",
+    "\ufffd\ufffd e\u0301\u0327 \U000e0041\U0010fffd", "ﬁ ① ½ Å Å ㎏", "http://a.b/c?d=e&f=%20#g",
+    "{'a': [1, 2.50, -3e10]}", "x" * 500, "12345678901234567890", '""""\'\'\'\'', "İiıI ßẞ"]
 
 
 def test_texts_are_of_many_scripts():
@@ -313,7 +375,8 @@ def package_file(pattern):
 
 
 def prompts_of(text):  # what FLAME tokenizes
-    return flame.PROMPTS["long"].prefix.replace("{}", flame.clean(text)) + " " + flame.PROMPTS["long"].facets[1]
+    prompts = flame.PROMPTS["long"]
+    return prompts.prefix.replace("{}", flame.clean(text)) + " " + prompts.facets[1]
 
 
 def assert_same(ours, encode, decode=None):
@@ -330,29 +393,32 @@ def test_tokenizer_model_equals_mistral_common(tmp_path, version):
     file = package_file(version)
     shutil.copy(file, tmp_path / "tokenizer.model")
     reference = SentencePieceTokenizer(file)
-    assert_same(flame.load_tokenizer(tmp_path), lambda text: reference.encode(text, bos=True, eos=False), reference.decode)
+    ours = flame.load_tokenizer(tmp_path)
+    assert_same(ours, lambda text: reference.encode(text, bos=True, eos=False), reference.decode)
 
 
 @pytest.fixture(scope="module")
 def tekken(tmp_path_factory):
-    """Nemo's tokenizer as it is published twice: tekken.json, and tokenizer.json (here as transformers converts it, BOS put in front)."""
+    """Nemo's tokenizer as tokenizer.json: as transformers converts tekken.json, with BOS put in front."""
     from tokenizers.processors import TemplateProcessing
     from transformers.integrations.mistral.tokenizer import MistralConverter
-    converted, folder = MistralConverter(str(package_file("tekken_240718.json"))).converted(), tmp_path_factory.mktemp("tekken")
+    folder = tmp_path_factory.mktemp("tekken")
+    converted = MistralConverter(str(package_file("tekken_240718.json"))).converted()
     converted.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     converted.save(str(folder / "tokenizer.json"))
     return folder
 
 
 def test_tekken_equals_mistral_common(tekken, tmp_path):
+    """Published twice, tekken.json and tokenizer.json: both give the same ids, for a literal <s> too."""
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
     shutil.copy(package_file("tekken_240718.json"), tmp_path / "tekken.json")
     reference = Tekkenizer.from_file(tmp_path / "tekken.json")
     encode = lambda text: reference.encode(text, bos=True, eos=False)
-    ours = flame.load_tokenizer(tmp_path)
-    assert_same(ours, encode, reference.decode)
-    assert_same(flame.load_tokenizer(tekken), encode, reference.decode)
-    assert ours.encode("step , <s> this") == flame.load_tokenizer(tekken).encode("step , <s> this") == encode("step , ") + [1] + encode(" this")[1:]
+    with_bos = encode("step , ") + [1] + encode(" this")[1:]
+    for ours in (flame.load_tokenizer(tmp_path), flame.load_tokenizer(tekken)):
+        assert_same(ours, encode, reference.decode)
+        assert ours.encode("step , <s> this") == with_bos
 
 
 def test_tekken_without_tiktoken_says_what_to_install(tmp_path, monkeypatch):
@@ -362,7 +428,8 @@ def test_tekken_without_tiktoken_says_what_to_install(tmp_path, monkeypatch):
         flame.load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("name, content", [("tekken.json", "{}"), ("tekken.json", "no"), ("tokenizer.model", "no"), ("tokenizer.json", "no")])
+@pytest.mark.parametrize("name, content", [
+    ("tekken.json", "{}"), ("tekken.json", "no"), ("tokenizer.model", "no"), ("tokenizer.json", "no")])
 def test_broken_tokenizer_is_refused_by_name(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(flame.InputError, match=re.escape(str(tmp_path / name))) as error:
@@ -371,29 +438,46 @@ def test_broken_tokenizer_is_refused_by_name(tmp_path, name, content):
 
 
 def sentencepiece_as_llama(file):
-    """transformers' LlamaTokenizer (Llama 2, Mistral-7B) with the vocabulary of a tokenizer.model; what has the best score merges first."""
+    """transformers' LlamaTokenizer (Llama 2, Mistral-7B) with the vocabulary of a tokenizer.model.
+
+    What has the best score merges first.
+    """
     from sentencepiece import SentencePieceProcessor
     from transformers import LlamaTokenizer
     pieces = SentencePieceProcessor(model_file=str(file))
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
-    normal = {piece: pieces.get_score(i) for piece, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i))}
-    pairs = [(-score, -k, piece) for piece, score in normal.items() for k in range(1, len(piece)) if piece[:k] in normal and piece[k:] in normal]
-    return LlamaTokenizer(vocab=vocabulary, merges=[(piece[:-k], piece[-k:]) for _, k, piece in sorted(pairs)], add_bos_token=True)
+    is_special = lambda i: pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i)
+    score = {piece: pieces.get_score(i) for piece, i in vocabulary.items() if not is_special(i)}
+    pairs = []
+    for piece in score:
+        for k in range(1, len(piece)):
+            if piece[:k] in score and piece[k:] in score:
+                pairs.append((-score[piece], -k, piece))
+    merges = [(piece[:-k], piece[-k:]) for _, k, piece in sorted(pairs)]
+    return LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
 
 
 def byte_level(bos):
     """A byte-level BPE as Llama 3 (bos) and Qwen2 (none) have it, trained on the texts here."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     if not bos:
-        vocabulary = {c: i for i, c in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+        vocabulary = {c: i for i, c in enumerate(["<|endoftext|>", *sorted(alphabet)])}
         return Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=900, special_tokens=[bos], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])])
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=[bos], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.post_processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=False),
+        processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
 
 
@@ -414,9 +498,10 @@ def test_tokenizer_json_equals_transformers(llm, tmp_path, name):
         llm = tmp_path
     reference = AutoTokenizer.from_pretrained(llm)
     ours = flame.load_tokenizer(llm)
-    assert_same(ours, lambda text: reference(text).input_ids, lambda ids: reference.decode(ids, skip_special_tokens=True))
+    decode = lambda ids: reference.decode(ids, skip_special_tokens=True)
+    assert_same(ours, lambda text: reference(text).input_ids, decode)
     assert (ours.encode("A cat")[0] == reference.bos_token_id) == bos
-    if name.startswith("Llama 2"):  # the same prompts from either of its two files (a text that begins with a space is where they differ)
+    if name.startswith("Llama 2"):  # the same prompts from its other file; only texts like " a" differ
         shutil.copy(package_file("tokenizer.model.v1"), tmp_path / "tokenizer.model")
         (tmp_path / "tokenizer.json").unlink()
         ours = flame.load_tokenizer(tmp_path)

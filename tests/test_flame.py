@@ -1,4 +1,4 @@
-"""flame.py against independent references: transformers, open_clip, torchvision, mistral-common, and slow obvious twins."""
+"""flame.py against references: transformers, open_clip, torchvision, mistral-common, and slow twins."""
 import functools
 import hashlib
 import json
@@ -15,17 +15,25 @@ from hypothesis import given, settings, strategies as st
 import flame
 from data import cache
 
-CAPTIONS = ["A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat.", "", 'He said "(hello)" to the dog?',
-            '"Quoted"', "5 × 3 = 15?", "一只红色的风筝在海上飞。", "Une très longue promenade " * 12, "a\u0301 🦊\tand  two  spaces", "A cat."]
+CAPTIONS = [
+    "A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat.", "",
+    'He said "(hello)" to the dog?', '"Quoted"', "5 × 3 = 15?", "一只红色的风筝在海上飞。",
+    "Une très longue promenade " * 12, "a\u0301 🦊\tand  two  spaces", "A cat."]
 
 
 def centered_error(ours, reference):
     """Largest error relative to the largest value, the mean over texts (dim 0) subtracted.
 
-    One dimension carries 0.8 of an LLM state's norm and is nearly the same for all texts: raw errors and cosines hide everything.
+    One dimension carries 0.8 of an LLM state's norm and is nearly the same for all texts: it hides all else.
     """
     mean = reference.mean(0)
     return ((ours - reference).abs().max() / (reference - mean).abs().max()).item()
+
+
+def centered_cosine(ours, reference):
+    """[N, K], the cosines of [N, K, D] after the reference's mean over texts is subtracted from both."""
+    mean = reference.mean(0)
+    return torch.cosine_similarity(ours - mean, reference - mean, dim=-1)
 
 
 @functools.lru_cache
@@ -36,7 +44,7 @@ def their_tokenizer(llm_dir):
 
 @functools.lru_cache
 def separate_passes(llm_dir, prompts, layer):
-    """The oracle: K whole strings a caption, each run alone and causally by transformers. float32 [N, K, D]."""
+    """The oracle, float32 [N, K, D]: K whole strings a caption, each run alone by transformers, causally."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(llm_dir, dtype=torch.float32).eval()
     tokenizer = their_tokenizer(llm_dir)
@@ -69,16 +77,19 @@ def path(request, monkeypatch):
 our_tokenizer = functools.lru_cache(flame.load_tokenizer)
 
 
-@pytest.mark.parametrize("caption, cleaned", [("A cat", "A cat."), ("A cat.", "A cat."), ("A cat?", "A cat."), (' say "hi" ', "say 'hi'"),
-                                              ("it's 'so'", "it's 'so'"), ("", "."), ("Really?!", "Really?!.")])
+@pytest.mark.parametrize("caption, cleaned", [
+    ("A cat", "A cat."), ("A cat.", "A cat."), ("A cat?", "A cat."), (' say "hi" ', "say 'hi'"),
+    ("it's 'so'", "it's 'so'"), ("", "."), ("Really?!", "Really?!.")])
 def test_clean(caption, cleaned):
     assert flame.clean(caption) == cleaned
 
 
 def test_prompt_sets_are_the_papers():
-    assert [len(flame.PROMPTS[n].facets) for n in ("raw", "short", "long")] == [1, 3, 7] and len(flame.COLUMNS) == 11
-    assert flame.PROMPTS["long"].facets[:3] == flame.PROMPTS["short"].facets
-    assert flame.PROMPTS["long"].facets[3] == 'the category of the minor object in this image means in just one word:"'
+    assert [len(flame.PROMPTS[name].facets) for name in ("raw", "short", "long")] == [1, 3, 7]
+    assert len(flame.COLUMNS) == 11
+    questions = flame.PROMPTS["long"].facets
+    assert questions[:3] == flame.PROMPTS["short"].facets
+    assert questions[3] == 'the category of the minor object in this image means in just one word:"'
 
 
 @settings(max_examples=100, deadline=None)
@@ -108,7 +119,8 @@ def test_sentencepiece_tokenizer(tmp_path):
     shutil.copy(file, tmp_path / "tokenizer.model")
     ours, reference = flame.load_tokenizer(tmp_path), SentencePieceTokenizer(file)
     for caption in CAPTIONS:
-        text = flame.PROMPTS["long"].prefix.replace("{}", flame.clean(caption)) + " " + flame.PROMPTS["long"].facets[0]
+        prompts = flame.PROMPTS["long"]
+        text = prompts.prefix.replace("{}", flame.clean(caption)) + " " + prompts.facets[0]
         assert ours.encode(text) == reference.encode(text, bos=True, eos=False)
         (prefix,), (facets,) = flame.tokenize(ours, [caption], "long")
         assert prefix + facets[0] == ours.encode(text)
@@ -141,7 +153,8 @@ def test_forest_is_the_trie(rows):
 def test_forest_with_positions(rows, data):
     where = [data.draw(st.lists(st.integers(0, 2), min_size=len(row), max_size=len(row))) for row in rows]
     forest = flame.build_forest(rows, where)
-    assert len(forest.tokens) == len({tuple(zip(row, p))[:n + 1] for row, p in zip(rows, where) for n in range(len(row))})
+    prefixes = {tuple(zip(row, p))[:n + 1] for row, p in zip(rows, where) for n in range(len(row))}
+    assert len(forest.tokens) == len(prefixes)
     mask = flame.visible(forest, forest.answers.numpy(), np.arange(len(forest.tokens)))
     for row, p, seen in zip(rows, where, mask, strict=True):
         assert forest.tokens[seen].tolist() == row and forest.positions[seen].tolist() == p
@@ -164,15 +177,18 @@ def test_one_pass_equals_separate_passes_smollm2(llm, path, prompts):
     assert centered_error(ours, reference) <= 1e-4
 
 
-RANDOM_MODELS = [dict(), dict(family="Mistral", head_dim=32, sliding_window=None), dict(num_key_value_heads=1), dict(num_key_value_heads=4, tie_word_embeddings=True),
-                 dict(num_attention_heads=6, num_key_value_heads=2, head_dim=8), dict(max_shard_size="2MB")]
+RANDOM_MODELS = [
+    dict(), dict(family="Mistral", head_dim=32, sliding_window=None), dict(num_key_value_heads=1),
+    dict(num_key_value_heads=4, tie_word_embeddings=True), dict(max_shard_size="2MB"),
+    dict(num_attention_heads=6, num_key_value_heads=2, head_dim=8)]
 
 
 @pytest.mark.parametrize("config", RANDOM_MODELS, ids=str)
 def test_one_pass_equals_separate_passes_random_models(make_random_llm, path, config):
     folder = make_random_llm(**config)
     for layer in (None, 1, 4):
-        ours = flame.TextEncoder(folder, dtype=torch.float32, layer=layer, budget=500).encode(CAPTIONS, "long")
+        encoder = flame.TextEncoder(folder, dtype=torch.float32, layer=layer, budget=500)
+        ours = encoder.encode(CAPTIONS, "long")
         reference = separate_passes(folder, "long", layer or 3)
         if layer == 4:  # transformers puts the final norm on the last hidden state
             weight = flame.weights_reader(folder)[0]("model.norm.weight")
@@ -181,10 +197,12 @@ def test_one_pass_equals_separate_passes_random_models(make_random_llm, path, co
 
 
 def test_bfloat16_keeps_the_centered_states(llm, path):
-    many = [f"A {size} {thing} {place}." for size in ("tiny", "huge") for thing in ("fox", "lamp", "boat", "cake") for place in ("in the snow", "on a beach at night")]
-    exact, rounded = (flame.TextEncoder(llm, dtype=dtype).encode(many, "long") for dtype in (torch.float32, torch.bfloat16))
-    cosine = torch.cosine_similarity(exact - exact.mean(0), rounded - exact.mean(0), dim=-1)
-    assert cosine.mean() >= 0.999
+    places = ("in the snow", "on a beach at night")
+    things = [f"{size} {thing}" for size in ("tiny", "huge") for thing in ("fox", "lamp", "boat", "cake")]
+    many = [f"A {thing} {place}." for thing in things for place in places]
+    exact, rounded = (
+        flame.TextEncoder(llm, dtype=dtype).encode(many, "long") for dtype in (torch.float32, torch.bfloat16))
+    assert centered_cosine(rounded, exact).mean() >= 0.999
 
 
 def test_embedding_does_not_depend_on_its_company(llm, path):
@@ -201,14 +219,21 @@ def test_sharing_changes_nothing(tiny_llm, path):
     decoder = flame.load_decoder(tiny_llm, dtype=torch.float32)
     prefixes, facets = flame.tokenize(flame.load_tokenizer(tiny_llm), CAPTIONS[:5], "long")
 
-    def forest(strings):  # [(tokens, parent, is it a facet's end?)], one segment each
-        lengths, parents = np.array([len(t) for t, _, _ in strings], np.int32), np.array([p for _, p, _ in strings], np.int32)
+    def forest(strings):
+        """[(tokens, parent, is it a facet's end?)], one segment each."""
+        lengths = np.array([len(tokens) for tokens, _, _ in strings], np.int32)
+        parents = np.array([parent for _, parent, _ in strings], np.int32)
         ends = np.cumsum(lengths) - 1
-        return flame.Forest(torch.tensor([t for tokens, _, _ in strings for t in tokens]), torch.from_numpy(flame.token_depths(lengths, parents)),
-                            lengths, parents, torch.tensor([e for e, (_, _, answer) in zip(ends, strings) if answer]))
+        positions = torch.from_numpy(flame.token_depths(lengths, parents))
+        packed = torch.tensor([token for tokens, _, _ in strings for token in tokens])
+        answers = torch.tensor([end for end, (_, _, answer) in zip(ends, strings) if answer])
+        return flame.Forest(packed, positions, lengths, parents, answers)
 
     nothing_shared = forest([(p + f, -1, True) for p, fs in zip(prefixes, facets) for f in fs])
-    flat = forest([part for n, (p, fs) in enumerate(zip(prefixes, facets)) for part in [(p, -1, False)] + [(f, 8 * n, True) for f in fs]])
+    parts = []
+    for n, (prefix, questions) in enumerate(zip(prefixes, facets)):
+        parts += [(prefix, -1, False)] + [(question, 8 * n, True) for question in questions]
+    flat = forest(parts)
     trie = flame.caption_forest(prefixes, facets)
     assert len(trie.tokens) < len(flat.tokens) < len(nothing_shared.tokens)
     expected = flame.decode(decoder, nothing_shared)
@@ -236,7 +261,8 @@ def test_rounding_sizes_changes_nothing(tiny_llm, path, monkeypatch):
     sizes, linear = [], flame.F.linear
     monkeypatch.setattr(flame.F, "linear", lambda x, *rest: sizes.append(len(x)) or linear(x, *rest))
     rounded = [flame.decode(decoder, forest) for forest in forests]
-    assert sizes and all(size % 64 == 0 for size in sizes) and any(len(forest.tokens) % 64 for forest in forests)
+    assert sizes and all(size % 64 == 0 for size in sizes)
+    assert any(len(forest.tokens) % 64 for forest in forests)
     monkeypatch.setattr(flame, "SIZES", 1)
     for n, (got, forest) in enumerate(zip(rounded, forests), 1):
         expected = flame.decode(decoder, forest)
@@ -245,55 +271,54 @@ def test_rounding_sizes_changes_nothing(tiny_llm, path, monkeypatch):
 
 
 def test_encode_calls_the_extension_in_every_kept_block(tiny_llm, monkeypatch):
+    """4 blocks, 3 kept; each attends whole."""
     calls, original = [], flame.flame_ext.attention
-    monkeypatch.setattr(flame.flame_ext, "attention", lambda *args: calls.append(len(args[0])) or original(*args))
+
+    def attention(q, *rest):
+        calls.append(len(q))
+        return original(q, *rest)
+    monkeypatch.setattr(flame.flame_ext, "attention", attention)
     flame.TextEncoder(tiny_llm).encode(["A cat.", "A dog."], "long")
-    assert len(calls) == 3 and len(set(calls)) == 1  # 4 blocks, 3 kept; each attends whole
+    assert len(calls) == 3 and len(set(calls)) == 1
 
 
 def test_memory_of_a_long_row_is_linear(tiny_llm):
     """16,384 packed tokens: encoding takes less than one byte for every pair of them, 256 MiB."""
     script = f"""if True:
-        import torch, flame
+        import re, torch, flame
         encoder = flame.TextEncoder({str(tiny_llm)!r}, dtype=torch.float32, budget=40000)
-        captions = [f"Number {{n}}: " + "a very long description of nearly nothing, word after word. " * n for n in (280, *range(1, 45))]
+        words = "a very long description of nearly nothing, word after word. "
+        captions = [f"Number {{n}}: " + words * n for n in (280, *range(1, 45))]
         encoder.encode(captions[1:3])
-        peak = lambda: 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])  # ru_maxrss begins at the parent's
+        def peak():  # ru_maxrss would begin at the parent's
+            return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024
         sizes, before = [], peak()
         decode = flame.decode
         flame.decode = lambda decoder, forest: sizes.append(len(forest.tokens)) or decode(decoder, forest)
         encoder.encode(captions)
         print(*sizes, peak() - before)"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(flame.__file__).parent)
+    here = Path(flame.__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stderr
     tokens, peak = map(int, done.stdout.split())
     assert tokens > 16384 and peak < 16384 ** 2
 
 
-def broken_llms(llm):
-    """(what is done to a folder, words that the message must hold)."""
-    def config(**changes):
-        return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
-    return [(lambda f: (f / "config.json").unlink(), "config.json"), (lambda f: (f / "config.json").write_text("{"), "not JSON"),
-            (lambda f: (f / "model.safetensors").unlink(), "safetensors"), (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors"),
-            (config(hidden_size=64, head_dim=12), "shape"), (config(model_type="gpt2"), "gpt2"), (config(num_hidden_layers=9), "layers.4"),
-            (config(rope_scaling={"rope_type": "yarn"}, rope_parameters=None), "RoPE"),
-            (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"), (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json")]
+def edit_json(file, **changes):
+    entries = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(entries | changes, indent=3))
 
 
-@pytest.mark.parametrize("case", range(10))
-def test_broken_llm_folders_are_refused_by_name(tiny_llm, tmp_path, case):
-    change, word = broken_llms(tiny_llm)[case]
-    folder = shutil.copytree(tiny_llm, tmp_path / "llm")
-    change(folder)
-    with pytest.raises(flame.InputError, match=word) as error:
-        flame.TextEncoder(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+def config(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
 
 
-def test_fingerprint_tells_models_apart(make_random_llm, tiny_llm, tmp_path):
-    assert flame.llm_fingerprint(tiny_llm) == flame.llm_fingerprint(shutil.copytree(tiny_llm, tmp_path / "copy"))
-    assert flame.llm_fingerprint(tiny_llm) != flame.llm_fingerprint(make_random_llm(seed=1))
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def holding(name, text):
+    return lambda folder: (folder / name).write_text(text)
 
 
 @pytest.fixture
@@ -301,9 +326,26 @@ def copy(tiny_llm, tmp_path):
     return shutil.copytree(tiny_llm, tmp_path / "llm")
 
 
-def edit_json(file, **changes):
-    entries = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(entries | changes, indent=3))
+@pytest.mark.parametrize("change, word", [
+    (without("config.json"), "config.json"), (holding("config.json", "{"), "not JSON"),
+    (without("model.safetensors"), "safetensors"),
+    (holding("model.safetensors", "x" * 99), "model.safetensors"),
+    (config(hidden_size=64, head_dim=12), "shape"), (config(model_type="gpt2"), "gpt2"),
+    (config(num_hidden_layers=9), "layers.4"),
+    (config(rope_scaling={"rope_type": "yarn"}, rope_parameters=None), "RoPE"),
+    (without("tokenizer.json"), "tokenizer"), (holding("tokenizer.json", "{}"), "tokenizer.json")])
+def test_broken_llm_folders_are_refused_by_name(copy, change, word):
+    change(copy)
+    with pytest.raises(flame.InputError, match=word) as error:
+        flame.TextEncoder(copy)
+    assert str(copy) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- an LLM's name: what is read of it, no more and no less
+
+def test_fingerprint_tells_models_apart(make_random_llm, tiny_llm, copy):
+    assert flame.llm_fingerprint(tiny_llm) == flame.llm_fingerprint(copy)
+    assert flame.llm_fingerprint(tiny_llm) != flame.llm_fingerprint(make_random_llm(seed=1))
 
 
 def split_weights(folder):
@@ -330,8 +372,10 @@ def test_fingerprint_ignores_what_is_not_read(copy, whole):
     flame.TextEncoder(copy)
 
 
-@pytest.mark.parametrize("change", [dict(rms_norm_eps=1e-3), dict(rope_parameters={"rope_type": "default", "rope_theta": 77.0}), dict(max_position_embeddings=300),
-                                    dict(num_key_value_heads=4), dict(model_type="mistral")], ids=str)
+@pytest.mark.parametrize("change", [
+    dict(rms_norm_eps=1e-3), dict(max_position_embeddings=300), dict(num_key_value_heads=4),
+    dict(model_type="mistral"),
+    dict(rope_parameters={"rope_type": "default", "rope_theta": 77.0})], ids=str)
 def test_fingerprint_notices_what_config_decides(copy, change):
     before = flame.llm_fingerprint(copy)
     edit_json(copy / "config.json", **change)
@@ -346,7 +390,8 @@ def test_fingerprint_notices_the_tokenizer_and_its_settings(copy):
     (copy / "tokenizer.json").unlink()
     with pytest.raises(flame.InputError, match="no tokenizer.json"):
         flame.llm_fingerprint(copy)
-    shutil.copy(sorted((Path(mistral_common.__file__).parent / "data").glob("tokenizer.model.v1*"))[0], copy / "tokenizer.model")
+    published = sorted((Path(mistral_common.__file__).parent / "data").glob("tokenizer.model.v1*"))[0]
+    shutil.copy(published, copy / "tokenizer.model")
     found.add(flame.llm_fingerprint(copy))
     (copy / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     found.add(flame.llm_fingerprint(copy))
@@ -379,13 +424,17 @@ def test_same_llm_knows_fingerprints_of_both_versions(copy, make_random_llm):
 
 # --- the image side
 
-CONFIG = dict(image_size=32, patch_size=8, width=48, layers=3, heads=4, projector_hidden=40, text_dim=24, pool_first=False, text_rank=0, text_linear=False)
+CONFIG = dict(
+    image_size=32, patch_size=8, width=48, layers=3, heads=4, projector_hidden=40, text_dim=24,
+    pool_first=False, text_rank=0, text_linear=False)
 
 
 def test_vit_equals_open_clip():
     from open_clip.transformer import VisionTransformer
     torch.manual_seed(0)
-    reference = VisionTransformer(image_size=32, patch_size=8, width=48, layers=3, heads=4, mlp_ratio=4, output_dim=16, output_tokens=True).eval()
+    reference = VisionTransformer(
+        image_size=32, patch_size=8, width=48, layers=3, heads=4, mlp_ratio=4, output_dim=16,
+        output_tokens=True).eval()
     for p in reference.parameters():
         torch.nn.init.normal_(p, std=0.3)
     reference.ln_post = torch.nn.Identity()
@@ -400,22 +449,31 @@ def test_vit_equals_open_clip():
 
 @pytest.mark.parametrize("pool_first", [False, True])
 def test_projection_and_pooling(pool_first):
+    """Every patch token is projected and then averaged, or, pool_first, averaged and then projected."""
     torch.manual_seed(0)
     model = flame.Flame(CONFIG | {"pool_first": pool_first})
     pixels = torch.randn(2, 3, 32, 32)
     tokens = model.visual(pixels)[:, 1:]
-    expected = model.mm(tokens.mean(1)) if pool_first else torch.stack([model.mm(t) for t in tokens.unbind(1)]).mean(0)
+    expected = torch.stack([model.mm(t) for t in tokens.unbind(1)]).mean(0)
+    if pool_first:
+        expected = model.mm(tokens.mean(1))
     expected = expected / expected.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(model.encode_image(pixels), expected)
+
+
+def some_picture(height, width):
+    from PIL import Image
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("size", [(50, 80), (81, 50), (32, 32), (20, 31), (33, 97)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_preprocess_equals_torchvision(size, mode):
-    from PIL import Image
     from torchvision import transforms as T
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
-    reference = T.Compose([T.Resize(32, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.ToTensor(), T.Normalize(flame.CLIP_MEAN, flame.CLIP_STD)])
+    image = some_picture(*size).convert(mode)
+    reference = T.Compose([
+        T.Resize(32, T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.ToTensor(),
+        T.Normalize(flame.CLIP_MEAN, flame.CLIP_STD)])
     torch.testing.assert_close(flame.Flame(CONFIG).preprocess(image), reference(image.convert("RGB")))
 
 
@@ -424,7 +482,8 @@ def test_similarity_is_the_mean_cosine_over_facets():
     ours = flame.similarity(image, facets)
     for n in range(3):
         for m in range(4):
-            torch.testing.assert_close(ours[n, m], torch.stack([torch.cosine_similarity(facets[n, k], image[m], dim=0) for k in range(7)]).mean())
+            cosines = [torch.cosine_similarity(facets[n, k], image[m], dim=0) for k in range(7)]
+            torch.testing.assert_close(ours[n, m], torch.stack(cosines).mean())
 
 
 def test_text_projection_is_its_formula():
@@ -436,7 +495,8 @@ def test_text_projection_is_its_formula():
     ours = projection(facets, columns)
     for n in range(3):
         for k, c in enumerate(columns):
-            A = projection.rest[c] * torch.eye(24) + projection.basis[c] @ torch.diag(projection.gain[c]) @ projection.basis[c].T
+            A = projection.rest[c] * torch.eye(24)
+            A = A + projection.basis[c] @ torch.diag(projection.gain[c]) @ projection.basis[c].T
             expected = A @ (facets[n, k] / facets[n, k].norm() - projection.mean[c])
             torch.testing.assert_close(ours[n, k], expected / expected.norm(), rtol=1e-4, atol=1e-5)
 
@@ -458,7 +518,7 @@ TEXT = {  # what of the text tower's code: (what stands there, what else might)
     "positions": ("range(start, start + len(f))", "range(start + 1, start + 1 + len(f))"),
     "the cut at 1,024 tokens": ("ids[:1024]", "ids[:1023]"),
     "the trie": ("lo += 1", "lo += 2"),
-    "RMSNorm": ("x.square().mean(-1, keepdim=True) + eps", "x.square().mean(-1, keepdim=True)"),
+    "the residual stream": ("x += update", "x -= update"),
     "RoPE's scaling": ("(high - low)).clamp(0, 1)", "(high - low)).clamp(0, 2)"),
 }
 IMAGE = {
@@ -470,32 +530,30 @@ IMAGE = {
 NEITHER = {
     "a comment": ("# [T, D], the residual stream", "# the stream"),
     "a docstring": ("Runs the kept blocks over the packed row", "Runs them"),
-    "layout": ("idle = -len(forest.tokens) % multiple", "idle = (-len(forest.tokens)\n            % multiple)"),
+    "layout": ("idle = -len(forest.tokens) % multiple", "idle = (-len(forest.tokens)\n % multiple)"),
     "the store": ("is not an embedding store", "is no store"),
 }
 
 
 @pytest.mark.parametrize("what", [*TEXT, *IMAGE, *NEITHER])
 def test_cache_keys_change_with_the_code_that_matters(tmp_path, what):
+    """Each tower's key with its own code; with a prompt both, as the image tower's class knows the sets."""
     old, new = (TEXT | IMAGE | NEITHER)[what]
     text = Path(flame.__file__).read_text()
     assert text.count(old) == 1
     (tmp_path / "flame.py").write_text(text.replace(old, new))
-    for towers, root in ((TEXT, "TextEncoder"), (IMAGE, "Flame")):
+    for tower, root in ((TEXT, "TextEncoder"), (IMAGE, "Flame")):
         changed = cache.code_of(tmp_path / "flame.py", root) != cache.code_of(flame.__file__, root)
-        assert changed == (what in towers) or what == "a prompt"  # the image tower's class knows the prompt sets' names
+        assert changed == (what in tower) or what == "a prompt"
 
 
-def test_cache_keys_hold_the_code_of_their_tower(tmp_path, monkeypatch):
-    def keys():
-        return cache.text_key("llm", flame.PROMPTS["raw"], "A cat."), cache.image_tower_name(flame.Flame(CONFIG), torch.float32)
-
-    torch.manual_seed(0)
-    before = keys()
+def test_cache_keys_hold_the_code_of_their_tower(monkeypatch):
+    model, prompts = flame.Flame(CONFIG), flame.PROMPTS["raw"]
+    text, image = cache.text_key("llm", prompts, "A cat."), cache.image_tower_name(model, torch.float32)
     monkeypatch.setattr(cache, "code_of", lambda file, *roots: "other code")
     cache.text_code.cache_clear()
-    torch.manual_seed(0)
-    assert all(old != new for old, new in zip(before, keys()))
+    assert cache.text_key("llm", prompts, "A cat.") != text
+    assert cache.image_tower_name(model, torch.float32) != image
     cache.text_code.cache_clear()
 
 
@@ -512,22 +570,28 @@ def test_encode_takes_a_string_as_one_caption(tiny_llm):
 
 def test_encode_says_which_captions_and_prompts_it_wants(tiny_llm):
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
-    for captions, word in ((3, "int"), (None, "NoneType"), (["a dog", b"bytes"], "captions\\[1\\] .* bytes"), ({"a dog"}, "set"), ([["a dog"]], "list")):
-        for encode in (encoder.encode, lambda *args: list(encoder.encode_batches(*args)), lambda *args: list(encoder.pack(*args))):
+    every = (
+        encoder.encode,
+        lambda *args: list(encoder.encode_batches(*args)),
+        lambda *args: list(encoder.pack(*args)))
+    for encode in every:
+        for captions, word in (
+                (3, "int"), (None, "NoneType"), ({"a dog"}, "set"), ([["a dog"]], "list"),
+                (["a dog", b"bytes"], "captions\\[1\\] .* bytes")):
             with pytest.raises(ValueError, match=f"str.*{word}"):
                 encode(captions, "raw")
-    for prompts in ("middle", None, ["raw"]):
-        for encode in (encoder.encode, lambda *args: list(encoder.encode_batches(*args)), lambda *args: flame.tokenize(encoder.tokenizer, *args)):
+    every += (
+        lambda *args: flame.tokenize(encoder.tokenizer, *args),
+        lambda _, prompts: flame.Flame(CONFIG).encode_text(torch.randn(1, 1, 24), prompts))
+    for encode in every:
+        for prompts in ("middle", None, ["raw"]):
             with pytest.raises(ValueError, match="raw, short, long"):
                 encode(["a dog"], prompts)
-        with pytest.raises(ValueError, match="raw, short, long"):
-            flame.Flame(CONFIG).encode_text(torch.randn(1, 1, 24), prompts)
 
 
 @pytest.fixture
 def picture(tmp_path):
-    from PIL import Image
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    picture = some_picture(40, 50)
     picture.save(tmp_path / "fox.png")
     return picture, tmp_path / "fox.png"
 
@@ -544,10 +608,13 @@ def test_encode_image_takes_tensors_pictures_paths_and_lists_of_them(picture):
     assert model.encode_image((image, file)).shape == (2, 24)
 
 
+WRONG_SHAPES = [(2, 3, 64, 64), (2, 1, 32, 32), (32, 32), (32, 32, 3), (2, 3, 33, 33)]
+
+
 @pytest.mark.parametrize("wrong, word", [
-    (torch.zeros(2, 3, 64, 64), "2, 3, 64, 64"), (torch.zeros(2, 1, 32, 32), "2, 1, 32, 32"), (torch.zeros(32, 32), "32, 32"), (torch.zeros(32, 32, 3), "32, 32, 3"),
-    (torch.zeros(2, 3, 33, 33), "2, 3, 33, 33"), (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "uint8"), ([], "empty"), ([torch.zeros(3, 32, 31)], "3, 32, 31"),
-    ([3], "int"), (None, "NoneType"), (np.zeros((32, 32, 3)), "ndarray")], ids=lambda x: x if isinstance(x, str) else "")
+    *((torch.zeros(shape), str(list(shape))[1:-1]) for shape in WRONG_SHAPES),
+    (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "uint8"), ([torch.zeros(3, 32, 31)], "3, 32, 31"),
+    ([], "empty"), ([3], "int"), (None, "NoneType"), (np.zeros((32, 32, 3)), "ndarray")], ids=str)
 def test_encode_image_says_what_it_wants(wrong, word):
     for model in (flame.Flame(CONFIG), flame.Flame(CONFIG).eval()):
         with pytest.raises(ValueError, match=f"{word}") as error:
@@ -557,10 +624,12 @@ def test_encode_image_says_what_it_wants(wrong, word):
 
 def test_encode_text_and_similarity_say_what_they_want():
     model = flame.Flame(CONFIG)
-    for wrong in (torch.zeros(2, 7, 23), torch.zeros(7, 24), torch.zeros(2, 3, 24), np.zeros((2, 7, 24)), None):
+    shapes = (2, 7, 23), (7, 24), (2, 3, 24)
+    for wrong in (*map(torch.zeros, shapes), np.zeros((2, 7, 24)), None):
         with pytest.raises(ValueError, match=r"\[N, 7, 24\].*'long'"):
             model.encode_text(wrong, "long")
-    for image, facets in ((torch.zeros(24), torch.zeros(2, 7, 24)), (torch.zeros(1, 24), torch.zeros(7, 24)), (torch.zeros(1, 24), torch.zeros(2, 7, 23))):
+    one, two = torch.zeros(1, 24), torch.zeros(2, 7, 24)
+    for image, facets in ((one[0], two), (one, two[0]), (one, two[..., 1:])):
         with pytest.raises(ValueError, match=r"\[M, D\].*\[N, K, D\]"):
             flame.similarity(image, facets)
 
@@ -568,12 +637,15 @@ def test_encode_text_and_similarity_say_what_they_want():
 def test_gradients_are_kept_in_training_only(picture):
     model, facets = flame.Flame(CONFIG | {"text_linear": True}), torch.randn(2, 7, 24)
     pixels = torch.randn(2, 3, 32, 32)
-    outputs = lambda: (model(pixels), model.encode_image(pixels), model.encode_text(facets))
+
+    def outputs():
+        return model(pixels), model.encode_image(pixels), model.encode_text(facets)
     assert all(x.requires_grad for x in outputs())
     with torch.no_grad():
         assert not any(x.requires_grad for x in outputs())
     model.eval()
-    assert not any(x.requires_grad for x in outputs()) and model.encode_image(picture[0]).numpy().shape == (1, 24)
+    assert not any(x.requires_grad for x in outputs())
+    assert model.encode_image(picture[0]).numpy().shape == (1, 24)
 
 
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
