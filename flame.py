@@ -227,7 +227,7 @@ def decode(decoder, forest):
     cos = angle.cos()
     sin = angle.sin()
     answers, answer_of = torch.unique(forest.answers, return_inverse=True)  # equal captions share theirs
-    answers = answers.to(device)
+    answers = F.pad(answers, (0, -len(answers) % SIZES)).to(device)
 
     x = decoder.embedding[forest.tokens.to(device)].float()  # [T, D], the residual stream
     update = None                                            # what the last sublayer adds to it

@@ -104,10 +104,12 @@ def code_of(file, *roots):
 
 @functools.cache
 def text_code():
-    """Digest of the code that makes a text's states and packs them, kernels included."""
+    """Digest of the code that makes a text's states by either text path and packs them, kernels included."""
     kernels = Path(flame.flame_ext.__file__).read_bytes() if flame.flame_ext else b""
-    code = code_of(flame.__file__, "TextEncoder") + code_of(__file__, "pack_states")
-    return hashlib.sha256(code.encode() + kernels).hexdigest()
+    released = Path(__file__).with_name("released.py")
+    code = [code_of(flame.__file__, "TextEncoder"), code_of(released, "text_encoder"),
+            code_of(__file__, "pack_states")]
+    return hashlib.sha256("".join(code).encode() + kernels).hexdigest()
 
 
 def image_tower_name(model, dtype):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import flame
-from data import cache
+from data import cache, released
 
 CAPTIONS = [
     "A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat.", "",
@@ -255,19 +255,23 @@ def test_packed_rows_are_few_and_about_equally_long(tiny_llm):
 
 
 def test_rounding_sizes_changes_nothing(tiny_llm, path, monkeypatch):
-    """However many tokens and answers a packed row has, matrix products see few different numbers of rows."""
-    decoder, tokenizer = flame.load_decoder(tiny_llm, dtype=torch.float32), flame.load_tokenizer(tiny_llm)
-    forests = [flame.caption_forest(*flame.tokenize(tokenizer, CAPTIONS[:n], "long")) for n in range(1, 6)]
+    """However many tokens a packed row has, matrix products see few different numbers of rows."""
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
     sizes, linear = [], flame.F.linear
-    monkeypatch.setattr(flame.F, "linear", lambda x, *rest: sizes.append(len(x)) or linear(x, *rest))
-    rounded = [flame.decode(decoder, forest) for forest in forests]
+
+    def counted(x, *rest):
+        sizes.append(len(x))
+        return linear(x, *rest)
+    monkeypatch.setattr(flame.F, "linear", counted)
+    rounded = [encoder.encode(CAPTIONS[:n]) for n in range(1, 6)]
     assert sizes and all(size % 64 == 0 for size in sizes)
-    assert any(len(forest.tokens) % 64 for forest in forests)
     monkeypatch.setattr(flame, "SIZES", 1)
-    for n, (got, forest) in enumerate(zip(rounded, forests), 1):
-        expected = flame.decode(decoder, forest)
-        assert len(forest.tokens) in sizes and got.shape == expected.shape == (7 * n, got.shape[1])
-        assert (got - expected).abs().max() <= 1e-5 * expected.std(0).max()
+    sizes.clear()
+    for n, got in enumerate(rounded, 1):
+        expected = encoder.encode(CAPTIONS[:n])
+        assert got.shape == expected.shape == (n, 7, encoder.dim)
+        assert (got - expected).abs().max() <= 1e-5 * expected.flatten(0, 1).std(0).max()
+    assert any(size % 64 for size in sizes)
 
 
 def test_encode_calls_the_extension_in_every_kept_block(tiny_llm, monkeypatch):
@@ -515,17 +519,21 @@ def test_encode_text_uses_the_columns_of_its_prompt_set():
 TEXT = {  # what of the text tower's code: (what stands there, what else might)
     "a prompt": ("the overall atmosphere", "the atmosphere"),
     "cleaning": ("caption = caption.strip()", "caption = caption.rstrip()"),
-    "positions": ("range(start, start + len(f))", "range(start + 1, start + 1 + len(f))"),
-    "the cut at 1,024 tokens": ("ids[:1024]", "ids[:1023]"),
-    "the trie": ("lo += 1", "lo += 2"),
+    "positions": ("range(start, start + len(facet))", "range(start + 1, start + 1 + len(facet))"),
+    "the trie": ("first += 1", "first += 2"),
     "the residual stream": ("x += update", "x -= update"),
     "RoPE's scaling": ("(high - low)).clamp(0, 1)", "(high - low)).clamp(0, 2)"),
+}
+RELEASED = {
+    "the cut at 1,024 tokens": ("CAPTION_TOKENS = 1024", "CAPTION_TOKENS = 1023"),
+    "the released cleaning": ('text += "."', 'text += "!"'),
+    "<s> before the first question": ('"<s> " + facets[0]', 'facets[0]'),
 }
 IMAGE = {
     "pooling": ("kept)[:, 1:]", "kept)[:, 0:]"),
     "normalisation": ("0.48145466", "0.5"),
     "resizing": ("Image.Resampling.BICUBIC", "Image.Resampling.BILINEAR"),
-    "attention": ("q.shape[-1] ** -0.5) @ k", "q.shape[-1] ** -1) @ k"),
+    "attention": ("q.shape[-1] ** -0.5 @ k", "q.shape[-1] ** -1 @ k"),
 }
 NEITHER = {
     "a comment": ("# [T, D], the residual stream", "# the stream"),
@@ -535,25 +543,33 @@ NEITHER = {
 }
 
 
-@pytest.mark.parametrize("what", [*TEXT, *IMAGE, *NEITHER])
+@pytest.mark.parametrize("what", [*TEXT, *RELEASED, *IMAGE, *NEITHER])
 def test_cache_keys_change_with_the_code_that_matters(tmp_path, what):
     """Each tower's key with its own code; with a prompt both, as the image tower's class knows the sets."""
-    old, new = (TEXT | IMAGE | NEITHER)[what]
-    text = Path(flame.__file__).read_text()
+    old, new = (TEXT | RELEASED | IMAGE | NEITHER)[what]
+    file = Path(released.__file__ if what in RELEASED else flame.__file__)
+    text = file.read_text()
     assert text.count(old) == 1
-    (tmp_path / "flame.py").write_text(text.replace(old, new))
-    for tower, root in ((TEXT, "TextEncoder"), (IMAGE, "Flame")):
-        changed = cache.code_of(tmp_path / "flame.py", root) != cache.code_of(flame.__file__, root)
+    (tmp_path / file.name).write_text(text.replace(old, new))
+    roots = {"text_encoder": RELEASED} if what in RELEASED else {"TextEncoder": TEXT, "Flame": IMAGE}
+    for root, tower in roots.items():
+        changed = cache.code_of(tmp_path / file.name, root) != cache.code_of(file, root)
         assert changed == (what in tower) or what == "a prompt"
 
 
-def test_cache_keys_hold_the_code_of_their_tower(monkeypatch):
+@pytest.mark.parametrize("module", [flame, released, cache], ids=lambda module: module.__name__)
+def test_cache_keys_hold_the_code_of_their_tower(monkeypatch, module):
+    """A caption's: flame.py's, the released text path's and the packing's; a picture's: flame.py's."""
     model, prompts = flame.Flame(CONFIG), flame.PROMPTS["raw"]
     text, image = cache.text_key("llm", prompts, "A cat."), cache.image_tower_name(model, torch.float32)
-    monkeypatch.setattr(cache, "code_of", lambda file, *roots: "other code")
+    code_of = cache.code_of
+
+    def other_code(file, *roots):
+        return "other" if Path(file) == Path(module.__file__) else code_of(file, *roots)
+    monkeypatch.setattr(cache, "code_of", other_code)
     cache.text_code.cache_clear()
     assert cache.text_key("llm", prompts, "A cat.") != text
-    assert cache.image_tower_name(model, torch.float32) != image
+    assert (cache.image_tower_name(model, torch.float32) != image) == (module is flame)
     cache.text_code.cache_clear()
 
 
