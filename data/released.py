@@ -24,13 +24,12 @@ def text_path(positions):
     return flame.tokenize if positions == "restart" else tokenize
 
 
-def text_encoder(llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart", budget=None):
-    """The text tower that a store or a checkpoint says it was made with: flame's own, or for "sequential" the
-    released one.
-    """
-    encoder = flame.TextEncoder(llm_dir, device, dtype, layer, positions, budget, text_path(positions))
-    if positions == "sequential":
-        encoder.context = min(encoder.context, CONTEXT)
+def text_encoder(llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart"):
+    """The text tower that a store or a checkpoint says it was made with: flame's own, or the released one."""
+    if positions == "restart":
+        return flame.TextEncoder(llm_dir, device, dtype, layer)
+    encoder = flame.TextEncoder(llm_dir, device, dtype, layer, positions, tokenize=tokenize)
+    encoder.context = min(encoder.context, CONTEXT)
     return encoder
 
 
