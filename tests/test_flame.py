@@ -654,13 +654,13 @@ def test_gradients_are_kept_in_training_only(picture):
     model, facets = flame.Flame(CONFIG | {"text_linear": True}), torch.randn(2, 7, 24)
     pixels = torch.randn(2, 3, 32, 32)
 
-    def outputs():
-        return model(pixels), model.encode_image(pixels), model.encode_text(facets)
-    assert all(x.requires_grad for x in outputs())
+    def encoded():
+        return model.encode_image(pixels), model.encode_text(facets)
+    assert model(pixels).requires_grad and all(x.requires_grad for x in encoded())
     with torch.no_grad():
-        assert not any(x.requires_grad for x in outputs())
+        assert not any(x.requires_grad for x in (model(pixels), *encoded()))
     model.eval()
-    assert not any(x.requires_grad for x in outputs())
+    assert not any(x.requires_grad for x in encoded())
     assert model.encode_image(picture[0]).numpy().shape == (1, 24)
 
 
