@@ -315,6 +315,8 @@ def chosen():
     if not args.captions:
         raise flame.InputError("--captions FILE is missing; see --help")
     usable_device(args.device)
+    if RANK == 0:
+        next(read_captions(args.captions))  # complains of a file without captions before anything is made
     args.dtype = args.dtype or str(flame.default_dtype(args.device)).removeprefix("torch.")
     blocks = flame.llm_config(args.llm)["num_hidden_layers"]
     if args.layer and args.layer > blocks:

@@ -275,9 +275,9 @@ def facets_of(columns, prompts):
     return [k for k in every if f"{prompts}.{k}" in columns]
 
 
-def enough(usable, given, what, least=2):
+def enough(usable, given, what, least=2, first=""):
     if len(usable) < least:
-        counts = f"{len(usable)} of {len(given)}"
+        counts = f"{first}{len(usable)} of {len(given)}"
         raise InputError(f"{counts} {what}, at least {least} are needed; {benchmarks.CURE}")
 
 
@@ -329,8 +329,7 @@ def encode_images(towers, pictures, patches=False, folder=None, least=2):
                 blobs[i] = vector.tobytes()
             towers.cached.update((keys[i], blobs[i]) for i in good)
     kept = [i for i, blob in enumerate(blobs) if blob]
-    first = f" (the first that cannot: {bad[min(bad)]})" if bad else ""
-    enough(kept, pictures, f"pictures can be read{first}", least)
+    enough(kept, pictures, "pictures can be read", least, f"{bad[min(bad)]}; " if bad else "")
     if bad:
         left_out = f"{len(bad)} of {len(pictures)} pictures cannot be read and are left out"
         print(f"{left_out}; the first: {bad[min(bad)]}", file=sys.stderr)

@@ -1027,6 +1027,8 @@ def same_llm(recorded, llm_dir):
     """
     if recorded is None or recorded == llm_fingerprint(llm_dir):
         return True
+    if len(recorded) != 16:
+        return False
     every = sorted(Path(llm_dir).glob("*.safetensors"))
     for files in (every, weight_files(llm_dir)):  # what is never read may have come or gone
         digest = hashlib.sha256()
