@@ -207,7 +207,7 @@ def dci(root, split="test"):
     root = root / "densely_captioned_images"
     splits = parsed(root / "splits.json", read_text(root / "splits.json"))
     pairs = []
-    for split in splits if isinstance(splits, dict) else ["train"]:
+    for split in splits if isinstance(splits, (dict, list)) else ["train"]:
         for name in field(root / "splits.json", splits, split, kind=list):
             path = root / "annotations" / str(name)
             entry = parsed(path, read_text(path))
