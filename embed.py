@@ -109,7 +109,7 @@ def default_out(args):
 def load_encoder(args, settings, device):
     dtype, layer = getattr(torch, args.dtype), settings["llm"]["layer"]
     encoder = released.text_encoder(args.llm, device, dtype, layer, args.positions)
-    for name in args.prompts:  # complains of another model's tokenizer, and of a context too short for the prompts
+    for name in args.prompts:  # complains of another model's tokenizer, or a context that is too short
         next(encoder.pack([""], name))
     return encoder
 

@@ -21,7 +21,10 @@ def disk_errors(path, cure="free space or choose another place, then run the sam
 
 @contextmanager
 def folder(path):
-    """Makes a folder, and takes away again what it made of it where nothing came in. Raises InputError where it cannot."""
+    """Makes a folder; takes it away again, and what it made above it, where nothing came in.
+
+    Raises InputError where it cannot be made.
+    """
     path = Path(path)
     made = [one for one in (path, *path.parents) if not one.exists()]
     try:

@@ -40,11 +40,8 @@ def lock(out, overwrite):
 
     Raises InputError where another run holds it, where the folder cannot be made, or its files are not ours.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     path = out / "lock"
-    try:
-        with files.disk_errors(out, "choose another --out"):
-            out.mkdir(parents=True, exist_ok=True)
+    with files.folder(out):
         left_behind = path.exists()  # by a run that was killed, and what it wrote is ours
         with files.open_own(path, "a") as file:
             try:
@@ -62,12 +59,6 @@ def lock(out, overwrite):
             finally:
                 for temporary in [path, *out.glob("*join-*.sqlite")]:
                     temporary.unlink(missing_ok=True)
-    finally:
-        for folder in made:  # still empty where there was nothing to write
-            try:
-                folder.rmdir()
-            except OSError:
-                break
 
 
 def refuse_strangers(out):

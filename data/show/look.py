@@ -20,14 +20,17 @@ from data.store import CURE, SETTINGS
 # -----------------------------------------------------------------------------
 # --plan
 
-SAMPLE = 256         # captions that the tokens are counted of
+SAMPLE = 256         # captions that the tokens are counted of; the mean of so many is within a few percent
 H100_FLOPS = 989e12  # dense bfloat16 peak of an H100 SXM
 MFU = 0.4            # the share of it that is assumed
 TABLE = "{:10}{:>18}{:>9}{:>11}{:>11}{:>11}{:>11}"
 
 
 def plan(args):
-    """Prints tokens, FLOPs, time and bytes of a run, from a sample of its captions and the LLM's config."""
+    """Prints tokens, FLOPs, time and bytes of a run, from a sample of its captions and the LLM's config.
+
+    The LLM's weights need not be there: then only the speed of this machine is missing.
+    """
     config = flame.llm_config(args.llm)
     layer = args.layer or config["num_hidden_layers"] - 1
     total, sample = sampled(args)
@@ -49,8 +52,9 @@ def plan(args):
         print(TABLE.format(name, round(apart), round(shared), f"{N * work / 1e15:.4g}", *hours))
 
     M = sum(len(flame.PROMPTS[name].facets) for name in texts)
-    half = N * M * D / 1e9
-    print(f"store: [{N}, {M}, {D}], float16 {2 * half:.1f} GB, int8 {half * (1 + 4 / D):.1f} GB")
+    numbers = N * M * D / 1e9
+    int8 = numbers * (1 + 4 / D)  # a float32 scale for every vector
+    print(f"store: [{N}, {M}, {D}], float16 {2 * numbers:.1f} GB, int8 {int8:.1f} GB")
 
 
 def sampled(args):
@@ -166,7 +170,10 @@ def faults(store):
 
 
 def print_distinctness(states, meta):
-    """How alike the facets of one caption are, less what all captions share."""
+    """How alike the facets of one caption are, less what all captions share; states: float32 [n, M, D].
+
+    Seven questions are worth asking as far as the numbers off the diagonal are small.
+    """
     centered = normalize(states - states.mean(0), dim=-1)
     for name in meta["prompts"]:
         facets = centered[:, [column.startswith(f"{name}.") for column in meta["columns"]]]
@@ -258,7 +265,10 @@ def picture_path(out):
 
 
 def mask_of(forest):
-    """The rule as the extension has it, bool [T, T]; without it flame.visible says the same."""
+    """Which keys each query sees, bool [T, T].
+
+    It is the extension's mask, so that what is drawn is what runs; without it flame.visible says the same.
+    """
     T = len(forest.tokens)
     if not flame.flame_ext:
         return flame.visible(forest, np.arange(T), np.arange(T))
@@ -310,7 +320,10 @@ def picture(forest, decode, title):
 
 
 def squares(mask, colors, cell):
-    """bool [T, T] -> picture: a square in the key's colour where it is seen, white lines in between."""
+    """bool [T, T] -> picture: a square of `cell` pixels in the key's colour where it is seen.
+
+    The last row and column of pixels of every square stay white, as lines in between.
+    """
     rgb = np.array([ImageColor.getrgb(color) for color in colors], np.uint8)
     pixels = np.where(mask[:, :, None], rgb, np.uint8(255))
     pixels = pixels.repeat(cell, axis=0).repeat(cell, axis=1)
@@ -320,7 +333,10 @@ def squares(mask, colors, cell):
 
 
 def list_segments(pen, forest, decode, x, y, line):
-    """The segments' texts as a tree, each in its colour, `line` pixels a line."""
+    """The segments' texts as a tree, each in its colour, `line` pixels a line, from (x, y) on.
+
+    A segment is one step further to the right than its parent; a long text is cut in the middle.
+    """
     font = ImageFont.load_default(line * 2 // 3)
     pen.text((x, y + line), "row: query, column: key it sees; framed: the answers' rows", "black", font)
     tokens = np.split(forest.tokens, np.cumsum(forest.lengths)[:-1])
