@@ -1,6 +1,7 @@
-// Attention over the forest. A task is one tile of queries and one KV head; its rows are queries x query heads of
-// that group, so that each loaded key serves them all. For a group of rows and a block of keys there are two products:
-//   S^T = K Q^T          lanes over rows: the softmax needs no horizontal step, and keys are read where they lie
+// Attention over the forest. A task is one tile of queries and one KV head; its rows are queries x query
+// heads of that group, so that each loaded key serves them all. For a group of rows and a block of keys there
+// are two products:
+//   S^T = K Q^T          lanes over rows: no horizontal step in the softmax, and keys are read where they lie
 //   O = alpha O + P V    lanes over head_dim
 // The softmax is online and in base 2.
 
@@ -20,7 +21,8 @@ TARGET inline void to_units(const T* from, int dim, uint32_t* to, int units) {
 // Two rows as units that join their elements.
 template <class T>
 TARGET inline void join(const T* even, const T* odd, int dim, uint32_t* to, int units) {
-  for (int i = 0; i < dim; ++i) to[i] = ((const uint16_t*)even)[i] | (uint32_t)((const uint16_t*)odd)[i] << 16;
+  const uint16_t *low = (const uint16_t*)even, *high = (const uint16_t*)odd;
+  for (int i = 0; i < dim; ++i) to[i] = low[i] | (uint32_t)high[i] << 16;
   for (int i = dim; i < units; ++i) to[i] = 0;
 }
 
@@ -43,8 +45,8 @@ TARGET inline void prefetch(const T* row, int dim) {
 // ---- Softmax ----------------------------------------------------------------------------------------------
 
 // Scores [GROUP] of one key: -inf for the rows that may not see it.
-TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first, const int32_t* __restrict q_depth,
-                        int32_t k_first, int32_t k_last, int32_t k_depth) {
+TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first,
+                        const int32_t* __restrict q_depth, int32_t k_first, int32_t k_last, int32_t k_depth) {
   for (int r = 0; r < GROUP; ++r) {
     const float x = s[r];
     s[r] = visible(q_first[r], q_depth[r], k_first, k_last, k_depth) ? x : LOWEST;
@@ -56,8 +58,8 @@ TARGET inline vec pair_of(vec even, vec odd) {
   return (vec)((((uvec)even + 0x8000) >> 16) | (((uvec)odd + 0x8000) & 0xffff0000));
 }
 
-// A step for WIDTH rows: scores s of `keys` keys -> units p of their weights, zeros behind them. maximum and total
-// are the rows' so far; alpha gets what earlier sums are to be multiplied by.
+// A step for WIDTH rows: scores s of `keys` keys -> units p of their weights, zeros behind them. maximum and
+// total are the rows' so far; alpha gets what earlier sums are to be multiplied by.
 template <Math M>
 TARGET inline void softmax(const float* s, int keys, float scale, float* p, float* maximum, float* total,
                            float* alpha) {
@@ -148,7 +150,7 @@ struct Task {
     Right values{(const uint32_t*)v, a.v_stride};
     const bool k_in_place = sizeof(T) * PER == 4 && a.dim % (16 * PER) == 0 && a.k_stride % PER == 0;
     const bool v_in_place = sizeof(T) == 4 && a.dim == width;
-    if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is nothing to read
+    if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is no memory
       for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k_stride, a.dim, k_copy + j * units, units);
       keys = {k_copy, units, 1};
     }
@@ -220,12 +222,4 @@ TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_he
 template <class T, Math M>
 size_t scratch_floats(const Attention& a, int tile_size) {  // whole cache lines
   return Task<T, M>{a, {}, nullptr, tile_size, 0, nullptr}.floats;
-}
-
-// ---- Mask -------------------------------------------------------------------------------------------------
-
-TARGET void mask(const Plan& plan, uint8_t* out, int64_t stride, int64_t from, int64_t to) {
-  for (int64_t q = from; q < to; ++q)
-    for (int64_t k = 0; k < plan.tokens; ++k)
-      out[q * stride + k] = visible(plan.first[q], plan.depth[q], plan.first[k], plan.last[k], plan.depth[k]);
 }

@@ -111,7 +111,8 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 #if defined(__linux__) && __GNUC__ >= 11
 #define HAVE_AMX
 #define ISA avx512_amx
-#define TARGET __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define TARGET \
+  __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #define WIDTH 16
 #define BF16_DOT
 #define AMX

@@ -44,7 +44,6 @@ struct Kernels {  // [2]: for float32, for bfloat16
   const char* name;
   size_t (*scratch[2])(const Attention&, int tile_size);  // floats that `attend` needs
   void (*attend[2])(const Attention&, const Plan&, int32_t tile, int kv_head, float* scratch);
-  void (*mask)(const Plan&, uint8_t* out, int64_t stride, int64_t from, int64_t to);
   void (*rope[2])(const Rope&, int64_t from, int64_t to);
   void (*rmsnorm[2])(const RmsNorm&, int64_t from, int64_t to);
   void (*swiglu[2])(const SwiGlu&, int64_t from, int64_t to);

@@ -1,16 +1,17 @@
 // The mask, and attention in one kernel that reads every ancestor's keys and values in place.
 //
-// Why not cascade attention (one varlen flash call a level, partial outputs merged by log-sum-exp)? Both do the
-// same flops on the tensor cores, but with three levels at head_dim 128 the merge writes and re-reads 3 x 2 x 516
-// bytes a row, twice what one kernel reads of K and V (about 200 keys x 512 bytes for a tile of 64 rows), and
-// takes four launches for one.
+// Why not cascade attention (one varlen flash call a level, partial outputs merged by log-sum-exp)? Both do
+// the same flops on the tensor cores, but with three levels at head_dim 128 the merge writes and re-reads 3 x
+// 2 x 516 bytes a row, twice what one kernel reads of K and V (about 200 keys x 512 bytes for a tile of 64
+// rows), and takes four launches for one.
 #include "forest.h"
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <string>
+
+#define UNROLL _Pragma("unroll")  // or arrays that loops index leave the registers
 
 namespace {
 
@@ -58,7 +59,8 @@ __device__ void load_matrices_transposed(uint32_t (&m)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(shared_address(shared)) : "memory");
 }
-// c[16 x 8] += a[16 x 16] b[16 x 8]; a lane holds c at rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
+// c[16 x 8] += a[16 x 16] b[16 x 8]; a lane holds c at rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
+// next.
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -73,19 +75,22 @@ __device__ uint32_t pack(float low, float high) {
 // ---- Attention for bfloat16 and head_dim 64 or 128 --------------------------------------------------------
 
 template <int DIM>
-struct Shared {  // K and V: one is fetched while the other is read; what is known of keys: a slow warp is a block behind
+struct Shared {
+  // Two blocks of K and V: one is fetched while the other is read. Three of what is known of their keys: a
+  // slow warp may still read those of the block before.
   __nv_bfloat16 q[ROWS * DIM], k[2][KEYS * DIM], v[2][KEYS * DIM];
   int32_t key[3][KEYS], first[3][KEYS], last[3][KEYS], depth[3][KEYS];
 };
 
-// A 16-byte chunk of a row in shared memory. The exclusive or spreads the eight rows of a matrix over all banks.
+// A 16-byte chunk of a row in shared memory. The exclusive or spreads the eight rows of a matrix over all
+// banks.
 template <int DIM>
 __device__ __nv_bfloat16* at(__nv_bfloat16* base, int row, int chunk) {
   return base + row * DIM + (chunk ^ (row & 7)) * 8;
 }
 
-// A block of threads works on one tile and KV head: flash attention, where Q stays in registers, S and P never
-// leave them, and K and V come in blocks of 64 keys gathered through the tile's runs.
+// A block of threads works on one tile and KV head: flash attention, where Q stays in registers, S and P
+// never leave them, and K and V come in blocks of 64 keys gathered through the tile's runs.
 template <int DIM>
 struct Work {
   static constexpr int CHUNKS = DIM / 8;
@@ -107,7 +112,7 @@ struct Work {
   }
 
   __device__ void begin() {
-    for (int half = 0; half < 2; ++half) {  // rows past the end repeat the last one's rights; they are not stored
+    for (int half = 0; half < 2; ++half) {  // rows past the end repeat the last one; they are not stored
       const int32_t token = query[min(row_of(half), rows - 1) / share];
       q_first[half] = plan.first[token];
       q_depth[half] = plan.depth[token];
@@ -142,17 +147,14 @@ struct Work {
   }
 
   __device__ void load_queries() {
-#pragma unroll
-    for (int d = 0; d < DIM / 16; ++d)
+    UNROLL for (int d = 0; d < DIM / 16; ++d)
       load_matrices(q[d], at<DIM>(shared.q, warp * 16 + lane % 16, d * 2 + lane / 16));
   }
 
   __device__ void multiply_keys(float (&s)[KEYS / 8][4], int block) {  // S = Q K^T
     const int row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;
-#pragma unroll
-    for (int d = 0; d < DIM / 16; ++d)
-#pragma unroll
-      for (int n = 0; n < KEYS / 16; ++n) {
+    UNROLL for (int d = 0; d < DIM / 16; ++d)
+      UNROLL for (int n = 0; n < KEYS / 16; ++n) {
         uint32_t m[4];
         load_matrices(m, at<DIM>(shared.k[block % 2], n * 16 + row, d * 2 + chunk));
         multiply(s[2 * n], q[d], m[0], m[1]);
@@ -161,11 +163,10 @@ struct Work {
   }
 
   __device__ void hide(float (&s)[KEYS / 8][4], int block) {
-    const int32_t *first = shared.first[block % 3], *last = shared.last[block % 3], *depth = shared.depth[block % 3];
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
+    const int buffer = block % 3;
+    const int32_t *first = shared.first[buffer], *last = shared.last[buffer], *depth = shared.depth[buffer];
+    UNROLL for (int n = 0; n < KEYS / 8; ++n)
+      UNROLL for (int i = 0; i < 4; ++i) {
         const int j = n * 8 + lane % 4 * 2 + i % 2;
         if (!visible(q_first[i / 2], q_depth[i / 2], first[j], last[j], depth[j])) s[n][i] = -INFINITY;
       }
@@ -173,35 +174,30 @@ struct Work {
 
   __device__ void softmax(float (&s)[KEYS / 8][4], int half) {  // online; four lanes share a row
     float top = maximum[half];
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    UNROLL for (int n = 0; n < KEYS / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
     top = fmaxf(top, __shfl_xor_sync(WARP, top, 1));
     top = fmaxf(top, __shfl_xor_sync(WARP, top, 2));
     const float log2_scale = a.scale * 1.44269504f;
     const float base = top == -INFINITY ? 0 : top * log2_scale;  // nothing seen yet: keep -inf - -inf out
     const float factor = exp2f(maximum[half] * log2_scale - base);
     float added = 0;
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) added += s[n][i] = exp2f(s[n][i] * log2_scale - base);
+    UNROLL for (int n = 0; n < KEYS / 8; ++n)
+      UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s[n][i] = exp2f(s[n][i] * log2_scale - base);
+        added += s[n][i];
+      }
     maximum[half] = top;
     total[half] = total[half] * factor + added;
-#pragma unroll
-    for (int n = 0; n < DIM / 8; ++n)
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) o[n][i] *= factor;
+    UNROLL for (int n = 0; n < DIM / 8; ++n)
+      UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) o[n][i] *= factor;
   }
 
   __device__ void multiply_values(const float (&p)[KEYS / 8][4], int block) {  // O += P V
     const int row = lane / 8 % 2 * 8 + lane % 8, chunk = lane / 16;
-#pragma unroll
-    for (int j = 0; j < KEYS / 16; ++j) {
-      uint32_t weights[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) weights[i] = pack(p[2 * j + i / 2][i % 2 * 2], p[2 * j + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-      for (int n = 0; n < DIM / 16; ++n) {
+    UNROLL for (int j = 0; j < KEYS / 16; ++j) {
+      const float(&a)[4] = p[2 * j], (&b)[4] = p[2 * j + 1];
+      const uint32_t weights[4] = {pack(a[0], a[1]), pack(a[2], a[3]), pack(b[0], b[1]), pack(b[2], b[3])};
+      UNROLL for (int n = 0; n < DIM / 16; ++n) {
         uint32_t m[4];
         load_matrices_transposed(m, at<DIM>(shared.v[block % 2], j * 16 + row, n * 2 + chunk));
         multiply(o[2 * n], weights, m[0], m[1]);
@@ -217,8 +213,7 @@ struct Work {
     const int row = row_of(half);
     if (row >= rows) return;
     auto* out = (__nv_bfloat16*)a.out + offset(row, a.out_stride) + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < DIM / 8; ++n)
+    UNROLL for (int n = 0; n < DIM / 8; ++n)
       *reinterpret_cast<uint32_t*>(out + n * 8) = pack(o[n][2 * half] * scale, o[n][2 * half + 1] * scale);
   }
 };
@@ -259,7 +254,8 @@ __device__ void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16(x
 
 template <class T>
 __global__ void attend_plain(Attention a, Plan plan) {
-  const int tile = blockIdx.x, head = blockIdx.y, kv_head = head / (a.heads / a.kv_heads), lane = threadIdx.x % 32;
+  const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % 32;
+  const int kv_head = head / (a.heads / a.kv_heads);
   const int32_t keys = number_of_keys(plan, tile);
   for (int32_t i = plan.tile[tile] + threadIdx.x / 32; i < plan.tile[tile + 1]; i += THREADS / 32) {
     const int64_t token = plan.query[i];
@@ -278,13 +274,11 @@ __global__ void attend_plain(Attention a, Plan plan) {
       const float top = fmaxf(maximum, score), factor = expf(maximum - top), weight = expf(score - top);
       maximum = top;
       total = total * factor + weight;
-#pragma unroll
-      for (int d = 0; d < MAX_DIM / 32; ++d)
+      UNROLL for (int d = 0; d < MAX_DIM / 32; ++d)
         if (d * 32 + lane < a.dim) o[d] = o[d] * factor + weight * to_float(v[d * 32 + lane]);
     }
     T* out = (T*)a.out + token * a.out_stride + head * a.dim;
-#pragma unroll
-    for (int d = 0; d < MAX_DIM / 32; ++d)
+    UNROLL for (int d = 0; d < MAX_DIM / 32; ++d)
       if (d * 32 + lane < a.dim) from_float(out[d * 32 + lane], o[d] * (1 / total));
   }
 }
@@ -297,8 +291,9 @@ __global__ void fill_mask(Plan plan, uint8_t* out, int64_t stride) {
     out[q * stride + k] = visible(plan.first[q], plan.depth[q], plan.first[k], plan.last[k], plan.depth[k]);
 }
 
-void check(cudaError_t error, const std::string& what) {
-  if (error != cudaSuccess) throw std::runtime_error("CUDA: " + what + " failed: " + cudaGetErrorString(error));
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(text("CUDA: ", what, " failed: ", cudaGetErrorString(error)));
 }
 
 struct DeviceGuard {
@@ -321,10 +316,10 @@ bool aligned(const void* p, int64_t stride) { return (uintptr_t)p % 16 == 0 && s
 
 }  // namespace
 
-void cuda_attention(const Attention& a, const Plan& plan, int tile_size, int device, uintptr_t stream_handle) {
+void cuda_attention(const Attention& a, const Plan& plan, int tile_size, int device, uintptr_t handle) {
   if (!plan.tiles) return;
   const DeviceGuard guard(device);
-  const auto stream = (cudaStream_t)stream_handle;
+  const auto stream = (cudaStream_t)handle;
   const dim3 grid(plan.tiles, a.heads);
   const bool fast = a.dtype == BF16 && (int64_t)tile_size * (a.heads / a.kv_heads) <= ROWS &&
                     aligned(a.q, a.q_stride) && aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) &&

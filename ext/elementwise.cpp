@@ -1,5 +1,5 @@
-// The module's element-wise functions: of a decoder block what is neither attention nor a matrix product, and the
-// store's reader.
+// The module's element-wise functions: of a decoder block what is neither attention nor a matrix product, and
+// the store's reader.
 #include "cpu.h"
 #include "view.h"
 
@@ -12,7 +12,8 @@ void rope(const py::object& qkv_, const py::object& cos_, const py::object& sin_
   if (heads < 0 || heads > qkv.shape[1]) qkv.fail(" has ", qkv.shape[1], " heads, but heads is ", heads);
   const View cos(cos_, "cos", "float32", {tokens, dim / 2});
   const View sin(sin_, "sin", "float32", {tokens, dim / 2});
-  const Rope task{qkv.data<void>(), qkv.stride[0], (int)heads, (int)dim, cos.data<float>(), sin.data<float>()};
+  const Rope task{qkv.data<void>(), qkv.stride[0],     (int)heads,
+                  (int)dim,         cos.data<float>(), sin.data<float>()};
   const auto kernel = cpu().rope[qkv.floating()];
   py::gil_scoped_release release;
   over_rows(tokens, [&](int64_t from, int64_t to) { kernel(task, from, to); });
@@ -74,6 +75,6 @@ void add_elementwise(py::module_& m) {
   m.def("unit_vectors", unit_vectors, py::arg("vectors"), py::arg("index"), py::arg("out"),
         py::arg("scales") = py::none(), py::arg("statistics") = py::none(),
         "out [n, D] float32 = the vectors number index [n] of a store, normalised. CPU.\n"
-        "vectors: float16 [N, M, D] as they are, or int8 with scales [N, M] and statistics [2, M, D], float32:\n"
+        "vectors: float16 [N, M, D], or int8 with float32 scales [N, M] and statistics [2, M, D]:\n"
         "mean + deviation * scale * integers.");
 }

@@ -70,17 +70,19 @@ TARGET void swiglu(const SwiGlu& g, int64_t from, int64_t to) {
 
 template <class T>
 TARGET void unit_vectors(const UnitVectors& u, int64_t from, int64_t to) {
+  constexpr bool SCALED = sizeof(T) == 1;
   const int64_t width = u.width;
   for (int64_t t = from; t < to; ++t) {
     const int64_t number = u.index[t];
     const T* x = (const T*)u.vectors + number * width;
-    const float* mean = u.scales ? u.statistics + number % u.columns * width : nullptr;
-    const float* deviation = u.scales ? mean + u.columns * width : nullptr;
+    const float* mean = SCALED ? u.statistics + number % u.columns * width : nullptr;
+    const float* deviation = SCALED ? mean + u.columns * width : nullptr;
+    const float factor = SCALED ? u.scales[number] : 1;
     float* out = u.out + t * width;
     vec squares[4] = {};
     for (int64_t i = 0, part = 0; i < width; i += WIDTH, part = (part + 1) % 4) {
       vec value = get(x + i, width - i);
-      if (mean) value = get(mean + i, width - i) + get(deviation + i, width - i) * (value * u.scales[number]);
+      if (SCALED) value = get(mean + i, width - i) + get(deviation + i, width - i) * (value * factor);
       put(out + i, value, width - i);
       squares[part] += value * value;
     }

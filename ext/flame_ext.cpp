@@ -19,7 +19,7 @@ std::shared_ptr<Forest> layout(const py::object& lengths, const py::object& pare
 template <std::vector<int32_t> Forest::*Member>
 py::array array_of(const py::object& layout) {
   const auto& values = layout.cast<const Forest&>().*Member;
-  py::array_t<int32_t> array({(py::ssize_t)values.size()}, {(py::ssize_t)sizeof(int32_t)}, values.data(), layout);
+  py::array_t<int32_t> array((py::ssize_t)values.size(), values.data(), layout);
   array.attr("setflags")(py::arg("write") = false);
   return array;
 }
@@ -30,18 +30,27 @@ py::array array_of(const py::object& layout) {
   return forest.plan(View(plan, "plan", "int32", {(int64_t)forest.buffer.size()}, device).data<int32_t>());
 }
 
+void mask_row(const Forest& forest, int64_t q, uint8_t* __restrict out) {
+  const int32_t *first = forest.first.data(), *last = forest.last.data(), *depth = forest.depth.data();
+  const int32_t q_first = first[q], q_depth = depth[q];
+  const int64_t n = forest.segment.size();
+  for (int64_t k = 0; k < n; ++k) out[k] = visible(q_first, q_depth, first[k], last[k], depth[k]);
+}
+
 void mask(const Forest& forest, const py::object& out_, const py::object& plan, uintptr_t stream) {
   const int64_t n = forest.segment.size();
   const View out = View(out_, "out", "bool or uint8", {n, n}, ANYWHERE, 1).written();
   auto* to = out.data<uint8_t>();
   const int64_t stride = out.stride[0];
 #ifdef FLAME_CUDA
-  if (out.device != CPU) return cuda_mask(device_plan(forest, plan, out.device), to, stride, out.device, stream);
+  if (out.device != CPU)
+    return cuda_mask(device_plan(forest, plan, out.device), to, stride, out.device, stream);
 #endif
   (void)plan, (void)stream;
   py::gil_scoped_release release;
-  const Plan own = forest.plan(forest.buffer.data());
-  over_rows(n, [&](int64_t from, int64_t end) { cpu().mask(own, to, stride, from, end); });
+  over_rows(n, [&](int64_t from, int64_t end) {
+    for (int64_t q = from; q < end; ++q) mask_row(forest, q, to + q * stride);
+  });
 }
 
 void attention(const py::object& q_, const py::object& k_, const py::object& v_, const py::object& out_,
@@ -56,7 +65,7 @@ void attention(const py::object& q_, const py::object& k_, const py::object& v_,
   if (heads < 1 || kv_heads < 1 || heads % kv_heads)
     q.fail(" has ", heads, " heads, which k's ", kv_heads, " do not divide");
   if (dim < 1 || dim > MAX_DIM) q.fail(" has head_dim ", dim, "; 1 to ", MAX_DIM, " are supported");
-  if (!(scale > 0) || !std::isfinite(scale)) throw py::value_error("scale must be positive and finite as a float32");
+  if (!(scale > 0) || !std::isfinite(scale)) throw py::value_error("scale must be a finite float32 above 0");
   const Attention a{q.data<void>(), k.data<void>(), v.data<void>(), out.data<void>(),
                     q.stride[0], k.stride[0], v.stride[0], out.stride[0],
                     (int)heads, (int)kv_heads, (int)dim, scale, q.floating()};
@@ -72,35 +81,35 @@ void attention(const py::object& q_, const py::object& k_, const py::object& v_,
 }  // namespace
 
 PYBIND11_MODULE(flame_ext, m) {
-  m.doc() = "The segment forest: key k is visible to query q iff k's segment is q's or an ancestor of it, and\n"
-            "depth(k) <= depth(q).";
+  m.doc() = "The segment forest: key k is visible to query q iff k's segment is q's or an ancestor of it,\n"
+            "and depth(k) <= depth(q).";
 #ifdef FLAME_CUDA
   m.attr("cuda") = true;
 #else
   m.attr("cuda") = false;
 #endif
-  py::class_<Forest, std::shared_ptr<Forest>>(m, "Layout", "A forest in one packed row of T tokens; made by layout().")
+  py::class_<Forest, std::shared_ptr<Forest>>(m, "Layout", "A forest in a packed row of T tokens.")
       .def_property_readonly("lengths", array_of<&Forest::lengths>, "int32 [S]")
       .def_property_readonly("parents", array_of<&Forest::parents>, "int32 [S], -1 for a root")
       .def_property_readonly("start", array_of<&Forest::start>, "int32 [S + 1], where each segment begins")
       .def_property_readonly("segment", array_of<&Forest::segment>, "int32 [T], segment of each token")
-      .def_property_readonly("depth", array_of<&Forest::depth>, "int32 [T], tokens before it from its root down")
+      .def_property_readonly("depth", array_of<&Forest::depth>, "int32 [T], tokens above it in its tree")
       .def_property_readonly("first", array_of<&Forest::first>, "int32 [T], preorder number of its segment")
       .def_property_readonly("last", array_of<&Forest::last>, "int32 [T], of its segment's last descendant")
-      .def_property_readonly("plan", array_of<&Forest::buffer>, "int32, all that kernels read; CUDA wants a copy");
+      .def_property_readonly("plan", array_of<&Forest::buffer>, "int32 [P], what kernels read, for CUDA");
   m.def("layout", layout, py::arg("lengths"), py::arg("parents"), py::arg("tile") = CPU_TILE,
-        "Layout of segments with `lengths` tokens each, one after the other; parents[i] is -1 or an index < i.\n"
-        "tile: how many queries at most share a list of keys; 64 // (query heads a KV head) is fast on CUDA.\n"
+        "Layout of segments with `lengths` tokens, one after the other; parents[i] is -1 or an index < i.\n"
+        "tile: how many queries at most share a list of keys; on CUDA 64 // (heads a KV head) is fast.\n"
         "Raises ValueError where lengths and parents make no forest, TypeError where they are no integers.");
   m.def("mask", mask, py::arg("layout"), py::arg("out"), py::arg("plan") = py::none(), py::arg("stream") = 0,
         "Writes the rule into out, bool or uint8 [T, T] on CPU or CUDA: out[q, k] = k is visible to q.\n"
         "plan, stream: as for attention.");
   m.def("attention", attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("layout"),
         py::arg("scale"), py::arg("plan") = py::none(), py::arg("stream") = 0,
-        "out = softmax(scale q k^T over the visible keys) v, without copying a shared key or forming the scores.\n"
+        "out = softmax(scale q k^T over the visible keys) v; no shared key is copied, no score matrix made.\n"
         "q, out: [T, H, d]; k, v: [T, Hkv, d], Hkv dividing H; float32 or bfloat16; tokens may lie apart.\n"
         "On CUDA, plan is a copy of layout.plan on q's device, and stream a stream's handle.\n"
         "Raises TypeError or ValueError that names the argument.");
-  m.def("simd", use_simd, py::arg("name") = "", "The CPU's instruction set in use; a name: uses that one (for tests).");
+  m.def("simd", use_simd, py::arg("name") = "", "The instruction set in use; with a name, uses that one.");
   add_elementwise(m);
 }

@@ -1,4 +1,5 @@
-// Layout of a segment forest: depths, preorder numbers, and the query tiles that both attention kernels work on.
+// Layout of a segment forest: depths, preorder numbers, and the query tiles that both attention kernels work
+// on.
 #include "forest.h"
 
 #include <algorithm>
@@ -34,7 +35,8 @@ struct Preorder {
   Ints first, last, order;  // [S] a segment's number and its last descendant's; [S] segments by number
 };
 
-// Without recursion: subtree sizes from the back, then a child takes the next free stretch of its parent's numbers.
+// Without recursion: subtree sizes from the back, then a child takes the next free stretch of its parent's
+// numbers.
 Preorder number_segments(const Ints& parents) {
   const int32_t segments = (int32_t)parents.size();
   Preorder p{Ints(segments), Ints(segments), Ints(segments)};
@@ -68,7 +70,8 @@ struct Tiling {
     while (tile.back() < (int32_t)query.size()) add_tile();
   }
 
-  // A neighbour that would bring in more ancestor keys than a tile has queries is better off in a tile of its own.
+  // A neighbour that would bring in more ancestor keys than a tile has queries is better off in a tile of its
+  // own.
   bool too_foreign(int32_t segment, int32_t number) const {
     int64_t foreign = 0;
     for (int32_t a = forest.parents[segment]; a >= 0 && owner[a] != number; a = forest.parents[a]) {
@@ -139,11 +142,11 @@ struct Tiling {
 
 }  // namespace
 
-Forest::Forest(const std::vector<int64_t>& lengths_, const std::vector<int64_t>& parents_, int64_t tile_size_) {
-  check(lengths_, parents_, tile_size_);
-  lengths.assign(lengths_.begin(), lengths_.end());
-  parents.assign(parents_.begin(), parents_.end());
-  tile_size = (int32_t)tile_size_;
+Forest::Forest(const std::vector<int64_t>& lengths64, const std::vector<int64_t>& parents64, int64_t tile64) {
+  check(lengths64, parents64, tile64);
+  lengths.assign(lengths64.begin(), lengths64.end());
+  parents.assign(parents64.begin(), parents64.end());
+  tile_size = (int32_t)tile64;
 
   const Preorder preorder = number_segments(parents);
   Ints base;  // depth of each segment's first token
@@ -160,7 +163,8 @@ Forest::Forest(const std::vector<int64_t>& lengths_, const std::vector<int64_t>&
   const Tiling t(*this, preorder);
   tiles = (int32_t)t.common.size();
   runs = (int32_t)t.before.size();
-  for (const Ints& part : {first, last, depth, t.query, t.tile, t.run, t.common, t.run_start, t.run_stop, t.before})
+  for (const Ints& part : {first, last, depth, t.query, t.tile, t.run, t.common, t.run_start, t.run_stop,
+                           t.before})
     buffer.insert(buffer.end(), part.begin(), part.end());
 }
 

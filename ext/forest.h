@@ -11,17 +11,17 @@
 #define HOST_DEVICE
 #endif
 
-// The rule: key k is visible to query q if and only if k's segment is q's segment or one of its ancestors, and
-// depth(k) <= depth(q). Segments are numbered in preorder, so that the descendants of k's segment, itself
-// included, are the numbers k_first..k_last, and "ancestor or same" is two comparisons. `&` instead of `&&` lets
-// SIMD loops in.
+// The rule: key k is visible to query q if and only if k's segment is q's segment or one of its ancestors,
+// and depth(k) <= depth(q). Segments are numbered in preorder, so that the descendants of k's segment, itself
+// included, are the numbers k_first..k_last, and "ancestor or same" is two comparisons. `&` instead of `&&`
+// lets SIMD loops in.
 HOST_DEVICE inline bool visible(int32_t q_first, int32_t q_depth, int32_t k_first, int32_t k_last,
                                 int32_t k_depth) {
   return (k_first <= q_first) & (q_first <= k_last) & (k_depth <= q_depth);
 }
 
-// The rule's outer bound for queries numbered lowest..highest, none deeper than `deepest`: what it excludes is
-// visible to none of them.
+// The rule's outer bound for queries numbered lowest..highest, none deeper than `deepest`: what it excludes
+// is visible to none of them.
 HOST_DEVICE inline bool visible_to_some(int32_t lowest, int32_t highest, int32_t deepest, int32_t k_first,
                                         int32_t k_last, int32_t k_depth) {
   return (k_first <= highest) & (lowest <= k_last) & (k_depth <= deepest);
@@ -29,10 +29,10 @@ HOST_DEVICE inline bool visible_to_some(int32_t lowest, int32_t highest, int32_t
 
 // What the kernels read: arrays one after the other in one buffer, the forest's own or a copy of it on a GPU.
 //
-// Queries are worked on in tiles of neighbours in preorder, because those share most ancestors. Tile t holds the
-// packed tokens query[tile[t]..tile[t + 1]). The keys that they need are the packed runs run_start[r]..run_stop[r],
-// r in run[t]..run[t + 1]; before[r] of the tile's keys lie in earlier runs, and the first common[t] are visible to
-// all its queries.
+// Queries are worked on in tiles of neighbours in preorder, because those share most ancestors. Tile t holds
+// the packed tokens query[tile[t]..tile[t + 1]). The keys that they need are the packed runs
+// run_start[r]..run_stop[r], r in run[t]..run[t + 1]; before[r] of the tile's keys lie in earlier runs, and
+// the first common[t] are visible to all its queries.
 struct Plan {
   int32_t tokens, tiles;
   const int32_t *first, *last, *depth, *query;   // [tokens]

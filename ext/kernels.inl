@@ -13,7 +13,6 @@ namespace {
 const Kernels kernels{NAME(ISA),
                       {scratch_floats<float, FLOATS>, scratch_floats<bf16, BF16_MATH>},
                       {attend<float, FLOATS>, attend<bf16, BF16_MATH>},
-                      mask,
                       {rope<float>, rope<bf16>},
                       {rmsnorm<float>, rmsnorm<bf16>},
                       {swiglu<float>, swiglu<bf16>},

@@ -1,5 +1,7 @@
-// Products of small matrices. The operands' unit is 32 bits: one float32, or a pair of bfloat16, neighbours in the
-// summed dimension, that are multiplied and added at once.
+// Products of small matrices. The operands' unit is 32 bits: one float32, or a pair of bfloat16, neighbours
+// in the summed dimension, that are multiplied and added at once.
+
+#define UNROLL _Pragma("GCC unroll 8")  // or sums leave the registers
 
 enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
 #if defined(AMX)
@@ -51,25 +53,18 @@ TARGET inline void product_block(int columns, Left a, Right b, int steps, float*
   if constexpr (V > 1)
     if (columns < V * WIDTH) return product_block<M, V - 1>(columns, a, b, steps, c, c_row, alpha);
   vec sum[STEP][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < STEP; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j)
+  UNROLL for (int r = 0; r < STEP; ++r)
+    UNROLL for (int j = 0; j < V; ++j)
       sum[r][j] = alpha ? splat(alpha[r]) * load(c + r * c_row + j * WIDTH) : vec{};
   for (int s = 0; s < steps; ++s) {
     vec row[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) row[j] = load((const float*)b.at + s * b.step + j * WIDTH);
-#pragma GCC unroll 8
-    for (int r = 0; r < STEP; ++r)
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j)
+    UNROLL for (int j = 0; j < V; ++j) row[j] = load((const float*)b.at + s * b.step + j * WIDTH);
+    UNROLL for (int r = 0; r < STEP; ++r)
+      UNROLL for (int j = 0; j < V; ++j)
         sum[r][j] = multiply_add<M>(sum[r][j], a.at + r * a.row + s * a.step, row[j]);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < STEP; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) store(c + r * c_row + j * WIDTH, sum[r][j]);
+  UNROLL for (int r = 0; r < STEP; ++r)
+    UNROLL for (int j = 0; j < V; ++j) store(c + r * c_row + j * WIDTH, sum[r][j]);
 }
 
 // The same for `rows`, rounded up to a multiple of STEP, and `columns`, a multiple of 16.
@@ -90,22 +85,19 @@ TARGET void product(int rows, int columns, Left a, Right b, int steps, float* c,
 TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
 #if WIDTH == 16
   __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
+  UNROLL for (int i = 0; i < 16; i += 2) {
     const __m512i even = _mm512_loadu_si512(from + i * from_row);
     const __m512i odd = _mm512_loadu_si512(from + (i + 1) * from_row);
     a[i] = _mm512_unpacklo_epi32(even, odd);
     a[i + 1] = _mm512_unpackhi_epi32(even, odd);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // b[i + m]: elements 4 l + m of rows i..i + 3 in 128-bit lane l
+  UNROLL for (int i = 0; i < 16; i += 4) {  // b[i + m]: elements 4 l + m of rows i..i + 3 in 128-bit lane l
     b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
     b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
     b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
     b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
   }
-#pragma GCC unroll 4
-  for (int m = 0; m < 4; ++m) {
+  UNROLL for (int m = 0; m < 4; ++m) {
     const __m512i low01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0x44);
     const __m512i high01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0xee);
     const __m512i low23 = _mm512_shuffle_i32x4(b[8 + m], b[12 + m], 0x44);
@@ -130,7 +122,7 @@ struct TileRegisters {};  // in use while this lives
 template <>
 struct TileRegisters<TILES> {
   TARGET TileRegisters() {
-    alignas(64) uint8_t config[64] = {1};  // palette 1; from byte 16 on each tile's bytes a row, from 48 on its rows
+    alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
     for (int t = 0; t < 8; ++t) {
       config[16 + 2 * t] = 4 * TILE;
       config[48 + t] = TILE;
@@ -175,3 +167,5 @@ TARGET void product<TILES>(int rows, int columns, Left a, Right b, int steps, fl
     }
 }
 #endif
+
+#undef UNROLL

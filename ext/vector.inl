@@ -92,8 +92,9 @@ TARGET inline vec exp2_of(vec x) {
   const vec shifted = x + magic;
   const vec f = x - (shifted - magic);
   const vec rough = ((0.05517167f * f + 0.24261113f) * f + 0.69326097f) * f + 0.99992806f;
-  const vec fine = (((0.0013276472f * f + 0.0096755410f) * f + 0.055507131f) * f + 0.24022120f) * f + 0.69314694f;
-  const vec p = ROUGH ? rough : fine * f + 1.f;
+  const vec half = (0.0013276472f * f + 0.0096755410f) * f + 0.055507131f;
+  const vec fine = ((half * f + 0.24022120f) * f + 0.69314694f) * f + 1.f;
+  const vec p = ROUGH ? rough : fine;
   const vec y = (vec)((uvec)p + ((uvec)shifted << 23));
   return x >= splat(-126.f) ? y : vec{};
 }

@@ -1,7 +1,7 @@
 // A caller's array, looked at once: every function of the module gets its arrays through here.
 //
-// Nothing of torch is compiled in: a tensor says by itself, in Python, where its numbers lie (also bfloat16, which
-// numpy does not know), and the caller's reference keeps them there.
+// Nothing of torch is compiled in: a tensor says by itself, in Python, where its numbers lie (also bfloat16,
+// which numpy does not know), and the caller's reference keeps them there.
 #pragma once
 #include "forest.h"
 
@@ -21,14 +21,15 @@ class View {
   int device = CPU;
   std::vector<int64_t> shape, stride;  // stride counts elements
 
-  // Throws TypeError or ValueError, which name the array, where it is none, of another dtype than `dtypes` (words),
-  // of another shape than `wanted`, not contiguous from dimension `contiguous` on, or on another device than `on`.
-  View(const py::object& object, const char* name, const std::string& dtypes, const std::vector<int64_t>& wanted,
-       int on = CPU, size_t contiguous = 0)
+  // Throws TypeError or ValueError, which name the array, where it is none, of another dtype than `dtypes`
+  // (words), of another shape than `wanted`, not contiguous from dimension `contiguous` on, or on another
+  // device than `on`.
+  View(const py::object& object, const char* name, const std::string& dtypes,
+       const std::vector<int64_t>& wanted, int on = CPU, size_t contiguous = 0)
       : name(name) {
     if (py::isinstance<py::array>(object)) look_at_array(py::reinterpret_borrow<py::array>(object));
     else if (py::hasattr(object, "data_ptr")) look_at_tensor(object);
-    else throw py::type_error(text(name, " must be a torch tensor or numpy array, not ", Py_TYPE(object.ptr())->tp_name));
+    else throw py::type_error(text(name, " must be a torch tensor or numpy array"));
     if ((" " + dtypes + " ").find(" " + dtype + " ") == std::string::npos)
       throw py::type_error(text(name, " is ", dtype, ", expected ", dtypes));
     bool same = shape.size() == wanted.size();
@@ -69,7 +70,7 @@ class View {
     const py::ssize_t size = std::max<py::ssize_t>(1, array.itemsize());
     address = const_cast<void*>(array.data());
     writeable = array.writeable();
-    dtype = py::str(array.dtype()).cast<std::string>();
+    dtype = std::string(py::str(array.dtype()));
     bool aligned = (uintptr_t)address % size == 0;
     for (py::ssize_t i = 0; i < array.ndim(); ++i) {
       shape.push_back(array.shape(i));
@@ -83,9 +84,9 @@ class View {
     const py::object where = tensor.attr("device");
     const std::string kind = py::str(where.attr("type"));
     if (kind != "cpu" && kind != "cuda") fail(" is on ", kind, ", expected on the CPU or CUDA");
-    if (tensor.attr("requires_grad").cast<bool>()) fail(" requires a gradient; none is computed here: detach() it");
+    if (tensor.attr("requires_grad").cast<bool>()) fail(" requires a gradient; detach() it first");
     if (kind == "cuda") device = where.attr("index").cast<int>();
-    dtype = py::str(tensor.attr("dtype")).cast<std::string>().substr(std::string("torch.").size());
+    dtype = std::string(py::str(tensor.attr("dtype"))).substr(6);  // "torch."
     shape = tensor.attr("shape").cast<std::vector<int64_t>>();
     stride = tensor.attr("stride")().cast<std::vector<int64_t>>();
     address = (void*)tensor.attr("data_ptr")().cast<uintptr_t>();
@@ -106,7 +107,7 @@ inline std::vector<int64_t> integers(const py::object& object, const char* name)
   const char kind = array.dtype().kind();
   if (array.ndim() != 1) throw py::value_error(text(name, " has ", array.ndim(), " dimensions, expected 1"));
   if (array.size() && kind != 'i' && (kind != 'u' || array.itemsize() == 8))
-    throw py::type_error(text(name, " is ", py::str(array.dtype()).cast<std::string>(), ", expected integers"));
+    throw py::type_error(text(name, " is ", std::string(py::str(array.dtype())), ", expected integers"));
   const auto exact = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(array);
   return {exact.data(), exact.data() + exact.size()};
 }
