@@ -885,13 +885,13 @@ def test_out_of_memory_says_what_to_change(run, refused, small, tmp_path, monkey
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 252.00 GiB.\nand so on")
 
-    monkeypatch.setattr(flame.Flame, "encode_image", full)
+    monkeypatch.setattr(flame.Flame, "forward", full)
     for flags, cure in (("", "--accumulate 2"), ("--accumulate 8", "--accumulate 12"),
                         ("--accumulate 12", "--gradient-checkpointing"),
                         ("--accumulate 12 --gradient-checkpointing", "--batch below 12")):
         refused(fit(run, small[0], flags), "out of memory", f"give {cure}" if "batch" not in cure else cure)
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(flame.Flame, "encode_image", lambda *_: torch.empty(1 << 60))  # what the CPU says
+    monkeypatch.setattr(flame.Flame, "forward", lambda *_: torch.empty(1 << 60))  # what the CPU says
     refused(fit(run, small[0]), "out of memory on cpu, --batch 12 --accumulate 1", "--accumulate 2")
 
 
