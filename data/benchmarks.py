@@ -563,18 +563,19 @@ def with_names(pictures, classes, names, files):
 # The demo
 
 def demo(root, split="test"):
-    """The corpus that data/demo.py makes -> scenes, captions, objects, names.
+    """The corpus that data/demo.py makes -> scenes, captions, objects, names, synonyms.
 
     scenes    list[Path], the pictures of <split>.tsv
-    captions  {"long" | "short" | "raw": list[str]}, one text a scene
-    objects   list of (Path, object, "seen" | "unseen"): single-object pictures. Of each object's pictures, in
-    the order
-              of objects.tsv, every second one belongs to val, beginning with the first, and the rest to test.
+    captions  {"long" | "short" | "raw" | "reworded": list[str]}, one text a scene
+    objects   list of (Path, object, "seen" | "unseen"): single-object pictures. Of each object's pictures,
+              in the order of objects.tsv, every second one belongs to val, beginning with the first, and the rest to test.
     names     {language: {object: name}}
+    synonyms  {"first" | "second": {object: name}}
     """
-    rows = read_tsv(root / f"{split}.tsv", ["key", "image", "raw", "short", "long"])
+    columns = ["long", "short", "raw", "reworded"]
+    rows = read_tsv(root / f"{split}.tsv", ["key", "image", *columns])
     scenes = [root / row["image"] for row in rows]
-    captions = {column: [row[column].strip() for row in rows] for column in ("long", "short", "raw")}
+    captions = {column: [row[column].strip() for row in rows] for column in columns}
     objects = []
     val = {}    # whether an object's last picture belonged to val
     for row in read_tsv(root / "objects.tsv", ["image", "object", "split"]):
@@ -582,13 +583,20 @@ def demo(root, split="test"):
         val[thing] = not val.get(thing, False)
         if val[thing] == (split == "val"):
             objects.append((root / row["image"], thing, row["split"]))
+    things = {thing for _, thing, _ in objects}
+    names = read_names(root / "names.tsv", "en", things)
+    synonyms = read_names(root / "synonyms.tsv", "first", things)
+    return scenes, captions, objects, names, synonyms
+
+
+def read_names(path, column, things):
+    """A TSV of names of the demo's objects -> {column: {object: name}}; it must name the things in one column at least."""
     names = {}
-    for row in read_tsv(root / "names.tsv", ["object", "en"]):
+    for row in read_tsv(path, ["object", column]):
         thing = row.pop("object")
         for language, name in row.items():
             names.setdefault(language, {})[thing] = name.strip()
-    unnamed = sorted({thing for _, thing, _ in objects} - names["en"].keys())
+    unnamed = sorted(things - names[column].keys())
     if unnamed:
-        path = root / "names.tsv"
         raise InputError(f"{path}: no row for {unnamed[0]!r} of objects.tsv; run data/demo.py again")
-    return scenes, captions, objects, names
+    return names

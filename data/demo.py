@@ -15,7 +15,9 @@ data/corpus makes, in data/demo:
 
     llm/                     a Hugging Face folder: config.json, model.safetensors, tokenizer.json
     {demo,val,test}.tsv      key, image, raw, short, long: the training, validation and test scenes
+                             val and test also `reworded`, in words that no training caption has
     objects.tsv, names.tsv   single-object pictures with their object; every object's name in 14 languages
+    synonyms.tsv             every object's two other names, in no training caption either
     scenes.tsv               what is in each scene: main and minor object, relation, background
     images/, demo.json       the pictures, 96 px; the settings, written last
 """
@@ -90,7 +92,8 @@ def results_table(result):
                 what = f"{name} captions, {way.replace('_', ' ')}"
                 add(what, part[gallery], part[way], intervals.get(way, {}))
         if "n_classes" in part:
-            add(f"{name} objects by English name", part["n_classes"], part, intervals)
+            what = "seen objects by synonym" if name == "synonyms" else f"{name} objects by English name"
+            add(what, part["n_classes"], part, intervals)
         languages = part.get("languages", {})
         for language, row in languages.items():
             add(f"seen objects by name in {language}", row["n_classes"], row, row.get("ci95", {}))

@@ -49,7 +49,7 @@ PARTS = {"long R@1": ("long", 1), "long R@10": ("long", 10), "short R@1": ("shor
 
 def questions(root, split):
     """-> scenes (paths), captions {"long", "short"}, pictures of objects [(path, name, "seen" | "unseen")], names {(language, name): words}."""
-    scenes, captions, objects, names = benchmarks.demo(root / "data" / "demo", split)
+    scenes, captions, objects, names, _ = benchmarks.demo(root / "data" / "demo", split)
     shown = {name: kind for _, name, kind in objects}
     words = {(language, name): table[name] for language, table in names.items() for name, kind in shown.items() if kind == "seen" and table.get(name)}
     words |= {(kind, name): evaluate.DEMO_TEMPLATE.replace("{}", names["en"][name]) for name, kind in shown.items()}

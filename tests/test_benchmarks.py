@@ -162,16 +162,13 @@ def tree_imagefolder(root):
 
 
 def tree_demo(root):
-    header = "key\timage\traw\tshort\tlong\n"
+    header = "key\timage\traw\tshort\tlong\treworded\n"
     for split in ("test", "val"):
-        put(
-            root / f"{split}.tsv",
-            header
-            + "".join(
-                f"{n}\timages/{split}/{n}.png\t{n}\ta {n} thing\tA {n} thing, in some detail.\n"
-                for n in NAMES
-            ),
-        )
+        rows = [
+            f"{n}\timages/{split}/{n}.png\t{n}\ta {n} thing\tA {n} thing, in some detail.\tThe {n} one.\n"
+            for n in NAMES
+        ]
+        put(root / f"{split}.tsv", header + "".join(rows))
         for n in NAMES:
             picture(root / "images" / split / f"{n}.png", n)
     rows = []
@@ -183,6 +180,7 @@ def tree_demo(root):
             picture(root / "images" / "objects" / f"{n}{i}.png", n)
     put(root / "objects.tsv", "image\tobject\tsplit\n" + "".join(rows))
     put(root / "names.tsv", "object\ten\tfr\n" + "".join(f"{n}\t{n}\t{FOREIGN[n]}\n" for n in NAMES))
+    put(root / "synonyms.tsv", "object\tfirst\tsecond\n" + "".join(f"{n}\tvery {n}\t{n} hue\n" for n in NAMES))
 
 
 def tree_sugarcrepe(root):
@@ -716,6 +714,7 @@ BROKEN = [
         lambda r: (r / "test.tsv").write_bytes(b"key\timage\traw\tshort\tlong\n\xff\n"),
         "test.tsv: line 2: not UTF-8",
     ),
+    ("demo", lambda r: put(r / "synonyms.tsv", "object\tfirst\nred\truby\n"), "synonyms.tsv: no row for 'blue'"),
 ]
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from data import demo
 from data.corpus import llm as smollm
-from data.corpus import painting, scenes, words
+from data.corpus import painting, rewording, scenes, words
 
 PARAGRAPH = ("The sun is the star at the center of the solar system. It is a massive ball of hot plasma, and it gives "
              "light and heat to the planets that move around it. The Earth moves around the sun once a year, and the "
@@ -186,7 +186,8 @@ def test_files_are_what_the_stages_expect(corpus):
     sizes = scenes.SIZES["quick"]
     for split, file in (("train", "demo.tsv"), ("val", "val.tsv"), ("test", "test.tsv")):
         rows = read_tsv(corpus / file)
-        assert list(rows[0]) == ["key", "image", "raw", "short", "long"]
+        anew = [] if split == "train" else ["reworded"]
+        assert list(rows[0]) == ["key", "image", "raw", "short", "long", *anew]
         assert len({row["key"] for row in rows}) == len({row["image"] for row in rows}) == sizes[split]
         assert len(rows) == sizes[split]
         for row in rows:
@@ -207,6 +208,10 @@ def test_files_are_what_the_stages_expect(corpus):
         assert all(column) and len(set(column)) == len(column)      # names are classes: no two alike
     assert len(names[0]) - 1 == 14 and all(row["en"] == row["object"] for row in names)
     assert next(row for row in names if row["object"] == "horse")["de"].casefold() == "pferd"
+    synonyms = read_tsv(corpus / "synonyms.tsv")
+    assert [row["object"] for row in synonyms] == [row["object"] for row in names]
+    every = [row[column].casefold() for row in synonyms for column in ("first", "second")]
+    assert all(every) and len(set(every)) == 240 and not set(every) & {row["object"] for row in names}
 
 
 def test_no_scene_of_val_or_test_occurs_elsewhere(full):
@@ -260,6 +265,67 @@ def test_captions_are_varied(full):
     main = [scene[0] for scene, _ in full["train"]]
     bare = sum(text in (name, f"a {name}", f"an {name}") for text, name in zip(raw, main))
     assert 0.2 < bare / 2500 < 0.5      # bare names are what zero-shot classes are
+
+
+# What a reworded caption may share with training: articles, prepositions, pronouns and the like, which name no object,
+# place, relation or mood.
+CLOSED_CLASS = {"a", "an", "and", "at", "by", "from", "in", "is", "it", "of", "on", "the", "this", "to", "with"}
+
+
+@pytest.fixture(scope="session")
+def anew(full):
+    """Validation and test scenes in new words: [(scene, caption)]."""
+    return [(scene, rewording.reworded(scene, random.Random(f"{split} {n}")))
+            for split in ("val", "test") for n, (scene, _) in enumerate(full[split])]
+
+
+def forms(text):
+    """The content words of a text, each with what may be its singular and plural."""
+    found = set(re.findall(r"[a-z]+", text.lower())) - CLOSED_CLASS
+    endings = {"ies": "y", "ves": "f", "es": "", "s": ""}
+    singular = {word.removesuffix(end) + new for word in found for end, new in endings.items() if word.endswith(end)}
+    return found | singular | {f"{word}s" for word in found | singular}
+
+
+def test_no_word_of_a_reworded_caption_or_synonym_is_in_a_training_caption(full, anew):
+    said = " ".join(caption for _, captions in full["train"] for caption in captions)
+    # and what other seeds might say
+    said += " ".join(f"{kind} {verbs} {objects}" for kind, (verbs, objects) in words.KINDS.items())
+    said += " ".join(" ".join(phrasings) for phrasings in words.BACKGROUNDS.values())
+    trained = forms(said)
+    assert {"fox", "wheel", "wheels", "snow", "left", "leaf", "mysterious", "picture"} <= trained
+    assert [caption for _, caption in anew if forms(caption) & trained] == []
+    names = [name for both in rewording.synonyms().values() for name in both]
+    assert len(names) == 240 and [name for name in names if forms(name) & trained] == []
+
+
+def test_reworded_captions_state_the_scene(anew):
+    wheres = {name: where.split(", ") for name, (where, _) in rewording.SETTINGS.items()}
+    moods = {name: mood.split(", ") for name, (_, mood) in rewording.SETTINGS.items()}
+    size = "(enormous|hefty|giant|miniature|petite|diminutive)"
+    for (main, minor, relation, background), caption in anew:
+        assert any(says(caption, name) for name in rewording.synonyms()[main])
+        assert any(says(caption, name) for name in rewording.synonyms()[minor])
+        assert {name for name, phrases in wheres.items() if any(says(caption, p) for p in phrases)} == {background}
+        assert {name for name, phrases in moods.items() if any(says(caption, p) for p in phrases)} == {background}
+        bigger = "|".join(re.escape(name) for name in rewording.synonyms()[main])
+        told = {name for name, phrases in rewording.RELATIONS.items() for phrase in phrases
+                if re.search(rf"\b{phrase} (it|an? {size} ({bigger}))\b", caption, re.IGNORECASE)}
+        assert told == {relation}, caption
+        assert 20 <= len(caption.split()) <= 50
+        assert re.fullmatch(r"([A-Z][^.]*\. ?)+", caption)
+        assert not re.search(r"\ba [aeio]|\ban [^aeiou]|\b(\w+) \1\b", caption.lower()), caption
+
+
+def test_reworded_captions_are_varied_and_tell_scenes_apart(anew):
+    assert len({caption for _, caption in anew}) == 750
+    assert len({" ".join(caption.split()[:2]) for _, caption in anew}) > 20
+    assert {len(both) for both in rewording.synonyms().values()} == {2}
+    for phrasings in rewording.SETTINGS.values():
+        assert all(len(phrases.split(", ")) >= 3 for phrases in phrasings)
+    assert rewording.SETTINGS.keys() == words.BACKGROUNDS.keys()
+    assert rewording.RELATIONS.keys() == words.RELATIONS.keys()
+    assert all(len(phrases) >= 3 for phrases in rewording.RELATIONS.values())
 
 
 @pytest.mark.parametrize("relation", words.RELATIONS)
@@ -358,13 +424,15 @@ def test_results_table_shows_every_part():
     german = {**names, "top1": 12.5, "ci95": {"top1": [9.0, 16.2]}}
     lines = demo.results_table({"parts": {
         "long": {"n_images": 500, "n_texts": 500, **both, "ci95": {"text_to_image": {"R@1": [47.1, 55.9]}}},
-        "seen": names, "multilingual": {"n_images": 288, "top1": 20.0, "languages": {"de": german}}}})
-    assert len(lines) == 6
+        "seen": names, "multilingual": {"n_images": 288, "top1": 20.0, "languages": {"de": german}},
+        "synonyms": {"n_images": 288, "n_classes": 96, "top1": 15.5, "top5": 40.5}}})
+    assert len(lines) == 7
     patterns = [r"long captions, text to image +500 +0\.2 +51\.5 \[47\.1, 55\.9\] +80\.2 +91\.0",
                 r"long captions, image to text +500 +0\.2 +49\.0 +79\.0 +90\.5",
                 r"seen objects by English name +96 +1\.0 +61\.8 \[56\.0, 67\.1\] +85\.0",
                 r"seen objects by name in de +96 +1\.0 +12\.5 \[9\.0, 16\.2\] +85\.0",
-                r"mean of 1 languages +96 +1\.0 +20\.0"]
+                r"mean of 1 languages +96 +1\.0 +20\.0",
+                r"seen objects by synonym +96 +1\.0 +15\.5 +40\.5"]
     for line, pattern in zip(lines[1:], patterns):
         assert re.fullmatch(pattern, line), line
 

@@ -253,10 +253,10 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ColourWords, "lies", {"vert": "blue", "yellow": "white"})
     code, result = colours("demo")
     parts = result["parts"]
-    assert code == 0 and list(parts) == ["long", "short", "raw", "seen", "unseen", "multilingual"]
+    assert code == 0 and list(parts) == ["long", "short", "raw", "reworded", "seen", "unseen", "multilingual", "synonyms"]
     assert result["text_to_image"] == parts["long"]["text_to_image"] and result["n_images"] == 5
-    assert [parts[p]["prompts"] for p in parts] == ["long", "long", "raw", "raw", "raw", "raw"]
-    for part in ("long", "short", "raw"):
+    assert [parts[p]["prompts"] for p in parts] == ["long", "short", "raw", "raw", "raw", "raw", "raw", "raw"]
+    for part in ("long", "short", "raw", "reworded"):
         assert parts[part]["text_to_image"]["R@1"] == 80            # yellow finds the white picture
     assert (parts["seen"]["n_images"], parts["seen"]["n_classes"], parts["seen"]["top1"]) == (6, 3, 100)
     # yellow's name says white: a yellow picture finds both names equally far, a white one finds them equal, a
@@ -273,6 +273,8 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     assert parts["multilingual"]["top1"] == pytest.approx((100 + 100 / 3) / 2)
     low, high = parts["multilingual"]["ci95"]["top1"]
     assert 50 <= low < 66.7 < high <= 100
+    synonyms = parts["synonyms"]
+    assert (synonyms["n_images"], synonyms["n_classes"], synonyms["top1"], synonyms["top5"]) == (6, 3, 100, 100)
     out = capsys.readouterr().out
     assert "unseen: 4 pictures, 2 names, chance 50.0" in out and "fr" in out
     assert colours("demo", "--split", "val")[1]["split"] == "val"
@@ -308,7 +310,7 @@ def test_bad_rows_of_a_tsv_are_counted(colours, tmp_path, capsys):
         and result["parts"]["seen"]["n_images"] == 5
         and result["parts"]["seen"]["top1"] == 100
     )
-    assert "test.tsv: line 7: not 5 fields; 1 such row(s) left out" in capsys.readouterr().err
+    assert "test.tsv: line 7: not 6 fields; 1 such row(s) left out" in capsys.readouterr().err
 
 
 def test_bad_input_exits_2_with_one_line(colours, tmp_path, monkeypatch, capsys):
@@ -744,7 +746,7 @@ def test_only_the_facets_that_were_trained_are_asked(colours, tmp_path, monkeypa
 
 def test_all_columns_of_the_demo_are_named(colours, tmp_path):
     tree_demo(tmp_path / "data" / "demo")
-    assert colours("demo")[1]["columns"] == ["raw.0"] + [f"long.{k}" for k in range(7)]
+    assert colours("demo")[1]["columns"] == flame.COLUMNS
 
 
 def test_prompts_without_a_trained_facet_are_refused(colours, tmp_path, monkeypatch, capsys):

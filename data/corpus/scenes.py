@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from data import files
 from data.corpus.painting import SIDE, draw_object, draw_scene
+from data.corpus.rewording import reworded, synonyms
 from data.corpus.words import BACKGROUNDS, RELATIONS, UNSEEN, captions, emoji_table, objects
 
 # Quick and full differ only here. data/benchmarks.py halves an object's pictures between validation and test.
@@ -57,24 +58,28 @@ def write_tsv(path, rows):
 
 
 def make_scenes(folder, seed, sizes):
-    """Draws and describes the scenes: demo.tsv, val.tsv, test.tsv and scenes.tsv."""
+    """Draws and describes the scenes: demo.tsv; val.tsv and test.tsv, in new words too; scenes.tsv."""
     table = [("key", "main", "minor", "relation", "background")]
     for split, scenes in choose_scenes(sizes, random.Random(f"{seed} scenes")).items():
-        rows = [("key", "image", "raw", "short", "long")]
+        training = split == "train"
+        rows = [("key", "image", "raw", "short", "long") + (() if training else ("reworded",))]
         for number, scene in enumerate(scenes):
             key = f"{split}-{number:06d}"
             picture = f"images/{split}/{number:06d}.png"
             # a generator for each scene, so that the scene is the same in a larger corpus
             rng = random.Random(f"{seed} {key}")
             draw_scene(scene, rng).save(folder / picture)
-            rows.append((key, picture, *captions(scene, rng)))
+            row = (key, picture, *captions(scene, rng))
+            if not training:
+                row += (reworded(scene, random.Random(f"{seed} {key} reworded")),)
+            rows.append(row)
             table.append((key, *scene))
-        write_tsv(folder / ("demo.tsv" if split == "train" else f"{split}.tsv"), rows)
+        write_tsv(folder / ("demo.tsv" if training else f"{split}.tsv"), rows)
     write_tsv(folder / "scenes.tsv", table)
 
 
 def make_objects(folder, seed, sizes):
-    """Draws single objects and names them in 14 languages: objects.tsv and names.tsv."""
+    """Draws single objects: objects.tsv; names them in 14 languages and anew: names.tsv, synonyms.tsv."""
     table = [("image", "object", "split")]
     names = [*objects(), *UNSEEN]
     for name in names:
@@ -89,12 +94,14 @@ def make_objects(folder, seed, sizes):
     languages = ["en", *sorted(translations["fox"].keys() - {"en"})]
     rows = [(name, *(translations[name][language] for language in languages)) for name in names]
     write_tsv(folder / "names.tsv", [("object", *languages), *rows])
+    rows = [(name, *synonyms()[name]) for name in names]
+    write_tsv(folder / "synonyms.tsv", [("object", "first", "second"), *rows])
 
 
 def make_corpus(folder, seed, size):
     """Pictures, captions and names, size "full" or "quick"; False where demo.json says they are there."""
     settings = {
-        "corpus": 1,  # counts changes of the code that change what is made
+        "corpus": 2,  # counts changes of the code that change what is made
         "seed": seed,
         "side": SIDE,
         **SIZES[size],
