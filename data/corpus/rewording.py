@@ -35,7 +35,7 @@ SYNONYMS = """
 
     red apple: crimson McIntosh, ripe cider ingredient; banana: ripe plantain, potassium-rich Chiquita;
     watermelon: juicy melon, picnic melon wedge; strawberry: shortcake berry, Wimbledon berry;
-    pineapple: ananas, spiky Hawaiian produce; lemon: sour citrus, limoncello ingredient;
+    pineapple: ananas, spiky Hawaiian crop; lemon: sour citrus, limoncello ingredient;
     peach: nectarine, fuzzy apricot; avocado: guacamole ingredient, creamy toast spread;
 
     eggplant: aubergine, brinjal; carrot: parsnip, crunchy carotene-rich veggie; mushroom: toadstool, fungus;
