@@ -784,7 +784,7 @@ def open_towers(args, model, checkpoint, llm):
                          "name that one with --llm")
     pool = args.pool or source.get("pool") or model.config.get("pool") or "cosine"
     text = model.text if pool == "released" else None
-    if text and (text.weight is not None or text.basis.any() or text.mean.any()):
+    if text and (text.mapped or text.basis.any() or text.mean.any()):
         raise InputError("--pool released: the mean of states as they are goes with checkpoints without text "
                          "projection; leave the flag out")
     columns = model.config["columns"]

@@ -585,42 +585,47 @@ class VisionTransformer(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """A linear map of each store column: unit facet state u -> normalise(A (u - mean)).
+    """A linear map of each store column: unit facet state u -> normalise(A (u - mean) (I + M)).
 
-    A = rest * I + basis diag(gain) basis^T, kept in this low-rank form since eleven full 5120 x 5120 maps are
-    1.15 GB. "none", "center" and "whiten" are closed-form (train.py computes them from the store) and frozen;
-    "linear" is one trained matrix shared by all columns. The published recipe has none of this.
+    A = rest * I + basis diag(gain) basis^T is closed-form and frozen (data/projection.py computes it from the store); it
+    is kept in this low-rank form since eleven full 5120 x 5120 maps are 1.15 GB. M is trained with the image tower, for
+    the columns in `mapped` alone; it starts at zero and is [D, D], or of low rank. The published recipe has neither.
     """
 
-    def __init__(self, dim, rank=0, linear=False):
+    def __init__(self, dim, rank=0, mapped=(), map_rank=0):
         super().__init__()
         self.register_buffer("mean", torch.zeros(len(COLUMNS), dim))
         self.register_buffer("basis", torch.zeros(len(COLUMNS), dim, rank))
         self.register_buffer("gain", torch.zeros(len(COLUMNS), rank))
         self.register_buffer("rest", torch.ones(len(COLUMNS)))
-        self.weight = nn.Parameter(torch.eye(dim)) if linear else None
+        self.mapped = list(mapped)  # of COLUMNS, indices
+        if mapped:
+            self.up = nn.Parameter(torch.zeros(len(mapped), map_rank or dim, dim))
+        if mapped and map_rank:  # M = down up
+            self.down = nn.Parameter(torch.randn(len(mapped), dim, map_rank) * dim ** -0.5)
 
     def forward(self, facets, columns):
         """[N, K, D], int [K] or [N, K] store columns -> [N, K, D] unit vectors."""
         columns = torch.as_tensor(columns, device=self.mean.device).expand(facets.shape[:2])
         x = F.normalize(facets.float(), dim=-1) - self.mean[columns]
-        if self.basis.shape[-1]:
-            out = torch.empty_like(x)
-            for c in columns.unique().tolist():  # one product a column, not one small matrix a vector
-                own = x[columns == c]
-                along = own @ self.basis[c] * self.gain[c]
-                out[columns == c] = self.rest[c] * own + along @ self.basis[c].T
-            x = out
-        if self.weight is not None:
-            x = F.linear(x, self.weight)
-        return F.normalize(x, dim=-1)
+        out = torch.empty_like(x)
+        for c in columns.unique().tolist():  # one product a column, not one small matrix a vector
+            own = x[columns == c]
+            along = own @ self.basis[c] * self.gain[c]
+            own = self.rest[c] * own + along @ self.basis[c].T
+            if c in self.mapped:
+                m = self.mapped.index(c)
+                seen = own @ self.down[m] if hasattr(self, "down") else own
+                own = own + seen @ self.up[m]
+            out[columns == c] = own
+        return F.normalize(out, dim=-1)
 
 
 class Flame(nn.Module):
     """The trained half: image tower (visual.*), projector (mm.*), text projection (text.*), scale and bias.
 
     config: image_size, patch_size, width, layers, heads; text_dim (D), projector_hidden, pool_first;
-    text_rank, text_linear (shape of the text projection); columns (names of the store columns it is trained
+    text_rank, text_mapped, text_map_rank (shape of the text projection); columns (names of the store columns it is trained
     on); llm (which LLM the texts came from); init and init_logit_scale in training only.
     """
 
@@ -637,7 +642,8 @@ class Flame(nn.Module):
             nn.Linear(hidden, D),
             nn.LayerNorm(D),
         )
-        self.text = TextProjection(D, config["text_rank"], config["text_linear"])
+        mapped = [COLUMNS.index(name) for name in config.get("text_mapped", ())]
+        self.text = TextProjection(D, config["text_rank"], mapped, config.get("text_map_rank", 0))
         self.logit_scale = nn.Parameter(torch.tensor(float(config.get("init_logit_scale", np.log(10)))))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # used by the sigmoid loss alone
 
@@ -1370,7 +1376,7 @@ def read_checkpoint(path):
     trained_on = (saved.get("store") or {}).get("columns", COLUMNS)
     config = {"columns": trained_on} | saved["model"]
     weights = load_file(regular_file(path / "model.safetensors", cure))
-    sizes = sizes_of(weights) | {"text_rank": weights["text.basis"].shape[-1], "text_linear": "text.weight" in weights}
+    sizes = sizes_of(weights) | {"text_rank": weights["text.basis"].shape[-1]}
     for name, size in sizes.items():
         if config.get(name) != size:
             raise ValueError(f"{name} is {config.get(name)} in config.json, {size} in the weights")
@@ -1384,8 +1390,11 @@ def read_checkpoint(path):
         raise ValueError(f"layer {layer}")
     if saved["llm"].get("positions") not in (None, "restart", "sequential"):
         raise ValueError(f"positions {saved['llm']['positions']}")
-    if not isinstance(config["columns"], list) or not config["columns"] or not set(config["columns"]) <= set(COLUMNS):
-        raise ValueError(f"columns {config['columns']}")
+    for names in (config["columns"], config.get("text_mapped", COLUMNS[:1])):
+        if not isinstance(names, list) or not all(name in COLUMNS for name in names):
+            raise ValueError(f"columns {names}")
+    if not config["columns"]:
+        raise ValueError("columns []")
     return config | {"llm": dict.fromkeys(llm) | {"positions": "restart"} | saved["llm"]}, weights
 
 

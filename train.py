@@ -55,7 +55,7 @@ SETTINGS = {
     "projector_hidden": (0,         4096,        whole(0, 131_072),    "its width; at least the LLM's"),
     "pool_first":       (True,      False,       bool,                 "average patches, then project"),
     "loss":             ("infonce", "sigmoid",   ("sigmoid", "infonce"), "both with several positives"),
-    "text_projection":  (WHITE,     "none",      str,                  "none, center, whiten, linear"),
+    "text_projection":  (WHITE,     "none",      str,                  "none, center, whiten; +linear"),
     "shrinkage":        (False,     False,       bool,                 "whiten a store of few rows (OAS)"),
     "positives":        (6,         6,           whole(1, 11),         "embeddings an image meets in a step"),
     "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
@@ -330,13 +330,16 @@ def build(store, columns, s, device, earlier):
     """
     torch.manual_seed(s["seed"])
     fit = {"max_rows": 0} if earlier or rank() > 0 else {}
-    text = fit_text_projection(store, s["text_projection"], shrinkage=s["shrinkage"], device=device, **fit)
+    trained_on = [store.meta["columns"][c] for c in columns]
+    text = fit_text_projection(store, s["text_projection"], shrinkage=s["shrinkage"], device=device,
+                               columns=trained_on, **fit)
     names = ("image_size", "patch_size", "width", "layers", "heads", "init", "projector_hidden", "pool_first")
     config = {name: s[name] for name in names}
     config["init_logit_scale"] = math.log(s["init_scale"])
     config["text_dim"], config["text_rank"] = text.basis.shape[1:]
-    config["text_linear"] = text.weight is not None
-    config["columns"] = [store.meta["columns"][c] for c in columns]
+    config["text_mapped"] = [flame.COLUMNS[c] for c in text.mapped]
+    config["text_map_rank"] = text.down.shape[-1] if hasattr(text, "down") else 0
+    config["columns"] = trained_on
     model = flame.Flame(config)
     model.text = text
     model.visual.gradient_checkpointing = s["gradient_checkpointing"]

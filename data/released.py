@@ -77,7 +77,7 @@ def load(path):
         sizes = flame.sizes_of(weights)
         llm = {"name": None, "fingerprint": None, "layer": None, "positions": "sequential"}
         model = flame.Flame(sizes | {
-            "heads": sizes["width"] // 64, "pool_first": False, "text_rank": 0, "text_linear": False,
+            "heads": sizes["width"] // 64, "pool_first": False, "text_rank": 0,
             "columns": flame.COLUMNS, "llm": llm, "pool": "released"})
         unused = ("text.", "visual.ln_post.", "visual.proj=")  # the frozen LLM, and what the model has and never calls
         ours = {name: tensor for name, tensor in weights.items() if not f"{name}=".startswith(unused)}

@@ -135,7 +135,7 @@ def run_clip(args, run, seed):
     tokens = torch.stack([tokenizer(captions[key]) for key in store.keys])  # [N, 3, 77]
     torch.manual_seed(seed)
     D = store.meta["D"]
-    config = {k: s[k] for k in ("image_size", "patch_size", "width", "layers", "heads", "pool_first")} | {"projector_hidden": D, "text_dim": D, "text_rank": 0, "text_linear": False,
+    config = {k: s[k] for k in ("image_size", "patch_size", "width", "layers", "heads", "pool_first")} | {"projector_hidden": D, "text_dim": D, "text_rank": 0,
                                                                                                          "init_logit_scale": float(np.log(s["init_scale"]))}
     model = flame.Flame(config)
     model.tower = TextTransformer(context_length=77, vocab_size=tokenizer.vocab_size, width=192, heads=3, layers=4, output_dim=D)

@@ -31,7 +31,7 @@ import flame  # noqa: E402
 import train  # noqa: E402
 from data.pictures import DRAWS, random_crop  # noqa: E402
 
-B16 = dict(image_size=224, patch_size=16, width=768, layers=12, heads=12, projector_hidden=4096, text_dim=576, pool_first=False, text_rank=0, text_linear=False)
+B16 = dict(image_size=224, patch_size=16, width=768, layers=12, heads=12, projector_hidden=4096, text_dim=576, pool_first=False, text_rank=0)
 TARGETS = {"step": "at least 1.0 x (goal 1.15)", "pipeline": "at least 2 x", "loss": "at most 1/8 of the memory, 1.1 x the time"}
 
 

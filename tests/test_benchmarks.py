@@ -1007,7 +1007,6 @@ def real(tmp_path_factory):
         "projector_hidden": 24,
         "pool_first": True,
         "text_rank": 0,
-        "text_linear": False,
     }
     source = {"name": "tiny", "fingerprint": flame.llm_fingerprint(llm), "layer": 2, "positions": "restart"}
     (folder / "out" / "tiny").mkdir(parents=True)

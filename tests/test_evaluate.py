@@ -1158,13 +1158,13 @@ def test_patch_states_undo_the_text_projection(size, pool_first, linear):
             "projector_hidden": 20,
             "pool_first": pool_first,
             "text_rank": 0 if linear else 5,
-            "text_linear": linear,
+            "text_mapped": ["long.0"] if linear else [],
             "columns": flame.COLUMNS,
         }
     ).eval()
     text, c = model.text, flame.COLUMNS.index("long.0")
     if linear:
-        text.weight.data = torch.randn(12, 12)
+        text.up.data = torch.randn(1, 12, 12)
     else:
         text.basis[c], text.gain[c], text.rest[c] = (
             torch.linalg.qr(torch.randn(12, 5))[0],
@@ -1172,7 +1172,7 @@ def test_patch_states_undo_the_text_projection(size, pool_first, linear):
             0.5,
         )
     matrix = (
-        text.weight.data
+        (torch.eye(12) + text.up.data[0]).T
         if linear
         else 0.5 * torch.eye(12) + text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
     )

@@ -430,7 +430,7 @@ def test_same_llm_knows_fingerprints_of_both_versions(copy, make_random_llm):
 
 CONFIG = dict(
     image_size=32, patch_size=8, width=48, layers=3, heads=4, projector_hidden=40, text_dim=24,
-    pool_first=False, text_rank=0, text_linear=False)
+    pool_first=False, text_rank=0)
 
 
 def test_vit_equals_open_clip():
@@ -651,7 +651,7 @@ def test_encode_text_and_similarity_say_what_they_want():
 
 
 def test_gradients_are_kept_in_training_only(picture):
-    model, facets = flame.Flame(CONFIG | {"text_linear": True}), torch.randn(2, 7, 24)
+    model, facets = flame.Flame(CONFIG | {"text_mapped": ["long.2"]}), torch.randn(2, 7, 24)
     pixels = torch.randn(2, 3, 32, 32)
 
     def encoded():

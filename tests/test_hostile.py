@@ -527,7 +527,7 @@ ENTRIES = {
         model__projector_hidden  null 0
         model__text_dim          0 -32
         model__text_rank         "x" -1
-        model__text_linear       "yes"
+        model__text_mapped       "yes" ["long.9"] 3
         model__pool_first        "no"
         model__init_logit_scale  "x"
         llm                      missing null "random"

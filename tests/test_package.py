@@ -82,7 +82,7 @@ def test_a_caption_and_a_picture_are_encoded_from_an_empty_folder(installed, byt
     empty.mkdir()
     checkpoint.mkdir()
     config = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 1, "heads": 3, "projector_hidden": 32,
-              "pool_first": True, "text_dim": 32, "text_rank": 0, "text_linear": False}
+              "pool_first": True, "text_dim": 32, "text_rank": 0}
     save_file(flame.Flame(config).state_dict(), checkpoint / "model.safetensors")
     (checkpoint / "config.json").write_text(json.dumps({"model": config, "llm": {"name": "random"}}))
     command = [python, "-c", USE, byte_llm, checkpoint]

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -213,11 +214,33 @@ def test_shrinkage_is_that_of_sklearn(small):
 
 
 def test_kinds_per_prompt_set():
-    expected = {"raw": ("center", 0.01), "short": ("none", 0.01), "long": ("whiten", 0.1)}
-    assert train.parse_projection("raw=center,long=whiten:0.1", 0.01) == expected
-    for bad in ("sharpen", "row=center", "raw=linear,long=whiten", "raw=whiten:much"):
-        with pytest.raises(flame.InputError, match=bad):
+    expected = {"raw": ("center", 0.01, None), "short": ("none", 0.01, 0), "long": ("whiten", 0.1, 0)}
+    spec = "raw=center,short=none+linear,long=whiten:0.1+linear"
+    assert train.parse_projection(spec, 0.01) == expected
+    assert train.parse_projection("whiten+linear:9", 0.01) == dict.fromkeys(expected, ("whiten", 0.01, 9))
+    for bad in ("sharpen", "row=center", "raw=linear", "raw=whiten:much", "whiten+", "whiten+linear:-1",
+                "raw=whiten+linear:8,long=whiten+linear:9"):
+        with pytest.raises(flame.InputError, match=re.escape(bad)):
             train.parse_projection(bad, 0.01)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_trained_map_follows_the_closed_form(small, rank):
+    """Text = normalise(u + u M), u the closed form's; M is zero at first, is learnt, and is its column's own."""
+    store = flame.open_store(small[0])
+    plain = train.fit_text_projection(store, "whiten", ridge=0.01)
+    mapped = train.fit_text_projection(store, f"raw=whiten,short=whiten,long=whiten+linear:{rank}", ridge=0.01)
+    assert mapped.mapped == [flame.COLUMNS.index(f"long.{k}") for k in range(7)]
+    facets = torch.randn(5, 11, store.meta["D"])
+    every = list(range(11))
+    torch.testing.assert_close(mapped(facets, every), plain(facets, every))
+    (mapped(facets, every) * torch.randn(5, 11, store.meta["D"])).sum().backward()
+    assert mapped.up.grad.flatten(1).norm(dim=1).gt(0).all()
+    torch.nn.init.normal_(mapped.up, std=0.3)
+    u = plain(facets, every)
+    M = mapped.down @ mapped.up if rank else mapped.up
+    expected = torch.cat([u[:, :4], F.normalize(u[:, 4:] + torch.einsum("nkd,kde->nke", u[:, 4:], M), dim=-1)], 1)
+    torch.testing.assert_close(mapped(facets, every), expected)
 
 
 # --- batches
@@ -408,7 +431,7 @@ def test_left_out_patches_and_gradient_checkpointing(small):
 # --- ranks and chunks: a small step, in float32 and whole, against the same in two processes and in chunks
 
 TOWER = dict(image_size=16, patch_size=8, width=32, layers=1, heads=2, projector_hidden=40, pool_first=False,
-             text_dim=24, text_rank=0, text_linear=False)
+             text_dim=24, text_rank=0)
 
 
 def one_step(store, kind, projection, accumulate, rank=0, world=1, device="cpu"):
@@ -416,8 +439,7 @@ def one_step(store, kind, projection, accumulate, rank=0, world=1, device="cpu")
     s = settings_for(batch=12, loss=kind, accumulate=accumulate)
     torch.manual_seed(3)
     text = train.fit_text_projection(store, projection, 0.01, 1024)
-    rank_and_kind = dict(text_rank=text.basis.shape[-1], text_linear=projection == "linear")
-    model = flame.Flame(TOWER | dict(layers=2) | rank_and_kind)
+    model = flame.Flame(TOWER | dict(layers=2))
     model.text = text
     model.to(device)
     batch, _ = Batches(store, list(range(11)), find_pictures(store), s, 1, rank, world)[0]
@@ -426,7 +448,7 @@ def one_step(store, kind, projection, accumulate, rank=0, world=1, device="cpu")
     return {name: p.grad.cpu() for name, p in model.named_parameters()} | {"loss": loss.cpu()}
 
 
-CASES = list(itertools.product(train.LOSSES, ("linear", "whiten"), (1, 3)))
+CASES = list(itertools.product(train.LOSSES, ("none+linear:8", "whiten+linear", "whiten"), (1, 3)))
 
 
 def one_of_two_ranks(folder):
@@ -529,7 +551,7 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [
-    "--loss sigmoid", "--text-projection linear", "--text-projection center",
+    "--loss sigmoid", "--text-projection whiten+linear:8", "--text-projection center",
     "--text-projection none --no-pool-first", "--columns raw.0,long.3",
     "--accumulate 5 --gradient-checkpointing --clip-grad 0.5 --ema 0.5"])
 def test_every_option_trains(run, small, tmp_path, extra):
@@ -1050,7 +1072,7 @@ def test_a_log_that_was_thrown_away_is_not_missed(run, small, tmp_path):
 LOADED = """model model=3 llm llm=[] llm.layer="3" llm.fingerprint=7 llm.positions="backwards" store=[]
     model.heads model.heads="2" model.heads=0 model.heads=5 model.width=48 model.width="32" model.layers=9999
     model.layers=2 model.image_size=24 model.pool_first="no" model.text_dim model.text_rank=3
-    model.text_linear=true model.columns="long.0" model.columns=["long.9"] model.columns=[]
+    model.text_mapped=true model.text_mapped=["short.0"] model.text_map_rank=8 model.columns="long.0" model.columns=["long.9"] model.columns=[]
     model.columns=[{}] """.split()
 
 

@@ -28,8 +28,11 @@ def patch_states(model, pixels):
     columns = model.config["columns"]
     c = flame.COLUMNS.index("long.0" if "long.0" in columns else columns[0])
     text = model.text
-    if text.weight is not None:
-        states = torch.linalg.solve(text.weight, states.T).T
+    if c in text.mapped:
+        m = text.mapped.index(c)
+        trained = text.down[m] @ text.up[m] if hasattr(text, "down") else text.up[m]
+        identity = torch.eye(len(trained), device=trained.device)
+        states = torch.linalg.solve((identity + trained).T, states.T).T
     basis = text.basis[c]
     rest = text.rest[c].clamp_min(1e-6)
     along = states @ basis
