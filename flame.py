@@ -41,7 +41,7 @@ class InputError(Exception):
 
 class PromptSet(NamedTuple):
     prefix: str              # holds "{}" where the caption goes
-    facets: tuple[str, ...]  # K questions; the state at a question's last token, the answer's opening quote, is a facet
+    facets: tuple[str, ...]  # K questions; a facet is the state at one's last token, the answer's opening quote
 
 
 FACETS = (
@@ -67,9 +67,7 @@ COLUMNS = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(
 
 
 def clean(caption):
-    """Caption as the template wants it: it ends like a sentence and holds no quote that would close the
-    template's own.
-    """
+    """Caption as the template wants it: it ends like a sentence and holds no double quote."""
     caption = caption.strip()
     if not caption.endswith((".", "?", '"', "'")):
         caption += "."
@@ -81,8 +79,8 @@ def clean(caption):
 # 2. The segment forest: the trie of the strings' token sequences. It *is* facet-decoupled attention.
 
 class Forest(NamedTuple):
-    """A packed row of T tokens cut into S segments; a segment hangs from the end of its parent, which lies
-    before it.
+    """A packed row of T tokens, cut into S segments. Each hangs from the end of its parent, which lies
+    before.
 
     The rule: key k is visible to query q if and only if k's segment is q's segment or one of its ancestors,
     and depth(k) <= depth(q), where a token's depth is counted from its root.
@@ -210,11 +208,10 @@ NATIVE = (torch.float32, torch.bfloat16)  # what the extension's kernels know; f
 
 @torch.inference_mode()
 def decode(decoder, forest):
-    """Runs the kept blocks over the packed row; -> float32 [N, D], the residual stream at the N answers (no
-    final norm).
+    """Runs the kept blocks over the packed row; -> float32 [N, D], the residual stream at the N answers.
 
-    The residual stream and the norms are float32 whatever the matrix products use: one dimension carries 0.8
-    of a state's norm, and rounding it to bfloat16 once a block drowns the rest.
+    No final norm follows. The residual stream and the norms are float32 whatever the matrix products use: one
+    dimension carries 0.8 of a state's norm, and rounding it to bfloat16 once a block drowns the rest.
     """
     heads = decoder.config["num_attention_heads"]
     kv_heads = decoder.config["num_key_value_heads"]
@@ -248,8 +245,7 @@ def decode(decoder, forest):
 
 
 def attention_over(forest, device, dtype, share):
-    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule, no T x T
-    buffer.
+    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule.
 
     share: query heads a key head, H / Hkv. Here: dense attention per branch. With the extension every
     ancestor's keys and values are read in place.
@@ -295,9 +291,7 @@ def add_and_norm(x, update, weight, eps, dtype):
 
 
 def norm_heads(qkv, weight, eps):
-    """Qwen3: RMSNorm, in place, of each of the first heads of [T, heads + others, d]; weight float32 [heads,
-    d].
-    """
+    """Qwen3: RMSNorm of the first heads of [T, heads + others, d], in place; weight float32 [heads, d]."""
     x = qkv[:, :len(weight)].float()
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     qkv[:, :len(weight)] = (x * scale * weight).to(qkv.dtype)
@@ -328,8 +322,7 @@ def swiglu(gate_up):
 # 4. The text tower: tokenizer + forest + decoder
 
 def tokenize(tokenizer, captions, prompts):
-    """-> ([N] prefix ids, [N][K] facet ids); prefix + facet are the ids of the whole string `prefix(c) + " "
-    + facet`.
+    """-> ([N] prefix ids, [N][K] facet ids); together the ids of the whole string `prefix(c) + " " + facet`.
     """
     prefix = prompt_set(prompts).prefix
     texts = [prefix.replace("{}", clean(caption)) for caption in captions]
@@ -344,9 +337,7 @@ def tokenize_whole(tokenizer, text, facets):
 
 
 def caption_forest(prefixes, suffixes, positions="restart"):
-    """[N] prefix ids, [N][K] facet ids -> the Forest of all N * K strings, answers caption by caption, facet
-    by facet.
-    """
+    """[N] prefix ids, [N][K] facet ids -> the Forest of all N * K strings, its answers in that order."""
     sequences = []
     consecutive = []  # positions as if the K facets stood one after the other
     for prefix, facets in zip(prefixes, suffixes):
@@ -359,13 +350,11 @@ def caption_forest(prefixes, suffixes, positions="restart"):
 
 
 BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row: on CPU its activations stay in cache
-SIZES = 64  # a packed row's tokens are a multiple of it: for every new number oneDNN compiles and keeps new kernels
+SIZES = 64  # what matrix products' rows are a multiple of: oneDNN keeps kernels for every new number of them
 
 
 def rounded(forest, multiple):
-    """The forest with a root of idle tokens behind it, so that T is a multiple; what was there sees none of
-    them.
-    """
+    """The forest with a root of idle tokens behind it, so that T is a multiple; no other token sees them."""
     idle = -len(forest.tokens) % multiple
     if not idle:
         return forest
@@ -406,10 +395,10 @@ class TextEncoder:
         self.truncated = 0  # captions cut so far because the model's context is shorter
 
     def encode(self, captions, prompts="long"):
-        """list[str], or one str -> float32 [N, K, D] on the CPU: the state at each facet's last token, not
-        normalised.
+        """list[str], or one str -> float32 [N, K, D] on the CPU: the states at the facets' last tokens.
 
-        Raises ValueError for anything else, and for prompts that are none of PROMPTS.
+        They are not normalised. Raises ValueError for anything else, and for prompts that are none of
+        PROMPTS.
         """
         captions = listed(captions)
         out = torch.empty(len(captions), len(prompt_set(prompts).facets), self.dim)
@@ -418,15 +407,12 @@ class TextEncoder:
         return out
 
     def encode_batches(self, captions, prompts="long"):
-        """Yields (rows, facets float32 [n, K, D]) a packed row at a time; together the rows are all captions,
-        once each.
-        """
+        """Yields (rows, facets float32 [n, K, D]) a packed row at a time; every caption is in one."""
         for rows, forest in self.pack(captions, prompts):
             yield rows, self.run(forest, len(rows))
 
     def pack(self, captions, prompts="long"):
-        """Yields (rows, Forest of their strings), each a packed row; may run ahead of `run` in a thread of
-        its own.
+        """Yields (rows, Forest of their strings), each a packed row; a thread may run ahead of `run`.
 
         Captions are sorted by length, since the bar's ETA and the memory are steadier that way; no caption is
         padded. As few packed rows as the budget allows, about equally long: what is left over would be short,
@@ -467,8 +453,7 @@ class TextEncoder:
                              "they belong to different models")
 
     def longest_beginning(self, caption, prompts):
-        """(prefix ids, facet ids) of as much of a caption as fits into the context: the prompt itself is
-        never cut.
+        """(prefix ids, facet ids) of as much of a caption as fits into the context; the prompt is never cut.
         """
         def ids_of(characters):
             (prefix,), (facets,) = self.tokenize(self.tokenizer, [caption[:characters]], prompts)
@@ -484,8 +469,8 @@ class TextEncoder:
                 high = middle - 1
         best = ids_of(low)
         if token_count(*best) > self.context:
-            raise InputError(f"{self.llm_dir}: its context of {self.context} tokens cannot hold the {prompts} prompts; "
-                             "choose another LLM or fewer prompts")
+            raise InputError(f"{self.llm_dir}: its context of {self.context} tokens cannot hold the {prompts} "
+                             "prompts; choose another LLM or fewer prompts")
         self.truncated += 1
         return best
 
@@ -587,9 +572,10 @@ class VisionTransformer(nn.Module):
 class TextProjection(nn.Module):
     """A linear map of each store column: unit facet state u -> normalise(A (u - mean) (I + M)).
 
-    A = rest * I + basis diag(gain) basis^T is closed-form and frozen (data/projection.py computes it from the store); it
-    is kept in this low-rank form since eleven full 5120 x 5120 maps are 1.15 GB. M is trained with the image tower, for
-    the columns in `mapped` alone; it starts at zero and is [D, D], or of low rank. The published recipe has neither.
+    A = rest * I + basis diag(gain) basis^T is closed-form and frozen (data/projection.py computes it from the
+    store); it is kept in this low-rank form since eleven full 5120 x 5120 maps are 1.15 GB. M is trained with
+    the image tower, for the columns in `mapped` alone; it starts at zero and is [D, D], or of low rank. The
+    published recipe has neither.
     """
 
     def __init__(self, dim, rank=0, mapped=(), map_rank=0):
@@ -625,8 +611,8 @@ class Flame(nn.Module):
     """The trained half: image tower (visual.*), projector (mm.*), text projection (text.*), scale and bias.
 
     config: image_size, patch_size, width, layers, heads; text_dim (D), projector_hidden, pool_first;
-    text_rank, text_mapped, text_map_rank (shape of the text projection); columns (names of the store columns it is trained
-    on); llm (which LLM the texts came from); init and init_logit_scale in training only.
+    text_rank, text_mapped, text_map_rank (shape of the text projection); columns (names of the store columns
+    it is trained on); llm (which LLM the texts came from); init and init_logit_scale in training only.
     """
 
     def __init__(self, config):
@@ -648,8 +634,7 @@ class Flame(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # used by the sigmoid loss alone
 
     def forward(self, pixels, kept=None):  # what DistributedDataParallel calls
-        """[B, 3, H, W] -> [B, D], L2-normalised: project every patch token, then average (the class token is
-        dropped).
+        """[B, 3, H, W] -> [B, D], L2-normalised: every patch token projected, then averaged; no class token.
 
         pool_first averages before projecting: near the same accuracy on small towers at about half the time.
         kept: int64 [B, n], the only patches to look at, in training.
@@ -800,7 +785,8 @@ def read_lines(path, count, cure):
 
 # model_type: Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5; Qwen3
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LLM_CURE = "--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer; download it anew"
+LLM_CURE = ("--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer; "
+            "download it anew")
 UNQUANTISED = "download the bfloat16 or float16 checkpoint, the one without FP8, GPTQ, AWQ or bnb in its name"
 ANEW = "download it anew"
 NONE = type(None)  # among the types of what a file may leave out
@@ -839,8 +825,8 @@ def llm_config(llm_dir):
     kv_heads = config["num_key_value_heads"] or heads
     head_dim = config["head_dim"] or max(1, config["hidden_size"] // heads)
     if heads % kv_heads:
-        raise InputError(f"{path}: 'num_attention_heads' is {heads}, no multiple of 'num_key_value_heads', {kv_heads}; "
-                         f"{LLM_CURE}")
+        raise InputError(f"{path}: 'num_attention_heads' is {heads}, no multiple of 'num_key_value_heads', "
+                         f"{kv_heads}; {LLM_CURE}")
     if head_dim % 2:
         raise InputError(f"{path}: 'head_dim' is {head_dim}, but RoPE turns pairs; {LLM_CURE}")
     windowed = entries.get("use_sliding_window", family == "mistral")
@@ -864,10 +850,12 @@ def rope_frequencies(path, entries, head_dim):
     """-> float64 [head_dim / 2]. Scaling slows them down, so that far positions look like the near ones of
     training.
     """
-    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5 and 4 name it differently
+    # transformers 5 and 4 name it differently
+    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE:
-        raise InputError(f"{path}: 'rope_type' {kind!r}: RoPE scaling that is not supported; supported: {', '.join(ROPE)}")
+        raise InputError(f"{path}: 'rope_type' {kind!r}: RoPE scaling that is not supported; "
+                         f"supported: {', '.join(ROPE)}")
     theta = entries.get("rope_theta")
     rope = {"rope_theta": 10000.0 if theta is None else theta} | rope
     check_keys(path, rope, dict.fromkeys(ROPE[kind], float), LLM_CURE)
@@ -978,7 +966,8 @@ def load_block(llm_dir, config, weight, names, prefix):
     for name in sorted(names):
         odd = name.startswith(prefix) and name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
         if odd and name not in biases + norms:
-            raise InputError(f"{llm_dir}: tensor {name} is not supported in a {family} checkpoint; use one without it")
+            raise InputError(f"{llm_dir}: tensor {name} is not supported in a {family} checkpoint; "
+                             "use one without it")
     bias = [weight(name, n * head_dim) for name, n in zip(biases, heads.values())]
     norm = [weight(name, head_dim, to=torch.float32).expand(n, -1) for name, n in zip(norms, heads.values())]
     return {
@@ -1081,7 +1070,11 @@ def tokenizer_file(llm_dir):
 def load_tokenizer(llm_dir):
     """-> Tokenizer. Raises InputError where the folder has none, or one that cannot be read."""
     path = tokenizer_file(llm_dir)
-    read = {"tokenizer.json": read_tokenizer_json, "tokenizer.model": read_sentencepiece, "tekken.json": read_tekken}
+    read = {
+        "tokenizer.json": read_tokenizer_json,
+        "tokenizer.model": read_sentencepiece,
+        "tekken.json": read_tekken,
+    }
     try:
         tokenizer = read[path.name](path)
         if not tokenizer.encode("A cat."):
@@ -1303,7 +1296,8 @@ class Store:
         D = self.meta["D"]
         columns = self.meta["columns"]
         if N < 1 or D < 1 or not columns or columns != [c for c in COLUMNS if c in columns]:
-            raise InputError(f"{meta}: N, D and columns must be above 0, and columns among {' '.join(COLUMNS)}; {self.CURE}")
+            raise InputError(f"{meta}: N, D and columns must be above 0, and columns among {' '.join(COLUMNS)}; "
+                             f"{self.CURE}")
         dtype = self.meta.get("store", "float16")
         if dtype not in ("float16", "int8"):
             raise InputError(f"{meta}: 'store' is {dtype!r}, neither float16 nor int8; {self.CURE}")

@@ -79,13 +79,15 @@ def load(path):
         model = flame.Flame(sizes | {
             "heads": sizes["width"] // 64, "pool_first": False, "text_rank": 0,
             "columns": flame.COLUMNS, "llm": llm, "pool": "released"})
-        unused = ("text.", "visual.ln_post.", "visual.proj=")  # the frozen LLM, and what the model has and never calls
+        # The frozen LLM, and what the model has and never calls.
+        unused = ("text.", "visual.ln_post.", "visual.proj=")
         ours = {name: tensor for name, tensor in weights.items() if not f"{name}=".startswith(unused)}
         model.load_state_dict(ours | model.text.state_dict(prefix="text."))
     except Exception as e:  # torch.load raises nearly anything on a broken file
         why = str(e).split("WeightsUnpickler error: ")[-1]  # before that, torch advises to trust the file
-        raise flame.InputError(f"{path}: not a FLAME checkpoint ({type(e).__name__}: {' '.join(why.split())[:200]}); "
-                               "give the authors' .pt file or a folder that train.py wrote") from None
+        why = f"{type(e).__name__}: {' '.join(why.split())[:200]}"
+        raise flame.InputError(f"{path}: not a FLAME checkpoint ({why}); give the authors' .pt file or a folder "
+                               "that train.py wrote") from None
     return model.eval()
 
 
