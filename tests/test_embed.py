@@ -1,4 +1,5 @@
 """embed.py and data/captions.py: what lands in the store, resuming to the same bytes, and bad input."""
+import contextlib
 import errno
 import fcntl
 import functools
@@ -791,7 +792,7 @@ def test_files_that_no_run_left_are_kept(here, tiny_llm, quick, rejected):
 
 @pytest.fixture(params=["file system", "files"])
 def disk(request, tmp_path, monkeypatch):
-    """resize(pages): a small file system under tmp_path / "disk", or a limit on each file 's size."""
+    """with small(pages): a small file system under tmp_path / "disk", or a limit on each file's size."""
     folder, limit = tmp_path / "disk", resource.getrlimit(resource.RLIMIT_FSIZE)
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "tmpfs", folder, "-o"]
@@ -800,13 +801,22 @@ def disk(request, tmp_path, monkeypatch):
         mounted = subprocess.run([*mount, "size=4k"], capture_output=True).returncode == 0
 
     def resize(pages):
-        if mounted:  # where it may not be mounted, the limit is tested twice
-            subprocess.run(["mount", "-o", f"remount,size={4 * pages}k", folder], check=True)
-        else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (64 * pages, limit[1]))
+        subprocess.run(["mount", "-o", f"remount,size={4 * pages}k", folder], check=True)
 
-    yield resize
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    @contextlib.contextmanager
+    def small(pages):
+        if mounted:
+            resize(pages)
+        else:  # where it may not be mounted, the limit is tested twice
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 * pages, limit[1]))
+        try:
+            yield
+        finally:  # at once: what the test runner writes is not limited
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            if mounted:
+                resize(1 << 20)
+
+    yield small
     if mounted:
         subprocess.run(["umount", folder], check=True)
 
@@ -820,16 +830,15 @@ def test_a_disk_that_is_full_at_any_point(here, tiny_llm, quick, disk, store, ca
     main(*command, "whole")
     out, named = here / "disk/store", []
     for pages in itertools.count(1):
-        disk(pages)
         capsys.readouterr()
         try:
-            main(*command, out)
+            with disk(pages):
+                main(*command, out)
             break
         except SystemExit as stop:
             message = last_line(capsys)
             assert stop.code == 2 and message.startswith(f"embed.py: {out}"), message
             named.append(message.split(":")[1].removeprefix(f" {out}/"))
-        disk(1 << 20)
         main(*command, out)
         same_bytes("whole", out)
         shutil.rmtree(out)
@@ -843,10 +852,10 @@ def test_a_disk_that_is_full_while_shards_are_merged(here, tiny_llm, quick, disk
         make_store(part, tiny_llm, "--shard", f"{shard}/2", "--prompts", "raw", "--store", "int8")
     main("--merge", *parts)
     for pages in itertools.count(1):
-        disk(pages)
         capsys.readouterr()
         try:
-            main("--merge", *parts, "--out", "disk/merged")
+            with disk(pages):
+                main("--merge", *parts, "--out", "disk/merged")
             break
         except SystemExit as stop:
             assert stop.code == 2 and last_line(capsys).startswith("embed.py: disk/merged/")

@@ -1147,9 +1147,11 @@ def small_disk(tmp_path):
             (disk / "filler").write_bytes(bytes(free - room))
         else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        yield
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        (disk / "filler").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            (disk / "filler").unlink(missing_ok=True)
 
     yield full
     if mounted:
