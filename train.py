@@ -42,7 +42,7 @@ from data.show import plots
 # the demo's validation split. ViT-L/14 is --patch-size 14 --width 1024 --layers 24 --heads 16.
 PRESETS = ("demo", "cc3m", "yfcc15m")
 YFCC15M = {"epochs": 25.0}
-WHITE = "raw=whiten:0.3,short=whiten+linear,long=whiten+linear"
+WHITE = "raw=whiten:0.3,short=whiten,long=whiten"
 whole = functools.partial(command.number, int)
 real = functools.partial(command.number, float)
 SETTINGS = {
