@@ -1072,7 +1072,7 @@ def test_a_log_that_was_thrown_away_is_not_missed(run, small, tmp_path):
 LOADED = """model model=3 llm llm=[] llm.layer="3" llm.fingerprint=7 llm.positions="backwards" store=[]
     model.heads model.heads="2" model.heads=0 model.heads=5 model.width=48 model.width="32" model.layers=9999
     model.layers=2 model.image_size=24 model.pool_first="no" model.text_dim model.text_rank=3
-    model.text_mapped=true model.text_mapped=["short.0"] model.text_map_rank=8 model.columns="long.0" model.columns=["long.9"] model.columns=[]
+    model.text_mapped=true model.text_mapped=["short.0"] model.columns="long.0" model.columns=["long.9"] model.columns=[]
     model.columns=[{}] """.split()
 
 
