@@ -560,15 +560,14 @@ def score_composition(towers, prompts, pictures, texts, parts):
 
 
 def score_demo(towers, raw, short, long, scenes, captions, objects, names, synonyms):
-    """All parts of the demo. Captions are asked by the set that was best on validation: by the one they are trained
-    with (raw, short, long), captions in new words by the raw one.
+    """All parts of the demo. Captions are asked by the set they are trained with; those in new words by raw's.
 
-    long, short, raw   retrieval among the scenes with those captions. Raw captions are often equal or fit several
-                       scenes; only the scene they were written for counts.
+    long, short, raw   retrieval among the scenes with those captions. Raw captions are often equal or fit
+                       several scenes; only the scene they were written for counts.
     reworded           the same with captions in words that no training caption has
     seen, unseen       single-object pictures among all seen, among all unseen objects alone, by DEMO_TEMPLATE
-    multilingual       the pictures of seen objects among the bare names of all seen objects in one language, for
-                       each language, and the average over languages. Objects that share a name share a class.
+    multilingual       the pictures of seen objects among the bare names of all seen objects in one language,
+                       for each language, and the average. Objects that share a name share a class.
     synonyms           the same among the first and among the second synonyms of all seen objects, averaged
     """
     parts = {}
@@ -577,11 +576,11 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": raw}.items():
         parts[kind], sheets[kind] = score_retrieval(towers, prompts, scenes, captions[kind], owner)
     parts |= score_objects(towers, raw, objects, names, synonyms)
-    return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions', as elsewhere
+    return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
 def score_objects(towers, prompts, objects, names, synonyms):
-    """Single-object pictures among names -> the parts seen, unseen, multilingual and synonyms, see score_demo()."""
+    """Single-object pictures among names -> seen, unseen, multilingual and synonyms, see score_demo()."""
     names = names | synonyms
     image, kept = encode_images(towers, [path for path, _, _ in objects])
     readable = [objects[i][1] for i in kept]    # the object of each encoded picture
@@ -604,7 +603,7 @@ def score_objects(towers, prompts, objects, names, synonyms):
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
         return {**score_among(image[rows], classes, labels, choices), "prompts": prompts}, ranks, rows
 
-    def average(languages):
+    def averaged(languages):
         """Seen objects among their names in each of the languages, and the mean over them."""
         results = {}
         ranks = []
@@ -615,16 +614,18 @@ def score_objects(towers, prompts, objects, names, synonyms):
             ranks.extend(own_ranks)
             pictures.extend(rows)
         hits = np.array(ranks)[:, None] < np.array([1, 5])
-        means = {key: float(np.mean([result[key] for result in results.values()])) for key in ("chance", "top1", "top5")}
-        ci95 = dict(zip(("top1", "top5"), intervals(hits, pictures)))
-        return {"n_images": len(set(pictures)), "prompts": prompts, "languages": results, **means, "ci95": ci95}
+        average = {"n_images": len(set(pictures)), "prompts": prompts, "languages": results}
+        for key in ("chance", "top1", "top5"):
+            average[key] = float(np.mean([result[key] for result in results.values()]))
+        average["ci95"] = dict(zip(("top1", "top5"), intervals(hits, pictures)))
+        return average
 
-    by_synonym = average(synonyms)
+    by_synonym = averaged(synonyms)
     by_synonym["n_classes"] = by_synonym.pop("languages")["first"]["n_classes"]
     return {
         "seen": among_names("seen", "en", DEMO_TEMPLATE)[0],
         "unseen": among_names("unseen", "en", DEMO_TEMPLATE)[0],
-        "multilingual": average([language for language in names if language not in synonyms]),
+        "multilingual": averaged([language for language in names if language not in synonyms]),
         "synonyms": by_synonym,
     }
 

@@ -1,4 +1,4 @@
-"""What the command lines of all stages share: numbers with a range, the device, and how a run ends that cannot go on."""
+"""What the command lines of all stages share: numbers with a range, the device, how a run ends."""
 import argparse
 import math
 import sys
@@ -37,7 +37,7 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
 
 
 def usable_device(name):
-    """"cpu", "cuda" or "cuda:1" -> torch.device. Raises InputError where this machine or its torch has no such device."""
+    """"cpu", "cuda" or "cuda:1" -> torch.device. Raises InputError where this machine has no such device."""
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -49,7 +49,10 @@ def usable_device(name):
 
 
 def run(script, body, again):
-    """Runs a stage; -> its exit code. 2 with one line on stderr for bad input, 130 for Ctrl-C. again: what resuming does."""
+    """Runs a stage; -> its exit code: 2 with one line on stderr for bad input, 130 for Ctrl-C.
+
+    again: what resuming does.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
@@ -59,7 +62,8 @@ def run(script, body, again):
         print(f"{script}: {line}", file=sys.stderr)
         return 2
     except OSError as error:  # a file vanished, a folder may not be read
-        print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; mend that and run the same command again", file=sys.stderr)
+        print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; "
+              "mend that and run the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{script}: interrupted; {again}", file=sys.stderr)

@@ -2,8 +2,8 @@
 
 An LLM's facet states are strongly anisotropic: two captions' states for one facet have a mean cosine of 0.9.
 A fixed linear map that evens this out, computed from the store, lets the image tower learn several times
-faster at no cost. After it, "+linear", a small map is trained with the image tower: captions like the training
-ones are found much better, those in new words about as well. The published recipe has neither.
+faster at no cost. After it, "+linear", a small map can be trained with the image tower. The published recipe
+has neither.
 """
 import argparse
 
