@@ -131,8 +131,6 @@ def embed_windows(out, settings, journal, encoder):
         if WORLD > 1:
             torch.distributed.barrier()
         statistics = store.read_statistics(out, settings, encoder.dim)
-    if settings["device"] == "cpu":
-        settle_memory(encoder)
     windows = store.windows_of(settings, total)
     mine = [w for w in windows if w not in journal["finished"]][RANK::WORLD]
     todo = sum(min(window, total - w * window) for w in mine)  # rows
@@ -176,19 +174,6 @@ def run_windows(out, settings, encoder, rows, wanted, todo, statistics):
                 bar.update(len(pack.rows) * facets.shape[1])
             store.write_window(out, settings, RANK, w, block, statistics)
     return busy
-
-
-def settle_memory(encoder):
-    """Runs two blocks, one as all and one as the last is run, over rows of every usual length.
-
-    What oneDNN keeps for each is then there from the start: a memory limit that is too low shows now, not
-    after hours. It costs less than two packed rows.
-    """
-    few = encoder.decoder._replace(blocks=encoder.decoder.blocks[:2])
-    for tokens in range(encoder.budget, encoder.budget // 2, -flame.SIZES):
-        idle = torch.zeros(tokens, dtype=torch.int64)
-        one_segment = np.array([tokens], np.int32), np.array([-1], np.int32)
-        flame.decode(few, flame.Forest(idle, idle, *one_segment, torch.arange(min(tokens, flame.SIZES))))
 
 
 class Pack(NamedTuple):

@@ -20,6 +20,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+# oneDNN, and torch in front of it, keep a kernel for every number of rows that a matrix product ever had. Packed
+# rows have any length, so memory would grow; 128 kernels are as fast. Read at the first product.
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache, "128")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -156,41 +161,17 @@ def token_depths(lengths, parents):
     return np.arange(lengths.sum()) + np.repeat(end[:-1] - stops, lengths)
 
 
-def visible(forest, queries, keys):
-    """The rule, as a boolean mask [len(queries), len(keys)] over packed token indices (int64 arrays)."""
-    segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)  # [T]
-    depth = token_depths(forest.lengths, forest.parents)                 # [T]
-    asking, row = np.unique(segment[queries], return_inverse=True)
-    lineage = np.zeros((len(asking), len(forest.lengths)), bool)         # a segment and its ancestors
-    for i, s in enumerate(asking):
-        while s >= 0:
-            lineage[i, s] = True
-            s = forest.parents[s]
-    return lineage[row][:, segment[keys]] & (depth[keys] <= depth[queries][:, None])
-
-
-def branches(forest):
-    """Cuts attention where trees fork first, into a few small dense problems: [(queries, keys, mask)].
-
-    A branch is a root, or a child of a root with all that hangs from it; it needs its own keys and the
-    root's.
-    """
-    branch = np.zeros(len(forest.lengths), np.int64)
-    root = np.full(len(forest.lengths), -1)
+def visible(forest):
+    """The rule, as a boolean mask [T, T]: row q, column k."""
+    S = len(forest.lengths)
+    lineage = np.zeros((S, S), bool)  # a segment, itself and its ancestors
     for s, parent in enumerate(forest.parents.tolist()):
-        if parent < 0 or forest.parents[parent] < 0:
-            branch[s] = s
-            root[s] = parent
-        else:
-            branch[s] = branch[parent]
-            root[s] = root[parent]
-    segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)
-    cut = []
-    for b in np.unique(branch):
-        queries = np.flatnonzero(branch[segment] == b)
-        keys = np.flatnonzero((branch[segment] == b) | (segment == root[b]))
-        cut.append((queries, keys, visible(forest, queries, keys)))
-    return cut
+        if parent >= 0:
+            lineage[s] = lineage[parent]
+        lineage[s, s] = True
+    segment = np.repeat(np.arange(S), forest.lengths)      # [T]
+    depth = token_depths(forest.lengths, forest.parents)   # [T]
+    return lineage[segment][:, segment] & (depth <= depth[:, None])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -223,8 +204,7 @@ def decode(decoder, forest):
     angle = torch.outer(forest.positions.float().to(device), decoder.inv_freq)  # [T, head_dim / 2]
     cos = angle.cos()
     sin = angle.sin()
-    answers, answer_of = torch.unique(forest.answers, return_inverse=True)  # equal captions share theirs
-    answers = F.pad(answers, (0, -len(answers) % SIZES)).to(device)
+    answers = forest.answers.to(device)
 
     x = decoder.embedding[forest.tokens.to(device)].float()  # [T, D], the residual stream
     update = None                                            # what the last sublayer adds to it
@@ -241,27 +221,30 @@ def decode(decoder, forest):
             x = x[answers]
         h = add_and_norm(x, F.linear(mixed, block["wo"]), block["mlp_norm"], eps, dtype)
         update = F.linear(swiglu(F.linear(h, block["w_gate_up"])), block["w_down"])
-    return (x + update)[answer_of.to(device)]
+    return x + update
+
+
+def native(device, dtype):
+    """Does the extension's attention run there?"""
+    kernels = flame_ext and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda)
+    return bool(kernels) and dtype in NATIVE
 
 
 def attention_over(forest, device, dtype, share):
     """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule.
 
-    share: query heads a key head, H / Hkv. Here: dense attention per branch. With the extension every
-    ancestor's keys and values are read in place.
+    share: query heads a key head, H / Hkv. Here the rule is a mask of all pairs. The extension visits only
+    the pairs that are visible, and reads every ancestor's keys and values in place.
     """
-    if flame_ext and dtype in NATIVE and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda):
+    if native(device, dtype):
         return native_attention(forest, device, share)
-    cut = [[torch.from_numpy(x).to(device) for x in branch] for branch in branches(forest)]
+    mask = torch.from_numpy(visible(forest)).to(device)
 
     def attend(q, k, v):
-        out = torch.empty(q.shape, dtype=q.dtype, device=device)
         k = k.repeat_interleave(share, dim=1)  # a key head serves its group
         v = v.repeat_interleave(share, dim=1)
-        for queries, keys, mask in cut:
-            parts = [x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]  # [1, H, tokens, d]
-            out[queries] = F.scaled_dot_product_attention(*parts, attn_mask=mask)[0].transpose(0, 1)
-        return out
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, d]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
     return attend
 
 
@@ -338,31 +321,21 @@ def tokenize_whole(tokenizer, text, facets):
 
 def caption_forest(prefixes, suffixes, positions="restart"):
     """[N] prefix ids, [N][K] facet ids -> the Forest of all N * K strings, its answers in that order."""
-    sequences = []
-    consecutive = []  # positions as if the K facets stood one after the other
-    for prefix, facets in zip(prefixes, suffixes):
+    pairs = list(zip(prefixes, suffixes))
+    sequences = [prefix + facet for prefix, facets in pairs for facet in facets]
+    if positions == "restart":
+        return build_forest(sequences)
+    consecutive = []  # as if the K facets stood one after the other
+    for prefix, facets in pairs:
         start = len(prefix)
         for facet in facets:
-            sequences.append(prefix + facet)
             consecutive.append([*range(len(prefix)), *range(start, start + len(facet))])
             start += len(facet)
-    return build_forest(sequences, consecutive if positions == "sequential" else None)
+    return build_forest(sequences, consecutive)
 
 
-BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row: on CPU its activations stay in cache
-SIZES = 64  # what matrix products' rows are a multiple of: oneDNN keeps kernels for every new number of them
-
-
-def rounded(forest, multiple):
-    """The forest with a root of idle tokens behind it, so that T is a multiple; no other token sees them."""
-    idle = -len(forest.tokens) % multiple
-    if not idle:
-        return forest
-    tokens = F.pad(forest.tokens, (0, idle))
-    positions = F.pad(forest.positions, (0, idle))
-    lengths = np.append(forest.lengths, np.int32(idle))
-    parents = np.append(forest.parents, np.int32(-1))
-    return Forest(tokens, positions, lengths, parents, forest.answers)
+# Tokens in one packed row. On CPU its activations stay in cache; a mask of all pairs should not be larger.
+BUDGET = {"cpu": 2048, "cuda": 16384}
 
 
 class TextEncoder:
@@ -437,7 +410,7 @@ class TextEncoder:
                 chosen = [prefixes[j] for j in batch], [suffixes[j] for j in batch]
                 forest = caption_forest(*chosen, self.positions)
                 self.check_vocabulary(forest.tokens)
-                yield batch, rounded(forest, SIZES)
+                yield batch, forest
                 made = due
                 batch = []
 

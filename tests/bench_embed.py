@@ -118,7 +118,7 @@ def dense_mask(model, prefixes, suffixes, device):
         for n, row in enumerate(rows):
             T = len(row.tokens)
             ids[n, :T], where[n, :T] = row.tokens, row.positions
-            mask[n, 0, :T, :T] = torch.from_numpy(flame.visible(row, np.arange(T), np.arange(T)))
+            mask[n, 0, :T, :T] = torch.from_numpy(flame.visible(row))
         hidden = model(ids.to(device), attention_mask=mask.to(device), position_ids=where.to(device), use_cache=False).last_hidden_state
         for n, i in enumerate(batch):
             out[i] = hidden[n, rows[n].answers.to(device)].float().cpu()

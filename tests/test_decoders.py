@@ -133,7 +133,7 @@ def test_caption_longer_than_the_sliding_window_is_cut_to_where_it_changes_nothi
     captions = ["A fox.", asks * 20]
     (_, forest), = encoder.pack(captions, "long")
     assert encoder.truncated == 1
-    masks = flame.visible(forest, forest.answers.numpy(), np.arange(len(forest.tokens)))
+    masks = flame.visible(forest)[forest.answers.numpy()]
     strings = [forest.tokens[torch.from_numpy(seen)].tolist() for seen in masks]
     opening, closing = flame.PROMPTS["long"].prefix.split("{}")
     for n, (ids, facet) in enumerate(zip(strings, flame.PROMPTS["long"].facets * 2, strict=True)):

@@ -91,19 +91,6 @@ def test_reading_in_one_pass_and_step_by_step(here, tiny_llm, monkeypatch, store
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_no_packed_row_of_a_full_window_brings_a_new_size(tiny_llm, monkeypatch):
-    """For every new number of rows oneDNN compiles kernels and keeps them: memory would grow for as long as they come."""
-    encoder, random, lengths, attention_over = flame.TextEncoder(tiny_llm, dtype=torch.float32), np.random.default_rng(), [], flame.attention_over
-    monkeypatch.setattr(flame, "attention_over", lambda forest, *how: lengths.append(len(forest.tokens)) or attention_over(forest, *how))
-    embed.settle_memory(encoder)
-    settled = sorted(lengths)
-    assert settled == list(range(1088, 2049, 64))
-    lengths.clear()
-    for name in flame.PROMPTS:
-        encoder.encode([f"{i} words " + "and more " * n for i, n in enumerate(random.integers(0, 20, 256))], name)
-    assert len(lengths) > 12 and set(lengths) <= set(settled)
-
-
 def test_prompts_choose_columns(here, tiny_llm):
     write_tsv(here / "small.tsv", ROWS[:3])
     main("--captions", "small.tsv", "--llm", tiny_llm, "--prompts", "long,raw", "--out", "some/where")
@@ -256,14 +243,12 @@ def test_plan_counts_what_the_run_will_do(here, tiny_llm, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "23 captions, planned as 1000000" in text and "[1000000, 11, 48], float16 1.1 GB, int8 0.6 GB" in text and "here" in text and "8 H100" in text
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
-    monkeypatch.setattr(flame, "SIZES", 1)  # idle tokens are not planned as work
     rows, forest = next(encoder.pack([r["long"] for r in ROWS], "long"))
     with FlopCounterMode(display=False) as counter:
         encoder.run(forest, len(rows))
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
-    everything = np.arange(len(forest.tokens))
     config = encoder.decoder.config
-    seen = 3 * flame.visible(forest, everything, everything).sum()
+    seen = 3 * flame.visible(forest).sum()
     assert look.flops(config, 3, forest) == products + 4 * config["num_attention_heads"] * config["head_dim"] * seen
 
 

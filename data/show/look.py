@@ -271,7 +271,7 @@ def mask_of(forest):
     """
     T = len(forest.tokens)
     if not flame.flame_ext:
-        return flame.visible(forest, np.arange(T), np.arange(T))
+        return flame.visible(forest)
     mask = torch.empty(T, T, dtype=torch.bool)
     layout = flame.flame_ext.layout(forest.lengths, forest.parents)
     flame.flame_ext.mask(layout, mask)
