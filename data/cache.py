@@ -37,18 +37,18 @@ class Cache:
     def open(self):
         try:
             if os.path.exists(self.path) and not os.path.isfile(self.path):     # a pipe would be waited for
-                raise InputError(f"{self.path}: not a regular file; remove it")
+                raise sqlite3.Error("not a regular file")
             self.connect(self.path)
-        except InputError as error:
-            print(f"{error}; nothing is kept for the next run", file=sys.stderr)
+        except sqlite3.Error as error:
+            print(f"{self.path}: {error}; nothing is kept for the next run, remove it or make room",
+                  file=sys.stderr)
             self.connect(":memory:")
 
     def connect(self, path):
-        with self.errors():
-            self.db = sqlite3.connect(path, timeout=60)
-            self.db.execute("PRAGMA synchronous = OFF")     # survives a kill, not a power cut
-            columns = "(key TEXT PRIMARY KEY, value BLOB)"
-            self.db.execute(f"CREATE TABLE IF NOT EXISTS cache {columns} WITHOUT ROWID")
+        self.db = sqlite3.connect(path, timeout=60)
+        self.db.execute("PRAGMA synchronous = OFF")     # survives a kill, not a power cut
+        columns = "(key TEXT PRIMARY KEY, value BLOB)"
+        self.db.execute(f"CREATE TABLE IF NOT EXISTS cache {columns} WITHOUT ROWID")
 
     @contextmanager
     def errors(self):
@@ -83,23 +83,28 @@ def code_of(file, *roots):
 
     Comments, layout and docstrings do not count. So a key that holds it changes by itself with the code.
     """
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     defined = {}
-    for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
-        names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        for name in [node.name] if hasattr(node, "name") else names:
-            defined[name] = node
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            del node.body[0]
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined[node.name] = node
+        else:
+            defined |= {name: node for name in names_in(node, ast.Store)}
     todo = list(roots)
     said = {}
     while todo:
         name = todo.pop()
         if name in defined and name not in said:
-            parts = list(ast.walk(defined[name]))
-            for part in parts:
-                if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(part, clean=False):
-                    part.body = part.body[1:]
             said[name] = ast.dump(defined[name])
-            todo += [part.id for part in parts if isinstance(part, ast.Name)]
+            todo += names_in(defined[name], ast.expr_context)
     return hashlib.sha256(repr(sorted(said.items())).encode()).hexdigest()
+
+
+def names_in(node, context):
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, context)]
 
 
 @functools.cache
@@ -170,7 +175,7 @@ def read_index(path):
             vectors = index["vectors"].astype(np.float32)
             return {str(key): vector.tobytes() for key, vector in zip(index["keys"], vectors, strict=True)}
     except Exception as error:          # numpy raises nearly anything on a broken file
-        print(f"{path}: {' '.join(str(error).split())}; it is made anew", file=sys.stderr)
+        print(f"{path}: {files.said(error)}; it is made anew", file=sys.stderr)
         return {}
 
 

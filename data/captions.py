@@ -17,17 +17,15 @@ import json
 import os
 import re
 import sqlite3
-import stat
 import sys
 import tarfile
 import zlib
-from functools import partial
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import write
+from data.files import disk_errors, write
 from flame import InputError, PROMPTS
 
 FIELDS = ("key", "image", *PROMPTS)
@@ -64,18 +62,19 @@ def read_captions(path, skipped=None, joins=None, keep_lines=False):
         image = str(fields.get("image") or "")
         texts = {name: one_line(fields[name], keep_lines) for name in PROMPTS if fields.get(name)}
         for name, captions in (joins or {}).items():
-            if text := captions.get(key):
+            text = captions.get(key)
+            if text:
                 texts[name] = text
             else:
-                without = f"key without a {name} caption in the joined file"
-                skip(skipped, f"{without}, kept with the best caption present", place)
+                skip(skipped, f"key without a {name} caption in the joined file, kept with the best caption "
+                              "present", place)
         best = texts.get("long") or texts.get("short") or texts.get("raw")
         if not best:
             skip(skipped, "no caption", place)
         elif re.search("[\t\r\n]", key + image):
             skip(skipped, "tab or line break in key or image", place)
         elif not _is_unicode(key, image, *texts.values()):
-            skip(skipped, "invalid Unicode", place)
+            skip(skipped, "invalid UTF-8", place)
         else:
             count += 1
             yield Row(key, image, {name: texts.get(name) or best for name in PROMPTS}, number)
@@ -98,7 +97,7 @@ def one_line(text, keep_lines=False):
 
 
 def _is_unicode(*texts):
-    """False where a JSON escape made half a surrogate pair, which UTF-8 cannot write."""
+    """False where UTF-8 cannot write it: for a byte that was none, or half a pair of surrogates in JSON."""
     return all(text.isascii() or not re.search("[\ud800-\udfff]", text) for text in texts)
 
 
@@ -139,9 +138,10 @@ def source_files(path):
     if not span:
         return [path]
     before, first, last, after = span.groups()
-    if int(first) > int(last):
+    files = [Path(f"{before}{n:0{len(first)}d}{after}") for n in range(int(first), int(last) + 1)]
+    if not files:
         raise InputError(f"{path}: its range of tars runs backwards; give {{{last}..{first}}}")
-    return [Path(f"{before}{n:0{len(first)}d}{after}") for n in range(int(first), int(last) + 1)]
+    return files
 
 
 def fingerprint(paths):
@@ -167,118 +167,105 @@ def _digest(path):
 
 def _opened(path):
     """A regular file, opened for reading bytes; a pipe would be waited for without end."""
-    try:
-        if stat.S_ISREG(os.stat(path).st_mode):
-            return open(path, "rb")
-        reason = "not a regular file"
-    except OSError as error:
-        reason = error.strerror
-    raise InputError(f"{path}: {reason}; {WANTED}")
+    with disk_errors(path, WANTED):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(None, "not a regular file")
+        return open(path, "rb")
 
 
 def _records(path, skipped):
     """Yields (row number from 0, place: line number from 1 or sample of a tar, dict of fields)."""
-    files = source_files(path)
-    if files[0].suffix == ".tar":
-        for number, (place, fields) in enumerate(_tars(files, skipped)):
+    for number, (place, fields) in enumerate(_rows(path, skipped)):
+        if isinstance(fields, dict):
+            for theirs in ALIASES.keys() & fields.keys():
+                fields.setdefault(ALIASES[theirs], fields[theirs])
             yield number, place, fields
+        elif fields:
+            skip(skipped, fields, place)
+
+
+def _rows(path, skipped):
+    """Yields (place, fields) of each row, by the form of the file. In place of the fields of a bad row stands
+    a text that says what is wrong, or None if it is only empty.
+    """
+    files = source_files(path)
+    name = files[0].name.removesuffix(".gz")
+    if name.endswith(".tar"):
+        yield from _tars(files, skipped)
         return
     with _opened(path) as file:
         try:
             if file.peek(2)[:2] == b"\x1f\x8b":
                 file = gzip.open(file)
-            for number, line, fields in _form(file, files[0].name)(file, path, skipped):
-                for theirs in ALIASES.keys() & fields.keys():
-                    fields.setdefault(ALIASES[theirs], fields[theirs])
-                yield number, line, fields
+            start = file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+            if name.endswith(".csv"):
+                yield from _table(file, path, csv.QUOTE_MINIMAL)
+            elif start == b"[":
+                for number, entry in enumerate(json_entries(file, path), 1):
+                    yield number, _object(entry)
+            elif start == b"{":
+                yield from _json_lines(file)
+            else:
+                yield from _table(file, path, csv.QUOTE_NONE)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path}: gzip data damaged or cut off ({error}); download it anew") from None
 
 
-def _form(file, name):
-    """The reader of a file, by its name and its first character."""
-    if name.removesuffix(".gz").endswith(".csv"):
-        return partial(_table, quoting=csv.QUOTE_MINIMAL)
-    start = file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    return {b"[": _json_list, b"{": _json_lines}.get(start, _table)
-
-
-def _decoded(file, skipped):
-    """Yields (line number, text without its line end); None for what is not UTF-8, which is counted."""
-    for line, raw in enumerate(file, 1):
-        try:
-            yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            skip(skipped, "invalid UTF-8", line)
-            yield line, None
+def _lines(file):
+    """Yields a file's lines. A byte that is not UTF-8 becomes a surrogate, which marks its row as bad."""
+    for line in io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n"):
+        yield line.rstrip("\r\n").replace("\r", " ")  # to csv a lone \r is an error
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 
-def _table(file, path, skipped, quoting=csv.QUOTE_NONE):
+def _table(file, path, quoting):
     """TSV; with QUOTE_MINIMAL CSV: quotes as in RFC 4180, and commas, or tabs where its header has them."""
-    rows = _table_rows(file, skipped, quoting)
-    line, header = next(rows, (1, []))
+    rows = _fields(file, quoting)
+    line, header = next(rows)
     if len(header) == 2 and "://" in header[1]:  # caption<TAB>url, no header
         rows = chain([(line, header)], rows)
         header = ["raw", "url"]
     elif header and not {ALIASES.get(name, name) for name in header} & set(PROMPTS):
         raise InputError(f"{path}: line 1: no column raw, short or long, and not caption<TAB>url; {HEADER}")
-    for number, (line, fields) in enumerate(rows):
-        if len(fields) >= len(header):
-            yield number, line, dict(zip(header, fields))
-        elif fields:
-            skip(skipped, "too few fields", line)
+    for line, fields in rows:
+        if not fields:
+            fields = "empty line"
+        elif isinstance(fields, list):
+            fields = dict(zip(header, fields)) if len(fields) >= len(header) else "too few fields"
+        yield line, fields
 
 
-def _table_rows(file, skipped, quoting):
-    """Yields (number of a row's last line, its fields); none where a line is empty or is no row."""
-    def lines():  # csv counts them itself; one that is not UTF-8 must not shift its count
-        for line, text in _decoded(file, skipped):
-            if text == "" and quoting == csv.QUOTE_NONE:
-                skip(skipped, "empty line", line)
-            yield (text or "").replace("\r", " ") + "\n"  # to csv a lone \r is an error
-
-    decoded = lines()
-    first = next(decoded, "")
+def _fields(file, quoting):
+    """Yields (number of a row's last line, its fields, or a text that says why it is no row)."""
+    lines = (f"{line}\n" for line in _lines(file))
+    first = next(lines, "")
     delimiter = "," if quoting != csv.QUOTE_NONE and "\t" not in first else "\t"
-    rows = csv.reader(chain([first], decoded), delimiter=delimiter, quoting=quoting)
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting)
     while True:
         try:
-            fields = next(rows, None)
-        except csv.Error as error:
-            skip(skipped, f"not CSV ({error})", rows.line_num)
-            fields = []
-        if fields is None:
+            fields = next(rows)
+        except StopIteration:
             return
+        except csv.Error as error:
+            fields = f"not CSV ({error})"
         yield rows.line_num, fields
 
 
 # ------------------------------------------------------------------------------------------------------------
 # JSON
 
-def _json_lines(file, path, skipped):
-    for number, (line, text) in enumerate(_decoded(file, skipped)):
-        if not text:
-            continue
+def _object(value):
+    return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _json_lines(file):
+    for line, text in enumerate(_lines(file), 1):
         try:
-            fields = json.loads(text)
+            yield line, _object(json.loads(text)) if text else None
         except (ValueError, RecursionError):
-            skip(skipped, "not JSON", line)
-            continue
-        if isinstance(fields, dict):
-            yield number, line, fields
-        else:
-            skip(skipped, "not a JSON object", line)
-
-
-def _json_list(file, path, skipped):
-    for number, entry in enumerate(json_entries(file, path)):
-        if isinstance(entry, dict):
-            yield number, number + 1, entry
-        else:
-            skip(skipped, "not a JSON object", number + 1)
+            yield line, "not JSON"
 
 
 def json_entries(file, path, cure="mend it, or write one object a line"):
@@ -290,12 +277,12 @@ def json_entries(file, path, cure="mend it, or write one object a line"):
     decode = json.JSONDecoder().raw_decode
     separator = re.compile(r"\s*([,\]])\s*")
     number = 0
+    at = 0  # where the next entry begins in text
     try:
         text = file.read(CHUNK).lstrip()
         if text[:1] != "[":
             raise ValueError("no [ at its beginning")
         text = text[1:].lstrip()
-        at = 0  # where the next entry begins in text
         while True:
             try:
                 entry, end = decode(text, at)
@@ -380,30 +367,26 @@ def _tars(files, skipped):
         with _opened(path) as file:
             for (folder, key), members in groupby(tar_files(path, skipped), itemgetter(0, 1)):
                 place = f"{path}:{folder}{key}"
-                texts = {}
-                for _, _, suffix, offset, size in members:
-                    if suffix not in ("txt", "json"):
-                        continue
-                    if size > LARGEST_TEXT:
-                        skip(skipped, "text too large for a caption", f"{place}.{suffix}")
-                        continue
-                    file.seek(offset)
-                    texts[suffix] = file.read(size)
-                if folder.startswith("/") or ".." in folder.split("/"):
-                    skip(skipped, "path climbs out of the tar", place)
-                else:
-                    yield place, {"key": key} | _sample_fields(texts, place, skipped)
+                fields = {"key": key} | _sample_fields(file, members, place, skipped)
+                outside = folder.startswith("/") or ".." in folder.split("/")
+                yield place, "path climbs out of the tar" if outside else fields
 
 
-def _sample_fields(texts, place, skipped):
-    """{"txt": bytes, "json": bytes} -> fields. The raw caption is .txt, else .json's "caption"."""
+def _sample_fields(file, members, place, skipped):
+    """A sample's files in a tar -> fields. The raw caption is .txt, else .json's "caption"."""
     fields = {}
-    for suffix in sorted(texts):
+    for _, _, suffix, offset, size in sorted(members):  # so that .txt comes after .json
+        if suffix not in ("txt", "json"):
+            continue
+        if size > LARGEST_TEXT:
+            skip(skipped, "text too large for a caption", f"{place}.{suffix}")
+            continue
+        file.seek(offset)
         try:
             if suffix == "txt":
-                fields["raw"] = texts["txt"].decode("utf-8-sig")
+                fields["raw"] = file.read(size).decode("utf-8-sig")
             else:
-                entries = json.loads(texts["json"])
+                entries = json.loads(file.read(size))
                 fields["raw"] = entries.get("caption")
                 fields |= {name: entries[name] for name in PROMPTS if name in entries}
         except (ValueError, AttributeError, RecursionError):
@@ -447,7 +430,8 @@ def _make_join(file, name, path, skipped, keep_lines):
         database.execute("PRAGMA journal_mode = OFF")  # what is left half written is made anew
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
-        rows = database.executemany("INSERT INTO captions VALUES (?, ?)", _joined_rows(name, path, skipped, keep_lines))
+        pairs = _joined_rows(name, path, skipped, keep_lines)
+        rows = database.executemany("INSERT INTO captions VALUES (?, ?)", pairs)
         database.execute("CREATE INDEX keys ON captions (key)")
         database.commit()
     except sqlite3.Error as error:

@@ -11,32 +11,21 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
-from contextlib import contextmanager
 
 import torch
 from safetensors.torch import save_file
 
 import flame
 from data import files
+from flame import InputError
 
 ANEW = "choose another --name, or start anew with --overwrite"
 
 
-@contextmanager
 def folder(out):
     """Makes it now, not after the last step. A run that ends without a step leaves none behind."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    try:
-        with files.disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
-        yield
-    finally:
-        if made and not any((out / name).exists() for name in ("log.jsonl", "nan-batch.txt")):
-            shutil.rmtree(made[-1], ignore_errors=True)
+    return files.folder(out, "log.jsonl", "nan-batch.txt")
 
 
 def identity(store):
@@ -49,7 +38,7 @@ def identity(store):
 def save(out, step, s, store, model, average, optimizer):
     """s: the settings. average: whose weights are to be used, the running average or the model itself."""
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise flame.InputError(f"{out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
+        raise InputError(f"{out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
                                "last checkpoint is kept")
     training = {"step": step, "model": model.state_dict(), "average": average.state_dict(),
                 "optimizer": optimizer.state_dict()}
@@ -68,26 +57,25 @@ def save(out, step, s, store, model, average, optimizer):
 
 
 def earlier_run(out, store, fixed):
-    """-> config.json of the run in this folder, None where there was none. InputError where it was another
-    run.
+    """-> config.json of the run in this folder, None where there was none.
 
-    fixed: the settings that must be as they were.
+    fixed: the settings that must be as they were. Raises InputError where it was another run.
     """
     path = out / "config.json"
     if not path.exists():
         return None
-    old = flame.read_json(path, {"model": dict, "training": dict, "store": dict, "step": int}, ANEW)
-    flame.check_keys(path, old["training"], {"accumulate": int}, ANEW)
+    wanted = {"model": dict, "training": {"accumulate": int}, "store": dict, "step": int}
+    old = flame.read_json(path, wanted, ANEW)
     width = old["model"].get("text_dim")
     if width != store.meta["D"]:
-        raise flame.InputError(f"{out}: holds a checkpoint for vectors of width {width}, {store.path} has "
-                               f"{store.meta['D']}; {ANEW}")
+        raise InputError(f"{out}: holds a checkpoint for vectors of width {width}, {store.path} has "
+                         f"{store.meta['D']}; {ANEW}")
     if old["store"].get("identity") != identity(store):
-        raise flame.InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
+        raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
     for name, value in fixed.items():
         was = old["training"].get(name)
         if was != value:
-            raise flame.InputError(f"{out}: was trained with {name} {was}, now it is {value}; {ANEW}")
+            raise InputError(f"{out}: was trained with {name} {was}, now it is {value}; {ANEW}")
     return old
 
 
@@ -95,23 +83,23 @@ def restore(out, steps, model, average, optimizer):
     """Loads training.pt, or where that is damaged training-previous.pt; -> the step to go on from."""
     reasons = []
     for name in ("training.pt", "training-previous.pt"):
+        path = out / name
         try:
-            if not (out / name).is_file():
-                raise FileNotFoundError("no such file")
-            step = load_training(out / name, model, average, optimizer)
+            step = load_training(path, model, average, optimizer)
             if not 1 <= step <= steps:
                 raise ValueError(f"step {step} of {steps}")
         except Exception as e:  # a damaged file can raise nearly anything
-            why = " ".join(str(e).split())[:100]
-            reasons.append(f"{out / name}: cannot be gone on from ({type(e).__name__}: {why})")
+            reasons.append(f"{path}: cannot be gone on from ({type(e).__name__}: {files.said(e)})")
             continue
         if reasons:
             print(f"{reasons[0]}; {name} serves", file=sys.stderr)
         return step
-    raise flame.InputError(f"{'; '.join(reasons)}; {ANEW}")
+    raise InputError(f"{'; '.join(reasons)}; {ANEW}")
 
 
 def load_training(path, model, average, optimizer):
+    if not path.is_file():  # a pipe would be waited for without end
+        raise FileNotFoundError("no such file")
     saved = dict(torch.load(path, map_location="cpu", weights_only=True))
     model.load_state_dict(saved["model"])
     average.load_state_dict(saved["average"])
@@ -126,37 +114,37 @@ def load_training(path, model, average, optimizer):
 
 def earlier_log(out, start):
     """The lines of log.jsonl that are of steps before `start`."""
-    path, lines, last = out / "log.jsonl", [], -1
+    path = out / "log.jsonl"
     if path.exists() and not path.is_file():
-        raise flame.InputError(f"{path}: not a regular file; remove it, only the curve needs it")
-    found = path.read_text(errors="replace").splitlines(keepends=True) if start and path.is_file() else []
-    for number, line in enumerate(found, 1):
+        raise InputError(f"{path}: not a regular file; remove it, only the curve needs it")
+    lines = []
+    last = -1
+    for number, line in enumerate(lines_of(path) if start else (), 1):
         if last + 1 == start:  # what follows may be cut short
             break
+        cure = "delete it, only the curve needs it"
         try:
             entry = json.loads(line)
-            step = entry["step"]
-            right = isinstance(step, int) and step > last and isinstance(entry["loss"], float)
-        except (ValueError, TypeError, LookupError):
-            right = False
-        if not right:
-            raise flame.InputError(f"{path}:{number}: not a step's entry; delete it, only the curve needs it")
-        if step >= start:
+            flame.check_keys(f"{path}:{number}", entry, {"step": int, "loss": float}, cure)
+        except (ValueError, AttributeError, RecursionError):
+            raise InputError(f"{path}:{number}: not a step's entry; {cure}") from None
+        last = entry["step"]
+        if last >= start:
             break
-        lines.append(line)
-        last = step
+        lines.append(f"{line}\n")
     return lines
+
+
+def lines_of(path):
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
 
 def begin(out, start, lines):
     """After the first step: log.jsonl holds `lines`; what a run from `start` on does not need is gone."""
-    stale = [*out.glob(".training.*.pt"), *out.glob(".model.*.safetensors")]  # of a writer that was killed
-    if not start:
-        names = ("training.pt", "training-previous.pt", "model.safetensors", "config.json", "skipped.txt")
-        stale += [out / name for name in names]
+    stale = ("training.pt", "training-previous.pt", "model.safetensors", "config.json", "skipped.txt")
     with files.disk_errors(out):
-        for path in stale:
-            path.unlink(missing_ok=True)
+        for name in stale if not start else ():
+            (out / name).unlink(missing_ok=True)
     files.write_text(out / "log.jsonl", "".join(lines))
 
 
@@ -164,14 +152,14 @@ def note_skipped(out, failed):
     """[(key, why)] -> a line each in skipped.txt, once, whichever rank and epoch met it."""
     path = out / "skipped.txt"
     if failed:
-        known = {line.split("\t")[0] for line in path.read_text(errors="replace").splitlines()} if path.is_file() else ()
+        known = {line.split("\t")[0] for line in lines_of(path)}
         files.append(path, "".join(f"{key}\t{why}\n" for key, why in failed if key not in known))
 
 
 def tell_skipped(out):
     path = out / "skipped.txt"
-    if path.is_file():
-        skipped = [line.replace("\t", " (") + ")" for line in path.read_text(errors="replace").splitlines()]
+    skipped = [line.replace("\t", " (") + ")" for line in lines_of(path)]
+    if skipped:
         some = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
         pictures = "pictures" if len(skipped) > 1 else "picture"
         print(f"skipped {len(skipped)} unreadable {pictures}, listed in {path}: {some}", file=sys.stderr)

@@ -29,9 +29,9 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
             value = math.nan
         if not math.isfinite(value) or not low <= value <= high or above and value == low:
             wanted = "a whole number" if kind is int else "a number"
-            least = "" if low == -math.inf else f" above {low}" if above else f" from {low}"
-            most = "" if high == math.inf else f" to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}{least}{most}")
+            reach = f" {'above' if above else 'from'} {low} to {high}"
+            reach = reach.replace(" from -inf", "").replace(" to inf", "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}{reach}")
         return value
     return parse
 

@@ -1,8 +1,10 @@
 """Writing files so that a reader finds the whole of one or nothing, if a writer is killed or a disk full."""
 import json
 import os
+import shutil
 import stat
-from contextlib import contextmanager
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,37 +22,40 @@ def disk_errors(path, cure="free space or choose another place, then run the sam
 
 
 @contextmanager
-def folder(path):
+def folder(path, *signs):
     """Makes a folder; takes it away again, and what it made above it, where nothing came in.
 
-    Raises InputError where it cannot be made.
+    signs: patterns of the files that count, if not all do. Raises InputError where it cannot be made, or
+    nothing be written there.
     """
     path = Path(path)
     made = [one for one in (path, *path.parents) if not one.exists()]
     try:
         with disk_errors(path, "choose another place"):
             path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
         yield
     finally:
-        for one in made:
-            try:
-                one.rmdir()
-            except OSError:
-                break
+        if made and not any(any(path.glob(sign)) for sign in signs or "*"):
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # somebody else's files are there by now
+                for one in made[1:]:
+                    one.rmdir()
 
 
 @contextmanager
 def whole(path):
     """Yields a temporary path beside `path`, and renames what was written there.
 
-    An error inside leaves `path` as it was.
+    An error inside leaves `path` as it was. What a killed writer had not renamed yet is taken away.
     Raises InputError where the disk is full or the folder cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # libraries go by the ending
     with disk_errors(path):
         try:
-            temporary.unlink(missing_ok=True)  # never through a link that somebody put there
+            for old in path.parent.glob(f".{path.stem}.[0-9]*{path.suffix}"):  # a link too: none is followed
+                old.unlink()
             yield temporary
             os.replace(temporary, path)
         except OSError as error:
@@ -66,7 +71,12 @@ def write(path, save):
         try:
             save(temporary)
         except (RuntimeError, SafetensorError) as error:  # how these libraries say it
-            raise OSError(None, " ".join(str(error).split())[:100], str(path)) from None
+            raise OSError(None, said(error), str(path)) from None
+
+
+def said(error):
+    """What a library's error says, in one line and not at length."""
+    return " ".join(str(error).split())[:200]
 
 
 def write_text(path, text):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import flame
 from data.captions import DAMAGED, read_captions, report_skipped, sample_name, skip, tar_files
 from data.files import write
+from flame import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LARGEST = 1 << 30  # bytes of a picture's file
@@ -43,42 +44,39 @@ def find_pictures(store, folder=None, index=None):
     captions = Path(store.meta["captions"]["path"])
     named = any(store.images)
     root = Path(folder) if folder else captions.parent if named else folder_by_key(captions)
-    tars = sorted(map(str, root.glob("*.tar"))) if folder or not named else []
-    if tars:
-        files = tars
-        rows, places = index_tars(store, tars, index)
+    files = sorted(map(str, root.glob("*.tar"))) if folder or not named else []
+    if files:
+        rows, places = index_tars(store, files, index)
     else:
-        if named:
-            found = named_pictures(store, root, captions)
-        else:
-            found, _ = first_of_each_row(folder_pictures(root), store)
+        found = named_pictures(store, root) if named else first_of_each_row(folder_pictures(root), store)[0]
         rows = np.array(sorted(found), np.int64)
         files = [found[row] for row in rows.tolist()]
-        places = np.stack([np.arange(len(rows)), np.zeros_like(rows), np.full_like(rows, -1)], axis=1)
+        places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
     if len(rows) < 2:
-        raise flame.InputError(f"{root}: {len(rows)} of the {len(store)} keys in {store.path} have a picture "
-                               f"there, such as {store.keys[0]}.jpg; give --images DIR with two at least")
+        raise InputError(f"{root}: {len(rows)} of the {len(store)} keys in {store.path} have a picture "
+                         f"there, such as {store.keys[0]}.jpg; give --images DIR with two at least")
     return rows, files, places
 
 
 def folder_by_key(captions):
     """Where pictures lie that the captions do not name."""
-    folders = [captions.with_name(captions.name.split(".")[0]), captions.with_name("images")]
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    raise flame.InputError(f"{captions}: names no pictures, and there is no folder {folders[0]} or "
-                           f"{folders[1]}; give --images DIR with files or tars named by key")
+    own = captions.with_name(captions.name.split(".")[0])
+    shared = captions.with_name("images")
+    if not own.is_dir() and not shared.is_dir():
+        raise InputError(f"{captions}: names no pictures, and there is no folder {own} or {shared}; "
+                         "give --images DIR with files or tars named by key")
+    return own if own.is_dir() else shared
 
 
-def named_pictures(store, root, captions):
+def named_pictures(store, root):
     """-> {row: path}. Raises InputError where none of a sample is there."""
     found = {row: os.path.join(root, image) for row, image in enumerate(store.images) if image}
     looked, missing = missing_pictures(list(found.values()))
     if looked == len(missing):
         image = store.images[min(found)]
-        raise flame.InputError(f"{missing[0]}: no such picture, nor any other of {looked} looked for; "
-                               f"{captions} names it {image}; give --images DIR where that starts")
+        raise InputError(f"{missing[0]}: no such picture, nor any other of {looked} looked for; "
+                         f"{store.meta['captions']['path']} names it {image}; "
+                         "give --images DIR where that starts")
     return found
 
 
@@ -99,17 +97,13 @@ def warn_of_missing_pictures(captions):
               file=sys.stderr)
 
 
-def is_picture(suffix):
-    return f".{suffix}".endswith(SUFFIXES)
-
-
 def folder_pictures(root):
     """Yields (key, suffix, path) of the pictures in a folder and its subfolders."""
     for folder, folders, names in os.walk(root):
         folders.sort()  # the walk goes on in this order
         for name in sorted(names):
             _, key, suffix = sample_name(name)
-            if is_picture(suffix):
+            if f".{suffix}".endswith(SUFFIXES):
                 yield key, suffix, os.path.join(folder, name)
 
 
@@ -117,19 +111,21 @@ def tar_pictures(tars, skipped):
     """Yields (key, suffix, place) of the pictures in tars."""
     for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars")):
         for _, key, suffix, offset, size in tar_files(path, skipped):
-            if is_picture(suffix) and size > LARGEST:
+            if not f".{suffix}".endswith(SUFFIXES):
+                continue
+            if size > LARGEST:
                 skip(skipped, "file too large for a picture", f"{path}:{key}.{suffix}")
-            elif is_picture(suffix):
+            else:
                 yield key, suffix, (number, offset, size)
 
 
 def first_of_each_row(pictures, store):
     """-> {row: place}, pictures left out. Of a row's, "a.jpg" goes before "a.mask.jpg", then the first."""
     row_of = {key: row for row, key in enumerate(store.keys)}
-    plain, other = {}, {}
+    plain = {}
+    other = {}
     seen = 0
-    for key, suffix, place in pictures:
-        seen += 1
+    for seen, (key, suffix, place) in enumerate(pictures, 1):
         if key in row_of:
             found = other if "." in suffix else plain
             found.setdefault(row_of[key], place)
@@ -140,33 +136,36 @@ def first_of_each_row(pictures, store):
 def index_tars(store, tars, index):
     """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
     keys = hashlib.sha256("\n".join(store.keys).encode()).hexdigest()
-    about = [(tar, os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
-    stamp = json.dumps([keys, *about])
+    about = [os.stat(tar) for tar in tars]
+    stamp = json.dumps([keys, *((tar, is_.st_size, is_.st_mtime_ns) for tar, is_ in zip(tars, about))])
     try:
-        if not os.path.isfile(index):  # to open a pipe is to wait without end
-            raise FileNotFoundError(index)
-        with np.load(index) as saved:
-            if str(saved["stamp"]) == stamp:
-                return saved["rows"], saved["places"]
-    except Exception:  # missing, or damaged in one of many ways: made anew
+        if os.path.isfile(index):  # to open a pipe is to wait without end
+            with np.load(index) as saved:
+                if str(saved["stamp"]) == stamp:
+                    return saved["rows"], saved["places"]
+    except Exception:  # damaged in one of many ways, or no index is wanted: made anew
         pass
     skipped = {}
     found, strangers = first_of_each_row(tar_pictures(tars, skipped), store)
-    folder = os.path.dirname(tars[0])
+    report_tars(os.path.dirname(tars[0]), len(tars), skipped, strangers, store)
+    rows = sorted(found, key=found.get)
+    places = np.array([found[row] for row in rows], np.int64).reshape(-1, 3)
+    rows = np.array(rows, np.int64)
+    if index:
+        write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
+    return rows, places
+
+
+def report_tars(folder, tars, skipped, strangers, store):
+    """Says on stderr what of a folder of tars is not used."""
     count, damaged = skipped.pop(DAMAGED, (0, []))
     if count:
-        print(f"{folder}: {count} of {len(tars)} tars cut short or damaged, used as far as they go: "
+        print(f"{folder}: {count} of {tars} tars cut short or damaged, used as far as they go: "
               f"{'; '.join(damaged)}{'; ...' * (count > len(damaged))}", file=sys.stderr)
     if strangers:
         print(f"{folder}: {strangers} pictures left out whose key is not in {store.path}, or came before",
               file=sys.stderr)
     report_skipped(folder, skipped)
-    on_disk = sorted(found, key=found.get)
-    rows = np.array(on_disk, np.int64)
-    places = np.array([found[row] for row in on_disk], np.int64).reshape(-1, 3)
-    if index:
-        write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
-    return rows, places
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,9 +214,9 @@ def random_crop(image, size, smallest, draw):
     reduced = image.draft(None, least)  # None: not a JPEG
     x = reduced[1][2] / width if reduced else 1.0
     pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))  # [h, w, 3]
-    rows = slice(round(top * x), max(1, math.ceil((top + h) * x)))
-    columns = slice(round(left * x), max(1, math.ceil((left + w) * x)))
-    box = pixels[rows, columns].permute(2, 0, 1)
+    bottom = max(1, math.ceil((top + h) * x))
+    right = max(1, math.ceil((left + w) * x))
+    box = pixels[round(top * x):bottom, round(left * x):right].permute(2, 0, 1)
     return F.interpolate(box[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
@@ -260,19 +259,20 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         s = self.settings
+        size = s["image_size"]
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
         picks = self.some(rng, len(self.columns), s["positives"])
-        patches = (s["image_size"] // s["patch_size"]) ** 2
+        patches = (size // s["patch_size"]) ** 2
         kept = max(1, round(patches * (1 - s["patch_dropout"])))
         kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
         chosen = self.pictures(step)[self.mine]
-        pixels = torch.zeros(len(chosen), 3, s["image_size"], s["image_size"], dtype=torch.uint8)
+        pixels = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
         readable = torch.ones(len(chosen), dtype=torch.bool)
         bad = []
         for i, n in enumerate(chosen.tolist()):
             try:
-                pixels[i] = random_crop(self.image(n), s["image_size"], s["crop_scale"], draws[i])
+                pixels[i] = random_crop(self.image(n), size, s["crop_scale"], draws[i])
             except Exception as error:  # decoders raise nearly anything on a stranger's bytes
                 readable[i] = False
                 bad.append((self.store.keys[self.rows[n]], reason(error)))
@@ -285,10 +285,8 @@ class Batches(torch.utils.data.Dataset):
 
     def image(self, n):
         """PIL image; where there is a cache, decoded, else only opened."""
-        if n in self.cache:
-            return self.cache[n]
-        image = open_picture(self.files, self.places[n])
-        if self.room > 0:
+        image = self.cache.get(n) or open_picture(self.files, self.places[n])
+        if self.room > 0 and n not in self.cache:
             image = self.cache[n] = image.convert("RGB")
             self.room -= 4 * image.width * image.height  # bytes, as Pillow keeps it
         return image

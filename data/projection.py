@@ -5,13 +5,12 @@ A fixed linear map that evens this out, computed from the store, lets the image 
 faster at no cost. After it, "+linear", a small map can be trained with the image tower. The published recipe
 has neither.
 """
-import argparse
+import re
 
 import numpy as np
 import torch
 
 import flame
-from data.command import number
 
 RIDGE = 0.01  # a fraction of the largest deviation, added to all, so that noise is not blown up
 RANK = 1024   # directions that are treated one by one; eleven full maps at D = 5120 would be 1.15 GB
@@ -27,19 +26,21 @@ def fit_text_projection(store, spec, ridge=RIDGE, rank=RANK, max_rows=100_000, s
     """
     kinds = parse_projection(spec, ridge)
     D = store.meta["D"]
+    have = store.meta["columns"]
     rank = min(rank, D) if any(kind == "whiten" for kind, _, _ in kinds.values()) else 0
-    trained = columns or store.meta["columns"]
-    mapped = [flame.COLUMNS.index(name) for name in trained if kinds[name.split(".")[0]][2] is not None]
-    map_rank = max((map_rank for _, _, map_rank in kinds.values() if map_rank is not None), default=0)
-    projection = flame.TextProjection(D, rank, mapped, map_rank)
+    map_rank_of = {name: kinds[name.split(".")[0]][2] for name in columns or have}
+    mapped = [name for name, map_rank in map_rank_of.items() if map_rank is not None]
+    map_rank = map_rank_of[mapped[0]] if mapped else 0  # that of all
+    projection = flame.TextProjection(D, rank, [flame.COLUMNS.index(name) for name in mapped], map_rank)
     rows = np.arange(len(store))
     if len(rows) > max_rows:
         rows = np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False))
-    for at, name in enumerate(store.meta["columns"] if max_rows else []):
+    for at, name in enumerate(have):
         kind, ridge, _ = kinds[name.split(".")[0]]
+        if kind == "none" or not max_rows:
+            continue
         c = flame.COLUMNS.index(name)
-        if kind in ("center", "whiten"):
-            projection.mean[c], covariance = moments(store, rows, at, device)
+        projection.mean[c], covariance = moments(store, rows, at, device)
         if kind == "whiten":
             rest, basis, gain = whitening(covariance, ridge, rank, len(rows) if shrinkage else 0)
             projection.rest[c] = rest
@@ -73,7 +74,8 @@ def whitening(covariance, ridge, rank, shrink_rows=0):
     variances, vectors = torch.linalg.eigh(covariance)  # ascending
     variances = variances.clamp_min(0)
     if shrink_rows:
-        trace, squares = variances.sum(), (variances ** 2).sum()
+        trace = variances.sum()
+        squares = (variances ** 2).sum()
         share = (squares + trace ** 2) / ((shrink_rows + 1) * (squares - trace ** 2 / D))
         variances = torch.lerp(variances, trace.expand(D) / D, share.clamp(max=1))
     s = variances.sqrt().flip(0).clamp_min(1e-12)  # where all vectors are alike nothing is whitened
@@ -83,26 +85,28 @@ def whitening(covariance, ridge, rank, shrink_rows=0):
     return rest, vectors.flip(1)[:, :rank], wanted[:rank] - rest.double()
 
 
+# What a prompt set gets: a kind, its ridge, whether a map is trained, and the rank of that
+PART = re.compile(r"(raw|short|long)=(none|center|whiten)(?::([0-9.e-]+))?(\+linear(?::([0-9]+))?)?")
+
+
 def parse_projection(spec, ridge=RIDGE):
     """"whiten", or one a prompt set, "raw=whiten:0.1,long=whiten+linear" -> {set: (kind, ridge, map's rank)}.
 
     The rank of the trained map is None where there is none, 0 where it is a full matrix.
     """
     kinds = dict.fromkeys(flame.PROMPTS, ("none", ridge, None))
+    parts = spec.split(",") if "=" in spec else [f"{name}={spec}" for name in kinds]
+    ranks = set()
     try:
-        for part in spec.split(",") if "=" in spec else [f"{name}={spec}" for name in kinds]:
-            name, _, kind = part.partition("=")
-            kind, plus, trained = kind.partition("+")
-            kind, _, own = kind.partition(":")
-            trained, _, map_rank = trained.partition(":")
-            if name not in kinds or kind not in ("none", "center", "whiten") or trained != "linear" * bool(plus):
-                raise ValueError
-            own = number(float, 0, 100, above=True)(own) if own else ridge
-            kinds[name] = kind, own, number(int, 0, 1 << 14)(map_rank or "0") if plus else None
-        if len({map_rank for _, _, map_rank in kinds.values() if map_rank is not None}) > 1:
-            raise ValueError  # the maps of all columns are one tensor
-    except (ValueError, argparse.ArgumentTypeError):
-        raise flame.InputError(
-            f"--text-projection: {spec!r}; give none, center or whiten, each also with +linear, or one a set, with "
-            "a ridge above 0 and one rank: raw=whiten:0.1,short=whiten+linear:256,long=whiten+linear:256") from None
+        for name, kind, own, linear, map_rank in [PART.fullmatch(part).groups() for part in parts]:
+            map_rank = int(map_rank or 0) if linear else None
+            kinds[name] = kind, float(own or ridge), map_rank
+            if linear:
+                ranks.add(map_rank)
+            if not 0 < kinds[name][1] <= 100 or len(ranks) > 1 or max(ranks, default=0) > 1 << 14:
+                raise ValueError  # one rank: the maps of all columns are one tensor
+    except (AttributeError, ValueError):
+        why = ("give none, center or whiten, each also with +linear, or one a set, with a ridge above 0 and "
+               "one rank: raw=whiten:0.1,short=whiten+linear:256,long=whiten+linear:256")
+        raise flame.InputError(f"--text-projection: {spec!r}; {why}") from None
     return kinds

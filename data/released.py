@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 import flame
+from data.files import said
+from flame import InputError
 
 CAPTION_TOKENS = 1024  # BOS included
 CONTEXT = 1536         # tokens of the whole string
@@ -84,10 +86,10 @@ def load(path):
         ours = {name: tensor for name, tensor in weights.items() if not f"{name}=".startswith(unused)}
         model.load_state_dict(ours | model.text.state_dict(prefix="text."))
     except Exception as e:  # torch.load raises nearly anything on a broken file
-        why = str(e).split("WeightsUnpickler error: ")[-1]  # before that, torch advises to trust the file
-        why = f"{type(e).__name__}: {' '.join(why.split())[:200]}"
-        raise flame.InputError(f"{path}: not a FLAME checkpoint ({why}); give the authors' .pt file or a folder "
-                               "that train.py wrote") from None
+        # Before these words torch advises to trust the file.
+        why = said(str(e).split("WeightsUnpickler error: ")[-1])
+        raise InputError(f"{path}: not a FLAME checkpoint ({type(e).__name__}: {why}); give the authors' "
+                         ".pt file or a folder that train.py wrote") from None
     return model.eval()
 
 

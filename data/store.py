@@ -18,6 +18,7 @@ from tqdm import tqdm
 import flame
 from data import files
 from data.captions import read_captions, read_join, report_skipped, skip
+from flame import InputError
 
 SAMPLE = 256  # rows, evenly spaced, that an int8 store's statistics are fitted on
 FILES = ("meta.json", "journal.json",  # in this order they go
@@ -48,23 +49,16 @@ def lock(out, overwrite):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 why = "another run is writing this store; wait for it, or choose another --out"
-                raise flame.InputError(f"{out}: {why}") from None
+                raise InputError(f"{out}: {why}") from None
             try:
-                if not left_behind and not overwrite:
-                    refuse_strangers(out)
-                for name in FILES:  # what a killed run had not renamed yet
-                    for temporary in out.glob(f".{name.replace('.', '.*.')}"):
-                        temporary.unlink()
+                found = [name for name in FILES if os.path.lexists(out / name)]
+                ours = left_behind or overwrite or not found or found[0] in ("meta.json", "journal.json")
+                if not ours:
+                    raise InputError(f"{out / found[0]}: no run of embed.py left this here; {CURE}")
                 yield
             finally:
                 for temporary in [path, *out.glob("*join-*.sqlite")]:
                     temporary.unlink(missing_ok=True)
-
-
-def refuse_strangers(out):
-    found = [name for name in FILES if os.path.lexists(out / name)]
-    if found and "meta.json" not in found and "journal.json" not in found:
-        raise flame.InputError(f"{out / found[0]}: no run of embed.py left this here; {CURE}")
 
 
 def finished(out, settings, llm):
@@ -101,19 +95,24 @@ def begin(out, settings, D, llm, overwrite=False):
         make(out, settings, D, joined, skipped)
     journal = flame.read_json(path, JOURNAL, CURE)
     check_same(path, journal["settings"], settings, llm)
-    N, total, repeats = journal["N"], journal["total"], journal["repeats"]
-    if N < 1 or N != rows_of_shard(settings, total) or not all(type(row) is int for row in repeats):
-        raise flame.InputError(f"{path}: its numbers of rows do not agree; {CURE}")
+    N = journal["N"]
+    whole = all(type(row) is int for row in journal["repeats"])
+    if N < 1 or N != rows_of_shard(settings, journal["total"]) or not whole:
+        raise InputError(f"{path}: its numbers of rows do not agree; {CURE}")
     for name, (dtype, shape) in arrays(settings, N, D).items():
         flame.read_array(out / f"{name}.npy", dtype, shape, CURE)
     for name in ("keys.txt", "images.txt"):
         flame.read_lines(out / name, N, CURE)
-    done = finished_windows(out, windows_of(settings, total))
-    first = out / "windows-0.txt"  # one list of whole lines again
-    files.write_text(first, "".join(f"{w}\n" for w in sorted(done)))
-    for log in set(out.glob("windows-*.txt")) - {first}:
-        log.unlink()
+    done = finished_windows(out, windows_of(settings, journal["total"]))
+    write_lines(out / "windows-0.txt", sorted(done))  # whole lines again
+    for log in out.glob("windows-*.txt"):
+        if log.name != "windows-0.txt":
+            log.unlink()
     return journal | {"finished": done}
+
+
+def write_lines(path, lines):
+    files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def make(out, settings, D, joined, skipped):
@@ -140,10 +139,14 @@ def list_rows(keys_path, images_path, settings, joined, skipped):
 
     -> {"N": its rows, "total": those of all shards, "repeats": numbers of rows whose key occurs before}.
     """
-    captions, window, (shard, shards) = settings["captions"], settings["window"], settings["shard"]
-    total, repeats, seen = 0, [], set()
+    captions = settings["captions"]["path"]
+    window = settings["window"]
+    shard, shards = settings["shard"]
+    total = 0
+    repeats = []
+    seen = set()
     used = dict.fromkeys(joined, 0)
-    source = read_captions(captions["path"], skipped, joined, released(settings))
+    source = read_captions(captions, skipped, joined, released(settings))
     with (open(keys_path, "w", encoding="utf-8", newline="\n") as keys,
           open(images_path, "w", encoding="utf-8", newline="\n") as images,
           tqdm(source, desc="reading captions", unit=" rows", leave=False) as rows):
@@ -160,16 +163,14 @@ def list_rows(keys_path, images_path, settings, joined, skipped):
             total += 1
             for name in used:
                 used[name] += row.key in joined[name]
-    report_skipped(captions["path"], skipped)
-    for name, count in used.items():
-        if strangers := len(joined[name]) - count:
-            file = captions["joins"][name]
-            print(f"{file}: {strangers} keys are not in {captions['path']}", file=sys.stderr)
+    report_skipped(captions, skipped)
+    for name, file in settings["captions"]["joins"].items():
+        if strangers := len(joined[name]) - used[name]:
+            print(f"{file}: {strangers} keys are not in {captions}", file=sys.stderr)
     N = rows_of_shard(settings, total)
     if not N:
-        windows = -(-total // window)
-        raise flame.InputError(f"--shard: {total} captions make {windows} windows of {window} rows; "
-                               "use no more shards")
+        raise InputError(f"--shard: {total} captions are too few for so many shards with windows of {window} "
+                         "rows; use fewer shards")
     return {"N": N, "total": total, "repeats": repeats}
 
 
@@ -187,7 +188,7 @@ def check_same(path, old, settings, llm=None):
             if llm and flame.same_llm(was["fingerprint"], llm):
                 was["fingerprint"] = new["fingerprint"]
         if was != new:
-            raise flame.InputError(f"{path}: this store was made with {what} {was}, now it is {new}; {CURE}")
+            raise InputError(f"{path}: this store was made with {what} {was}, now it is {new}; {CURE}")
 
 
 def windows_of(settings, total):
@@ -198,7 +199,8 @@ def windows_of(settings, total):
 
 def rows_of_shard(settings, total):
     """How many of `total` rows this shard has: whole windows, but for the last one of all."""
-    window, (shard, shards) = settings["window"], settings["shard"]
+    window = settings["window"]
+    shard, shards = settings["shard"]
     cycles, rest = divmod(total, window * shards)
     return cycles * window + min(max(rest - shard * window, 0), window)
 
@@ -247,14 +249,15 @@ def finished_windows(out, windows):
 
     Raises InputError where a line is none of `windows`.
     """
-    numbers, done = {str(w): w for w in windows}, set()
+    numbers = {str(w): w for w in windows}
+    done = set()
     for path in sorted(out.glob("windows-*.txt")):
         with files.open_own(path, "rb") as log:
             lines = log.read().decode("utf-8", "replace").split("\n")[:-1]
         for number, line in enumerate(lines, 1):
             if line not in numbers:
-                raise flame.InputError(f"{path}: line {number}: {line[:50]!r} is no window of this store; "
-                                       "delete the file to embed its windows anew")
+                raise InputError(f"{path}: line {number}: {line[:50]!r} is no window of this store; "
+                                 "delete the file to embed its windows anew")
             done.add(numbers[line])
     return done
 
@@ -262,9 +265,9 @@ def finished_windows(out, windows):
 def finish(out, settings, journal, D):
     """Writes meta.json, which makes the store finished, once all windows are there."""
     windows = windows_of(settings, journal["total"])
-    missing = set(windows) - finished_windows(out, windows)
+    missing = len(windows) - len(finished_windows(out, windows))
     if missing:
-        raise flame.InputError(f"{out}: {len(missing)} windows are missing; run the same command again")
+        raise InputError(f"{out}: {missing} windows are missing; run the same command again")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     meta = settings | {"N": journal["N"], "D": D, "M": len(settings["columns"]), "versions": versions}
     files.write_text(out / "meta.json", json.dumps(meta, indent=1))
@@ -307,13 +310,14 @@ def merge(paths, out=None, overwrite=False):
     Raises InputError where a shard is missing, where their settings differ, or where the disk is full.
     """
     parts = all_shards([flame.open_store(path) for path in paths])
-    meta = parts[0].meta | {"shard": [0, 1], "N": sum(map(len, parts))}
-    out = out or parts[0].path.with_name(parts[0].path.name.split("-0-of-")[0])
+    first = parts[0]
+    meta = first.meta | {"shard": [0, 1], "N": sum(map(len, parts))}
+    out = out or first.path.with_name(first.path.name.split("-0-of-")[0])
     if out.resolve() in [part.path.resolve() for part in parts]:
-        raise flame.InputError(f"{out}: one of the stores to merge; choose another --out")
+        raise InputError(f"{out}: one of the stores to merge; choose another --out")
     with lock(out, overwrite):
         if (out / "meta.json").exists() and not overwrite:
-            raise flame.InputError(f"{out}: finished already; {CURE}")
+            raise InputError(f"{out}: finished already; {CURE}")
         discard(out)
         try:
             allocate(out, meta, meta["N"], meta["D"])
@@ -327,39 +331,43 @@ def merge(paths, out=None, overwrite=False):
 
 def all_shards(parts):
     """The stores in the order of their shards, checked: each once, all made alike."""
-    total, shards, by_shard = sum(map(len, parts)), len(parts), {}
+    alike = {what: parts[0].meta.get(what) for what in SETTINGS if what != "shard"}
+    by_shard = {}
     for part in parts:
         path = part.path / "meta.json"
-        meta = flame.read_json(path, SETTINGS, CURE)
-        by_shard[str(meta["shard"])] = part
-        check_same(path, meta, {what: parts[0].meta[what] for what in SETTINGS if what != "shard"})
-    for shard in range(shards):
-        part = by_shard.get(str([shard, shards]))
+        check_same(path, flame.read_json(path, SETTINGS, CURE), alike)
+        by_shard[str(part.meta["shard"])] = part
+    ordered = [by_shard.get(str([shard, len(parts)])) for shard in range(len(parts))]
+    for shard, part in enumerate(ordered):
         if part is None:
-            raise flame.InputError(f"--merge: none of these {shards} stores is shard {shard} of {shards}; "
-                                   "give every shard once")
+            raise InputError(f"--merge: none of these {len(parts)} stores is shard {shard} of {len(parts)}; "
+                             "give every shard once")
+        total = sum(map(len, parts))
         if part.meta["window"] < 1 or len(part) != rows_of_shard(part.meta, total):
-            raise flame.InputError(f"{part.path}: {len(part)} rows are not its share of {total}; {CURE}")
-    return [by_shard[str([shard, shards])] for shard in range(shards)]
+            raise InputError(f"{part.path}: {len(part)} rows are not its share of {total}; {CURE}")
+    return ordered
 
 
 def copy_windows(parts, out, meta):
     """All rows; window w is shard w % shards' next one."""
-    window, columns, statistics = meta["window"], range(len(meta["columns"])), parts[0].statistics
-    keys, images = [], []
+    window = meta["window"]
+    statistics = parts[0].statistics
+    keys = []
+    images = []
     if statistics is not None:
         files.write(out / "statistics.npy", lambda temporary: np.save(temporary, statistics))
     for w in tqdm(range(-(-meta["N"] // window)), desc="merging", unit=" windows"):
         turn, shard = divmod(w, len(parts))
-        part, rows = parts[shard], slice(turn * window, (turn + 1) * window)
+        part = parts[shard]
+        rows = slice(turn * window, (turn + 1) * window)
         keys += part.keys[rows]
         images += part.images[rows]
-        if statistics is None:
-            data = {"embeddings": part.vectors[rows]}
-        elif np.array_equal(part.statistics, statistics):
-            data = {"embeddings": part.vectors[rows], "scales": part.scales[rows]}
-        else:  # machines that round differently fitted them
-            data = quantised(part.read(np.arange(len(part))[rows], columns).numpy(), statistics)
+        data = {"embeddings": part.vectors[rows]}
+        if statistics is not None:
+            data["scales"] = part.scales[rows]
+            if not np.array_equal(part.statistics, statistics):  # machines that round differently fitted them
+                every = range(len(part))[rows]
+                data = quantised(part.read(every, range(len(meta["columns"]))).numpy(), statistics)
         write_rows(out, data, w * window)
-    for name, lines in {"keys": keys, "images": images}.items():
-        files.write_text(out / f"{name}.txt", "".join(f"{line}\n" for line in lines))
+    write_lines(out / "keys.txt", keys)
+    write_lines(out / "images.txt", images)
