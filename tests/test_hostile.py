@@ -368,12 +368,10 @@ data-root   nowhere images captions.tsv
 out         captions.tsv captions.tsv/x
 split       val train
 prompts     medium
-pool        median
 language    xx
 classes     nowhere
 probe       yes
 facets      5..2 0..3 x 1..99
-batch-size  0 -1 1e3 nan
 device      foo mps cuda:99
 """
 
