@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import flame
 from data import benchmarks, cache, files, released
+from data.checkpoint import newest_checkpoint
 from data.command import Parser, run, usable_device
 from data.show import report, search, words
 from flame import InputError
@@ -89,8 +90,8 @@ def first_hit_ranks(queries, gallery, query_ids, gallery_ids):
     return ranks
 
 
-def bootstrap(hits, groups, size):
-    """Hits [N, F] of groups int [N] below size -> [RESAMPLES, F]: the means, in percent, when groups are
+def bootstrap(hits, groups, size, resamples=RESAMPLES):
+    """Hits [N, F] of groups int [N] below size -> [resamples, F]: the means, in percent, when groups are
     drawn again.
 
     A group is drawn with all hits that belong to it: five captions of a picture are no five independent
@@ -99,8 +100,8 @@ def bootstrap(hits, groups, size):
     total = np.stack([np.bincount(groups, column, size) for column in hits.T])
     count = np.bincount(groups, minlength=size)
     rng = np.random.default_rng(SEED)
-    means = np.empty((RESAMPLES, len(total)))
-    for n in range(RESAMPLES):
+    means = np.empty((resamples, len(total)))
+    for n in range(resamples):
         times = np.bincount(rng.integers(size, size=size), minlength=size)
         drawn = count @ times
         means[n] = 100 * (total @ times) / drawn if drawn else np.nan
@@ -123,12 +124,12 @@ def intervals(hits, groups=None):
     return bounds(bootstrap(hits, groups, groups.max() + 1))
 
 
-def sampled(hits, groups, size):
-    """The means of hits in percent, and below them those of bootstrap() -> [1 + RESAMPLES, F].
+def sampled(hits, groups, size, resamples=RESAMPLES):
+    """The means of hits in percent, and below them those of bootstrap() -> [1 + resamples, F].
 
     Samples of the same groups can be averaged, and so figures with their intervals: all met the same draws.
     """
-    return np.concatenate([100 * hits.mean(0, keepdims=True), bootstrap(hits, groups, size)])
+    return np.concatenate([100 * hits.mean(0, keepdims=True), bootstrap(hits, groups, size, resamples)])
 
 
 def figures(names, samples):
@@ -136,29 +137,24 @@ def figures(names, samples):
     return {**dict(zip(names, samples[0].tolist())), "ci95": dict(zip(names, bounds(samples[1:])))}
 
 
-def hits_both_ways(text, image, image_of_text):
-    """-> {direction: (hits bool [queries, 3], the image of each query)}; see retrieval()."""
+def sampled_both_ways(text, image, image_of_text, resamples=RESAMPLES):
+    """-> {direction: samples [1 + resamples, 3] of Recall@1, 5, 10, over images}; see retrieval()."""
     text = checked("text", text)
     image = checked("image", image)
     owner = checked_ids("image_of_text", image_of_text, len(text), len(image))
     asked = np.unique(owner)                            # image to text: an image without a text is no query
-    there = first_hit_ranks(text, image, owner, np.arange(len(image)))
-    back = first_hit_ranks(image[asked], text, asked, owner)
-    return {"text_to_image": (there[:, None] < np.array(RECALL_AT), owner),
-            "image_to_text": (back[:, None] < np.array(RECALL_AT), asked)}
-
-
-def sampled_both_ways(text, image, image_of_text):
-    """-> {direction: samples [1 + RESAMPLES, 3]}, over images."""
-    both = hits_both_ways(text, image, image_of_text)
-    return {direction: sampled(hits, owner, len(image)) for direction, (hits, owner) in both.items()}
+    there = first_hit_ranks(text, image, owner, np.arange(len(image)))[:, None] < np.array(RECALL_AT)
+    back = first_hit_ranks(image[asked], text, asked, owner)[:, None] < np.array(RECALL_AT)
+    return {"text_to_image": sampled(there, owner, len(image), resamples),
+            "image_to_text": sampled(back, asked, len(image), resamples)}
 
 
 def recalls(samples):
-    """{direction: samples} -> {direction: {"R@1", "R@5", "R@10"}, "ci95": {direction: ...}}"""
+    """{direction: samples} -> {direction: {"R@1", "R@5", "R@10"}}, "ci95" alike where there are resamples."""
     names = [f"R@{k}" for k in RECALL_AT]
-    result = {direction: figures(names, own) for direction, own in samples.items()}
-    return {**result, "ci95": {direction: own.pop("ci95") for direction, own in result.items()}}
+    result = {way: dict(zip(names, own[0].tolist())) for way, own in samples.items()}
+    low_high = {way: dict(zip(names, bounds(own[1:]))) for way, own in samples.items() if len(own) > 1}
+    return {**result, "ci95": low_high} if low_high else result
 
 
 def retrieval(text, image, image_of_text, ci95=False):
@@ -170,12 +166,7 @@ def retrieval(text, image, image_of_text, ci95=False):
     images, under that key. Raises flame.InputError if a value is NaN or infinite, ValueError if shapes or
     indices do not fit.
     """
-    if ci95:
-        return recalls(sampled_both_ways(text, image, image_of_text))
-    result = {}
-    for direction, (hits, _) in hits_both_ways(text, image, image_of_text).items():
-        result[direction] = {f"R@{k}": 100 * float(hit.mean()) for k, hit in zip(RECALL_AT, hits.T)}
-    return result
+    return recalls(sampled_both_ways(text, image, image_of_text, RESAMPLES if ci95 else 0))
 
 
 def classification(image, classes, labels, ci95=False, names=None):
@@ -287,9 +278,8 @@ def encode_images(towers, pictures, patches=False, folder=None, least=2):
     size = 4 * model.config["width" if patches else "text_dim"]
     tower = towers.image_tower + "-patches" * patches
     keys = [cache.picture_key(tower, picture, folder) for picture in pictures]
-    blobs = [cache.find(towers.cached, key, size) for key in keys]
-    todo = [i for i, blob in enumerate(blobs) if blob is None]
-    batches = [todo[at:at + BATCH] for at in range(0, len(todo), BATCH)]
+    kind = torch.device(towers.device).type
+    fast = flame.default_dtype(towers.device) == torch.bfloat16
     bad = {}
 
     def read_picture(i):
@@ -299,21 +289,18 @@ def encode_images(towers, pictures, patches=False, folder=None, least=2):
         except Exception as error:  # decoders raise nearly anything on a stranger's bytes
             bad[i] = report.reason(pictures[i], error)
 
-    kind = torch.device(towers.device).type
-    fast = flame.default_dtype(towers.device) == torch.bfloat16
-    bar = tqdm(total=len(todo), desc="images", unit=" images", mininterval=1, disable=not todo)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
-        for batch, loaded in zip(batches, one_ahead(pool, read_picture, batches)):
-            bar.update(len(batch))
-            good = [i for i in batch if i not in bad]
-            if not good:
-                continue
-            pixels = torch.stack([x for x in loaded if x is not None]).to(towers.device)
-            with torch.autocast(kind, torch.bfloat16, enabled=fast):
-                encoded = model.visual(pixels)[:, 1:].mean(1) if patches else model.encode_image(pixels)
-            for i, vector in zip(good, encoded.float().cpu().numpy()):
-                blobs[i] = vector.tobytes()
-            towers.cached.update((keys[i], blobs[i]) for i in good)
+    def encode(todo):
+        batches = [todo[at:at + BATCH] for at in range(0, len(todo), BATCH)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for batch, loaded in zip(batches, one_ahead(pool, read_picture, batches)):
+                good = [i for i in batch if i not in bad]
+                if good:
+                    pixels = torch.stack([x for x in loaded if x is not None]).to(towers.device)
+                    with torch.autocast(kind, torch.bfloat16, enabled=fast):
+                        x = model.visual(pixels)[:, 1:].mean(1) if patches else model.encode_image(pixels)
+                    yield good, [vector.tobytes() for vector in x.float().cpu().numpy()]
+
+    blobs = cache.recall(towers.cached, keys, size, encode, desc="images", unit=" images")
     kept = [i for i, blob in enumerate(blobs) if blob]
     enough(kept, pictures, "pictures can be read", least, f"{bad[min(bad)]}; " if bad else "")
     if bad:
@@ -340,29 +327,26 @@ def encode_texts(towers, texts, prompts, by_facet=False):
     """
     if not texts:
         raise InputError(f"no text is left to ask for; {benchmarks.CURE}")
-    model = towers.model
     prompt_set = flame.PROMPTS[prompts]
-    count = len(prompt_set.facets)
-    size = cache.states_size(count, model.config["text_dim"])
-    key_of = {text: cache.text_key(towers.text_tower, prompt_set, text) for text in texts}
-    missing = [text for text, key in key_of.items() if cache.find(towers.cached, key, size) is None]
-    if missing:
-        with tqdm(total=len(missing), desc=f"texts ({prompts})", unit=" texts", mininterval=1) as bar:
-            for rows, states in towers.encoder().encode_batches(missing, prompts):
-                keys = [key_of[missing[row]] for row in rows]
-                towers.cached.update(zip(keys, map(cache.pack_states, states)))
-                bar.update(len(rows))
+    facets = len(prompt_set.facets)
+    size = cache.states_size(facets, towers.model.config["text_dim"])
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    unique = list(row_of)
+    keys = [cache.text_key(towers.text_tower, prompt_set, text) for text in unique]
 
-    keys = list(key_of.values())
-    trained = trained_facets(model, prompts)
+    def encode(todo):
+        for rows, states in towers.encoder().encode_batches([unique[i] for i in todo], prompts):
+            yield [todo[row] for row in rows], [cache.pack_states(own) for own in states]
+
+    blobs = cache.recall(towers.cached, keys, size, encode, desc=f"texts ({prompts})", unit=" texts")
+    trained = trained_facets(towers.model, prompts)
     vectors = []
-    for at in range(0, len(keys), 256):     # of a large LLM, all states at once would be many gigabytes
-        states = cache.unpack_states([towers.cached.get(key) for key in keys[at:at + 256]], count)
+    for at in range(0, len(blobs), 256):    # of a large LLM, all states in float32 would be many gigabytes
+        states = cache.unpack_states(blobs[at:at + 256], facets)
         if towers.pool == "cosine":
-            states = model.encode_text(states.to(towers.device), prompts)
-        facets = states.float().cpu().numpy()[:, trained]
-        vectors.append(facets if by_facet else pooled(facets, towers.pool))
-    row_of = {text: row for row, text in enumerate(key_of)}
+            states = towers.model.encode_text(states.to(towers.device), prompts)
+        asked = states.float().cpu().numpy()[:, trained]
+        vectors.append(asked if by_facet else pooled(asked, towers.pool))
     return np.concatenate(vectors)[[row_of[text] for text in texts]]
 
 
@@ -702,23 +686,6 @@ def settings(argv):
     return args
 
 
-def newest_checkpoint(folder=Path("out")):
-    """The finished checkpoint under `folder` that was written last. flame.InputError if there is none."""
-    nothing = type(None)
-    cure = "mend it, remove its folder, or name another checkpoint with --checkpoint"
-    finished = []
-    for path in folder.glob("*/config.json"):
-        if not (path.parent / "model.safetensors").exists():
-            continue
-        config = flame.read_json(path, {"step": (int, nothing), "training": (dict, nothing)}, cure)
-        steps = (config.get("training") or {}).get("steps")
-        if config.get("step") in (None, steps):     # else a run still training
-            finished.append(path.parent)
-    if not finished:
-        raise InputError(f"{folder}: no finished checkpoint; run train.py, or name one with --checkpoint")
-    return max(finished, key=lambda path: (path / "model.safetensors").stat().st_mtime)
-
-
 def check_prompts(args, model, checkpoint):
     """Says which facets are asked, where not all of a prompt set were trained; refuses one that never was."""
     for prompts in sorted(set(args.asked)):
@@ -774,10 +741,8 @@ def main(argv=None):
         pictures = search.pictures_under(args.images) if args.search else None
         checkpoint = args.checkpoint or newest_checkpoint()
         llm = args.llm or Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
-        task = f"search in {args.images}" if args.search else f"words for {args.words}"
-        if args.bench:
-            task = f"bench {args.bench} in {args.data_root}"
-        print(f"{task}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
+        pictures_in = args.images or args.words or args.data_root
+        print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
         load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
         model = load(checkpoint).to(args.device)
         towers = open_towers(args, model, checkpoint, llm)
@@ -812,11 +777,9 @@ def evaluate(args, towers, checkpoint, data, train):
         print("\n".join(report.facet_table(result["facets"])))
     path = args.out / (args.bench + "-probe" * args.probe)
     files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
-    ranks = None
-    if shown:
-        ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
-    by_name = functools.partial(facets_by_name, towers)
-    drawn = report.write(path, result, shown, ranks, by_name if args.report else None)
+    ranks = shown and first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
+    by_name = functools.partial(facets_by_name, towers) if args.report else None
+    drawn = report.write(path, result, shown, ranks, by_name)
     print("-> " + ", ".join([f"{path}.json", *drawn]))
 
 
