@@ -157,8 +157,8 @@ def run_windows(out, settings, encoder, rows, wanted, todo, statistics):
     work = packed_windows(rows, settings, wanted, encoder)
     if settings["device"] == "cuda":
         work = ahead(work)
-    how = {"desc": "embedding", "unit": " embeddings", "smoothing": 0.05, "disable": RANK > 0}
-    with tqdm(total=todo * len(columns), **how) as bar:
+    with tqdm(total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05,
+              disable=RANK > 0) as bar:
         for w, height, packs in work:
             block = np.empty((height, len(columns), encoder.dim), np.float32)
             for prompts, forest, takers in packs:

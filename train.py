@@ -89,10 +89,8 @@ class Run(NamedTuple):
     """What all steps of a run share."""
     s: dict                  # the settings, with what the data fix filled in
     out: Path                # the checkpoint's folder
-    store: flame.Store
-    columns: list            # of the store, indices: those that are trained on
-    pictures: tuple          # to train on: rows of the store [n], files, places [n, 3] (data/pictures.py)
-    held_out: tuple          # for the curve of Recall@1: the same
+    batches: Batches         # of the store's rows that are trained on, a step's each (data/pictures.py)
+    held_out: tuple          # for the curve of Recall@1: rows of the store [n], files, places [n, 3]
     device: torch.device
     model: flame.Flame
     average: flame.Flame     # what is saved: the running average of the weights, or the model itself
@@ -239,7 +237,8 @@ def train(args, s):
             several = f", {ranks()} ranks" * (ranks() > 1)
             say(f"{s['images']} images x {len(columns)} embeddings -> {out}{several}{going_on}")
             say("  ".join(f"{name}={value}" for name, value in s.items()))
-            run = Run(s, out, store, columns, pictures, held_out, device, model, average, encode, optimizer)
+            batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
+            run = Run(s, out, batches, held_out, device, model, average, encode, optimizer)
             take_steps(run, start, open_board(out) if args.tensorboard and rank() == 0 else None)
 
 
@@ -362,43 +361,41 @@ def take_steps(run, start, board=None):
     """The loop: a batch, a step, a line in the log, now and then a checkpoint."""
     s, out = run.s, run.out
     lines = checkpoint.earlier_log(out, start)
-    batches = Batches(run.store, run.columns, run.pictures, s, s["steps"], rank(), ranks())
     loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
+        run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
     if start == s["steps"] and rank() == 0:  # the earlier run ended between the parts of its last checkpoint
         save(run, start)
-    done, waited, stop = start, 0.0, False
+    waited, stop = 0.0, False
     begun = clock = time.time()
     with tqdm(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
               disable=rank() > 0) as bar:
         for step, (batch, failed) in enumerate(loader, start):
             waited += time.time() - clock
-            loss, stop = take_step(run, step, batch, failed, batches)
+            loss, stop = take_step(run, step, batch, failed)
             if step == start:
                 if rank() == 0:
                     checkpoint.begin(out, start, lines)
                 wait_for_all()
             checkpoint.note_skipped(out, failed)
-            done = step + 1
             if rank() == 0:
                 spent = time.time() - begun
-                rate = (done - start) * s["batch"] / spent
+                rate = (step + 1 - start) * s["batch"] / spent
                 log_step(run, step, loss, rate, waited / spent, bar, board)
                 if stop or due(s, "checkpoint_every", step):
-                    save(run, done)
+                    save(run, step + 1)
             if stop:
                 break
             clock = time.time()
     if rank() == 0:
         checkpoint.tell_skipped(out)
         stopped = "; stopped, the same command goes on from here" * stop
-        print(f"{out}: {done} steps, {bar.postfix or 'nothing left to do'}{stopped}")
+        print(f"{out}: {bar.n} steps, {bar.postfix or 'nothing left to do'}{stopped}")
 
 
-def take_step(run, step, batch, failed, batches):
+def take_step(run, step, batch, failed):
     """One step of AdamW, on every rank alike; -> (mean loss over ranks, whether any was told to stop)."""
-    s = run.s
+    s, batches = run.s, run.batches
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
     if loss is None:
@@ -411,7 +408,7 @@ def take_step(run, step, batch, failed, batches):
         dist.all_reduce(status)
     loss, stop = (status / ranks()).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
-        keys = [run.store.keys[row] for row in run.pictures[0][batches.pictures(step)]]
+        keys = [batches.store.keys[row] for row in batches.rows[batches.pictures(step)]]
         files.write_text(run.out / "nan-batch.txt", "\n".join(keys))
         raise flame.InputError(
             f"{run.out}: the loss is {loss} at step {step}, batch {keys[0]} ... (all in nan-batch.txt there)"
@@ -503,7 +500,7 @@ def due(s, every, step):
 
 
 def save(run, step):
-    checkpoint.save(run.out, step, run.s, run.store, run.model, run.average, run.optimizer)
+    checkpoint.save(run.out, step, run.s, run.batches.store, run.model, run.average, run.optimizer)
 
 
 def outlive_sigterm(worker):
@@ -525,7 +522,8 @@ def log_step(run, step, loss, rate, waited, bar, board):
     entry = {"step": step, "loss": round(loss, 5), "scale": round(scale, 3), "bias": round(bias, 3),
              "lr": learning_rate(step, s), "images_per_s": round(rate, 1), "waited": round(waited, 4)}
     if s["holdout"] and s["eval_every"] and due(s, "eval_every", step):
-        recall, failed = held_out_recall(run.average, run.store, run.columns, *run.held_out, run.device)
+        store, columns = run.batches.store, run.batches.columns
+        recall, failed = held_out_recall(run.average, store, columns, *run.held_out, run.device)
         checkpoint.note_skipped(run.out, failed)
         found = "none can be read"
         if recall is not None:
