@@ -109,19 +109,8 @@ def bootstrap(hits, groups, size, resamples=RESAMPLES):
 
 
 def bounds(means):
-    """[RESAMPLES, F] -> [[low, high]] that hold 95%, F of them. Resamples without any query do not count."""
+    """[resamples, F] -> [[low, high]] that hold 95%, F of them. Resamples without any query do not count."""
     return np.nanpercentile(means, [2.5, 97.5], axis=0).T.tolist()
-
-
-def intervals(hits, groups=None):
-    """95% bootstrap intervals of the means of hits [N, F], in percent -> [[low, high]], F of them.
-
-    groups int [N]: what is resampled, see bootstrap(). None resamples the hits themselves.
-    """
-    if groups is None:
-        groups = np.arange(len(hits))
-    _, groups = np.unique(groups, return_inverse=True)
-    return bounds(bootstrap(hits, groups, groups.max() + 1))
 
 
 def sampled(hits, groups, size, resamples=RESAMPLES):
@@ -133,8 +122,11 @@ def sampled(hits, groups, size, resamples=RESAMPLES):
 
 
 def figures(names, samples):
-    """What sampled() gives -> {name: percent, ..., "ci95": {name: [low, high], ...}}, F names."""
-    return {**dict(zip(names, samples[0].tolist())), "ci95": dict(zip(names, bounds(samples[1:])))}
+    """What sampled() gives -> {name: percent}, and "ci95": {name: [low, high]} where there are resamples."""
+    result = dict(zip(names, samples[0].tolist()))
+    if len(samples) > 1:
+        result["ci95"] = dict(zip(names, bounds(samples[1:])))
+    return result
 
 
 def sampled_both_ways(text, image, image_of_text, resamples=RESAMPLES):
@@ -152,8 +144,8 @@ def sampled_both_ways(text, image, image_of_text, resamples=RESAMPLES):
 def recalls(samples):
     """{direction: samples} -> {direction: {"R@1", "R@5", "R@10"}}, "ci95" alike where there are resamples."""
     names = [f"R@{k}" for k in RECALL_AT]
-    result = {way: dict(zip(names, own[0].tolist())) for way, own in samples.items()}
-    low_high = {way: dict(zip(names, bounds(own[1:]))) for way, own in samples.items() if len(own) > 1}
+    result = {way: figures(names, own) for way, own in samples.items()}
+    low_high = {way: own.pop("ci95") for way, own in result.items() if "ci95" in own}
     return {**result, "ci95": low_high} if low_high else result
 
 
@@ -190,11 +182,9 @@ def classification(image, classes, labels, ci95=False, names=None):
     ranks = first_hit_ranks(image, classes, first[labels], first) + before[labels]
     hits = ranks[:, None] < np.array([1, 5])
     per_class = np.array([[hits[labels == c, 0].mean()] for c in np.unique(labels)])
-    means = [*hits.mean(0), per_class.mean()]
-    result = {key: 100 * float(mean) for key, mean in zip(("top1", "top5", "mean_per_class"), means)}
-    if ci95:
-        result["ci95"] = dict(zip(result, intervals(hits) + intervals(per_class)))
-    return result
+    resamples = RESAMPLES if ci95 else 0
+    samples = [sampled(each, np.arange(len(each)), len(each), resamples) for each in (hits, per_class)]
+    return figures(["top1", "top5", "mean_per_class"], np.hstack(samples))
 
 
 def confusions(image, classes, labels, names, most=20):
@@ -464,20 +454,18 @@ def score_classification(towers, prompts, pictures, labels, names, templates):
 
 def score_probe(towers, test, train):
     """A linear classifier on what the image tower says before the projector: no text, no LLM."""
-    names = test[2]
-    if train[2] != names:
-        counts = f"{len(train[2])} and {len(names)}"
+    pictures, labels, names, _ = test
+    train_pictures, train_labels, train_names, _ = train
+    if train_names != names:
+        counts = f"{len(train_names)} and {len(names)}"
         raise InputError(f"training and test split have different classes ({counts}); {benchmarks.CURE}")
-    skipped = 0
-    read = []
-    for pictures, labels, _, _ in (train, test):
-        features, kept = encode_images(towers, pictures, patches=True)
-        read += [features, np.array(labels)[kept]]
-        skipped += len(pictures) - len(kept)
-    scores = linear_probe(*read[:3], len(names), towers.device)
+    x, x_kept = encode_images(towers, train_pictures, patches=True)
+    features, kept = encode_images(towers, pictures, patches=True)
+    scores = linear_probe(x, np.array(train_labels)[x_kept], features, len(names), towers.device)
     # A class's score is one dot product more: with the class's unit vector.
-    result = score_among(scores, np.eye(len(names)), read[3], names, same_vector=False)
-    return {**result, "n_train": len(read[0]), "skipped_images": skipped}, None
+    result = score_among(scores, np.eye(len(names)), np.array(labels)[kept], names, same_vector=False)
+    skipped = len(train_pictures) - len(x) + len(pictures) - len(features)
+    return {**result, "n_train": len(x), "skipped_images": skipped}, None
 
 
 def score_composition(towers, prompts, pictures, texts, parts):
