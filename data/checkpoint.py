@@ -192,5 +192,6 @@ def newest_checkpoint(folder=Path("out")):
         if config.get("step") in (None, steps):  # else a run still training
             finished.append((weights.stat().st_mtime, path.parent))
     if not finished:
-        raise flame.InputError(f"{folder}: no finished checkpoint; run train.py, or name one with --checkpoint")
+        raise flame.InputError(f"{folder}: no finished checkpoint; "
+                               "run train.py, or name one with --checkpoint")
     return max(finished)[1]
