@@ -14,15 +14,13 @@ crash, or kill -9, the same command goes on with the windows that are missing an
 import argparse
 import itertools
 import os
-import queue
 import re
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,37 +47,33 @@ def embed(args):
 
     Rank 0 makes the store and finishes it; every rank embeds its share of the windows.
     """
-    one_of_many = args.device == "cuda" and WORLD > 1
-    device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_of_many else args.device)
-    settings = settings_of(args, device.type)
+    settings = settings_of(args)
     out = Path(args.out or default_out(args))
+    done = not args.overwrite and (out / "meta.json").exists()
     if WORLD > 1:  # for the ranks to wait for one another, however long one takes
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     with store.lock(out, args.overwrite) if RANK == 0 else nullcontext():
-        encoder = journal = None
-        if RANK == 0 and not args.overwrite and store.finished(out, settings, args.llm):
-            print(f"{out}: finished already, nothing to do")
-        elif RANK == 0:
+        if done:
+            if RANK == 0 and store.finished(out, settings, args.llm):
+                print(f"{out}: finished already, nothing to do")
+            return
+        if RANK == 0:
             warn_of_missing_pictures(args.captions)
-            encoder = load_encoder(args, settings, device)  # complains of an LLM before anything is made
-            journal = store.begin(out, settings, encoder.dim, args.llm, args.overwrite)
+        encoder = load_encoder(args)  # complains of an LLM before anything is made
+        told = [store.begin(out, settings, encoder.dim, args.llm, args.overwrite) if RANK == 0 else None]
         if WORLD > 1:
-            told = [journal]
             torch.distributed.broadcast_object_list(told, src=0)
-            journal = told[0]
-        if journal:
-            encoder = encoder or load_encoder(args, settings, device)
-            embed_windows(out, settings, journal, encoder)
+        embed_windows(out, settings, told[0], encoder)
 
 
-def settings_of(args, device):
+def settings_of(args):
     """All that fixes the store's bytes, for its journal and its meta.json."""
     files = [args.captions, *args.join.values()]
     return {
         "llm": {
             "name": Path(args.llm).resolve().name,
             "fingerprint": flame.llm_fingerprint(args.llm),
-            "layer": args.layer or flame.llm_config(args.llm)["num_hidden_layers"] - 1,
+            "layer": args.layer,
             "positions": args.positions,
         },
         "captions": {
@@ -90,9 +84,9 @@ def settings_of(args, device):
         "prompts": args.prompts,
         "columns": [column for column in flame.COLUMNS if column.split(".")[0] in args.prompts],
         "dtype": args.dtype,
-        "device": device,
-        "budget": flame.BUDGET[device],
-        "window": args.window or WINDOW[device],
+        "device": args.device.type,
+        "budget": flame.BUDGET[args.device.type],
+        "window": args.window or WINDOW[args.device.type],
         "store": args.store,
         "shard": list(args.shard),
     }
@@ -106,9 +100,9 @@ def default_out(args):
     return Path("data/embeddings", name)
 
 
-def load_encoder(args, settings, device):
-    dtype, layer = getattr(torch, args.dtype), settings["llm"]["layer"]
-    encoder = released.text_encoder(args.llm, device, dtype, layer, args.positions)
+def load_encoder(args):
+    dtype = getattr(torch, args.dtype)
+    encoder = released.text_encoder(args.llm, args.device, dtype, args.layer, args.positions)
     for name in args.prompts:  # complains of another model's tokenizer, or a context that is too short
         next(encoder.pack([""], name))
     return encoder
@@ -161,69 +155,51 @@ def run_windows(out, settings, encoder, rows, wanted, todo, statistics):
     work = packed_windows(rows, settings, wanted, encoder)
     if settings["device"] == "cuda":
         work = ahead(work)
-    how = {"desc": "embedding", "unit": " embeddings", "smoothing": 0.05, "disable": RANK > 0}
-    with tqdm(total=todo * len(columns), **how) as bar:
+    with tqdm(total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05,
+              disable=RANK > 0) as bar:
         for w, height, packs in work:
             block = np.empty((height, len(columns), encoder.dim), np.float32)
-            for pack in packs:
+            for prompts, forest, takers in packs:
                 clock = time.time()
-                facets = encoder.run(pack.forest, pack.captions)
+                facets = encoder.run(forest, len(takers))
                 busy += time.time() - clock
-                at = columns.index(f"{pack.prompts}.0")
-                block[pack.rows, at:at + facets.shape[1]] = normalize(facets, dim=-1).numpy()[pack.picks]
-                bar.update(len(pack.rows) * facets.shape[1])
+                at = columns.index(f"{prompts}.0")
+                for rows_of_caption, units in zip(takers, normalize(facets, dim=-1).numpy()):
+                    block[rows_of_caption, at:at + len(units)] = units
+                    bar.update(len(rows_of_caption) * len(units))
             store.write_window(out, settings, RANK, w, block, statistics)
     return busy
 
 
-class Pack(NamedTuple):
-    """A packed row: captions of a window, asked one prompt set's questions. Equal ones are encoded once."""
-    forest: flame.Forest
-    captions: int      # how many are in the forest
-    prompts: str       # the prompt set
-    rows: np.ndarray   # [n] rows of the window that take an answer,
-    picks: np.ndarray  # [n] and of which caption in the forest
-
-
 def packed_windows(rows, settings, wanted, encoder):
-    """Yields (w, how many rows, list of Packs) for each wanted window in order."""
+    """Yields (w, how many rows, packs) for each wanted window in order. Equal captions are encoded once.
+
+    A pack is (prompt set, packed row, for each caption in it the rows of the window that take its answers).
+    """
     for w in itertools.count():
         window = [row.captions for row in itertools.islice(rows, settings["window"])]
         if not window:
             return
-        if w in wanted:
-            packs = [pack for name in settings["prompts"] for pack in packed(window, name, encoder)]
-            yield w, len(window), packs
+        if w not in wanted:
+            continue
+        packs = []
+        for prompts in settings["prompts"]:
+            takers = {}
+            for row, captions in enumerate(window):
+                takers.setdefault(captions[prompts], []).append(row)
+            distinct = list(takers)
+            for some, forest in encoder.pack(distinct, prompts):
+                packs.append((prompts, forest, [takers[distinct[i]] for i in some]))
+        yield w, len(window), packs
 
 
-def packed(window, prompts, encoder):
-    """A window's rows -> their Packs for one prompt set."""
-    rows_of = {}  # caption -> rows of the window
-    for row, captions in enumerate(window):
-        rows_of.setdefault(captions[prompts], []).append(row)
-    distinct = list(rows_of)
-    for some, forest in encoder.pack(distinct, prompts):
-        where = [(row, pick) for pick, i in enumerate(some) for row in rows_of[distinct[i]]]
-        yield Pack(forest, len(some), prompts, *np.array(where).T)
-
-
-def ahead(items, depth=2):
-    """The same items, made by a thread of its own: tokenizing and packing never keep a GPU waiting."""
-    line, failed, end = queue.Queue(depth), [], object()
-
-    def make():
-        try:
-            for item in items:
-                line.put(item)
-        except BaseException as e:  # raised again where it can be seen
-            failed.append(e)
-        line.put(end)
-
-    threading.Thread(target=make, daemon=True).start()
-    while (item := line.get()) is not end:
-        yield item
-    if failed:
-        raise failed[0]
+def ahead(items):
+    """The same items, the next made by a thread of its own: tokenizing and packing keep no GPU waiting."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 # -----------------------------------------------------------------------------
@@ -299,13 +275,15 @@ def chosen():
         return store.merge(args.merge, args.out and Path(args.out), args.overwrite)
     if not args.captions:
         raise flame.InputError("--captions FILE is missing; see --help")
-    usable_device(args.device)
+    one_of_many = args.device == "cuda" and WORLD > 1
+    args.device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_of_many else args.device)
     if RANK == 0:
         next(read_captions(args.captions))  # complains of a file without captions before anything is made
     args.dtype = args.dtype or str(flame.default_dtype(args.device)).removeprefix("torch.")
     blocks = flame.llm_config(args.llm)["num_hidden_layers"]
     if args.layer and args.layer > blocks:
         raise flame.InputError(f"--layer {args.layer}: {args.llm} has {blocks} blocks; choose 1 to {blocks}")
+    args.layer = args.layer or blocks - 1
     if RANK == 0:
         print(f"LLM: {args.llm}")
     return embed(args) if args.plan is None else look.plan(args)

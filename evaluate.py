@@ -1,11 +1,10 @@
 """Stage 3: how good is a checkpoint? Recall@K and accuracy, in plain numpy.
 
-    python evaluate.py --bench demo             # all parts of the demo           -> results/demo.json,
-    results/demo.png python evaluate.py --bench urban1k          # data/urban1k, newest checkpoint ->
-    results/urban1k.json, results/urban1k.png python evaluate.py --bench demo --facets --report     # and what
-    each facet is worth; one page to look at python evaluate.py --search "a red kite" --images pictures
-    # any folder, any text -> results/search.png python evaluate.py --words picture.jpg      # what each patch
-    # says, in the LLM's own words -> results/words.png
+    python evaluate.py --bench demo                       # all parts of the demo -> results/demo.json, .png
+    python evaluate.py --bench urban1k                    # data/urban1k, by the newest checkpoint
+    python evaluate.py --bench demo --facets --report     # and what each facet is worth; a page to look at
+    python evaluate.py --search "a red kite" --images DIR # any folder, any text -> results/search.png
+    python evaluate.py --words picture.jpg                # what each patch says, in the LLM's own words
 
 data/README.md says which benchmarks there are, where each comes from and how it must lie. Texts of retrieval
 go through the seven facets of the *long* prompt set, the demo's raw captions, class names and other languages
@@ -35,7 +34,8 @@ from tqdm import tqdm
 
 import flame
 from data import benchmarks, cache, files, released
-from data.command import Parser, number, run, usable_device
+from data.checkpoint import newest_checkpoint
+from data.command import Parser, run, usable_device
 from data.show import report, search, words
 from flame import InputError
 
@@ -43,6 +43,7 @@ SEED = 0                        # of the bootstrap and of the linear probe
 RESAMPLES = 1000
 RECALL_AT = (1, 5, 10)
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
+BATCH = 64                      # pictures encoded at once: enough to keep a GPU busy, little to hold
 DEMO_TEMPLATE = "{} clip art"   # of the demo's English class names; best of four on its validation split
 
 
@@ -75,9 +76,6 @@ def first_hit_ranks(queries, gallery, query_ids, gallery_ids):
     answer where the ids are equal; a query without any ranks last. Wrong items that score the same as the
     best right one rank before it.
     """
-    order = np.argsort(gallery_ids, kind="stable")      # a query's right answers are order[first:last]
-    first = np.searchsorted(gallery_ids[order], query_ids, "left")
-    last = np.searchsorted(gallery_ids[order], query_ids, "right")
     ranks = np.full(len(queries), len(gallery))
     rows = max(1, BLOCK // len(gallery))
     for start in range(0, len(queries), rows):
@@ -85,15 +83,15 @@ def first_hit_ranks(queries, gallery, query_ids, gallery_ids):
         # ties.
         scores = queries[start:start + rows] @ gallery.T
         for query, score in enumerate(scores, start):
-            right = score[order[first[query]:last[query]]]
+            right = score[gallery_ids == query_ids[query]]
             if len(right):
                 best = right.max()
-                ranks[query] = np.count_nonzero(score >= best) - np.count_nonzero(right >= best)
+                ranks[query] = np.count_nonzero(score >= best) - np.count_nonzero(right == best)
     return ranks
 
 
-def bootstrap(hits, groups, size):
-    """Hits [N, F] of groups int [N] below size -> [RESAMPLES, F]: the means, in percent, when groups are
+def bootstrap(hits, groups, size, resamples=RESAMPLES):
+    """Hits [N, F] of groups int [N] below size -> [resamples, F]: the means, in percent, when groups are
     drawn again.
 
     A group is drawn with all hits that belong to it: five captions of a picture are no five independent
@@ -102,8 +100,8 @@ def bootstrap(hits, groups, size):
     total = np.stack([np.bincount(groups, column, size) for column in hits.T])
     count = np.bincount(groups, minlength=size)
     rng = np.random.default_rng(SEED)
-    means = np.empty((RESAMPLES, len(total)))
-    for n in range(RESAMPLES):
+    means = np.empty((resamples, len(total)))
+    for n in range(resamples):
         times = np.bincount(rng.integers(size, size=size), minlength=size)
         drawn = count @ times
         means[n] = 100 * (total @ times) / drawn if drawn else np.nan
@@ -111,49 +109,44 @@ def bootstrap(hits, groups, size):
 
 
 def bounds(means):
-    """[RESAMPLES, F] -> [F, 2]: low and high that hold 95%. Resamples without any query do not count."""
-    return np.nanpercentile(means, [2.5, 97.5], axis=0).T
+    """[resamples, F] -> [[low, high]] that hold 95%, F of them. Resamples without any query do not count."""
+    return np.nanpercentile(means, [2.5, 97.5], axis=0).T.tolist()
 
 
-def intervals(hits, groups=None):
-    """95% bootstrap intervals of the means of hits [N, F], in percent -> [[low, high]], F of them.
+def sampled(hits, groups, size, resamples=RESAMPLES):
+    """The means of hits in percent, and below them those of bootstrap() -> [1 + resamples, F].
 
-    groups int [N]: what is resampled, see bootstrap(). None resamples the hits themselves.
+    Samples of the same groups can be averaged, and so figures with their intervals: all met the same draws.
     """
-    if groups is None:
-        groups = np.arange(len(hits))
-    _, groups = np.unique(groups, return_inverse=True)
-    return bounds(bootstrap(hits, groups, groups.max() + 1)).tolist()
+    return np.concatenate([100 * hits.mean(0, keepdims=True), bootstrap(hits, groups, size, resamples)])
 
 
-def hits_both_ways(text, image, image_of_text):
-    """-> {direction: (hits bool [queries, 3], the image of each query)}; see retrieval()."""
+def figures(names, samples):
+    """What sampled() gives -> {name: percent}, and "ci95": {name: [low, high]} where there are resamples."""
+    result = dict(zip(names, samples[0].tolist()))
+    if len(samples) > 1:
+        result["ci95"] = dict(zip(names, bounds(samples[1:])))
+    return result
+
+
+def sampled_both_ways(text, image, image_of_text, resamples=RESAMPLES):
+    """-> {direction: samples [1 + resamples, 3] of Recall@1, 5, 10, over images}; see retrieval()."""
     text = checked("text", text)
     image = checked("image", image)
     owner = checked_ids("image_of_text", image_of_text, len(text), len(image))
     asked = np.unique(owner)                            # image to text: an image without a text is no query
-    there = first_hit_ranks(text, image, owner, np.arange(len(image)))
-    back = first_hit_ranks(image[asked], text, asked, owner)
-    return {"text_to_image": (there[:, None] < np.array(RECALL_AT), owner),
-            "image_to_text": (back[:, None] < np.array(RECALL_AT), asked)}
+    there = first_hit_ranks(text, image, owner, np.arange(len(image)))[:, None] < np.array(RECALL_AT)
+    back = first_hit_ranks(image[asked], text, asked, owner)[:, None] < np.array(RECALL_AT)
+    return {"text_to_image": sampled(there, owner, len(image), resamples),
+            "image_to_text": sampled(back, asked, len(image), resamples)}
 
 
-def recalls(values):
-    return {f"R@{k}": value for k, value in zip(RECALL_AT, values.tolist())}
-
-
-def with_intervals(both, images):
-    """What hits_both_ways gives -> (recalls and their intervals, {direction: samples [RESAMPLES, 3]}).
-
-    The images are resampled.
-    """
-    result = {"ci95": {}}
-    samples = {}
-    for direction, (hits, owner) in both.items():
-        samples[direction] = bootstrap(hits, owner, images)
-        result[direction] = recalls(100 * hits.mean(0))
-        result["ci95"][direction] = recalls(bounds(samples[direction]))
-    return result, samples
+def recalls(samples):
+    """{direction: samples} -> {direction: {"R@1", "R@5", "R@10"}}, "ci95" alike where there are resamples."""
+    names = [f"R@{k}" for k in RECALL_AT]
+    result = {way: figures(names, own) for way, own in samples.items()}
+    low_high = {way: own.pop("ci95") for way, own in result.items() if "ci95" in own}
+    return {**result, "ci95": low_high} if low_high else result
 
 
 def retrieval(text, image, image_of_text, ci95=False):
@@ -165,16 +158,7 @@ def retrieval(text, image, image_of_text, ci95=False):
     images, under that key. Raises flame.InputError if a value is NaN or infinite, ValueError if shapes or
     indices do not fit.
     """
-    both = hits_both_ways(text, image, image_of_text)
-    if ci95:
-        return with_intervals(both, len(image))[0]
-    return {direction: recalls(100 * hits.mean(0)) for direction, (hits, _) in both.items()}
-
-
-def mean_recalls(results, samples):
-    """The plain average of several recalls; its interval too, since all met the same resamples."""
-    mean = np.mean([list(result.values()) for result in results], axis=0)
-    return recalls(mean), recalls(bounds(np.mean(samples, axis=0)))
+    return recalls(sampled_both_ways(text, image, image_of_text, RESAMPLES if ci95 else 0))
 
 
 def classification(image, classes, labels, ci95=False, names=None):
@@ -192,40 +176,26 @@ def classification(image, classes, labels, ci95=False, names=None):
     image = checked("image", image)
     classes = checked("class", classes)
     labels = checked_ids("labels", labels, len(image), len(classes))
-    name_of, place = same_names(names or range(len(classes)))
-    ranks = first_hit_ranks(image, classes, name_of[labels], name_of) + place[labels]
+    names = list(names or range(len(classes)))
+    first = np.array([names.index(name) for name in names])                     # class of that name
+    before = np.array([names[:c].count(name) for c, name in enumerate(names)])  # and how many precede
+    ranks = first_hit_ranks(image, classes, first[labels], first) + before[labels]
     hits = ranks[:, None] < np.array([1, 5])
-    _, index = np.unique(labels, return_inverse=True)
-    per_class = np.bincount(index, hits[:, 0]) / np.bincount(index)
-    top1, top5 = (100 * hits.mean(0)).tolist()
-    result = {"top1": top1, "top5": top5, "mean_per_class": 100 * float(per_class.mean())}
-    if ci95:
-        result["ci95"] = dict(zip(result, intervals(hits) + intervals(per_class[:, None])))
-    return result
-
-
-def same_names(names):
-    """C names -> (int [C] which name a class has, int [C] how many classes before it have the same)."""
-    number_of = {}
-    count = Counter()
-    place = []
-    for name in names:
-        number_of.setdefault(name, len(number_of))
-        place.append(count[name])
-        count[name] += 1
-    return np.array([number_of[name] for name in names]), np.array(place)
+    per_class = np.array([[hits[labels == c, 0].mean()] for c in np.unique(labels)])
+    resamples = RESAMPLES if ci95 else 0
+    samples = [sampled(each, np.arange(len(each)), len(each), resamples) for each in (hits, per_class)]
+    return figures(["top1", "top5", "mean_per_class"], np.hstack(samples))
 
 
 def confusions(image, classes, labels, names, most=20):
     """The most frequent wrong guesses -> [{"true", "guess", "count", "of": pictures of the true class}]"""
     blocks = np.array_split(image, 1 + len(image) * len(classes) // BLOCK)
-    guess = np.concatenate([(block @ classes.T).argmax(1) for block in blocks])
-    pairs = Counter(zip(labels.tolist(), guess.tolist())).most_common()
+    guesses = np.concatenate([(block @ classes.T).argmax(1) for block in blocks])
     of = Counter(labels.tolist())
     found = []
-    for (true, taken_for), count in pairs:
-        if true != taken_for:
-            found.append({"true": names[true], "guess": names[taken_for], "count": count, "of": of[true]})
+    for (true, guess), count in Counter(zip(labels.tolist(), guesses.tolist())).most_common():
+        if true != guess:
+            found.append({"true": names[true], "guess": names[guess], "count": count, "of": of[true]})
     return found[:most]
 
 
@@ -237,18 +207,16 @@ def ablation(facets, image, owner, pool, first=1, last=None, numbers=None):
     facets are, counted from 1. Inference only: the checkpoint stays as trained. -> [{"kind", "facets":
     numbers, recalls, intervals}]
     """
-    numbers = numbers or list(range(1, facets.shape[1] + 1))
-    last = min(last or len(numbers), len(numbers))
-    every = list(range(last))
-    subsets = [("in order", every[:n]) for n in range(min(first, last), last + 1)]
-    if last > 1:
-        subsets += [("all but one", every[:left] + every[left + 1:]) for left in every]
+    K = facets.shape[1]
+    numbers = numbers or range(1, K + 1)
+    every = list(range(K))[:last]
+    subsets = [("in order", every[:n]) for n in range(min(first, len(every)), len(every) + 1)]
+    if len(every) > 1:
+        subsets += [("all but one", every[:k] + every[k + 1:]) for k in every]
     subsets += [("alone", [k]) for k in every]
-
     rows = []
     for kind, subset in tqdm(subsets, "facets", unit=" subsets", mininterval=1):
-        text = pooled(facets[:, subset], pool)
-        scores = retrieval(text, image, owner, ci95=True)
+        scores = retrieval(pooled(facets[:, subset], pool), image, owner, ci95=True)
         rows.append({"kind": kind, "facets": [numbers[k] for k in subset], **scores})
     return rows
 
@@ -260,19 +228,17 @@ class Towers(NamedTuple):
     """What encodes pictures and texts, and where what they said is kept."""
     model: flame.Flame
     encoder: Callable       # () -> flame.TextEncoder, made when it is first called for
-    columns: list           # those of flame.COLUMNS that the checkpoint was trained on
     pool: str               # of facets, see pooled()
     device: str
-    batch_size: int
     cached: Any             # data/cache.py: a Cache, or a dict
     image_tower: str        # names of both towers in the cache
     text_tower: str
 
 
-def facets_of(columns, prompts):
-    """Which facets of a prompt set are among the columns, counted from 0."""
+def trained_facets(model, prompts):
+    """Which facets of a prompt set the checkpoint was trained on, counted from 0."""
     every = range(len(flame.PROMPTS[prompts].facets))
-    return [k for k in every if f"{prompts}.{k}" in columns]
+    return [k for k in every if f"{prompts}.{k}" in model.config["columns"]]
 
 
 def enough(usable, given, what, least=2, first=""):
@@ -283,14 +249,15 @@ def enough(usable, given, what, least=2, first=""):
 
 def one_ahead(pool, function, batches):
     """Yields each batch's results, while the pool's threads are at work on the next."""
-    waiting = []
+    waiting = None
     for batch in [*batches, []]:
-        following = [pool.submit(function, item) for item in batch]
+        following = pool.map(function, batch)   # begins at once
         if waiting:
-            yield [future.result() for future in waiting]
+            yield list(waiting)
         waiting = following
 
 
+@torch.inference_mode()
 def encode_images(towers, pictures, patches=False, folder=None, least=2):
     """-> (float32 [M', D] unit vectors, list of the M' indices of `pictures` that could be read).
 
@@ -301,9 +268,8 @@ def encode_images(towers, pictures, patches=False, folder=None, least=2):
     size = 4 * model.config["width" if patches else "text_dim"]
     tower = towers.image_tower + "-patches" * patches
     keys = [cache.picture_key(tower, picture, folder) for picture in pictures]
-    blobs = [cache.find(towers.cached, key, size) for key in keys]
-    todo = [i for i, blob in enumerate(blobs) if blob is None]
-    batches = [todo[i:i + towers.batch_size] for i in range(0, len(todo), towers.batch_size)]
+    kind = torch.device(towers.device).type
+    fast = flame.default_dtype(towers.device) == torch.bfloat16
     bad = {}
 
     def read_picture(i):
@@ -313,21 +279,18 @@ def encode_images(towers, pictures, patches=False, folder=None, least=2):
         except Exception as error:  # decoders raise nearly anything on a stranger's bytes
             bad[i] = report.reason(pictures[i], error)
 
-    kind = torch.device(towers.device).type
-    fast = flame.default_dtype(towers.device) == torch.bfloat16
-    bar = tqdm(total=len(todo), desc="images", unit=" images", mininterval=1, disable=not todo)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, torch.inference_mode(), bar:
-        for batch, loaded in zip(batches, one_ahead(pool, read_picture, batches)):
-            bar.update(len(batch))
-            good = [i for i in batch if i not in bad]
-            if not good:
-                continue
-            pixels = torch.stack([pixels for pixels in loaded if pixels is not None]).to(towers.device)
-            with torch.autocast(kind, torch.bfloat16, enabled=fast):
-                encoded = model.visual(pixels)[:, 1:].mean(1) if patches else model.encode_image(pixels)
-            for i, vector in zip(good, encoded.float().cpu().numpy()):
-                blobs[i] = vector.tobytes()
-            towers.cached.update((keys[i], blobs[i]) for i in good)
+    def encode(todo):
+        batches = [todo[at:at + BATCH] for at in range(0, len(todo), BATCH)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for batch, loaded in zip(batches, one_ahead(pool, read_picture, batches)):
+                good = [i for i in batch if i not in bad]
+                if good:
+                    pixels = torch.stack([x for x in loaded if x is not None]).to(towers.device)
+                    with torch.autocast(kind, torch.bfloat16, enabled=fast):
+                        x = model.visual(pixels)[:, 1:].mean(1) if patches else model.encode_image(pixels)
+                    yield good, [vector.tobytes() for vector in x.float().cpu().numpy()]
+
+    blobs = cache.recall(towers.cached, keys, size, encode, desc="images", unit=" images")
     kept = [i for i, blob in enumerate(blobs) if blob]
     enough(kept, pictures, "pictures can be read", least, f"{bad[min(bad)]}; " if bad else "")
     if bad:
@@ -346,6 +309,7 @@ def pooled(facets, pool="cosine"):
     return mean if pool == "cosine" else mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
 
+@torch.inference_mode()
 def encode_texts(towers, texts, prompts, by_facet=False):
     """-> float32 [N, D], pooled over the facets that were trained; by_facet=True: [N, K, D], not pooled.
 
@@ -354,30 +318,26 @@ def encode_texts(towers, texts, prompts, by_facet=False):
     if not texts:
         raise InputError(f"no text is left to ask for; {benchmarks.CURE}")
     prompt_set = flame.PROMPTS[prompts]
-    count = len(prompt_set.facets)
-    size = cache.states_size(count, towers.model.config["text_dim"])
-    key_of = {text: cache.text_key(towers.text_tower, prompt_set, text) for text in texts}
-    missing = [text for text, key in key_of.items() if cache.find(towers.cached, key, size) is None]
-    if missing:
-        bar = tqdm(total=len(missing), desc=f"texts ({prompts})", unit=" texts", mininterval=1)
-        with torch.inference_mode(), bar:
-            for rows, states in towers.encoder().encode_batches(missing, prompts):
-                keys = [key_of[missing[row]] for row in rows]
-                towers.cached.update(zip(keys, map(cache.pack_states, states)))
-                bar.update(len(rows))
+    facets = len(prompt_set.facets)
+    size = cache.states_size(facets, towers.model.config["text_dim"])
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    unique = list(row_of)
+    keys = [cache.text_key(towers.text_tower, prompt_set, text) for text in unique]
 
-    unique = list(key_of)
-    trained = facets_of(towers.columns, prompts)
-    vector_of = {}
-    for start in range(0, len(unique), 256):    # of a large LLM, all states at once would be many gigabytes
-        block = unique[start:start + 256]
-        states = cache.unpack_states([towers.cached.get(key_of[text]) for text in block], count)
+    def encode(todo):
+        for rows, states in towers.encoder().encode_batches([unique[i] for i in todo], prompts):
+            yield [todo[row] for row in rows], [cache.pack_states(own) for own in states]
+
+    blobs = cache.recall(towers.cached, keys, size, encode, desc=f"texts ({prompts})", unit=" texts")
+    trained = trained_facets(towers.model, prompts)
+    vectors = []
+    for at in range(0, len(blobs), 256):    # of a large LLM, all states in float32 would be many gigabytes
+        states = cache.unpack_states(blobs[at:at + 256], facets)
         if towers.pool == "cosine":
-            with torch.inference_mode():
-                states = towers.model.encode_text(states.to(towers.device), prompts)
-        facets = states.float().cpu().numpy()[:, trained]
-        vector_of.update(zip(block, facets if by_facet else pooled(facets, towers.pool)))
-    return np.stack([vector_of[text] for text in texts])
+            states = towers.model.encode_text(states.to(towers.device), prompts)
+        asked = states.float().cpu().numpy()[:, trained]
+        vectors.append(asked if by_facet else pooled(asked, towers.pool))
+    return np.concatenate(vectors)[[row_of[text] for text in texts]]
 
 
 def encode_classes(names, templates, embed_texts, prompts="raw"):
@@ -416,72 +376,66 @@ def linear_probe(train, train_labels, test, n_classes, device="cpu", lr=0.1, epo
 # 3. Benchmarks. A scorer takes the towers, the prompt sets to ask by, and what the benchmark's reader
 # returns. It returns the result as it goes into the JSON, and what is shown of it.
 
-def readable_pairs(texts, image_of_text, kept):
-    """Leaves out empty texts and the texts of pictures that could not be read, whatever their place.
-
-    kept: indices of the readable pictures, in the order of their embeddings
-    -> (texts, index into kept of each one's picture). Pictures without a text stay distractors in the
-    gallery.
-    """
-    place = {image: i for i, image in enumerate(kept)}
-    pairs = [(text, place[image]) for text, image in zip(texts, image_of_text) if text and image in place]
-    enough(pairs, texts, "texts have a readable picture")
-    empty = sum(not text for text in texts)
-    if empty:
-        print(f"{empty} of {len(texts)} texts are missing or empty and are left out", file=sys.stderr)
-    return [text for text, _ in pairs], np.array([image for _, image in pairs])
-
-
-def score_texts(towers, prompts, pictures, image, kept, texts, image_of_text):
-    """Retrieval among pictures that are encoded already -> (result, {direction: samples}, Shown)."""
-    texts, owner = readable_pairs(texts, image_of_text, kept)
-    text = encode_texts(towers, texts, prompts)
-    result, samples = with_intervals(hits_both_ways(text, image, owner), len(image))
-    pictures = [pictures[i] for i in kept]
-    shown = report.Shown(texts, text, pictures, image, owner, np.arange(len(image)), prompts)
-    return {"n_texts": len(texts), **result}, samples, shown
-
-
 def counted(pictures, image, prompts, **more):
+    """What all results begin with. image: vectors of those pictures that could be read."""
     skipped = len(pictures) - len(image)
     return {"n_images": len(image), "skipped_images": skipped, "prompts": prompts, **more}
 
 
+def ask(towers, prompts, pictures, image, kept, texts, image_of_text):
+    """Retrieval among pictures that are encoded already -> ({direction: samples}, report.Shown).
+
+    image, kept: of encode_images. Empty texts are left out, and the texts of pictures that could not be read;
+    pictures without a text stay distractors in the gallery.
+    """
+    place = {picture: i for i, picture in enumerate(kept)}
+    pairs = [(text, place[i]) for text, i in zip(texts, image_of_text) if text and i in place]
+    enough(pairs, texts, "texts have a readable picture")
+    empty = sum(not text for text in texts)
+    if empty:
+        print(f"{empty} of {len(texts)} texts are missing or empty and are left out", file=sys.stderr)
+    texts = [text for text, _ in pairs]
+    owner = np.array([picture for _, picture in pairs])
+    text = encode_texts(towers, texts, prompts)
+    gallery = [pictures[i] for i in kept]
+    shown = report.Shown(texts, text, gallery, image, owner, np.arange(len(image)), prompts)
+    return sampled_both_ways(text, image, owner), shown
+
+
 def score_retrieval(towers, prompts, pictures, texts, image_of_text):
     image, kept = encode_images(towers, pictures)
-    result, samples, shown = score_texts(towers, prompts, pictures, image, kept, texts, image_of_text)
-    both = [result[direction] for direction in samples]
-    result["both_ways"], result["ci95"]["both_ways"] = mean_recalls(both, list(samples.values()))
-    return counted(pictures, image, prompts, skipped_texts=len(texts) - len(shown.texts), **result), shown
+    samples, shown = ask(towers, prompts, pictures, image, kept, texts, image_of_text)
+    samples["both_ways"] = np.mean(list(samples.values()), axis=0)
+    asked = len(shown.texts)
+    result = counted(pictures, image, prompts, n_texts=asked, skipped_texts=len(texts) - asked)
+    return result | recalls(samples), shown
 
 
 def score_multilingual(towers, prompts, pictures, languages):
     """Retrieval in each language and the plain average over languages."""
     image, kept = encode_images(towers, pictures)
-    parts = {}
-    samples = {}
+    result = counted(pictures, image, prompts, n_texts=0, languages={})
+    samples = {"text_to_image": [], "image_to_text": []}
     sheets = {}
     for language, (texts, image_of_text) in languages.items():
-        scored = score_texts(towers, prompts, pictures, image, kept, texts, image_of_text)
-        parts[language], samples[language], sheets[language] = scored
-    texts = sum(part["n_texts"] for part in parts.values())
-    result = counted(pictures, image, prompts, n_texts=texts, languages=parts, ci95={})
-    for way in ("text_to_image", "image_to_text"):
-        by_language = [part[way] for part in parts.values()]
-        result[way], result["ci95"][way] = mean_recalls(by_language, [own[way] for own in samples.values()])
-    return result, sheets.get("en") or next(iter(sheets.values()))
+        own, shown = ask(towers, prompts, pictures, image, kept, texts, image_of_text)
+        result["languages"][language] = {"n_texts": len(shown.texts), **recalls(own)}
+        result["n_texts"] += len(shown.texts)
+        for direction in samples:
+            samples[direction].append(own[direction])
+        sheets[language] = shown
+    mean = {direction: np.mean(every, axis=0) for direction, every in samples.items()}
+    return result | recalls(mean), sheets.get("en") or next(iter(sheets.values()))
 
 
 def score_among(image, classes, labels, names, same_vector=True):
     """Pictures among C classes. same_vector: classes of one name have one vector, see classification()."""
-    sharing = sum(n for n in Counter(names).values() if n > 1)
-    scores = classification(image, classes, labels, ci95=True, names=names if same_vector else None)
     return {
         "n_images": len(image),
         "n_classes": len(names),
-        "n_sharing_a_name": sharing,
+        "n_sharing_a_name": sum(n for n in Counter(names).values() if n > 1),
         "chance": 100 / len(names),
-        **scores,
+        **classification(image, classes, labels, ci95=True, names=names if same_vector else None),
         "confusions": confusions(image, classes, labels, names),
     }
 
@@ -490,13 +444,11 @@ def score_classification(towers, prompts, pictures, labels, names, templates):
     image, kept = encode_images(towers, pictures)
     labels = np.array(labels)[kept]
     classes = encode_classes(names, templates, functools.partial(encode_texts, towers), prompts)
-    result = score_among(image, classes, labels, names)
+    result = counted(pictures, image, prompts) | score_among(image, classes, labels, names)
     # What is shown asks for a class and shows the pictures found for it, the other way round than the score.
     present = np.unique(labels)
     texts = [templates[0].replace("{}", names[c]) for c in present]
-    result = counted(pictures, image, prompts, **result)
-    pictures = [pictures[i] for i in kept]
-    gallery = pictures, image, present, labels
+    gallery = [pictures[i] for i in kept], image, present, labels
     return result, report.Shown(texts, classes[present], *gallery, prompts, len(templates))
 
 
@@ -532,35 +484,28 @@ def score_composition(towers, prompts, pictures, texts, parts):
         picture, text = pair
         return image_of[picture] @ text_of[text] if picture in image_of and text in text_of else np.nan
 
-    scores = {}
+    result = counted(pictures, image, prompts, n_texts=len(text), parts={})
     samples = []
     for part, rows in parts.items():
         races = [[(score(right), score(wrong)) for right, wrong in races] for _, races in rows]
         usable = [n for n, race in enumerate(races) if np.isfinite(race).all()]
         enough(usable, rows, f"rows of {part} have readable pictures and texts")
         races = np.array([races[n] for n in usable])    # [rows, comparisons, 2]
-        hits = (races[..., 0] > races[..., 1]).all(1)
-        groups = [rows[n][0] for n in usable]
-        samples.append(bootstrap(hits[:, None], groups, len(pictures)))
-        chance = {1: 50, 2: 25, 4: 100 / 6}[races.shape[1]]     # by the number of comparisons to win
-        low_high = bounds(samples[-1])[0].tolist()
-        scores[part] = {
-            "n_rows": len(hits),
-            "skipped_rows": len(rows) - len(hits),
-            "chance": chance,
-            "accuracy": 100 * float(hits.mean()),
-            "ci95": {"accuracy": low_high},
+        hits = (races[..., 0] > races[..., 1]).all(1, keepdims=True)
+        samples.append(sampled(hits, [rows[n][0] for n in usable], len(pictures)))
+        result["parts"][part] = {
+            "n_rows": len(usable),
+            "skipped_rows": len(rows) - len(usable),
+            "chance": {1: 50, 2: 25, 4: 100 / 6}[races.shape[1]],   # by the number of comparisons to win
+            **figures(["accuracy"], samples[-1]),
         }
-    result = counted(pictures, image, prompts, n_texts=len(text), parts=scores)
-    if all(part["chance"] == 50 for part in scores.values()):     # of unlike scores no average
-        result["accuracy"] = float(np.mean([part["accuracy"] for part in scores.values()]))
-        result["ci95"] = {"accuracy": bounds(np.mean(samples, axis=0))[0].tolist()}
-        result["chance"] = 50
+    if all(part["chance"] == 50 for part in result["parts"].values()):  # of unlike scores no average
+        result |= {**figures(["accuracy"], np.mean(samples, axis=0)), "chance": 50}
     return result, None
 
 
 def score_demo(towers, raw, short, long, scenes, captions, objects, names, synonyms):
-    """All parts of the demo. Captions are asked by the set they are trained with; those in new words by raw's.
+    """All parts of the demo. Captions are asked by the set they are trained with, reworded ones by raw's.
 
     long, short, raw   retrieval among the scenes with those captions. Raw captions are often equal or fit
                        several scenes; only the scene they were written for counts.
@@ -572,90 +517,91 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     """
     parts = {}
     sheets = {}
-    owner = range(len(scenes))
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": raw}.items():
-        parts[kind], sheets[kind] = score_retrieval(towers, prompts, scenes, captions[kind], owner)
-    parts |= score_objects(towers, raw, objects, names, synonyms)
+        scored = score_retrieval(towers, prompts, scenes, captions[kind], range(len(scenes)))
+        parts[kind], sheets[kind] = scored
+    seen = objects_of_split(towers, objects, "seen")
+    unseen = objects_of_split(towers, objects, "unseen")
+    parts["seen"], _ = score_names(towers, raw, *seen, names["en"], DEMO_TEMPLATE)
+    parts["unseen"], _ = score_names(towers, raw, *unseen, names["en"], DEMO_TEMPLATE)
+    parts["multilingual"] = score_languages(towers, raw, *seen, names)
+    parts["synonyms"] = score_languages(towers, raw, *seen, synonyms)
+    parts["synonyms"]["n_classes"] = parts["synonyms"].pop("languages")["first"]["n_classes"]
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
-def score_objects(towers, prompts, objects, names, synonyms):
-    """Single-object pictures among names -> seen, unseen, multilingual and synonyms, see score_demo()."""
-    names = names | synonyms
-    image, kept = encode_images(towers, [path for path, _, _ in objects])
-    readable = [objects[i][1] for i in kept]    # the object of each encoded picture
-    seen = sorted({thing for _, thing, split in objects if split == "seen"})
-    every_name = [table[thing] for table in names.values() for thing in seen if table.get(thing)]
-    encode_texts(towers, every_name, prompts)   # all at once: from here on they come from the cache
+def objects_of_split(towers, objects, split):
+    """-> (vectors of the split's pictures that can be read, the object of each)"""
+    own = [(path, thing) for path, thing, its in objects if its == split]
+    image, kept = encode_images(towers, [path for path, _ in own])
+    return image, [own[i][1] for i in kept]
 
-    def among_names(split, language, template="{}"):
-        """Pictures of a split's objects among those objects' names -> (result, ranks [n], pictures [n])"""
-        table = names[language]
-        named = {thing for _, thing, own in objects if own == split and table.get(thing)}
-        choices = sorted({table[thing] for thing in named})
-        rows = [i for i, thing in enumerate(readable) if thing in named]
-        if not rows or len(choices) < 2:
-            counts = f"{len(rows)} readable pictures and {len(choices)} names"
-            raise InputError(f"objects.tsv and names.tsv give {counts} for {split} objects in {language!r}; "
-                             "run data/demo.py again")
-        labels = np.array([choices.index(table[readable[i]]) for i in rows])
-        classes = encode_texts(towers, [template.replace("{}", choice) for choice in choices], prompts)
-        ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
-        return {**score_among(image[rows], classes, labels, choices), "prompts": prompts}, ranks, rows
 
-    def averaged(languages):
-        """Seen objects among their names in each of the languages, and the mean over them."""
-        results = {}
-        ranks = []
-        pictures = []   # of each rank
-        for language in languages:
-            results[language], own_ranks, rows = among_names("seen", language)
-            del results[language]["confusions"]
-            ranks.extend(own_ranks)
-            pictures.extend(rows)
-        hits = np.array(ranks)[:, None] < np.array([1, 5])
-        average = {"n_images": len(set(pictures)), "prompts": prompts, "languages": results}
-        for key in ("chance", "top1", "top5"):
-            average[key] = float(np.mean([result[key] for result in results.values()]))
-        average["ci95"] = dict(zip(("top1", "top5"), intervals(hits, pictures)))
-        return average
+def score_names(towers, prompts, image, things, names, template="{}"):
+    """Pictures of things among those things' names, {thing: name} -> (result, samples of top1 and top5)."""
+    rows = [i for i, thing in enumerate(things) if names.get(thing)]
+    own = [names[things[i]] for i in rows]
+    choices = sorted(set(own))
+    if len(choices) < 2:
+        raise InputError(f"names.tsv gives {len(choices)} names to {len(image)} readable pictures of "
+                         "objects.tsv; run data/demo.py again")
+    labels = np.array([choices.index(name) for name in own])
+    classes = encode_texts(towers, [template.replace("{}", name) for name in choices], prompts)
+    ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
+    result = score_among(image[rows], classes, labels, choices)
+    return {**result, "prompts": prompts}, sampled(ranks[:, None] < np.array([1, 5]), rows, len(image))
 
-    by_synonym = averaged(synonyms)
-    by_synonym["n_classes"] = by_synonym.pop("languages")["first"]["n_classes"]
-    return {
-        "seen": among_names("seen", "en", DEMO_TEMPLATE)[0],
-        "unseen": among_names("unseen", "en", DEMO_TEMPLATE)[0],
-        "multilingual": averaged([language for language in names if language not in synonyms]),
-        "synonyms": by_synonym,
-    }
+
+def score_languages(towers, prompts, image, things, names):
+    """The same in each language of {language: {thing: name}}, and the mean over them."""
+    every = [own[thing] for own in names.values() for thing in things if own.get(thing)]
+    encode_texts(towers, every, prompts)    # all at once: from here on they come from the cache
+    languages = {}
+    samples = []
+    for language, own in names.items():
+        languages[language], sample = score_names(towers, prompts, image, things, own)
+        del languages[language]["confusions"]
+        samples.append(sample)
+    chance = float(np.mean([result["chance"] for result in languages.values()]))
+    mean = figures(["top1", "top5"], np.mean(samples, axis=0))
+    return {"n_images": len(image), "prompts": prompts, "languages": languages, "chance": chance, **mean}
 
 
 # A benchmark: its reader in data/benchmarks.py, its scorer above, the prompt sets it asks by where --prompts
 # says nothing.
 BENCHMARKS = {
-    "demo": (benchmarks.demo, score_demo, ["raw", "short", "long"]),
-    "urban1k": (benchmarks.urban1k, score_retrieval, ["long"]),
-    "sharegpt4v": (benchmarks.sharegpt4v, score_retrieval, ["long"]),
-    "dci": (benchmarks.dci, score_retrieval, ["long"]),
-    "docci": (benchmarks.docci, score_retrieval, ["long"]),
-    "coco": (benchmarks.coco, score_retrieval, ["long"]),
-    "flickr30k": (benchmarks.flickr30k, score_retrieval, ["long"]),
-    "xm3600": (benchmarks.xm3600, score_multilingual, ["raw"]),
-    "sugarcrepe": (benchmarks.sugarcrepe, score_composition, ["long"]),
-    "winoground": (benchmarks.winoground, score_composition, ["long"]),
-    "imagenet": (benchmarks.imagenet, score_classification, ["raw"]),
-    "food101": (benchmarks.food101, score_classification, ["raw"]),
-    "cifar10": (benchmarks.cifar10, score_classification, ["raw"]),
-    "cifar100": (benchmarks.cifar100, score_classification, ["raw"]),
-    "sun397": (benchmarks.sun397, score_classification, ["raw"]),
-    "cars": (benchmarks.cars, score_classification, ["raw"]),
-    "aircraft": (benchmarks.aircraft, score_classification, ["raw"]),
-    "dtd": (benchmarks.dtd, score_classification, ["raw"]),
-    "pets": (benchmarks.pets, score_classification, ["raw"]),
-    "caltech101": (benchmarks.caltech101, score_classification, ["raw"]),
-    "flowers102": (benchmarks.flowers102, score_classification, ["raw"]),
-    "fashionmnist": (benchmarks.fashionmnist, score_classification, ["raw"]),
-    "imagefolder": (benchmarks.imagefolder, score_classification, ["raw"]),
+    "demo": (benchmarks.demo, score_demo, "raw short long"),
+    "urban1k": (benchmarks.urban1k, score_retrieval, "long"),
+    "sharegpt4v": (benchmarks.sharegpt4v, score_retrieval, "long"),
+    "dci": (benchmarks.dci, score_retrieval, "long"),
+    "docci": (benchmarks.docci, score_retrieval, "long"),
+    "coco": (benchmarks.coco, score_retrieval, "long"),
+    "flickr30k": (benchmarks.flickr30k, score_retrieval, "long"),
+    "xm3600": (benchmarks.xm3600, score_multilingual, "raw"),
+    "sugarcrepe": (benchmarks.sugarcrepe, score_composition, "long"),
+    "winoground": (benchmarks.winoground, score_composition, "long"),
+    "imagenet": (benchmarks.imagenet, score_classification, "raw"),
+    "food101": (benchmarks.food101, score_classification, "raw"),
+    "cifar10": (benchmarks.cifar10, score_classification, "raw"),
+    "cifar100": (benchmarks.cifar100, score_classification, "raw"),
+    "sun397": (benchmarks.sun397, score_classification, "raw"),
+    "cars": (benchmarks.cars, score_classification, "raw"),
+    "aircraft": (benchmarks.aircraft, score_classification, "raw"),
+    "dtd": (benchmarks.dtd, score_classification, "raw"),
+    "pets": (benchmarks.pets, score_classification, "raw"),
+    "caltech101": (benchmarks.caltech101, score_classification, "raw"),
+    "flowers102": (benchmarks.flowers102, score_classification, "raw"),
+    "fashionmnist": (benchmarks.fashionmnist, score_classification, "raw"),
+    "imagefolder": (benchmarks.imagefolder, score_classification, "raw"),
+}
+
+# Flags that not every scorer knows: the scorers that do, and what is said of another's benchmark.
+NO_CLASSES = "{} has no classes; leave the flag out"
+FLAGS = {
+    "facets": ((score_retrieval, score_demo), "1..K or a range like 2..5, and a retrieval benchmark"),
+    "probe": ((score_classification,), NO_CLASSES),
+    "classes": ((score_classification,), NO_CLASSES),
+    "language": ((score_classification, score_multilingual), "{} has one language; leave the flag out"),
 }
 
 
@@ -663,14 +609,14 @@ def read(args, split):
     """What the benchmark's reader returns; with names and templates, in the languages asked for."""
     reader, scorer, _ = BENCHMARKS[args.bench]
     root = args.data_root
-    more = [args.all_captions] if args.bench == "xm3600" else []
+    more = [args.all_captions] if scorer is score_multilingual else []
     found = reader(root, split, *more)
     enough(found[0], found[0], f"pictures are of split {split} in {root}")
+    if scorer is score_multilingual:
+        return benchmarks.in_languages(*found, args.language, root)
     if scorer is score_classification:      # a file named by the user overrules those in data/classes
         class_files = benchmarks.class_files(args.bench, root, args.language)
         return benchmarks.with_names(*found, class_files + [args.classes] * bool(args.classes))
-    if args.bench == "xm3600":
-        return benchmarks.in_languages(*found, args.language, root)
     return found
 
 
@@ -686,12 +632,12 @@ def sizes(text):
 
 
 def settings(argv):
-    """The command line, checked as far as it can be without reading anything."""
+    """The command line, checked as far as it can be without reading anything; asked: its prompt sets."""
     parser = Parser(width=80, usage="evaluate.py --bench NAME | --search TEXT --images DIR | --words IMAGE",
                     description="Scores a checkpoint; writes <out>/<bench>.json and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     add = parser.add_argument
-    add("--bench", choices=list(BENCHMARKS), metavar="NAME", help="what to score on")
+    add("--bench", choices=BENCHMARKS, metavar="NAME", help="what to score on")
     add("--search", metavar="TEXT", help="rank pictures by a text (raw prompt, long above 15 words)")
     add("--images", type=Path, metavar="DIR", help="the folder that --search searches")
     add("--words", type=Path, metavar="IMAGE", help="the word that each patch of a picture is nearest to")
@@ -700,8 +646,7 @@ def settings(argv):
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     add("--split", choices=["test", "val"], default="test", help="choose on val, score test once")
-    add("--prompts", choices=list(flame.PROMPTS), help="default: long for captions, else raw")
-    add("--pool", choices=["cosine", "released"], help="of facets; default: the checkpoint's, cosine")
+    add("--prompts", choices=flame.PROMPTS, help="default: long for captions, else raw")
     add("--language", metavar="CODE", help="of imagenet's names; of xm3600, comma between")
     add("--all-captions", action="store_true", help="xm3600: not only a language's first one")
     add("--classes", type=Path, metavar="FILE", help="class names, templates; see data/classes")
@@ -711,61 +656,32 @@ def settings(argv):
     add("--report", action="store_true", help="also write <out>/<bench>.html")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: cuda if there is one")
-    add("--batch-size", type=number(int, 1), default=64, metavar="N", help="pictures at once, default 64")
     args = parser.parse_args(argv)
     if bool(args.bench) + bool(args.search) + bool(args.words) != 1 or bool(args.search) != bool(args.images):
         parser.error("give --bench NAME, or --search TEXT and --images DIR, or --words IMAGE")
     scorer = BENCHMARKS[args.bench][1] if args.bench else None
-    if args.facets and scorer not in (score_retrieval, score_demo):
-        parser.error("--facets: 1..K or a range like 2..5, and a retrieval benchmark")
-    if args.probe and scorer is not score_classification:
-        parser.error(f"--probe: {args.bench} has no classes; leave the flag out")
+    for flag, (scorers, otherwise) in FLAGS.items():
+        if getattr(args, flag) and scorer not in scorers:
+            parser.error(f"--{flag}: {otherwise.format(args.bench)}")
     if args.split == "val" and args.bench not in benchmarks.HAS_VAL:
         parser.error(f"--split val: {args.bench} has only a test split; leave the flag out")
-    if args.classes and scorer is not score_classification:
-        parser.error(f"--classes: {args.bench} has no classes; leave the flag out")
-    if args.language and scorer not in (score_classification, score_multilingual):
-        parser.error(f"--language: {args.bench} has one language; leave the flag out")
     usable_device(args.device)
     args.data_root = args.data_root or Path("data") / str(args.bench)
+    asked = BENCHMARKS[args.bench][2].split() if args.bench else ["raw"]
+    if args.search and len(args.search.split()) > 15:
+        asked = ["long"]
+    args.asked = [] if args.probe or args.words else [args.prompts or prompts for prompts in asked]
     return args
 
 
-def newest_checkpoint(folder=Path("out")):
-    """The finished checkpoint under `folder` that was written last. flame.InputError if there is none."""
-    nothing = type(None)
-    cure = "mend it, remove its folder, or name another checkpoint with --checkpoint"
-    finished = []
-    for path in folder.glob("*/config.json"):
-        if not (path.parent / "model.safetensors").exists():
-            continue
-        config = flame.read_json(path, {"step": (int, nothing), "training": (dict, nothing)}, cure)
-        steps = (config.get("training") or {}).get("steps")
-        if config.get("step") in (None, steps):     # else a run still training
-            finished.append(path.parent)
-    if not finished:
-        raise InputError(f"{folder}: no finished checkpoint; run train.py, or name one with --checkpoint")
-    return max(finished, key=lambda path: (path / "model.safetensors").stat().st_mtime)
-
-
-def prompt_sets(args):
-    """The prompt sets that this run asks by."""
-    if args.probe or args.words:
-        return []
-    if args.search:
-        defaults = ["long" if len(args.search.split()) > 15 else "raw"]
-    else:
-        defaults = BENCHMARKS[args.bench][2]
-    return [args.prompts or prompts for prompts in defaults]
-
-
-def check_prompts(args, columns, checkpoint):
+def check_prompts(args, model, checkpoint):
     """Says which facets are asked, where not all of a prompt set were trained; refuses one that never was."""
-    for prompts in sorted(set(prompt_sets(args))):
-        trained = facets_of(columns, prompts)
+    for prompts in sorted(set(args.asked)):
+        trained = trained_facets(model, prompts)
         count = len(flame.PROMPTS[prompts].facets)
         if not trained:
             asker = args.bench or "--search"
+            columns = model.config["columns"]
             other = columns[0].split(".")[0]
             raise InputError(f"{asker} asks by the {prompts} prompts, but {checkpoint} was trained on "
                              f"{' '.join(columns)} alone; ask by others: --prompts {other}")
@@ -776,20 +692,13 @@ def check_prompts(args, columns, checkpoint):
 
 
 def open_towers(args, model, checkpoint, llm):
-    """Makes <out>. Raises InputError where checkpoint, LLM and settings do not belong together."""
+    """Raises InputError where checkpoint, LLM and settings do not belong together."""
     source = model.config["llm"]
     fingerprint = None if args.probe else flame.llm_fingerprint(llm)    # a probe asks no text
     if not args.probe and not flame.same_llm(source.get("fingerprint"), llm):
-        name = source["name"]
-        raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({name}) than {llm}; "
-                         "name that one with --llm")
-    pool = args.pool or source.get("pool") or model.config.get("pool") or "cosine"
-    text = model.text if pool == "released" else None
-    if text and (text.mapped or text.basis.any() or text.mean.any()):
-        raise InputError("--pool released: the mean of states as they are goes with checkpoints without text "
-                         "projection; leave the flag out")
-    columns = model.config["columns"]
-    check_prompts(args, columns, checkpoint)
+        raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source['name']}) than "
+                         f"{llm}; name that one with --llm")
+    check_prompts(args, model, checkpoint)
     dtype = flame.default_dtype(args.device)
 
     @functools.cache
@@ -800,19 +709,14 @@ def open_towers(args, model, checkpoint, llm):
                              f"{model.config['text_dim']}; name the right LLM with --llm")
         return tower
 
-    cached = cache.Cache(args.out / "cache.sqlite")
-    image_tower = cache.image_tower_name(model, dtype)
-    text_tower = f"{fingerprint} {source['layer']} {source['positions']} {dtype}"
     return Towers(
         model=model,
         encoder=encoder,
-        columns=columns,
-        pool=pool,
+        pool=model.config.get("pool", "cosine"),    # the authors' checkpoint says "released"
         device=args.device,
-        batch_size=args.batch_size,
-        cached=cached,
-        image_tower=image_tower,
-        text_tower=text_tower,
+        cached=cache.Cache(args.out / "cache.sqlite"),
+        image_tower=cache.image_tower_name(model, dtype),
+        text_tower=f"{fingerprint} {source['layer']} {source['positions']} {dtype}",
     )
 
 
@@ -825,10 +729,8 @@ def main(argv=None):
         pictures = search.pictures_under(args.images) if args.search else None
         checkpoint = args.checkpoint or newest_checkpoint()
         llm = args.llm or Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
-        task = f"search in {args.images}" if args.search else f"words for {args.words}"
-        if args.bench:
-            task = f"bench {args.bench} in {args.data_root}"
-        print(f"{task}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
+        pictures_in = args.images or args.words or args.data_root
+        print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
         load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
         model = load(checkpoint).to(args.device)
         towers = open_towers(args, model, checkpoint, llm)
@@ -836,7 +738,7 @@ def main(argv=None):
             if args.words:
                 words.show(args, model, llm)
             elif args.search:
-                search.search(args, prompt_sets(args)[0], pictures, towers, encode_images, encode_texts)
+                search.search(args, args.asked[0], pictures, towers, encode_images, encode_texts)
             else:
                 evaluate(args, towers, checkpoint, data, train)
 
@@ -844,37 +746,35 @@ def main(argv=None):
 
 
 def evaluate(args, towers, checkpoint, data, train):
-    """Scores a benchmark; prints the result and writes the JSON."""
+    """Scores a benchmark; prints the result and writes the JSON, and what there is to look at."""
     result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split}
     if args.probe:
         scores, shown = score_probe(towers, data, train)
     else:
-        prompts = prompt_sets(args)
-        scores, shown = BENCHMARKS[args.bench][1](towers, *prompts, *data)
-        result["columns"] = [name for name in towers.columns if name.split(".")[0] in prompts]
+        scores, shown = BENCHMARKS[args.bench][1](towers, *args.asked, *data)
+        columns = towers.model.config["columns"]
+        result["columns"] = [name for name in columns if name.split(".")[0] in args.asked]
         if towers.pool != "cosine":
             result["pool"] = towers.pool
     result |= scores
     print("\n".join(report.table(result)))
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)
-        numbers = [k + 1 for k in facets_of(towers.columns, shown.prompts)]
+        numbers = [k + 1 for k in trained_facets(towers.model, shown.prompts)]
         result["facets"] = ablation(facets, shown.image, shown.text_ids, towers.pool, *args.facets, numbers)
         print("\n".join(report.facet_table(result["facets"])))
     path = args.out / (args.bench + "-probe" * args.probe)
     files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
-    ranks = None
-    if shown:
-        ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
-    by_name = functools.partial(facets_by_name, towers)
-    drawn = report.write(path, result, shown, ranks, by_name if args.report else None)
+    ranks = shown and first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
+    by_name = functools.partial(facets_by_name, towers) if args.report else None
+    drawn = report.write(path, result, shown, ranks, by_name)
     print("-> " + ", ".join([f"{path}.json", *drawn]))
 
 
 def facets_by_name(towers, texts, prompts):
     """[{facet's name: vector [D]}] of texts."""
     vectors = encode_texts(towers, texts, prompts, by_facet=True)
-    names = [report.FACETS[k] for k in facets_of(towers.columns, prompts)]
+    names = [report.FACETS[k] for k in trained_facets(towers.model, prompts)]
     return [dict(zip(names, vector)) for vector in vectors]
 
 

@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 import flame
 from data import checkpoint, command, files
+from data.memory import chunks_that_fit, flops_per_image, memory_errors, share_of_peak
 from data.pictures import Batches, find_pictures, open_picture, reason
 from data.projection import fit_text_projection, parse_projection
 from data.show import plots
@@ -56,7 +56,6 @@ SETTINGS = {
     "pool_first":       (True,      False,       bool,                 "average patches, then project"),
     "loss":             ("infonce", "sigmoid",   ("sigmoid", "infonce"), "both with several positives"),
     "text_projection":  (WHITE,     "none",      str,                  "none, center, whiten; +linear"),
-    "shrinkage":        (False,     False,       bool,                 "whiten a store of few rows (OAS)"),
     "positives":        (6,         6,           whole(1, 11),         "embeddings an image meets in a step"),
     "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
     "batch":            (256,       3072,        whole(1, 10**7),      "of all ranks (published: 8 x 384)"),
@@ -64,20 +63,18 @@ SETTINGS = {
     "epochs":           (78.0,      32.0,        real(0, 1e6, True),   "passes over the images"),
     "steps":            (0,         0,           whole(0, 10**9),      "in all; 0: as the epochs say"),
     "lr":               (1e-3,      5e-4,        real(0, 100),         "peak learning rate, AdamW"),
-    "beta2":            (0.95,      0.95,        real(0, 0.999999),    "AdamW's second; the first is 0.9"),
     "weight_decay":     (0.5,       0.5,         real(0, 100),         "on matrices and positions only"),
     "warmup":           (40,        2000,        whole(0, 10**9),      "steps, at most a tenth of all"),
     "clip_grad":        (0.0,       0.0,         real(0, 1e9),         "largest gradient norm; 0: any"),
     "ema":              (0.0,       0.0,         real(0, 0.999999),    "decay of a saved average; 0: none"),
     "init_scale":       (14.0,      10.0,        real(1, 100),         "first logit scale (not its log)"),
-    "crop_scale":       (0.5,       0.9,         real(0, 1, above=True), "smallest share in a random crop"),
+    "crop_scale":       (0.5,       0.9,         real(0, 1, True),     "smallest share in a random crop"),
     "patch_dropout":    (0.5,       0.0,         real(0, 0.999),       "share of patches a step leaves out"),
     "gradient_checkpointing": (False, False,     bool,                 "less memory for a third more work"),
     "compile":          (False,     False,       bool,                 "torch.compile the ViT"),
     "holdout":          (0,         0,           whole(0, 10**9),      "images for the curve of Recall@1"),
     "eval_every":       (100,       1000,        whole(0, 10**9),      "steps between its points; 0: none"),
     "checkpoint_every": (200,       1000,        whole(0, 10**9),      "steps; 0: only at the end"),
-    "shuffle":          (50_000,    50_000,      whole(0, 10**9),      "tars: pictures shuffled at a time"),
     "cache":            (1.0,       0.0,         real(0, 1e6),         "GiB of pictures a loader keeps"),
     "workers":          (1,         8,           whole(0, 1024),       "loader processes of a rank"),
     "seed":             (0,         0,           whole(0, 2**63 - 1),  "of weights, order, crops, positives"),
@@ -85,7 +82,6 @@ SETTINGS = {
 # An interrupted run may go on with others of these: they change no gradient, or its last bits (accumulate).
 FREE = ("accumulate", "gradient_checkpointing", "eval_every", "checkpoint_every", "cache", "workers")
 MAX_LOGIT_SCALE = math.log(100)
-PEAK = {"H100": 989e12, "A100": 312e12}  # bfloat16 FLOP/s, dense, SXM (Nvidia's data sheets)
 STOP = []  # not empty once SIGTERM has come: save and leave
 
 
@@ -93,10 +89,8 @@ class Run(NamedTuple):
     """What all steps of a run share."""
     s: dict                  # the settings, with what the data fix filled in
     out: Path                # the checkpoint's folder
-    store: flame.Store
-    columns: list            # of the store, indices: those that are trained on
-    pictures: tuple          # to train on: rows of the store [n], files, places [n, 3] (data/pictures.py)
-    held_out: tuple          # for the curve of Recall@1: the same
+    batches: Batches         # of the store's rows that are trained on, a step's each (data/pictures.py)
+    held_out: tuple          # for the curve of Recall@1: rows of the store [n], files, places [n, 3]
     device: torch.device
     model: flame.Flame
     average: flame.Flame     # what is saved: the running average of the weights, or the model itself
@@ -235,7 +229,7 @@ def train(args, s):
         if earlier and earlier["step"] == s["steps"] and (out / "model.safetensors").exists():
             say(f"{out}: finished already, nothing to do; --overwrite trains anew")
             return
-        with memory_errors(s, device):
+        with memory_errors(s, device, ranks()):
             model, average, optimizer = build(store, columns, s, device, earlier)
             start = checkpoint.restore(out, s["steps"], model, average, optimizer) if earlier else 0
             encode = distribute(model, s["compile"])
@@ -243,34 +237,31 @@ def train(args, s):
             several = f", {ranks()} ranks" * (ranks() > 1)
             say(f"{s['images']} images x {len(columns)} embeddings -> {out}{several}{going_on}")
             say("  ".join(f"{name}={value}" for name, value in s.items()))
-            run = Run(s, out, store, columns, pictures, held_out, device, model, average, encode, optimizer)
+            batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
+            run = Run(s, out, batches, held_out, device, model, average, encode, optimizer)
             take_steps(run, start, open_board(out) if args.tensorboard and rank() == 0 else None)
 
 
 def start_ranks(name):
     """-> this rank's device; where torchrun has started several, they meet."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and name == "cuda":
+    if ranks() > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = command.usable_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if several:  # rank 0 alone indexes tars and fits the text projection, for minutes
+    if ranks() > 1:  # rank 0 alone indexes tars and fits the text projection, for minutes
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return device
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """torchrun says which of how many processes this is."""
+    return int(os.environ.get("RANK", 0))
 
 
 def ranks():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_ranks():
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def wait_for_all():
@@ -320,7 +311,7 @@ def settle(s, images, columns, D):
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
-    s["workers"] = min(s["workers"], (os.cpu_count() or 1) // local_ranks())
+    s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def build(store, columns, s, device, earlier):
@@ -329,9 +320,10 @@ def build(store, columns, s, device, earlier):
     earlier: the run to go on from, whose text projection is taken; other ranks get rank 0's.
     """
     torch.manual_seed(s["seed"])
+    few = len(store) < 4 * store.meta["D"]  # rows a dimension: their covariance is far from the corpus's
     fit = {"max_rows": 0} if earlier or rank() > 0 else {}
     trained_on = [store.meta["columns"][c] for c in columns]
-    text = fit_text_projection(store, s["text_projection"], shrinkage=s["shrinkage"], device=device,
+    text = fit_text_projection(store, s["text_projection"], shrinkage=few, device=device,
                                columns=trained_on, **fit)
     names = ("image_size", "patch_size", "width", "layers", "heads", "init", "projector_hidden", "pool_first")
     config = {name: s[name] for name in names}
@@ -345,13 +337,12 @@ def build(store, columns, s, device, earlier):
     model.visual.gradient_checkpointing = s["gradient_checkpointing"]
     model.to(device)
     if not s["accumulate"]:
-        s["accumulate"] = chunks_that_fit(model, s, device)
+        s["accumulate"] = chunks_that_fit(model, s, device, ranks())
         if earlier:  # and to the last bit
             s["accumulate"] = max(1, earlier["training"]["accumulate"])
     decayed = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": s["weight_decay"]}
     spared = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}  # biases ...
-    betas = 0.9, s["beta2"]
-    optimizer = torch.optim.AdamW([decayed, spared], lr=s["lr"], betas=betas, eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW([decayed, spared], lr=s["lr"], betas=(0.9, 0.95), fused=True)
     return model, copy.deepcopy(model) if s["ema"] else model, optimizer
 
 
@@ -370,43 +361,41 @@ def take_steps(run, start, board=None):
     """The loop: a batch, a step, a line in the log, now and then a checkpoint."""
     s, out = run.s, run.out
     lines = checkpoint.earlier_log(out, start)
-    batches = Batches(run.store, run.columns, run.pictures, s, s["steps"], rank(), ranks())
     loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
+        run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
     if start == s["steps"] and rank() == 0:  # the earlier run ended between the parts of its last checkpoint
         save(run, start)
-    done, waited, stop = start, 0.0, False
+    waited, stop = 0.0, False
     begun = clock = time.time()
     with tqdm(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
               disable=rank() > 0) as bar:
         for step, (batch, failed) in enumerate(loader, start):
             waited += time.time() - clock
-            loss, stop = take_step(run, step, batch, failed, batches)
+            loss, stop = take_step(run, step, batch, failed)
             if step == start:
                 if rank() == 0:
                     checkpoint.begin(out, start, lines)
                 wait_for_all()
             checkpoint.note_skipped(out, failed)
-            done = step + 1
             if rank() == 0:
                 spent = time.time() - begun
-                rate = (done - start) * s["batch"] / spent
+                rate = (step + 1 - start) * s["batch"] / spent
                 log_step(run, step, loss, rate, waited / spent, bar, board)
                 if stop or due(s, "checkpoint_every", step):
-                    save(run, done)
+                    save(run, step + 1)
             if stop:
                 break
             clock = time.time()
     if rank() == 0:
         checkpoint.tell_skipped(out)
         stopped = "; stopped, the same command goes on from here" * stop
-        print(f"{out}: {done} steps, {bar.postfix or 'nothing left to do'}{stopped}")
+        print(f"{out}: {bar.n} steps, {bar.postfix or 'nothing left to do'}{stopped}")
 
 
-def take_step(run, step, batch, failed, batches):
+def take_step(run, step, batch, failed):
     """One step of AdamW, on every rank alike; -> (mean loss over ranks, whether any was told to stop)."""
-    s = run.s
+    s, batches = run.s, run.batches
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
     if loss is None:
@@ -419,7 +408,7 @@ def take_step(run, step, batch, failed, batches):
         dist.all_reduce(status)
     loss, stop = (status / ranks()).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
-        keys = [run.store.keys[row] for row in run.pictures[0][batches.pictures(step)]]
+        keys = [batches.store.keys[row] for row in batches.rows[batches.pictures(step)]]
         files.write_text(run.out / "nan-batch.txt", "\n".join(keys))
         raise flame.InputError(
             f"{run.out}: the loss is {loss} at step {step}, batch {keys[0]} ... (all in nan-batch.txt there)"
@@ -455,19 +444,19 @@ def forward_backward(model, encode, batch, s, device):
     first = everyone[:rank() * len(pixels)].sum().item()
     readable = readable.to(device)
     half = flame.default_dtype(device) == torch.bfloat16
-    parts = np.array_split(np.arange(len(pixels)), min(s["accumulate"], len(pixels)))
-    chunks = [slice(part[0], part[-1] + 1) for part in parts]
+    n = min(s["accumulate"], len(pixels))
+    chunks = list(zip(pixels.tensor_split(n), [None] * n if kept is None else kept.tensor_split(n)))
 
     def encoded(chunk):
-        x = flame.to_pixels(pixels[chunk].to(device, non_blocking=True))
+        pixels, kept = (x if x is None else x.to(device, non_blocking=True) for x in chunk)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return encode(x, None if kept is None else kept[chunk].to(device, non_blocking=True))
+            return encode(flame.to_pixels(pixels), kept)
 
     def loss_of(image):
         scale = model.logit_scale.exp()
         return BlockwiseLoss.apply(image[readable], text, scale, model.logit_bias, s["loss"], first)
 
-    if len(chunks) == 1:
+    if n == 1:
         loss = loss_of(encoded(chunks[0]))
         loss.backward()
         return loss.detach()
@@ -477,12 +466,12 @@ def forward_backward(model, encode, batch, s, device):
     with torch.no_grad():
         image = torch.cat([encoded(chunk) for chunk in chunks])
     loss = loss_of(image.requires_grad_())
-    to_image, = torch.autograd.grad(loss, image, retain_graph=True)
-    for chunk in chunks[:-1]:
+    shares = torch.autograd.grad(loss, image, retain_graph=True)[0].tensor_split(n)
+    for chunk, share in zip(chunks[:-1], shares):
         with contextlib.nullcontext() if encode is model else encode.no_sync():
-            encoded(chunk).backward(to_image[chunk])
+            encoded(chunk).backward(share)
     # The loss's own parameters come along with the last.
-    torch.autograd.backward([encoded(chunks[-1]), loss], [to_image[chunks[-1]], None])
+    torch.autograd.backward([encoded(chunks[-1]), loss], [shares[-1], None])
     return loss.detach()
 
 
@@ -511,86 +500,12 @@ def due(s, every, step):
 
 
 def save(run, step):
-    checkpoint.save(run.out, step, run.s, run.store, run.model, run.average, run.optimizer)
+    checkpoint.save(run.out, step, run.s, run.batches.store, run.model, run.average, run.optimizer)
 
 
 def outlive_sigterm(worker):
     """Clusters tell a whole process group to end: a rank saves and leaves, and its loaders with it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What a step takes: memory, and what to do where it is too much; operations
-
-def bytes_per_image(config, device, patch_dropout=0.0, gradient_checkpointing=False):
-    """What the forward pass of one picture keeps for the backward pass, or a little more."""
-    width, layers = config["width"], config["layers"]
-    size = flame.default_dtype(device).itemsize  # of what matrix products take and give
-    tokens = 1 + patches_kept(config, patch_dropout)
-    # A block, a token: the two norms' inputs and outputs; q, k, v; what attention mixes; the MLP's two inner
-    # states of 4 widths; what is float32 in bfloat16's place; and the attention matrix, which only fused
-    # kernels do without.
-    block = tokens * size * (18 * width + config["heads"] * tokens)
-    blocks = block + 4 * layers * tokens * width if gradient_checkpointing else layers * block
-    projector = size * (width + 2 * config["projector_hidden"] + 2 * config["text_dim"])
-    return blocks + (1 if config["pool_first"] else tokens - 1) * projector
-
-
-def flops_per_image(config, patch_dropout=0.0):
-    """Of a forward pass: ViT's and projector's matrix products, 2 a multiplication. Backward takes twice."""
-    width, kept = config["width"], patches_kept(config, patch_dropout)
-    stem = 2 * patches_kept(config) * 3 * config["patch_size"] ** 2 * width
-    blocks = config["layers"] * (1 + kept) * (24 * width ** 2 + 4 * (1 + kept) * width)
-    projector = 2 * config["projector_hidden"] * (width + config["text_dim"])
-    return stem + blocks + (1 if config["pool_first"] else kept) * projector
-
-
-def patches_kept(config, patch_dropout=0.0):
-    return max(1, round((config["image_size"] // config["patch_size"]) ** 2 * (1 - patch_dropout)))
-
-
-def chunks_that_fit(model, s, device):
-    """In how many chunks a rank has to encode its images so that a step fits the device's memory.
-
-    By the memory that there is, not what is free just now, so that the same command takes the same steps.
-    """
-    if device.type == "cuda":
-        room = 0.8 * torch.cuda.get_device_properties(device).total_memory
-    else:
-        room = 0.5 * main_memory() / local_ranks()
-    room -= 22 * sum(p.numel() for p in model.parameters())  # weights, gradients, moments, average, a half
-    room -= 16 * s["batch"] * s["positives"] * model.config["text_dim"]  # the texts of all ranks on their way
-    images = s["batch"] // ranks()
-    kept = images * bytes_per_image(model.config, device, s["patch_dropout"], s["gradient_checkpointing"])
-    return min(images, math.ceil(1.3 * kept / max(room, 1)))  # 1.3: what comes and goes in between
-
-
-def main_memory():
-    """Bytes: the machine's, or the control group's where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
-
-
-@contextlib.contextmanager
-def memory_errors(s, device):
-    """Out of memory becomes one line that says what to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))  # CUDA, CPU, cuBLAS
-        if isinstance(error, RuntimeError) and not known:
-            raise
-        images, chunks = s["batch"] // ranks(), max(1, s["accumulate"])
-        if chunks < images:
-            cure = f"--accumulate {min(2 * chunks, images)}: the same gradient in smaller chunks"
-        elif not s["gradient_checkpointing"]:
-            cure = "--gradient-checkpointing: the same gradient for a third more work"
-        else:
-            cure = f"a --batch below {s['batch']}, or a smaller model"
-        tried = f"--batch {s['batch']} --accumulate {chunks}"
-        raise flame.InputError(f"out of memory on {device}, {tried}; give {cure}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -607,7 +522,8 @@ def log_step(run, step, loss, rate, waited, bar, board):
     entry = {"step": step, "loss": round(loss, 5), "scale": round(scale, 3), "bias": round(bias, 3),
              "lr": learning_rate(step, s), "images_per_s": round(rate, 1), "waited": round(waited, 4)}
     if s["holdout"] and s["eval_every"] and due(s, "eval_every", step):
-        recall, failed = held_out_recall(run.average, run.store, run.columns, *run.held_out, run.device)
+        store, columns = run.batches.store, run.batches.columns
+        recall, failed = held_out_recall(run.average, store, columns, *run.held_out, run.device)
         checkpoint.note_skipped(run.out, failed)
         found = "none can be read"
         if recall is not None:
@@ -624,11 +540,8 @@ def log_step(run, step, loss, rate, waited, bar, board):
     if s["loss"] not in SOFTMAX:
         told += f", bias {bias:.1f}"
     told += f", {rate:.0f} images/s, {waited:.1%} of the time waited for data"
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
-    for gpu, peak in PEAK.items():
-        if gpu in name:
-            flops = 3 * rate * flops_per_image(run.model.config, s["patch_dropout"]) / ranks()
-            told += f", MFU {flops / peak:.1%}"
+    flops = 3 * flops_per_image(run.model.config, s["patch_dropout"]) * rate / ranks()
+    told += share_of_peak(run.device, flops)
     bar.set_postfix_str(told, refresh=False)
     bar.update()
 
@@ -690,6 +603,7 @@ def read_arguments(argv):
             how = {"choices": values}
         else:
             how = {"type": values, "metavar": "X"}
+
         add("--" + name.replace("_", "-"), help=f"{what} ({demo} / {cc3m})", **how)
     args = parser.parse_args(argv)
     if not args.embeddings:
@@ -713,8 +627,7 @@ def read_arguments(argv):
 def main(argv=None):
     def body():
         args, s = read_arguments(argv)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"store: {args.embeddings}, preset: {args.preset}")
+        say(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
         train(args, s)
         if ranks() > 1:

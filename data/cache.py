@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import flame
 from data import files
@@ -187,3 +188,20 @@ def write_index(path, index):
     except InputError as error:
         reason = str(error).partition(";")[0]
         print(f"{reason}; no index is kept, the next search encodes every picture again", file=sys.stderr)
+
+
+def recall(cached, keys, size, make, **bar):
+    """The `size` bytes under each key; None where they are neither there nor can be made.
+
+    make(indices of what is not there) yields (some of these, their bytes), which are kept at once: a run that
+    is interrupted loses no more than it was at. bar: how tqdm names the progress.
+    """
+    blobs = [find(cached, key, size) for key in keys]
+    missing = [i for i, blob in enumerate(blobs) if blob is None]
+    with tqdm(total=len(missing), mininterval=1, disable=not missing, **bar) as progress:
+        for some, made in make(missing) if missing else ():
+            cached.update((keys[i], blob) for i, blob in zip(some, made))
+            for i, blob in zip(some, made):
+                blobs[i] = blob
+            progress.update(len(some))
+    return blobs

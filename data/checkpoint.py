@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -163,3 +164,22 @@ def tell_skipped(out):
         some = ", ".join(skipped[:5]) + ", ..." * (len(skipped) > 5)
         pictures = "pictures" if len(skipped) > 1 else "picture"
         print(f"skipped {len(skipped)} unreadable {pictures}, listed in {path}: {some}", file=sys.stderr)
+
+
+def newest_checkpoint(folder=Path("out")):
+    """The finished checkpoint under `folder` that was written last. flame.InputError if there is none."""
+    nothing = type(None)
+    cure = "mend it, remove its folder, or name another checkpoint with --checkpoint"
+    finished = []
+    for path in folder.glob("*/config.json"):
+        weights = path.with_name("model.safetensors")
+        if not weights.exists():
+            continue
+        config = flame.read_json(path, {"step": (int, nothing), "training": (dict, nothing)}, cure)
+        steps = (config.get("training") or {}).get("steps")
+        if config.get("step") in (None, steps):  # else a run still training
+            finished.append((weights.stat().st_mtime, path.parent))
+    if not finished:
+        raise flame.InputError(f"{folder}: no finished checkpoint; "
+                               "run train.py, or name one with --checkpoint")
+    return max(finished)[1]

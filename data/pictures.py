@@ -27,6 +27,7 @@ from flame import InputError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LARGEST = 1 << 30  # bytes of a picture's file
 LOOKED_AT = 1000   # pictures that stand for all of them where it is asked whether they are there
+SHUFFLE = 50_000   # pictures are put off at most: several tars are mixed, each is still read nearly in order
 DRAWS = 22         # numbers that fix a crop: two for its place, two for each of ten tries to fit it in
 
 
@@ -245,11 +246,11 @@ class Batches(torch.utils.data.Dataset):
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        """Files (pictures, tars) in random order; then each picture is put off by up to `shuffle` places."""
+        """Files (pictures, tars) in random order; then each picture is put off by up to SHUFFLE places."""
         rng = np.random.default_rng([self.settings["seed"], 1, epoch])
         turn = rng.permutation(len(self.files))
         line = np.argsort(turn[self.places[:, 0]], kind="stable")
-        put_off = np.arange(len(line)) + self.settings["shuffle"] * rng.random(len(line))
+        put_off = np.arange(len(line)) + SHUFFLE * rng.random(len(line))
         return line[np.argsort(put_off, kind="stable")]
 
     def pictures(self, step):

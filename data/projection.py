@@ -76,7 +76,8 @@ def whitening(covariance, ridge, rank, shrink_rows=0):
     if shrink_rows:
         trace = variances.sum()
         squares = (variances ** 2).sum()
-        share = (squares + trace ** 2) / ((shrink_rows + 1) * (squares - trace ** 2 / D))
+        spread = (squares - trace ** 2 / D).clamp_min(1e-300)  # 0 where all variances are alike
+        share = (squares + trace ** 2) / ((shrink_rows + 1) * spread)
         variances = torch.lerp(variances, trace.expand(D) / D, share.clamp(max=1))
     s = variances.sqrt().flip(0).clamp_min(1e-12)  # where all vectors are alike nothing is whitened
     wanted = 1 / (s + ridge * s[0])

@@ -804,11 +804,12 @@ def colours(tmp_path, monkeypatch):
     monkeypatch.setattr(flame, "llm_fingerprint", lambda folder: "f")
     monkeypatch.setattr(flame, "TextEncoder", ColourWords)
     monkeypatch.setattr(ColourWords, "lies", {})
+    monkeypatch.setattr(evaluate, "BATCH", 2)
     put(tmp_path / "out" / "run" / "config.json", "{}")
     put(tmp_path / "out" / "run" / "model.safetensors", "")
 
     def run(bench, *more):
-        code = evaluate.main(["--bench", bench, "--device", "cpu", "--batch-size", "2", *more])
+        code = evaluate.main(["--bench", bench, "--device", "cpu", *more])
         path = tmp_path / "results" / f"{bench}.json"
         return code, json.loads(path.read_text()) if path.exists() else None
     return run

@@ -51,9 +51,7 @@ from test_benchmarks import (
 
 
 def towers(model, encoder):
-    return evaluate.Towers(
-        model, lambda: encoder, flame.COLUMNS, "cosine", "cpu", 64, {}, "image tower", "text tower"
-    )
+    return evaluate.Towers(model, lambda: encoder, "cosine", "cpu", {}, "image tower", "text tower")
 
 
 # ---------------------------------------------------------------- metrics
@@ -187,11 +185,18 @@ def test_bad_embeddings_are_refused():
             evaluate.classification(good, good, owner)
 
 
+def intervals(hits, groups=None):
+    """Of the means of hits [N, F]; groups int [N]: what is resampled, the hits themselves where there are none."""
+    _, groups = np.unique(np.arange(len(hits)) if groups is None else groups, return_inverse=True)
+    samples = evaluate.sampled(hits, groups, groups.max() + 1)
+    return list(evaluate.figures(range(hits.shape[1]), samples)["ci95"].values())
+
+
 def test_interval_is_that_of_the_binomial():
     hits = np.arange(400) % 4 == 0
 
     def interval(hits, groups=None):
-        return evaluate.intervals(hits[:, None], groups)[0]
+        return intervals(hits[:, None], groups)[0]
 
     low, high = interval(hits)
     # Resampling n hits with replacement and counting them is a binomial draw: here 100 +- 1.96 * sqrt(75), of
@@ -215,7 +220,7 @@ def test_bootstrap_equals_its_loop():
         means.append(100 * hits[rows].mean(0))
     got = evaluate.bootstrap(hits, groups, 30)
     assert got == pytest.approx(np.array(means))
-    assert evaluate.intervals(hits, groups)[1] == pytest.approx(
+    assert intervals(hits, groups)[1] == pytest.approx(
         np.percentile(np.array(means)[:, 1], [2.5, 97.5])
     )
 
@@ -778,8 +783,6 @@ def test_prompts_without_a_trained_facet_are_refused(colours, tmp_path, monkeypa
     "wrong, message",
     [
         (["--bench", "nowhere"], "--bench"),
-        (["--bench", "coco", "--batch-size", "0"], "'0' is not a whole number from 1"),
-        (["--bench", "coco", "--batch-size", "x"], "'x' is not a whole number"),
         ([], "give --bench NAME"),
         (["--bench", "coco", "--device", "mps"], "--device mps"),
         (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
@@ -889,7 +892,8 @@ def test_thin_and_vanished_pictures_end_nothing(colours, tmp_path, monkeypatch):
         (root / "image" / "2.jpg").unlink()
         return encode_texts(self, texts, prompts)
     monkeypatch.setattr(ColourWords, "encode_batches", and_remove)
-    code, result = colours("urban1k", "--report", "--batch-size", "1")
+    monkeypatch.setattr(evaluate, "BATCH", 1)
+    code, result = colours("urban1k", "--report")
     assert code == 0 and result["text_to_image"]["R@1"] == 100
     page = data_of((tmp_path / "results" / "urban1k.html").read_text(encoding="utf-8"))
     assert len(page["pictures"]) == 5
@@ -1081,7 +1085,7 @@ def test_an_llm_of_another_width_is_refused(real, tmp_path, tiny_llm):
 
 def test_command_line_equals_one_by_one(real):
     """The JSON of the real command against flame.similarity of one picture and one caption at a time."""
-    done = command(real, "--bench", "demo", "--device", "cpu", "--batch-size", "3")
+    done = command(real, "--bench", "demo", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert f"checkpoint {Path('out/tiny')}" in done.stdout and f"LLM {Path('data/demo/llm')}" in done.stdout
     result = json.loads((real / "results" / "demo.json").read_text())

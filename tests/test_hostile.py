@@ -312,7 +312,6 @@ projector-hidden        -1 nan 999999999999999
 pool-first              maybe
 gradient-checkpointing  y
 compile                 on
-shrinkage               2
 loss                    softmax
 text-projection         whitening whiten:nan whiten:-1 foo=whiten raw=whiten:x linear,none
 init                    zeros
@@ -323,7 +322,6 @@ accumulate              -1 1.5
 epochs                  inf nan -1 0
 steps                   -1 1.5 nan
 lr                      nan -1 inf -inf 1e400 fast
-beta2                   2 -1 nan 1
 weight-decay            -1 nan inf
 warmup                  -1 nan
 clip-grad               -1 nan inf
@@ -334,7 +332,6 @@ patch-dropout           nan -0.1 1 1.5
 holdout                 -1 5000
 eval-every              -1 x
 checkpoint-every        -1
-shuffle                 -1
 cache                   -1 nan
 workers                 -1 x
 seed                    -1 99999999999999999999
@@ -368,12 +365,10 @@ data-root   nowhere images captions.tsv
 out         captions.tsv captions.tsv/x
 split       val train
 prompts     medium
-pool        median
 language    xx
 classes     nowhere
 probe       yes
 facets      5..2 0..3 x 1..99
-batch-size  0 -1 1e3 nan
 device      foo mps cuda:99
 """
 

@@ -15,7 +15,7 @@ from data.pictures import DRAWS, Batches, crop_box, find_pictures, open_picture,
 from test_captions import hostile, member, tar, within
 
 SETTINGS = {"image_size": 16, "patch_size": 8, "batch": 4, "positives": 2, "crop_scale": 0.9, "seed": 0,
-            "shuffle": 8, "patch_dropout": 0.0, "cache": 0.0}
+            "patch_dropout": 0.0, "cache": 0.0}
 
 
 def make_store(folder, keys, images=None):

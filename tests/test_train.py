@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself
+import data.pictures
 import flame
 import train
+from data import memory
 from data.pictures import DRAWS, Batches, crop_box, find_pictures, open_picture, random_crop
 from data.show import plots
 
@@ -213,6 +215,23 @@ def test_shrinkage_is_that_of_sklearn(small):
     assert (plain(u[:, None].float(), [3])[:, 0].double() - expected).abs().max() > 0.01
 
 
+def test_a_store_of_few_rows_is_shrunk(small, tmp_path, monkeypatch):
+    """Fewer than four rows a dimension; a longer one is taken as it is."""
+    asked = []
+    original = train.fit_text_projection
+
+    def spy(*store_and_spec, shrinkage, **how):
+        asked.append(shrinkage)
+        return original(*store_and_spec, shrinkage=shrinkage, **how)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "fit_text_projection", spy)
+    long = make_store(tmp_path / "data" / "long", make_pictures(tmp_path / "data", n=96))
+    for store in (small[0], long):  # 24 and 96 rows of width 24
+        assert train.main(["--embeddings", str(store), *SMALL, "--steps", "1"]) == 0
+    assert asked == [True, False]
+
+
 def test_kinds_per_prompt_set():
     expected = {"raw": ("center", 0.01, None), "short": ("none", 0.01, 0), "long": ("whiten", 0.1, 0)}
     spec = "raw=center,short=none+linear,long=whiten:0.1+linear"
@@ -354,7 +373,8 @@ def make_tars(folder, pictures, sizes=(9, 8, 7)):
     return folder
 
 
-def test_tars_hold_the_same_pictures_and_are_read_nearly_in_order(tmp_path):
+def test_tars_hold_the_same_pictures_and_are_read_nearly_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.pictures, "SHUFFLE", 8)
     pictures = make_pictures(tmp_path / "data", n=120)
     store = flame.open_store(make_store(tmp_path / "data/store", pictures))
     folder = make_tars(tmp_path / "data" / "tars", pictures, (50, 40, 30))
@@ -362,7 +382,7 @@ def test_tars_hold_the_same_pictures_and_are_read_nearly_in_order(tmp_path):
     assert [len(np.flatnonzero(places[:, 0] == n)) for n in range(3)] == [50, 40, 30]
     for row, place in zip(rows, places):
         assert np.array_equal(open_picture(tars, place), Image.open(tmp_path / "data" / store.images[row]))
-    batches = Batches(store, [0], found, settings_for(shuffle=8), 1)
+    batches = Batches(store, [0], found, settings_for(), 1)
     for epoch in range(3):
         order = batches.order(epoch)
         assert sorted(order) == list(range(120))
@@ -778,13 +798,13 @@ def test_bad_input_on_the_command_line(run, refused, small, tmp_path):
 # --- settings: all looked at together, before anything is read or made
 
 REFUSED = {
-    "--lr": "nan -1 inf much", "--beta2": "2 -0.1", "--weight-decay": "nan", "--warmup": "-1",
+    "--lr": "nan -1 inf much", "--weight-decay": "nan", "--warmup": "-1",
     "--clip-grad": "nan", "--epochs": "inf nan -1", "--steps": "-1 1e3", "--ema": "1",
     "--init-scale": "0 nan", "--seed": "-1 1.0",
     "--heads": "0 5 -1", "--width": "0 -24 1.5", "--layers": "0 100000000", "--patch-size": "0 -8 64",
     "--image-size": "0 65", "--projector-hidden": "-1", "--positives": "0 12", "--batch": "0 -3",
     "--accumulate": "-1", "--crop-scale": "0 1.1", "--patch-dropout": "nan -0.5", "--holdout": "-1",
-    "--eval-every": "-1", "--checkpoint-every": "-1", "--shuffle": "-1", "--cache": "nan", "--workers": "-1",
+    "--eval-every": "-1", "--checkpoint-every": "-1", "--cache": "nan", "--workers": "-1",
     "--loss": "hinge", "--init": "random", "--text-projection": "sharpen whiten:nan raw=whiten:0",
     "--pool-first": "y", "--compile": "on", "--preset": "cc12m", "--device": "foo mps cuda:99",
     "--no-such": "1"}
@@ -814,9 +834,10 @@ def test_what_the_data_refuse_leaves_nothing_behind_either(run, small, tmp_path,
 
 
 def test_flags_that_are_on_or_off(run, small, tmp_path):
-    assert fit(run, small[0], "--steps 1 --no-pool-first --shrinkage").returncode == 0
+    flags = "--steps 1 --no-pool-first --gradient-checkpointing"
+    assert fit(run, small[0], flags).returncode == 0
     was = settings_of(tmp_path / "out/store")
-    assert (was["pool_first"], was["shrinkage"], was["compile"]) == (False, True, False)
+    assert (was["pool_first"], was["gradient_checkpointing"], was["compile"]) == (False, True, False)
 
 
 # --- the published recipe
@@ -875,13 +896,13 @@ def test_memory_of_a_picture_is_what_autograd_keeps(monkeypatch, dtype, other):
         model.encode_image(torch.randn(8, 3, 32, 32), patches)
     counted = sum(x.untyped_storage().nbytes() for x in kept.values()) / 8
     monkeypatch.setattr(flame, "default_dtype", lambda device: dtype)
-    assert counted <= train.bytes_per_image(config, "cpu", dropout) <= 1.25 * counted
-    assert train.bytes_per_image(config, "cpu", dropout, gradient_checkpointing=True) < 0.8 * counted
+    assert counted <= memory.bytes_per_image(config, "cpu", dropout) <= 1.25 * counted
+    assert memory.bytes_per_image(config, "cpu", dropout, gradient_checkpointing=True) < 0.8 * counted
 
 
 def test_chunks_are_chosen_by_the_memory_and_change_no_gradient(run, small, tmp_path, monkeypatch):
     assert fit(run, small[0], "--steps 4 --name whole").returncode == 0
-    monkeypatch.setattr(train, "main_memory", lambda: 1 << 19)
+    monkeypatch.setattr(memory, "main_memory", lambda: 1 << 19)
     assert fit(run, small[0], "--steps 4 --name chunks").returncode == 0
     assert settings_of(tmp_path / "out/whole")["accumulate"] == 1
     assert 1 < settings_of(tmp_path / "out/chunks")["accumulate"] <= 12
@@ -897,10 +918,9 @@ def test_the_presets_step_fits_one_gpu(monkeypatch):
     s = {name: row[1] for name, row in train.SETTINGS.items()}
     model = torch.nn.Linear(10_000, 11_500, device="meta")  # as many parameters
     model.config = s | {"projector_hidden": 5120, "text_dim": 5120}
-    assert 3072 * train.bytes_per_image(model.config, torch.device("cuda")) > 200e9
-    assert 4 <= train.chunks_that_fit(model, s, torch.device("cuda")) <= 8
-    monkeypatch.setattr(train, "ranks", lambda: 8)
-    assert train.chunks_that_fit(model, s, torch.device("cuda")) == 1
+    assert 3072 * memory.bytes_per_image(model.config, torch.device("cuda")) > 200e9
+    assert 4 <= memory.chunks_that_fit(model, s, torch.device("cuda")) <= 8
+    assert memory.chunks_that_fit(model, s, torch.device("cuda"), ranks=8) == 1
 
 
 def test_out_of_memory_says_what_to_change(run, refused, small, tmp_path, monkeypatch):

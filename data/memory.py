@@ -1,0 +1,92 @@
+"""What a training step takes, memory and operations, and what to do where it is too much."""
+import math
+import os
+import re
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+import flame
+
+PEAK = {"H100": 989e12, "A100": 312e12}  # bfloat16 FLOP/s, dense, SXM (Nvidia's data sheets)
+
+
+def patches_kept(config, patch_dropout=0.0):
+    return max(1, round((config["image_size"] // config["patch_size"]) ** 2 * (1 - patch_dropout)))
+
+
+def flops_per_image(config, patch_dropout=0.0):
+    """Of a forward pass: ViT's and projector's matrix products, 2 a multiplication. Backward takes twice."""
+    width, kept = config["width"], patches_kept(config, patch_dropout)
+    stem = 2 * patches_kept(config) * 3 * config["patch_size"] ** 2 * width
+    blocks = config["layers"] * (1 + kept) * (24 * width ** 2 + 4 * (1 + kept) * width)
+    projector = 2 * config["projector_hidden"] * (width + config["text_dim"])
+    return stem + blocks + (1 if config["pool_first"] else kept) * projector
+
+
+def share_of_peak(device, flops):
+    """Of FLOP/s, as text; none where the GPU's peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for gpu, peak in PEAK.items():
+        if gpu in name:
+            return f", MFU {flops / peak:.1%}"
+    return ""
+
+
+def bytes_per_image(config, device, patch_dropout=0.0, gradient_checkpointing=False):
+    """What the forward pass of one picture keeps for the backward pass, or a little more."""
+    width, layers = config["width"], config["layers"]
+    size = flame.default_dtype(device).itemsize  # of what matrix products take and give
+    tokens = 1 + patches_kept(config, patch_dropout)
+    # A block, a token: the two norms' inputs and outputs; q, k, v; what attention mixes; the MLP's two inner
+    # states of 4 widths; what is float32 in bfloat16's place; and the attention matrix, which only fused
+    # kernels do without.
+    block = tokens * size * (18 * width + config["heads"] * tokens)
+    blocks = block + 4 * layers * tokens * width if gradient_checkpointing else layers * block
+    projector = size * (width + 2 * config["projector_hidden"] + 2 * config["text_dim"])
+    return blocks + (1 if config["pool_first"] else tokens - 1) * projector
+
+
+def chunks_that_fit(model, s, device, ranks=1):
+    """In how many chunks a rank has to encode its images so that a step fits the device's memory.
+
+    By the memory that there is, not what is free just now, so that the same command takes the same steps.
+    """
+    if device.type == "cuda":
+        room = 0.8 * torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = 0.5 * main_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room -= 22 * sum(p.numel() for p in model.parameters())  # weights, gradients, moments, average, a half
+    room -= 16 * s["batch"] * s["positives"] * model.config["text_dim"]  # the texts of all ranks on their way
+    images = s["batch"] // ranks
+    kept = images * bytes_per_image(model.config, device, s["patch_dropout"], s["gradient_checkpointing"])
+    return min(images, math.ceil(1.3 * kept / max(room, 1)))  # 1.3: what comes and goes in between
+
+
+def main_memory():
+    """Bytes: the machine's, or the control group's where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # there is none, or it says "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+@contextmanager
+def memory_errors(s, device, ranks=1):
+    """Out of memory becomes one line that says what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))  # CUDA, CPU, cuBLAS
+        if isinstance(error, RuntimeError) and not known:
+            raise
+        images, chunks = s["batch"] // ranks, max(1, s["accumulate"])
+        if chunks < images:
+            cure = f"--accumulate {min(2 * chunks, images)}: the same gradient in smaller chunks"
+        elif not s["gradient_checkpointing"]:
+            cure = "--gradient-checkpointing: the same gradient for a third more work"
+        else:
+            cure = f"a --batch below {s['batch']}, or a smaller model"
+        tried = f"--batch {s['batch']} --accumulate {chunks}"
+        raise flame.InputError(f"out of memory on {device}, {tried}; give {cure}") from None
