@@ -1275,6 +1275,7 @@ class Store:
         if dtype not in ("float16", "int8"):
             raise InputError(f"{meta}: 'store' is {dtype!r}, neither float16 nor int8; {self.CURE}")
         M = len(columns)
+        self.columns = [COLUMNS.index(column) for column in columns]
         self.vectors = read_array(self.path / "embeddings.npy", dtype, (N, M, D), self.CURE)
         self.scales = self.statistics = None
         if dtype == "int8":
@@ -1290,12 +1291,16 @@ class Store:
         return Store, (self.path,)
 
     def read(self, rows, columns):
-        """int [n] rows, int [n, m] or [m] columns -> float32 tensor [n, m, D] of unit vectors.
+        """int [n] rows, int [n, m] or [m] columns, as COLUMNS has them -> float32 [n, m, D] of unit vectors.
 
         Raises ValueError where there is no such row or column.
         """
         N, M, D = self.vectors.shape
-        index = np.ravel_multi_index((np.asarray(rows)[:, None], np.atleast_2d(columns)), (N, M))
+        columns = np.atleast_2d(columns)
+        if not np.isin(columns, self.columns).all():
+            raise ValueError(f"columns {columns.tolist()}: the store has {self.columns}")
+        place = np.searchsorted(self.columns, columns)  # where they lie in the store
+        index = np.ravel_multi_index((np.asarray(rows)[:, None], place), (N, M))
         if flame_ext:  # one pass over memory that knows nothing of what lies between
             out = torch.empty(*index.shape, D)
             flame_ext.unit_vectors(self.vectors, index.ravel(), out.view(-1, D), self.scales, self.statistics)

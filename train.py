@@ -275,13 +275,13 @@ def say(text):
 
 
 def chosen_columns(store, names):
-    """Indices of the store's columns to train on."""
+    """Those of flame.COLUMNS to train on, by number."""
     have = store.meta["columns"]
     names = [name.strip() for name in names.split(",")] if names else have
     for name in names:
         if name not in have or names.count(name) > 1:
             raise flame.InputError(f"--columns: {name!r} twice, or not in {store.path}: {','.join(have)}")
-    return [have.index(name) for name in names]
+    return [flame.COLUMNS.index(name) for name in names]
 
 
 def split_pictures(store, folder, out, s):
@@ -322,16 +322,15 @@ def build(store, columns, s, device, earlier):
     torch.manual_seed(s["seed"])
     few = len(store) < 4 * store.meta["D"]  # rows a dimension: their covariance is far from the corpus's
     fit = {"max_rows": 0} if earlier or rank() > 0 else {}
-    trained_on = [store.meta["columns"][c] for c in columns]
     text = fit_text_projection(store, s["text_projection"], shrinkage=few, device=device,
-                               columns=trained_on, **fit)
+                               columns=columns, **fit)
     names = ("image_size", "patch_size", "width", "layers", "heads", "init", "projector_hidden", "pool_first")
     config = {name: s[name] for name in names}
     config["init_logit_scale"] = math.log(s["init_scale"])
     config["text_dim"], config["text_rank"] = text.basis.shape[1:]
     config["text_mapped"] = [flame.COLUMNS[c] for c in text.mapped]
     config["text_map_rank"] = text.down.shape[-1] if hasattr(text, "down") else 0
-    config["columns"] = trained_on
+    config["columns"] = [flame.COLUMNS[c] for c in columns]
     model = flame.Flame(config)
     model.text = text
     model.visual.gradient_checkpointing = s["gradient_checkpointing"]
@@ -552,9 +551,10 @@ def held_out_recall(model, store, columns, rows, paths, places, device):
 
     By the long facets where they are trained on. Ties count as misses.
     """
-    names = store.meta["columns"]
-    columns = [c for c in columns if names[c].startswith("long")] or columns
-    images, read, failed = [], [], []
+    columns = [c for c in columns if flame.COLUMNS[c].startswith("long")] or columns
+    images = []
+    read = []
+    failed = []
     for row, place in zip(rows.tolist(), places):
         try:
             images.append(model.preprocess(open_picture(paths, place)))
@@ -565,8 +565,7 @@ def held_out_recall(model, store, columns, rows, paths, places, device):
         return None, failed
     parts = torch.stack(images).split(64)
     image = torch.cat([model.encode_image(part.to(device)) for part in parts])
-    named = [flame.COLUMNS.index(names[c]) for c in columns]
-    text = model.text(store.read(read, columns).to(device), named)
+    text = model.text(store.read(read, columns).to(device), columns)
     score = flame.similarity(image, text)
     right = (score >= score.diagonal()[:, None]).sum(1) == 1
     return 100 * right.float().mean().item(), failed

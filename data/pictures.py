@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import flame
 from data.captions import DAMAGED, read_captions, report_skipped, sample_name, skip, tar_files
 from data.files import write
 from flame import InputError
@@ -224,15 +223,14 @@ def random_crop(image, size, smallest, draw):
 class Batches(torch.utils.data.Dataset):
     """Item t is this rank's slice of the batch of step t, a pure function of the seed and t.
 
-    -> (pixels uint8 [b, 3, S, S], facets float16 [b, P, D], columns int64 [b, P] as the text projection has
-    them, readable bool [b], patches to keep int64 [b, n] or None), [(key, why it could not be read)].
+    -> (pixels uint8 [b, 3, S, S], facets float16 [b, P, D], their columns int64 [b, P], readable bool [b],
+    patches to keep int64 [b, n] or None), [(key, why it could not be read)].
     An unreadable picture's pixels are 0.
     """
 
     def __init__(self, store, columns, pictures, settings, steps, rank=0, world=1):
         self.store = store
         self.columns = np.array(columns)
-        self.named = np.array([flame.COLUMNS.index(store.meta["columns"][c]) for c in columns])
         self.rows, self.files, self.places = pictures
         self.settings = settings
         self.steps = steps
@@ -263,7 +261,7 @@ class Batches(torch.utils.data.Dataset):
         size = s["image_size"]
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
-        picks = self.some(rng, len(self.columns), s["positives"])
+        columns = self.columns[self.some(rng, len(self.columns), s["positives"])]
         patches = (size // s["patch_size"]) ** 2
         kept = max(1, round(patches * (1 - s["patch_dropout"])))
         kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
@@ -277,8 +275,8 @@ class Batches(torch.utils.data.Dataset):
             except Exception as error:  # decoders raise nearly anything on a stranger's bytes
                 readable[i] = False
                 bad.append((self.store.keys[self.rows[n]], reason(error)))
-        facets = self.store.read(self.rows[chosen], self.columns[picks]).half()
-        return (pixels, facets, torch.from_numpy(self.named[picks]), readable, kept), bad
+        facets = self.store.read(self.rows[chosen], columns).half()
+        return (pixels, facets, torch.from_numpy(columns), readable, kept), bad
 
     def some(self, rng, n, k):
         """k of n for each picture of this rank, without replacement."""

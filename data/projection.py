@@ -18,7 +18,7 @@ RANK = 1024   # directions that are treated one by one; eleven full maps at D = 
 
 def fit_text_projection(store, spec, ridge=RIDGE, rank=RANK, max_rows=100_000, shrinkage=False, device="cpu",
                         columns=None):
-    """-> flame.TextProjection, from one pass over the store. columns: names of those that are trained on.
+    """-> flame.TextProjection, from one pass over the store. columns: those that are trained on.
 
     Per column: u = x / |x|, mean mu of u; "center" maps u to u - mu, "whiten" to W (u - mu), see `whitening`.
     Float64 on `device`, a D x D matrix at a time: 210 MB at D = 5120. More than max_rows rows (drawn from a
@@ -26,21 +26,19 @@ def fit_text_projection(store, spec, ridge=RIDGE, rank=RANK, max_rows=100_000, s
     """
     kinds = parse_projection(spec, ridge)
     D = store.meta["D"]
-    have = store.meta["columns"]
     rank = min(rank, D) if any(kind == "whiten" for kind, _, _ in kinds.values()) else 0
-    map_rank_of = {name: kinds[name.split(".")[0]][2] for name in columns or have}
-    mapped = [name for name, map_rank in map_rank_of.items() if map_rank is not None]
-    map_rank = map_rank_of[mapped[0]] if mapped else 0  # that of all
-    projection = flame.TextProjection(D, rank, [flame.COLUMNS.index(name) for name in mapped], map_rank)
+    of_column = [kinds[name.split(".")[0]] for name in flame.COLUMNS]
+    mapped = [c for c in columns or store.columns if of_column[c][2] is not None]
+    map_rank = of_column[mapped[0]][2] if mapped else 0  # that of all
+    projection = flame.TextProjection(D, rank, mapped, map_rank)
     rows = np.arange(len(store))
     if len(rows) > max_rows:
         rows = np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False))
-    for at, name in enumerate(have):
-        kind, ridge, _ = kinds[name.split(".")[0]]
+    for c in store.columns:
+        kind, ridge, _ = of_column[c]
         if kind == "none" or not max_rows:
             continue
-        c = flame.COLUMNS.index(name)
-        projection.mean[c], covariance = moments(store, rows, at, device)
+        projection.mean[c], covariance = moments(store, rows, c, device)
         if kind == "whiten":
             rest, basis, gain = whitening(covariance, ridge, rank, len(rows) if shrinkage else 0)
             projection.rest[c] = rest

@@ -367,7 +367,7 @@ def copy_windows(parts, out, meta):
             data["scales"] = part.scales[rows]
             if not np.array_equal(part.statistics, statistics):  # machines that round differently fitted them
                 every = range(len(part))[rows]
-                data = quantised(part.read(every, range(len(meta["columns"]))).numpy(), statistics)
+                data = quantised(part.read(every, part.columns).numpy(), statistics)
         write_rows(out, data, w * window)
     write_lines(out / "keys.txt", keys)
     write_lines(out / "images.txt", images)

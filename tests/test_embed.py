@@ -94,7 +94,14 @@ def test_reading_in_one_pass_and_step_by_step(here, tiny_llm, monkeypatch, store
 def test_prompts_choose_columns(here, tiny_llm):
     write_tsv(here / "small.tsv", ROWS[:3])
     main("--captions", "small.tsv", "--llm", tiny_llm, "--prompts", "long,raw", "--out", "some/where")
-    assert flame.open_store("some/where").meta["columns"] == ["raw.0"] + [f"long.{k}" for k in range(7)]
+    store = flame.open_store("some/where")
+    assert store.meta["columns"] == ["raw.0"] + [f"long.{k}" for k in range(7)]
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    expected = torch.nn.functional.normalize(encoder.encode([r["long"] for r in ROWS[:3]], "long"), dim=-1)
+    read = store.read(range(3), range(4, 11))  # columns have the numbers of flame.COLUMNS in every store
+    torch.testing.assert_close(read, expected, rtol=0, atol=2e-3)
+    with pytest.raises(ValueError, match="columns"):
+        store.read([0], [1])
 
 
 @pytest.mark.parametrize("where", [1, 3, 4])
@@ -201,7 +208,7 @@ def test_int8_keeps_what_whitening_looks_at(here, llm):
         main("--captions", "many.tsv", "--llm", llm, "--prompts", "short", "--store", store, "--out", store)
     small, large = flame.open_store("int8"), flame.open_store("float16")
     assert small.vectors.nbytes * 2 == large.vectors.nbytes
-    a, b = (s.read(range(96), range(3)) for s in (small, large))
+    a, b = (s.read(range(96), s.columns) for s in (small, large))
     mean, deviation = b.mean(0), b.std(0)
     a, b = ((x - mean) / deviation for x in (a, b))
     assert torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() > 0.998

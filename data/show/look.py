@@ -142,7 +142,7 @@ def inspect(args):
 
     # Facets of 2,000 rows, evenly spaced, say as much as all of them.
     some = np.unique(np.linspace(0, N - 1, min(N, 2000)).astype(int))
-    states = store.read(some, range(M))
+    states = store.read(some, store.columns)
     print_distinctness(states, meta)
     if not flame.same_llm(meta["llm"]["fingerprint"], args.llm):
         raise flame.InputError(f"{args.llm}: another LLM than the store's ({meta['llm']['name']}); "
