@@ -62,8 +62,8 @@ def cell(part, key, direction=None):
     if direction:
         part = part[direction]
         ci95 = ci95.get(direction, {})
-    interval = " [{:5.1f}, {:5.1f}]".format(*ci95[key]) if key in ci95 else " " * 15
-    return f"{part[key]:5.1f}{interval}"
+    interval = "[{:.1f}, {:.1f}]".format(*ci95[key]) if key in ci95 else ""
+    return f"{part[key]:5.1f} {interval:14}"
 
 
 def cells(part, keys, direction=None):
