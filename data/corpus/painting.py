@@ -178,7 +178,7 @@ def draw_scene(scene, rng):
     main, minor, relation, background = scene
 
     def stray(centre, across, along):
-        """Off the centre, the more so across the line between the objects: the relation stays plain to see."""
+        """Off the centre, the more so across the objects' line: the relation stays plain to see."""
         x, y = centre
         return (x + along, y + across) if relation in ("left", "right") else (x + across, y + along)
 
