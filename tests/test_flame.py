@@ -104,7 +104,9 @@ def test_pieces_have_the_ids_of_the_whole_string(llm, caption, prompts):
 
 def test_unstable_piece_boundaries_are_noticed():
     """A tokenizer of two-letter tokens: where a facet's tokens begin depends on the caption's length."""
-    encode = lambda text: [ord(a) * 5000 + ord(b) for a, b in zip(text[::2], text[1::2] + " ")]
+    def encode(text):
+        return [ord(a) * 5000 + ord(b) for a, b in zip(text[::2], text[1::2] + " ")]
+
     tokenizer = flame.Tokenizer(encode, lambda texts: [encode(t) for t in texts], None)
     for caption in ("A cat.", "A cats."):
         (prefix,), (facets,) = flame.tokenize(tokenizer, [caption], "long")
