@@ -3,8 +3,8 @@
 Cao, Wei, Ma: "FLAME: Frozen Large Language Models Enable Data-Efficient Language-Image Pre-training", CVPR
 2025. Down to the line in the middle this file is the whole method, in the order data flows:
 
-    caption -> prompts -> segment forest -> frozen decoder -> facet embeddings     (text; never trained)
-    picture -> vision transformer -> projector                                     (image; trained to meet the facets)
+    caption -> prompts -> segment forest -> frozen decoder -> facets  (text; never trained)
+    picture -> vision transformer -> projector                        (image; trained to meet the facets)
     similarity of the two = mean over facets of the cosine
 
 Below the line are files: an LLM's folder, tokenizers, the embedding store, checkpoints.
@@ -20,11 +20,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-# oneDNN, and torch in front of it, keep a kernel for every number of rows that a matrix product ever had. Packed
-# rows have any length, so memory would grow; 128 kernels are as fast. Read at the first product.
-for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(cache, "128")
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,6 +32,12 @@ except ImportError:
     flame_ext = None
 
 
+# oneDNN, and torch in front of it, keep a kernel for every number of rows that a matrix product ever had.
+# Packed rows have any length, so memory would grow; 128 kernels are as fast. The first product reads these.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+
+
 class InputError(Exception):
     """Bad input from outside. Its text is one line: the file, the line in it, what is wrong, and the cure."""
 
@@ -46,7 +47,7 @@ class InputError(Exception):
 
 class PromptSet(NamedTuple):
     prefix: str              # holds "{}" where the caption goes
-    facets: tuple[str, ...]  # K questions; a facet is the state at one's last token, the answer's opening quote
+    facets: tuple[str, ...]  # K questions; a facet is the state at one's last token, the opening quote
 
 
 FACETS = (
@@ -422,8 +423,8 @@ class TextEncoder:
         token = tokens.max().item()
         vocabulary = len(self.decoder.embedding)
         if token >= vocabulary:
-            raise InputError(f"{self.llm_dir}: its tokenizer says {token}, its weights have {vocabulary} tokens; "
-                             "they belong to different models")
+            raise InputError(f"{self.llm_dir}: its tokenizer says {token}, its weights have {vocabulary} "
+                             "tokens; they belong to different models")
 
     def longest_beginning(self, caption, prompts):
         """(prefix ids, facet ids) of as much of a caption as fits into the context; the prompt is never cut.
@@ -442,8 +443,8 @@ class TextEncoder:
                 high = middle - 1
         best = ids_of(low)
         if token_count(*best) > self.context:
-            raise InputError(f"{self.llm_dir}: its context of {self.context} tokens cannot hold the {prompts} "
-                             "prompts; choose another LLM or fewer prompts")
+            raise InputError(f"{self.llm_dir}: its context of {self.context} tokens cannot hold the "
+                             f"{prompts} prompts; choose another LLM or fewer prompts")
         self.truncated += 1
         return best
 
@@ -815,7 +816,8 @@ def llm_config(llm_dir):
 ROPE = {
     "default": ("rope_theta",),
     "linear": ("rope_theta", "factor"),
-    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
 }
 
 
@@ -913,8 +915,8 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
                              f"the folder is not a whole {config['model_type']} checkpoint")
         tensor = read(name)
         if tuple(tensor.shape) != shape:
-            raise InputError(f"{llm_dir}: tensor {name} has shape {list(tensor.shape)} where config.json implies "
-                             f"{list(shape)}; weights and config belong to different models")
+            raise InputError(f"{llm_dir}: tensor {name} has shape {list(tensor.shape)} where config.json "
+                             f"implies {list(shape)}; weights and config belong to different models")
         return tensor.to(device, to)
 
     embedding = weight("model.embed_tokens.weight", config["vocab_size"], config["hidden_size"])
@@ -1024,7 +1026,7 @@ def sample_files(digest, files):
 # Tokenizers
 
 class Tokenizer(NamedTuple):
-    encode: Callable        # str -> list[int], special tokens as the model's own tokenizer adds them by default
+    encode: Callable        # str -> list[int], special tokens as the model's own tokenizer adds them
     encode_batch: Callable  # list[str] -> list[list[int]]
     decode: Callable        # list[int] -> str
 
@@ -1253,7 +1255,8 @@ class Store:
     folder is none, is unfinished, or does not hold together.
     """
 
-    META = {"N": int, "D": int, "columns": list, "store": (str, NONE), "captions": {"path": str, "sha256": str},
+    META = {"N": int, "D": int, "columns": list, "store": (str, NONE),
+            "captions": {"path": str, "sha256": str},
             "llm": {"name": str, "fingerprint": str, "layer": int, "positions": str}}
     CURE = "run embed.py --overwrite"
 
@@ -1261,16 +1264,17 @@ class Store:
         self.path = Path(path)
         meta = self.path / "meta.json"
         if not meta.exists():
-            unfinished = (self.path / "journal.json").exists()
-            state = "is not finished; run the same" if unfinished else "is not an embedding store; make one with"
-            raise InputError(f"{self.path}: {state} embed.py{' command again' * unfinished}")
+            state = "is not an embedding store; make one with embed.py"
+            if (self.path / "journal.json").exists():
+                state = "is not finished; run the same embed.py command again"
+            raise InputError(f"{self.path}: {state}")
         self.meta = read_json(meta, self.META, self.CURE)
         N = self.meta["N"]
         D = self.meta["D"]
         columns = self.meta["columns"]
         if N < 1 or D < 1 or not columns or columns != [c for c in COLUMNS if c in columns]:
-            raise InputError(f"{meta}: N, D and columns must be above 0, and columns among {' '.join(COLUMNS)}; "
-                             f"{self.CURE}")
+            raise InputError(f"{meta}: N, D and columns must be above 0, and columns among "
+                             f"{' '.join(COLUMNS)}; {self.CURE}")
         dtype = self.meta.get("store", "float16")
         if dtype not in ("float16", "int8"):
             raise InputError(f"{meta}: 'store' is {dtype!r}, neither float16 nor int8; {self.CURE}")
@@ -1280,7 +1284,8 @@ class Store:
         self.scales = self.statistics = None
         if dtype == "int8":
             self.scales = read_array(self.path / "scales.npy", np.float32, (N, M), self.CURE)
-            self.statistics = np.array(read_array(self.path / "statistics.npy", np.float32, (2, M, D), self.CURE))
+            statistics = read_array(self.path / "statistics.npy", np.float32, (2, M, D), self.CURE)
+            self.statistics = np.array(statistics)
         self.keys = read_lines(self.path / "keys.txt", N, self.CURE)
         self.images = read_lines(self.path / "images.txt", N, self.CURE)
 

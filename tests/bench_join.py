@@ -1,9 +1,10 @@
-"""What `--join` takes at YFCC15M's size: seconds and peak memory of rank 0, which reads the file, and of others.
+"""What `--join` takes at YFCC15M's size: seconds and memory of rank 0, which reads the file, and of others.
 
     python tests/bench_join.py [--rows 15000000] [--ranks 8] [--folder DIR]
 
 The file is a JSON list of {"__key__", "minicpm"}, captions of about 600 bytes, its keys in another order than
-the captions'. Each rank is a process; peak memory is over the imports' own. All look up keys at the same time.
+the captions'. Each rank is a process; memory is the peak, over the imports' own. All look up keys at the same
+time.
 """
 import argparse
 import json

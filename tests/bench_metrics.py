@@ -1,9 +1,9 @@
-"""Recall@1, 5, 10 both ways of 5,000 images and 25,000 texts (D = 512): evaluate.retrieval against CLIP_benchmark's code.
+"""Recall@1, 5, 10 both ways: evaluate.retrieval against CLIP_benchmark's code.
 
     python tests/bench_metrics.py [--images 5000] [--per-image 5] [--dim 512] [--threads N]
 
-Each runs in a process of its own, alone. Memory is the process's peak (VmHWM) above what it held when the embeddings
-lay ready and the libraries had run once on a small example.
+5,000 images and 25,000 texts, D = 512. Each runs in a process of its own, alone. Memory is the process's peak
+(VmHWM) above what it held when the embeddings lay ready and the libraries had run once on a small example.
 """
 import argparse
 import json
@@ -40,7 +40,10 @@ def ours(text, image, owner):
 
 
 def clip_benchmark(text, image, owner):
-    """What clip_benchmark.metrics.zeroshot_retrieval.evaluate does once it has the embeddings, at its default batch of 64."""
+    """What clip_benchmark.metrics.zeroshot_retrieval.evaluate does once it has the embeddings.
+
+    64 is its default batch.
+    """
     import torch
     from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
     scores = torch.from_numpy(text) @ torch.from_numpy(image).t()
@@ -51,7 +54,9 @@ def clip_benchmark(text, image, owner):
 
 
 def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024    # MiB; Linux
+    """MiB; on Linux."""
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def measure(name, folder, threads):
@@ -59,7 +64,8 @@ def measure(name, folder, threads):
     torch.set_num_threads(threads)
     run = globals()[name]
     run(*example(20, 2, 64))
-    data = [np.load(Path(folder) / f"{part}.npy") for part in ("text", "image", "owner")]   # made elsewhere: making it takes memory, too
+    # Made elsewhere: making it takes memory, too.
+    data = [np.load(Path(folder) / f"{part}.npy") for part in ("text", "image", "owner")]
     before, start = peak(), time.perf_counter()
     recalls = run(*data)
     print(json.dumps({"seconds": time.perf_counter() - start, "mib": peak() - before, "recalls": recalls}))
@@ -83,9 +89,14 @@ if __name__ == "__main__":
             np.save(Path(folder) / f"{part}.npy", values)
         for name in ("ours", "clip_benchmark"):
             command = [sys.executable, __file__, "--threads", str(args.threads), "--only", name, folder]
-            result = results[name] = json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-            forth, back = (" ".join(f"{recall:.3f}" for recall in result["recalls"][half]) for half in (slice(3), slice(3, 6)))
-            print(f"{name:15} {result['seconds']:8.2f} s   {result['mib']:8.1f} MiB   text to image {forth}   image to text {back}", flush=True)
+            done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            results[name] = result
+            recalls = [f"{recall:.3f}" for recall in result["recalls"]]
+            print(f"{name:15} {result['seconds']:8.2f} s   {result['mib']:8.1f} MiB   "
+                  f"text to image {' '.join(recalls[:3])}   image to text {' '.join(recalls[3:])}",
+                  flush=True)
     a, b = results["ours"], results["clip_benchmark"]
+    difference = max(abs(x - y) for x, y in zip(a["recalls"], b["recalls"])) / 100
     print(f"{b['seconds'] / a['seconds']:.1f} x faster, {b['mib'] / max(a['mib'], 1):.1f} x less memory; "
-          f"largest difference of a share {max(abs(x - y) for x, y in zip(a['recalls'], b['recalls'])) / 100:.1e}")
+          f"largest difference of a share {difference:.1e}")

@@ -1,10 +1,11 @@
-"""Reading a training batch's texts: 6 of the 11 embeddings of random rows, from a store and from one .pth file per sample.
+"""Reading a training batch's texts, 6 of 11 embeddings of random rows: from a store, from a .pth file a row.
 
     python tests/bench_store.py                # D = 576 and 5120, 4,000 rows, batches of 256
     python tests/bench_store.py --rows 20000
 
-The peer is how the released FLAME code keeps them: a float16 [11, D] tensor a file, loaded whole. Cold: the files' pages are
-dropped from the system's cache before every batch. Warm: they were read just before. Rows are drawn anew for every batch.
+The peer is how the released FLAME code keeps them: a float16 [11, D] tensor a file, loaded whole. Cold: the
+files' pages are dropped from the system's cache before every batch. Warm: they were read just before. Rows
+are drawn anew for every batch.
 """
 import argparse
 import json
@@ -62,7 +63,8 @@ def main():
     parser.add_argument("--batches", type=int, default=20, help="timed batches of 256 rows (default 20)")
     args = parser.parse_args()
     flame.keep_freed_memory()  # as train.py does, for all ways alike
-    print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads; {args.rows} rows x {M}, batches of {BATCH} rows, {PICKED} embeddings a row -> float32 unit vectors")
+    print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads; {args.rows} rows x {M}, "
+          f"batches of {BATCH} rows, {PICKED} embeddings a row -> float32 unit vectors")
     print(f"{'D':>6} {'cache':6} {'':26} {'rows/s':>10} {'x .pth':>8}")
     for D in map(int, args.dims.split(",")):
         with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -70,7 +72,10 @@ def main():
             make(folder, args.rows, D)
 
             def from_files(rows, columns):
-                return torch.stack([torch.load(folder / "pth" / f"{row}.pth", map_location="cpu")[torch.from_numpy(c)] for row, c in zip(rows, columns)]).float()
+                picked = []
+                for row, own in zip(rows, torch.from_numpy(columns)):
+                    picked.append(torch.load(folder / "pth" / f"{row}.pth", map_location="cpu")[own])
+                return torch.stack(picked).float()
 
             ways = {"pth": (".pth file per sample", from_files)}
             for name in ("float16", "int8"):

@@ -180,7 +180,8 @@ def tree_demo(root):
             picture(root / "images" / "objects" / f"{n}{i}.png", n)
     put(root / "objects.tsv", "image\tobject\tsplit\n" + "".join(rows))
     put(root / "names.tsv", "object\ten\tfr\n" + "".join(f"{n}\t{n}\t{FOREIGN[n]}\n" for n in NAMES))
-    put(root / "synonyms.tsv", "object\tfirst\tsecond\n" + "".join(f"{n}\tvery {n}\t{n} hue\n" for n in NAMES))
+    synonyms = "".join(f"{n}\tvery {n}\t{n} hue\n" for n in NAMES)
+    put(root / "synonyms.tsv", f"object\tfirst\tsecond\n{synonyms}")
 
 
 def tree_sugarcrepe(root):
@@ -714,7 +715,11 @@ BROKEN = [
         lambda r: (r / "test.tsv").write_bytes(b"key\timage\traw\tshort\tlong\n\xff\n"),
         "test.tsv: line 2: not UTF-8",
     ),
-    ("demo", lambda r: put(r / "synonyms.tsv", "object\tfirst\nred\truby\n"), "synonyms.tsv: no row for 'blue'"),
+    (
+        "demo",
+        lambda r: put(r / "synonyms.tsv", "object\tfirst\nred\truby\n"),
+        "synonyms.tsv: no row for 'blue'",
+    ),
 ]
 
 

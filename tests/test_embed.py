@@ -30,11 +30,20 @@ from data.show import look
 from data.captions import read_captions
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = [{"key": f"k{i}", "image": f"pics/{i}.png", "raw": f"thing {i % 4}", "short": f"A thing number {i}.", "long": f"There is one thing. It is number {i}. " * (1 + i % 3)} for i in range(23)]
+ROWS = []
+for i in range(23):
+    ROWS.append({
+        "key": f"k{i}",
+        "image": f"pics/{i}.png",
+        "raw": f"thing {i % 4}",
+        "short": f"A thing number {i}.",
+        "long": f"There is one thing. It is number {i}. " * (1 + i % 3),
+    })
 
 
 def write_tsv(path, rows, header=("key", "image", "raw", "short", "long")):
-    path.write_text("\n".join("\t".join(r) for r in [header] + [[row[h] for h in header] for row in rows]) + "\n", encoding="utf-8")
+    table = [header] + [[row[name] for name in header] for row in rows]
+    path.write_text("".join("\t".join(cells) + "\n" for cells in table), encoding="utf-8")
     return path
 
 
@@ -70,7 +79,8 @@ def test_store_holds_what_encode_gives(here, tiny_llm):
     torch.testing.assert_close(everything, expected, rtol=0, atol=2e-3)  # float16 of unit vectors
     picks = np.random.default_rng(0).integers(0, 11, (4, 3))
     some = store.read([7, 0, 22, 7], picks)
-    assert all(some[i, j].equal(everything[row, picks[i, j]]) for i, row in enumerate([7, 0, 22, 7]) for j in range(3))
+    for i, row in enumerate([7, 0, 22, 7]):
+        assert some[i].equal(everything[row, picks[i]])
     torch.testing.assert_close(everything.norm(dim=-1), torch.ones(23, 11))
 
 
@@ -141,15 +151,30 @@ def same_bytes(a, b):
 
 
 def many_rows(n):
-    return [{"key": f"k{i}", "image": "", "raw": f"thing {i % 7}", "short": f"A thing number {i}.", "long": f"It is number {i}. " * (1 + i % 5)} for i in range(n)]
+    rows = []
+    for i in range(n):
+        rows.append({
+            "key": f"k{i}",
+            "image": "",
+            "raw": f"thing {i % 7}",
+            "short": f"A thing number {i}.",
+            "long": f"It is number {i}. " * (1 + i % 5),
+        })
+    return rows
 
 
 @pytest.mark.parametrize("store", ["float16", "int8"])
 def test_sigkill_at_any_moment_ends_with_the_same_bytes(here, tiny_llm, store):
     write_tsv(here / "many.tsv", many_rows(400))
-    command = [sys.executable, ROOT / "embed.py", "--captions", "many.tsv", "--llm", tiny_llm, "--window", "4", "--store", store]
-    log, random = here / "data/embeddings/many/windows-0.txt", np.random.default_rng()
-    kills, windows = 0, lambda: log.read_text().count("\n") if log.exists() else 0
+    command = [sys.executable, ROOT / "embed.py", "--captions", "many.tsv", "--llm", tiny_llm,
+               "--window", "4", "--store", store]
+    log = here / "data/embeddings/many/windows-0.txt"
+    random = np.random.default_rng()
+    kills = 0
+
+    def windows():
+        return log.read_text().count("\n") if log.exists() else 0
+
     for share in sorted(random.uniform(0, 0.9, 3)):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and windows() < share * 100:
@@ -166,13 +191,18 @@ def test_sigkill_at_any_moment_ends_with_the_same_bytes(here, tiny_llm, store):
 @pytest.mark.parametrize("store", ["float16", "int8"])
 def test_two_ranks_equal_one(here, tiny_llm, store):
     write_tsv(here / "small.tsv", ROWS)
-    command = ["--captions", "small.tsv", "--llm", tiny_llm, "--dtype", "float32", "--window", 5, "--store", store]
+    command = ["--captions", "small.tsv", "--llm", tiny_llm, "--dtype", "float32", "--window", 5,
+               "--store", store]
     main(*command, "--out", "one")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "embed.py", *map(str, command), "--out", "two"], capture_output=True, text=True)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*run, ROOT / "embed.py", *map(str, command), "--out", "two"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    one, two = flame.open_store("one"), flame.open_store("two")
+    one = flame.open_store("one")
+    two = flame.open_store("two")
     assert one.keys == two.keys and one.images == two.images
-    torch.testing.assert_close(one.read(range(23), range(11)), two.read(range(23), range(11)), rtol=0, atol=2e-3)
+    vectors, others = (store.read(range(23), range(11)) for store in (one, two))
+    torch.testing.assert_close(vectors, others, rtol=0, atol=2e-3)
     assert sorted(os.listdir("two")) == sorted(os.listdir("one"))
 
 
@@ -184,12 +214,18 @@ def test_merged_shards_equal_one_run(here, tiny_llm, store, capsys):
     for shard in range(3):
         main(*command, "--shard", f"{shard}/3")
     parts = [f"data/embeddings/small-{shard}-of-3" for shard in range(3)]
-    assert flame.open_store(parts[1]).keys == [f"k{i}" for i in (*range(5, 10), *range(20, 23))]  # its windows only
+    its_windows = *range(5, 10), *range(20, 23)
+    assert flame.open_store(parts[1]).keys == [f"k{i}" for i in its_windows]
     main("--merge", parts[2], parts[0], parts[1], "--out", "merged")
     same_bytes("whole", "merged")
     main(*command, "--out", "merged")
     assert "finished already" in capsys.readouterr().out
-    for wrong in (["--merge", parts[0], parts[1], "--out", "no"], ["--merge", *parts, "--out", "merged"], [*command, "--shard", "3/3"], [*command, "--shard", "7/9"]):
+    for wrong in (
+        ["--merge", parts[0], parts[1], "--out", "no"],
+        ["--merge", *parts, "--out", "merged"],
+        [*command, "--shard", "3/3"],
+        [*command, "--shard", "7/9"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(*wrong)
         assert stop.value.code == 2
@@ -198,11 +234,12 @@ def test_merged_shards_equal_one_run(here, tiny_llm, store, capsys):
         np.save(Path(parts[1], "statistics.npy"), merged * np.float32(1.01))
         expected = flame.open_store(parts[1]).read(range(5), range(11))
         main("--merge", *parts, "--out", "again")
-        torch.testing.assert_close(flame.open_store("again").read(range(5, 10), range(11)), expected, rtol=0, atol=5e-3)
+        got = flame.open_store("again").read(range(5, 10), range(11))
+        torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)
 
 
 def test_int8_keeps_what_whitening_looks_at(here, llm):
-    """The real LLM's states, one of whose dimensions holds most of the norm: plain int8 of them would be useless (0.62)."""
+    """The real LLM's states, one of whose dimensions holds most of the norm: plain int8 is useless (0.62)."""
     write_tsv(here / "many.tsv", many_rows(96))
     for store in ("int8", "float16"):
         main("--captions", "many.tsv", "--llm", llm, "--prompts", "short", "--store", store, "--out", store)
@@ -228,8 +265,12 @@ def test_only_one_run_writes_a_store(here, tiny_llm, capsys):
 def test_a_disk_that_is_too_small_is_found_before_the_first_caption(tmp_path, tiny_llm, refused):
     write_tsv(tmp_path / "small.tsv", ROWS)
     command = [sys.executable, ROOT / "embed.py", "--captions", "small.tsv", "--llm", tiny_llm]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # embeddings.npy would take 24 kB
-    refused(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit), "embeddings.npy", "GB are needed")
+
+    def limit():  # embeddings.npy would take 24 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit)
+    refused(done, "embeddings.npy", "GB are needed")
     assert subprocess.run(command, cwd=tmp_path).returncode == 0
 
 
@@ -240,7 +281,8 @@ def test_a_caption_is_cut_where_the_context_ends_and_the_prompt_never(make_rando
     assert encoder.truncated == 1
     prefix, facets = encoder.longest_beginning(words, "long")
     assert 190 < len(prefix) + sum(map(len, facets)) <= 200
-    assert torch.isfinite(states).all() and facets == flame.tokenize(encoder.tokenizer, ["A cat."], "long")[1][0]
+    assert torch.isfinite(states).all()
+    assert facets == flame.tokenize(encoder.tokenizer, ["A cat."], "long")[1][0]
 
 
 def test_plan_counts_what_the_run_will_do(here, tiny_llm, capsys, monkeypatch):
@@ -248,7 +290,9 @@ def test_plan_counts_what_the_run_will_do(here, tiny_llm, capsys, monkeypatch):
     write_tsv(here / "small.tsv", ROWS)
     main("--captions", "small.tsv", "--llm", tiny_llm, "--plan", "1000000")
     text = capsys.readouterr().out
-    assert "23 captions, planned as 1000000" in text and "[1000000, 11, 48], float16 1.1 GB, int8 0.6 GB" in text and "here" in text and "8 H100" in text
+    size = "[1000000, 11, 48], float16 1.1 GB, int8 0.6 GB"
+    for part in ("23 captions, planned as 1000000", size, "here", "8 H100"):
+        assert part in text
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
     rows, forest = next(encoder.pack([r["long"] for r in ROWS], "long"))
     with FlopCounterMode(display=False) as counter:
@@ -256,7 +300,8 @@ def test_plan_counts_what_the_run_will_do(here, tiny_llm, capsys, monkeypatch):
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     config = encoder.decoder.config
     seen = 3 * flame.visible(forest).sum()
-    assert look.flops(config, 3, forest) == products + 4 * config["num_attention_heads"] * config["head_dim"] * seen
+    attention = 4 * config["num_attention_heads"] * config["head_dim"] * seen
+    assert look.flops(config, 3, forest) == products + attention
 
 
 def test_inspect_finds_what_is_wrong(here, tiny_llm, capsys):
@@ -264,13 +309,16 @@ def test_inspect_finds_what_is_wrong(here, tiny_llm, capsys):
     main("--captions", "small.tsv", "--llm", tiny_llm, "--out", "store")
     main("--inspect", "store", "--llm", tiny_llm)
     text = capsys.readouterr().out
-    assert "rows never written: 0" in text and "NaN or infinite: 0" in text and "unit length: 0" in text and "k0: There is one thing." in text
+    for part in ("rows never written: 0", "NaN or infinite: 0", "unit length: 0", "k0: There is one thing."):
+        assert part in text
     vectors = np.load("store/embeddings.npy", mmap_mode="r+")
     vectors[3, 2], vectors[5], vectors[7, 0, 0], vectors[8] = 0, 0, np.nan, 2 * vectors[8]
     vectors.flush()
     main("--inspect", "store", "--llm", tiny_llm)
     text = capsys.readouterr().out
-    assert "rows never written: 2, the first: k3" in text and "NaN or infinite: 1, the first: k7" in text and "unit length: 1, the first: k8" in text
+    for part in ("rows never written: 2, the first: k3", "NaN or infinite: 1, the first: k7",
+                 "unit length: 1, the first: k8"):
+        assert part in text
 
 
 def test_another_runs_store_is_not_touched(here, tiny_llm, make_random_llm, capsys, monkeypatch):
@@ -280,7 +328,12 @@ def test_another_runs_store_is_not_touched(here, tiny_llm, make_random_llm, caps
     before = (here / "store/embeddings.npy").stat().st_mtime_ns
     main(*command)
     assert "finished already" in capsys.readouterr().out
-    for change, what in ((["--prompts", "raw"], "prompts"), (["--layer", "2"], "llm"), (["--window", "99"], "window"), (["--llm", make_random_llm(seed=3)], "llm")):
+    for change, what in (
+        (["--prompts", "raw"], "prompts"),
+        (["--layer", "2"], "llm"),
+        (["--window", "99"], "window"),
+        (["--llm", make_random_llm(seed=3)], "llm"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(*command, *change)
         message = capsys.readouterr().err
@@ -302,17 +355,20 @@ def captions_of(path):
 
 
 def test_official_conceptual_captions(tmp_path):
-    (tmp_path / "cc3m.tsv").write_text("a cat\thttp://x/1.jpg\na dog\n\nüber\thttp://x/4.jpg\n", encoding="utf-8")
+    text = "a cat\thttp://x/1.jpg\na dog\n\nüber\thttp://x/4.jpg\n"
+    (tmp_path / "cc3m.tsv").write_text(text, encoding="utf-8")
     rows, skipped = captions_of(tmp_path / "cc3m.tsv")
-    assert [(r.key, r.image) for r in rows] == [("000000000", ""), ("000000003", "")]  # a bad row keeps its number
-    assert rows[1].captions == dict.fromkeys(flame.PROMPTS, "über")  # all 11 embeddings from the one caption there is
+    # A bad row keeps its number; all 11 embeddings are of the one caption there is.
+    assert [(r.key, r.image) for r in rows] == [("000000000", ""), ("000000003", "")]
+    assert rows[1].captions == dict.fromkeys(flame.PROMPTS, "über")
     assert skipped == {"too few fields": [1, [2]], "empty line": [1, [3]]}
 
 
 def test_missing_captions_fall_back_to_the_best_present(tmp_path):
     (tmp_path / "a.tsv").write_text("long\tother\traw\nL\tx\tR\nL2\tx\t\n\tx\tR3\n")
     rows, _ = captions_of(tmp_path / "a.tsv")
-    assert [list(r.captions.values()) for r in rows] == [["R", "L", "L"], ["L2", "L2", "L2"], ["R3", "R3", "R3"]]
+    best = [list(r.captions.values()) for r in rows]
+    assert best == [["R", "L", "L"], ["L2", "L2", "L2"], ["R3", "R3", "R3"]]
 
 
 @pytest.mark.parametrize("form", ["list", "lines"])
@@ -323,8 +379,10 @@ def test_json(tmp_path, form):
         text = text.replace("7", "{7")
     (tmp_path / "a.json").write_text(text)
     got, skipped = captions_of(tmp_path / "a.json")
-    assert [(r.key, r.image, r.captions["long"]) for r in got] == [("a", "a.jpg", "S"), ("000000003", "", "R R")]
-    assert skipped == {"no caption": [1, [3]], ("not a JSON object" if form == "list" else "not JSON"): [1, [2]]}
+    rows = [(r.key, r.image, r.captions["long"]) for r in got]
+    assert rows == [("a", "a.jpg", "S"), ("000000003", "", "R R")]
+    reason = "not a JSON object" if form == "list" else "not JSON"
+    assert skipped == {"no caption": [1, [3]], reason: [1, [2]]}
 
 
 def test_bad_rows_are_skipped_counted_and_reported(here, tiny_llm, capsys):
@@ -337,9 +395,14 @@ def test_bad_rows_are_skipped_counted_and_reported(here, tiny_llm, capsys):
 
 
 def test_csv_with_quotes_and_open_clips_names(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b'filepath,title,other\n1.jpg,"a ""red"" kite,\nhigh up",x\n2.jpg\n3.jpg,b\xe4d,x\n4.jpg,ok,x\n')
+    lines = (b"filepath,title,other", b'1.jpg,"a ""red"" kite,\nhigh up",x', b"2.jpg", b"3.jpg,b\xe4d,x",
+             b"4.jpg,ok,x", b"")
+    (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
     rows, skipped = captions_of(tmp_path / "a.csv")
-    assert [(r.key, r.image, r.captions["long"]) for r in rows] == [("000000000", "1.jpg", 'a "red" kite, high up'), ("000000003", "4.jpg", "ok")]
+    assert [(r.key, r.image, r.captions["long"]) for r in rows] == [
+        ("000000000", "1.jpg", 'a "red" kite, high up'),
+        ("000000003", "4.jpg", "ok"),
+    ]
     assert skipped == {"too few fields": [1, [4]], "invalid UTF-8": [1, [5]]}
     (tmp_path / "b.csv").write_text("filepath\ttitle\n1.jpg\tA, b.\n")  # open_clip's own default separator
     assert [(r.image, r.captions["raw"]) for r in captions_of(tmp_path / "b.csv")[0]] == [("1.jpg", "A, b.")]
@@ -347,7 +410,12 @@ def test_csv_with_quotes_and_open_clips_names(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.json", "a.jsonl"])
 def test_gzip(tmp_path, name, refused):
-    plain = {"a.tsv": "key\traw\nk\tR\n", "a.csv": "key,raw\nk,R\n", "a.json": '[{"key": "k", "raw": "R"}]', "a.jsonl": '{"key": "k", "raw": "R"}\n'}[name]
+    plain = {
+        "a.tsv": "key\traw\nk\tR\n",
+        "a.csv": "key,raw\nk,R\n",
+        "a.json": '[{"key": "k", "raw": "R"}]',
+        "a.jsonl": '{"key": "k", "raw": "R"}\n',
+    }[name]
     path = tmp_path / (name + ".gz")
     path.write_bytes(gzip.compress(plain.encode()))
     assert [(r.key, r.captions["raw"]) for r in captions_of(path)[0]] == [("k", "R")]
@@ -356,10 +424,19 @@ def test_gzip(tmp_path, name, refused):
         captions_of(path)
 
 
+JSON_ROWS = st.dictionaries(st.sampled_from(["key", "raw", "x"]), st.text(max_size=9), max_size=3)
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.one_of(st.integers(), st.none(), st.dictionaries(st.sampled_from(["key", "raw", "x"]), st.text(max_size=9), max_size=3))), chunk=st.integers(1, 40), spaced=st.booleans())
+@given(
+    rows=st.lists(st.one_of(st.integers(), st.none(), JSON_ROWS)),
+    chunk=st.integers(1, 40),
+    spaced=st.booleans(),
+)
 def test_a_json_list_is_read_piece_by_piece_like_whole(tmp_path, rows, chunk, spaced):
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1 if spaced else None, ensure_ascii=spaced), encoding="utf-8", errors="surrogatepass" if spaced else "replace")
+    text = json.dumps(rows, indent=1 if spaced else None, ensure_ascii=spaced)
+    errors = "surrogatepass" if spaced else "replace"
+    (tmp_path / "a.json").write_text(text, encoding="utf-8", errors=errors)
     expected = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     before, captions.CHUNK = captions.CHUNK, chunk
     try:
@@ -369,7 +446,8 @@ def test_a_json_list_is_read_piece_by_piece_like_whole(tmp_path, rows, chunk, sp
     assert got == expected
 
 
-@pytest.mark.parametrize("text", ["[1,]", "[1 2]", "[", '[{"raw": "x"}', '[{"raw": "x"}] 7', "[1]]", '[{"raw": "x"}, nope]', '["\\x"]'])
+@pytest.mark.parametrize("text", [
+    "[1,]", "[1 2]", "[", '[{"raw": "x"}', '[{"raw": "x"}] 7', "[1]]", '[{"raw": "x"}, nope]', '["\\x"]'])
 def test_what_is_no_json_list(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(flame.InputError, match="a.json"):
@@ -386,16 +464,32 @@ def write_tar(path, members):
 
 def test_webdataset_tars(tmp_path):
     picture = b"\xff\xd8" * 999
-    write_tar(tmp_path / "cc-000.tar", [("000.jpg", picture), ("000.txt", b"a cat"), ("000.json", b'{"caption": "A CAT", "key": "no", "long": "A long cat."}'),
-                                        ("../x.txt", b"evil"), ("001.txt", b"\xff"), ("002.json", b'{"caption": "C"}'), ("003.json", b"[1]")])
+    write_tar(tmp_path / "cc-000.tar", [
+        ("000.jpg", picture),
+        ("000.txt", b"a cat"),
+        ("000.json", b'{"caption": "A CAT", "key": "no", "long": "A long cat."}'),
+        ("../x.txt", b"evil"),
+        ("001.txt", b"\xff"),
+        ("002.json", b'{"caption": "C"}'),
+        ("003.json", b"[1]"),
+    ])
     write_tar(tmp_path / "cc-001.tar", [("100.txt", b"D"), ("101.txt", b"E" * 600)])
     whole = (tmp_path / "cc-001.tar").read_bytes()
     (tmp_path / "cc-001.tar").write_bytes(whole[:512 * 3 + 100])  # the second sample's text is cut off
     for path in (tmp_path, tmp_path / "cc-{000..001}.tar"):
         rows, skipped = captions_of(path)
-        assert [(r.key, r.image, r.captions["raw"], r.captions["long"]) for r in rows] == [("000", "", "a cat", "A long cat."), ("002", "", "C", "C"), ("100", "", "D", "D")]
+        assert [(r.key, r.image, r.captions["raw"], r.captions["long"]) for r in rows] == [
+            ("000", "", "a cat", "A long cat."),
+            ("002", "", "C", "C"),
+            ("100", "", "D", "D"),
+        ]
         counts = {reason.split(" (")[0]: n for reason, (n, _) in skipped.items()}
-        assert counts == {"path climbs out of the tar": 1, "not UTF-8 text or not a JSON object": 2, "no caption": 2, "tar that is none, or damaged from there on": 1}
+        assert counts == {
+            "path climbs out of the tar": 1,
+            "not UTF-8 text or not a JSON object": 2,
+            "no caption": 2,
+            "tar that is none, or damaged from there on": 1,
+        }
     before = captions.fingerprint([tmp_path])
     (tmp_path / "cc-001.tar").write_bytes(whole)
     assert before != captions.fingerprint([tmp_path])
@@ -404,19 +498,28 @@ def test_webdataset_tars(tmp_path):
 
 
 def test_joined_recaptions(here, tiny_llm, capsys):
-    (here / "raw.json").write_text(json.dumps([{"__key__": f"{i}", "raw": f"raw {i}"} for i in range(4)]))
-    (here / "long.json").write_text(json.dumps([{"__key__": f"{i}", "minicpm": f"Long  {i}."} for i in (0, 2, 3, 9)]))
-    (here / "short.jsonl").write_text("\n".join(json.dumps({"key": str(i), "short": f"Short {i}."}) for i in range(4)))
-    joins = {name: captions.read_join(name, here / file, {}) for name, file in (("long", "long.json"), ("short", "short.jsonl"))}
+    raw = [{"__key__": f"{i}", "raw": f"raw {i}"} for i in range(4)]
+    long = [{"__key__": f"{i}", "minicpm": f"Long  {i}."} for i in (0, 2, 3, 9)]
+    short = [{"key": str(i), "short": f"Short {i}."} for i in range(4)]
+    (here / "raw.json").write_text(json.dumps(raw))
+    (here / "long.json").write_text(json.dumps(long))
+    (here / "short.jsonl").write_text("\n".join(map(json.dumps, short)))
+    recaptions = {"long": "long.json", "short": "short.jsonl"}
+    joins = {name: captions.read_join(name, here / file, {}) for name, file in recaptions.items()}
     rows = list(read_captions(here / "raw.json", joins=joins))
-    assert [r.captions for r in rows[:2]] == [{"raw": "raw 0", "short": "Short 0.", "long": "Long 0."}, {"raw": "raw 1", "short": "Short 1.", "long": "Short 1."}]
-    command = ["--captions", "raw.json", "--llm", tiny_llm, "--dtype", "float32", "--join", "long=long.json", "short=short.jsonl"]
+    assert rows[0].captions == {"raw": "raw 0", "short": "Short 0.", "long": "Long 0."}
+    assert rows[1].captions == {"raw": "raw 1", "short": "Short 1.", "long": "Short 1."}
+    command = ["--captions", "raw.json", "--llm", tiny_llm, "--dtype", "float32",
+               "--join", "long=long.json", "short=short.jsonl"]
     main(*command)
-    message = capsys.readouterr().err
-    assert "key without a long caption in the joined file" in message and "long.json: 1 keys are not in raw.json" in message.replace(str(here) + "/", "")
+    message = capsys.readouterr().err.replace(str(here) + "/", "")
+    assert "key without a long caption in the joined file" in message
+    assert "long.json: 1 keys are not in raw.json" in message
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
-    expected = torch.nn.functional.normalize(encoder.encode(["Long 0.", "Short 1.", "Long 2.", "Long 3."], "long"), dim=-1)
-    torch.testing.assert_close(flame.open_store("data/embeddings/raw").read(range(4), range(4, 11)), expected, rtol=0, atol=2e-3)
+    expected = encoder.encode(["Long 0.", "Short 1.", "Long 2.", "Long 3."], "long")
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    got = flame.open_store("data/embeddings/raw").read(range(4), range(4, 11))
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
     (here / "long.json").write_text(json.dumps([{"__key__": "0", "minicpm": "Other."}]))
     for wrong, what in ((command, "made with captions"), (command[:-2] + ["lang=long.json"], "--join")):
         with pytest.raises(SystemExit) as stop:
@@ -434,15 +537,29 @@ def test_a_key_that_occurs_before_is_skipped(here, tiny_llm, capsys, store):
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.one_of(st.binary(max_size=80), st.text("\t\n[]{}\":,aäkeyrawlong", max_size=80).map(lambda s: s.encode()),
-                 st.dictionaries(st.sampled_from(["key", "raw", "long", "image"]), st.text(), max_size=4).map(lambda d: json.dumps([d]).encode()), st.binary(max_size=40).map(lambda b: b"key\traw\n" + b)))
+@given(st.one_of(
+    st.binary(max_size=80),
+    st.text("\t\n[]{}\":,aäkeyrawlong", max_size=80).map(str.encode),
+    st.dictionaries(st.sampled_from(["key", "raw", "long", "image"]), st.text(), max_size=4).map(
+        lambda row: json.dumps([row]).encode()),
+    st.binary(max_size=40).map(lambda line: b"key\traw\n" + line),
+))
 @example(b"key,raw\ra,A cat.\r")  # lines that end as they did on old Macs
 def test_no_file_makes_a_traceback(tmp_path, data):
-    for name, content in (("x", data), ("x.csv", data), ("x.tsv.gz", gzip.compress(data)), ("x.gz", b"\x1f\x8b" + data), ("x.tar", data), ("y.tar", b"a.txt".ljust(124, b"\0") + data)):
+    for name, content in {
+        "x": data,
+        "x.csv": data,
+        "x.tsv.gz": gzip.compress(data),
+        "x.gz": b"\x1f\x8b" + data,
+        "x.tar": data,
+        "y.tar": b"a.txt".ljust(124, b"\0") + data,
+    }.items():
         (tmp_path / name).write_bytes(content)
         try:
             rows, _ = captions_of(tmp_path / name)
-            assert rows and all(set(r.captions) == set(flame.PROMPTS) and all(r.captions.values()) for r in rows)
+            assert rows
+            for row in rows:
+                assert set(row.captions) == set(flame.PROMPTS) and all(row.captions.values())
             "".join(r.key + r.image + "".join(r.captions.values()) for r in rows).encode()
         except flame.InputError as e:
             assert str(tmp_path / name) in str(e) and "\n" not in str(e)
@@ -467,10 +584,11 @@ def test_draw_shows_every_token_of_the_forest(here, tiny_llm):
     with Image.open("forest.png") as image:
         colors = {color for count, color in image.convert("RGB").getcolors(1 << 24) if count > 100}
     wanted = [tuple(int(c[i:i + 2], 16) for i in (1, 3, 5)) for c in look.PALETTE[:11]]
-    assert set(wanted) <= colors  # eleven segments: opening and caption, "the", two shared facet openings, seven endings
+    # Eleven segments: opening and caption, "the", two shared facet openings, seven endings.
+    assert set(wanted) <= colors
 
 
-# --- input that is refused: exit code 2, one line that names the file or the flag, nothing changed on the disk
+# --- input that is refused: exit code 2, one line that names the file or the flag, nothing changed on disk
 
 @pytest.fixture
 def quick(monkeypatch):

@@ -186,7 +186,7 @@ def test_bad_embeddings_are_refused():
 
 
 def intervals(hits, groups=None):
-    """Of the means of hits [N, F]; groups int [N]: what is resampled, the hits themselves where there are none."""
+    """Of the means of hits [N, F]; groups int [N]: what is resampled, the hits themselves without any."""
     _, groups = np.unique(np.arange(len(hits)) if groups is None else groups, return_inverse=True)
     samples = evaluate.sampled(hits, groups, groups.max() + 1)
     return list(evaluate.figures(range(hits.shape[1]), samples)["ci95"].values())
@@ -258,7 +258,8 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ColourWords, "lies", {"vert": "blue", "yellow": "white"})
     code, result = colours("demo")
     parts = result["parts"]
-    assert code == 0 and list(parts) == ["long", "short", "raw", "reworded", "seen", "unseen", "multilingual", "synonyms"]
+    assert code == 0
+    assert list(parts) == "long short raw reworded seen unseen multilingual synonyms".split()
     assert result["text_to_image"] == parts["long"]["text_to_image"] and result["n_images"] == 5
     assert [parts[p]["prompts"] for p in parts] == ["long", "short", "raw", "raw", "raw", "raw", "raw", "raw"]
     for part in ("long", "short", "raw", "reworded"):
@@ -279,7 +280,8 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     low, high = parts["multilingual"]["ci95"]["top1"]
     assert 50 <= low < 66.7 < high <= 100
     synonyms = parts["synonyms"]
-    assert (synonyms["n_images"], synonyms["n_classes"], synonyms["top1"], synonyms["top5"]) == (6, 3, 100, 100)
+    assert synonyms["n_images"] == 6 and synonyms["n_classes"] == 3
+    assert synonyms["top1"] == synonyms["top5"] == 100
     out = capsys.readouterr().out
     assert "unseen: 4 pictures, 2 names, chance 50.0" in out and "fr" in out
     assert colours("demo", "--split", "val")[1]["split"] == "val"

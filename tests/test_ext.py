@@ -40,16 +40,20 @@ def restore():
     flame_ext.simd(BEST)
 
 
-# ---- Oracles ---------------------------------------------------------------------------------------------------------
+# ---- Oracles ----------------------------------------------------------------------------------------------
 
 def dense(lengths, parents):
     """The rule -> visible [T, T], segment [T], depth [T]."""
-    S, ancestor, below = len(lengths), np.eye(len(lengths), dtype=bool), {-1: 0}
+    S = len(lengths)
+    ancestor = np.eye(S, dtype=bool)
+    below = {-1: 0}
+    depths = [np.zeros(0, int)]
     for s in range(S):
         ancestor[s] |= ancestor[parents[s]] if parents[s] >= 0 else False
         below[s] = below[parents[s]] + lengths[s]  # depth at which s's children begin
+        depths.append(below[parents[s]] + np.arange(lengths[s]))
     segment = np.repeat(np.arange(S), lengths)
-    depth = np.concatenate([below[parents[s]] + np.arange(lengths[s]) for s in range(S)] + [np.zeros(0, int)]).astype(int)
+    depth = np.concatenate(depths)
     return ancestor[segment][:, segment] & (depth[None, :] <= depth[:, None]), segment, depth
 
 
@@ -71,23 +75,27 @@ def assert_attention(out, q, k, v, visible, scale):
     error = abs(out.double().numpy() - want)
     if out.dtype == torch.float32:
         assert error.max(initial=0) <= 1e-5 * abs(want).max(initial=0)
-    else:  # p and the result are each rounded to 8 bits, an error of at most 2^-8; a tenth more for the cheap 2^x
+    else:  # p and the result are each rounded to 8 bits, by at most 2^-8; a tenth more for the cheap 2^x
         assert (error <= 1.1 * 2 ** -7 * size).all()
 
 
-# ---- Random forests --------------------------------------------------------------------------------------------------
+# ---- Random forests ---------------------------------------------------------------------------------------
 
 @st.composite
 def forests(draw):
-    """lengths, parents: empty, one-token, and block-sized segments; children anywhere after their parent, not depth-first."""
+    """lengths, parents: empty, one-token, and block-sized segments.
+
+    Children lie anywhere after their parent, not depth first.
+    """
     n = draw(st.integers(1, 12))
     lengths = [draw(st.one_of(st.integers(0, 9), st.integers(60, 100))) for _ in range(n)]
     return lengths, [draw(st.integers(-1, s - 1)) for s in range(n)]
 
 
 def random_qkv(T, heads, kv_heads, dim, dtype, seed, gap=0):
-    """q [T, H, d], k, v [T, Hkv, d] as views of one fused buffer whose tokens lie `gap` elements further apart."""
-    row, generator = (heads + 2 * kv_heads) * dim, torch.Generator().manual_seed(seed)
+    """q [T, H, d], k, v [T, Hkv, d]: views of one fused buffer, its tokens `gap` elements further apart."""
+    row = (heads + 2 * kv_heads) * dim
+    generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(T, row + gap, generator=generator).to(dtype)[:, :row].unflatten(1, (-1, dim))
     qkv[:, :heads] *= 2
     return qkv.split((heads, kv_heads, kv_heads), dim=1)
@@ -117,8 +125,10 @@ def test_mask(simd):
     @given(forests())
     def check(forest):
         visible, segment, _ = dense(*forest)
-        T, layout = len(segment), flame_ext.layout(*forest)
-        for out in (np.zeros((T, T), np.uint8), torch.zeros(T, T, dtype=torch.bool), torch.full((T, T + 3), 7, dtype=torch.uint8)[:, :T]):
+        T = len(segment)
+        layout = flame_ext.layout(*forest)
+        rows_apart = torch.full((T, T + 3), 7, dtype=torch.uint8)[:, :T]
+        for out in (np.zeros((T, T), np.uint8), torch.zeros(T, T, dtype=torch.bool), rows_apart):
             flame_ext.mask(layout, out)
             assert (np.asarray(out) == visible).all()
     check()
@@ -130,13 +140,22 @@ def test_attention(simd, dtype):
     flame_ext.simd(simd)
 
     @settings(max_examples=30, deadline=None)
-    @given(forests(), st.sampled_from([(1, 1), (1, 4), (2, 1), (3, 3), (1, 7), (2, 2)]), st.sampled_from([64, 128, 8, 24, 40, 256, 5, 33]),
-           st.integers(0, 2 ** 32), st.sampled_from([0, 1, 8]), st.sampled_from([64, 1, 5, 200]))
+    @given(
+        forest=forests(),
+        heads=st.sampled_from([(1, 1), (1, 4), (2, 1), (3, 3), (1, 7), (2, 2)]),
+        dim=st.sampled_from([64, 128, 8, 24, 40, 256, 5, 33]),
+        seed=st.integers(0, 2 ** 32),
+        gap=st.sampled_from([0, 1, 8]),
+        tile=st.sampled_from([64, 1, 5, 200]),
+    )
     def check(forest, heads, dim, seed, gap, tile):
         visible, segment, _ = dense(*forest)
-        T, (kv_heads, share) = len(segment), heads
+        T = len(segment)
+        kv_heads, share = heads
+        row = kv_heads * share * dim
         q, k, v = random_qkv(T, kv_heads * share, kv_heads, dim, dtype, seed, gap)
-        out = torch.full((T, kv_heads * share, dim + 1), torch.nan, dtype=dtype).flatten(1)[:, :kv_heads * share * dim].unflatten(1, (-1, dim))
+        rows_apart = torch.full((T, row + kv_heads * share), torch.nan, dtype=dtype)
+        out = rows_apart[:, :row].unflatten(1, (-1, dim))
         flame_ext.attention(q, k, v, out, flame_ext.layout(*forest, tile), dim ** -0.5)
         assert_attention(out, q, k, v, visible, dim ** -0.5)
     check()
@@ -151,13 +170,18 @@ def test_scores_far_apart(simd):
     out = torch.empty(q.shape)
     flame_ext.attention(q, k, v, out, flame_ext.layout([150, 250], [-1, 0]), 1.0)
     want, _ = dense_attention(q, k, v, np.tri(400, dtype=bool), 1.0)
-    assert abs(out.numpy() - want).max() < 0.02 * abs(want).max()  # a score of 1e4 has only 1e-3 left in float32
+    # A score of 1e4 has only 1e-3 left in float32.
+    assert abs(out.numpy() - want).max() < 0.02 * abs(want).max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_threads(dtype):
-    forest = [7, *[80, 9, 5, 12] * 6], [-1, *(p for b in range(6) for p in (0, 1 + 4 * b, 1 + 4 * b, 3 + 4 * b))]
-    layout = flame_ext.layout(*forest)
+    lengths = [7]
+    parents = [-1]
+    for caption in range(1, 25, 4):
+        lengths += [80, 9, 5, 12]
+        parents += [0, caption, caption, caption + 2]
+    layout = flame_ext.layout(lengths, parents)
     q, k, v = random_qkv(len(layout.depth), 6, 2, 64, dtype, 0)
     results = []
     for threads in (1, 2, 5):
@@ -168,7 +192,9 @@ def test_results_do_not_depend_on_threads(dtype):
 
 
 def test_results_do_not_depend_on_the_rest_of_the_batch():
-    lengths, parents = [6, 100, 30, 9, 50, 8], [-1, 0, 0, 1, 2, 1]  # two captions on one root, their facets interleaved
+    # Two captions on one root, their facets interleaved.
+    lengths = [6, 100, 30, 9, 50, 8]
+    parents = [-1, 0, 0, 1, 2, 1]
     q, k, v = random_qkv(sum(lengths), 4, 2, 64, torch.float32, 0)
     out = torch.empty(q.shape)
     layout = flame_ext.layout(lengths, parents)
@@ -184,13 +210,18 @@ def test_memory_is_linear_and_torch_is_not_needed():
     script = """
 import sys
 import numpy as np, flame_ext
-lengths, parents = [4000, *[100, 50, 50] * 62][:160], [-1, *(p for b in range(62) for p in (-1, 1 + 3 * b, 1 + 3 * b))][:160]
+lengths, parents = [4000], [-1]
+for caption in range(1, 160, 3):
+    lengths += [100, 50, 50]
+    parents += [-1, caption, caption]
 lengths[-1] += 16384 - sum(lengths)
 rng = np.random.default_rng(0)
 qkv = rng.standard_normal((16384, 3, 16), dtype=np.float32)
 q, k, v = qkv[:, :1], qkv[:, 1:2], qkv[:, 2:]
 out = np.zeros(q.shape, np.float32)
-peak = lambda: 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])  # ru_maxrss begins at the parent's
+def peak():  # ru_maxrss begins at the parent's
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 before = peak()
 flame_ext.attention(q, k, v, out, flame_ext.layout(lengths, parents), 0.25)
 print(peak() - before)
@@ -204,24 +235,27 @@ for i in (0, 1, 3999):
     assert int(done.stdout) < 16384 ** 2 / 8
 
 
-# ---- Element-wise parts ----------------------------------------------------------------------------------------------
+# ---- Element-wise parts -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("simd", SIMD)
 def test_rope_rmsnorm_swiglu(simd, dtype):
     flame_ext.simd(simd)
     torch.manual_seed(0)
-    tolerance = 1e-5 if dtype == torch.float32 else 2 ** -8 + 2 ** -12  # half a last place, and what rough steps add before rounding
+    # Of bfloat16 half a last place, and what rough steps add before rounding.
+    tolerance = 1e-5 if dtype == torch.float32 else 2 ** -8 + 2 ** -12
 
     def close(got, want):
         assert got.dtype in DTYPES and ((got.double() - want).abs() <= tolerance * want.abs() + 1e-5).all()
 
     for T, heads, dim in ((70, 5, 64), (3, 2, 6)):
-        qkv, angle = torch.randn(T, heads, dim).to(dtype), torch.rand(T, dim // 2) * 6
-        before, complex_angle = qkv.clone(), torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
+        qkv = torch.randn(T, heads, dim).to(dtype)
+        before = qkv.clone()
+        angle = torch.rand(T, dim // 2) * 6
         flame_ext.rope(qkv, angle.cos(), angle.sin(), heads - 1)
-        a, b = before.double().chunk(2, -1)
-        turned = torch.complex(a, b) * complex_angle  # the pair (i, i + d/2) as a complex number
+        # The pair (i, i + d/2) as a complex number.
+        turn = torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
+        turned = torch.complex(*before.double().chunk(2, -1)) * turn
         error = (qkv[:, :-1].double() - torch.cat([turned.real, turned.imag], -1)[:, :-1]).abs()
         assert (error <= tolerance * torch.cat([turned.abs()] * 2, -1)[:, :-1] + 1e-6).all()
         assert torch.equal(qkv[:, -1], before[:, -1])
@@ -250,12 +284,14 @@ def test_unit_vectors(simd, kind):
         index = random.integers(0, N * M, 99)
         out = torch.empty(len(index), D)
         if kind == "float16":
-            vectors = (random.standard_normal((N, M, D)) * 10.0 ** random.integers(-8, 4, (N, M, 1))).astype(np.float16)  # subnormals too
+            sizes = 10.0 ** random.integers(-8, 4, (N, M, 1))  # subnormals too
+            vectors = (random.standard_normal((N, M, D)) * sizes).astype(np.float16)
             flame_ext.unit_vectors(vectors, index, out)
             want = vectors.astype(np.float64)
         else:
             vectors = random.integers(-128, 128, (N, M, D)).astype(np.int8)
-            scales, statistics = random.random((N, M), np.float32), random.standard_normal((2, M, D)).astype(np.float32)
+            scales = random.random((N, M), np.float32)
+            statistics = random.standard_normal((2, M, D)).astype(np.float32)
             flame_ext.unit_vectors(vectors, index, out, scales, statistics)
             want = statistics[0] + statistics[1].astype(np.float64) * scales[..., None] * vectors
         want /= np.maximum(np.linalg.norm(want, axis=-1, keepdims=True), 1e-12)  # a zero vector stays one
@@ -273,78 +309,110 @@ def test_unit_vectors_hide_no_broken_value(simd):
             assert out.isnan()[0, 3]
 
 
-# ---- Bad input -------------------------------------------------------------------------------------------------------
+# ---- Bad input --------------------------------------------------------------------------------------------
 
 LAYOUT = flame_ext.layout([2, 3], [-1, 0])
+BF16 = torch.bfloat16
 
 
-def stored(vectors=np.zeros((2, 3, 8), np.float16), index=(0, 5), out=torch.zeros(2, 8), scales=None, statistics=None):
-    flame_ext.unit_vectors(vectors, list(index), out, scales, statistics)
+def layout_of(*args):
+    return lambda: flame_ext.layout(*args)
+
+
+def mask_in(out):
+    return lambda: flame_ext.mask(LAYOUT, out)
 
 
 def attention(q=(5, 4, 8), k=(5, 2, 8), v=None, out=None, scale=1.0, dtype=torch.float32):
-    q, k = (x if not isinstance(x, tuple) else torch.zeros(x, dtype=dtype) for x in (q, k))
-    v, out = torch.zeros_like(k) if v is None else v, torch.zeros_like(q) if out is None else out
-    flame_ext.attention(q, k, v, out, LAYOUT, scale)
+    """A call that all is right with but what is given; q, k: shapes or tensors."""
+    q, k = (torch.zeros(x, dtype=dtype) if isinstance(x, tuple) else x for x in (q, k))
+    v = torch.zeros_like(k) if v is None else v
+    out = torch.zeros_like(q) if out is None else out
+    return lambda: flame_ext.attention(q, k, v, out, LAYOUT, scale)
+
+
+def rope(qkv=(5, 2, 8), cos=torch.zeros(5, 4), heads=1):
+    return lambda: flame_ext.rope(torch.zeros(qkv), cos, torch.zeros(5, 4), heads)
+
+
+def rmsnorm(x=torch.zeros(5, 8), weight=torch.zeros(8), delta=None):
+    return lambda: flame_ext.rmsnorm(x, weight, torch.zeros(5, 8), 1e-5, delta)
+
+
+def swiglu(gate_up, out):
+    return lambda: flame_ext.swiglu(torch.zeros(gate_up), torch.zeros(out))
+
+
+def stored(vectors=np.zeros((2, 3, 8), np.float16), index=(0, 5), out=torch.zeros(2, 8), **int8):
+    return lambda: flame_ext.unit_vectors(vectors, list(index), out, **int8)
+
+
+INT8 = {
+    "vectors": np.zeros((2, 3, 8), np.int8),
+    "scales": np.zeros((2, 3), np.float32),
+    "statistics": np.zeros((2, 3, 8), np.float32),
+}
 
 
 @pytest.mark.parametrize("call, error, words", [
-    (lambda: flame_ext.layout([1, 2], [-1]), ValueError, "lengths has 2 segments, parents has 1"),
-    (lambda: flame_ext.layout([1, -2], [-1, 0]), ValueError, r"lengths\[1\] = -2"),
-    (lambda: flame_ext.layout([1, 2], [1, -1]), ValueError, r"parents\[0\] = 1.*earlier"),
-    (lambda: flame_ext.layout([1, 2], [-1, 1]), ValueError, r"parents\[1\] = 1.*cycle"),
-    (lambda: flame_ext.layout([1], [-2]), ValueError, r"parents\[0\] = -2"),
-    (lambda: flame_ext.layout([2 ** 31 - 1, 1], [-1, -1]), ValueError, "2\\^31"),
-    (lambda: flame_ext.layout([2 ** 31], [-1]), ValueError, r"lengths\[0\].*2\^31"),
-    (lambda: flame_ext.layout([1.5], [-1]), TypeError, "lengths is float64"),
-    (lambda: flame_ext.layout([1], np.array([2 ** 64 - 1], np.uint64)), TypeError, "parents is uint64"),
-    (lambda: flame_ext.layout([1], [-1], 0), ValueError, "tile is 0"),
-    (lambda: flame_ext.layout([[1]], [-1]), ValueError, "lengths has 2 dimensions"),
-    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 4, dtype=torch.bool)), ValueError, r"out has shape \[5, 4\]"),
-    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 5)), TypeError, "out is float32"),
-    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 5, dtype=torch.bool).T), ValueError, "out is not contiguous"),
-    (lambda: flame_ext.mask(LAYOUT, torch.zeros(1, 5, dtype=torch.bool).expand(5, 5)), ValueError, "out has rows that overlap"),
-    (lambda: flame_ext.mask(LAYOUT, [[True]]), TypeError, "out must be a torch tensor"),
-    (lambda: attention(q=(4, 4, 8)), ValueError, r"q has shape \[4, 4, 8\]"),
-    (lambda: attention(q=torch.zeros(5, 4 * 8)), ValueError, r"q has shape \[5, 32\]"),
-    (lambda: attention(q=(5, 3, 8)), ValueError, "q has 3 heads.*2"),
-    (lambda: attention(k=(5, 0, 8)), ValueError, "q has 4 heads.*0"),
-    (lambda: attention(k=(5, 2, 16)), ValueError, r"k has shape"),
-    (lambda: attention(v=torch.zeros(5, 1, 8)), ValueError, "v has shape"),
-    (lambda: attention(out=torch.zeros(5, 4, 9)), ValueError, "out has shape"),
-    (lambda: attention(dtype=torch.float16), TypeError, "q is float16"),
-    (lambda: attention(k=torch.zeros(5, 2, 8, dtype=torch.bfloat16)), TypeError, "k is bfloat16, expected float32"),
-    (lambda: attention(out=torch.zeros(5, 4, 8, dtype=torch.bfloat16)), TypeError, "out is bfloat16"),
-    (lambda: attention(q=torch.zeros(5, 8, 4).transpose(1, 2)), ValueError, "q is not contiguous"),
-    (lambda: attention(out=torch.zeros(1, 4, 8).expand(5, 4, 8)), ValueError, "out has rows that overlap"),
-    (lambda: attention(q=torch.zeros(5, 4, 8, requires_grad=True)), ValueError, "q requires a gradient"),
-    (lambda: attention(q=torch.zeros(5, 4, 8, device="meta"), out=torch.zeros(5, 4, 8)), ValueError, "q is on meta"),
-    (lambda: attention(q=(5, 2, 520), k=(5, 2, 520)), ValueError, "head_dim 520"),
-    (lambda: attention(scale=0.0), ValueError, "scale"),
-    (lambda: attention(scale=1e-60), ValueError, "scale must be a finite float32"),  # 0 as a float32
-    (lambda: attention(scale=1e60), ValueError, "scale"),
-    (lambda: attention(scale=float("nan")), ValueError, "scale"),
-    (lambda: flame_ext.rope(torch.zeros(5, 2, 7), torch.zeros(5, 3), torch.zeros(5, 3), 1), ValueError, "odd head_dim"),
-    (lambda: flame_ext.rope(torch.zeros(5, 2, 8), torch.zeros(5, 3), torch.zeros(5, 3), 1), ValueError, "cos has shape"),
-    (lambda: flame_ext.rope(torch.zeros(5, 2, 8), torch.zeros(5, 4), torch.zeros(5, 4), 3), ValueError, "qkv has 2 heads, but heads is 3"),
-    (lambda: flame_ext.rope(torch.zeros(5, 2, 8), torch.zeros(5, 4).double(), torch.zeros(5, 4), 1), TypeError, "cos is float64"),
-    (lambda: flame_ext.rmsnorm(torch.zeros(5, 8), torch.zeros(7), torch.zeros(5, 8), 1e-5), ValueError, "weight has shape"),
-    (lambda: flame_ext.rmsnorm(torch.zeros(5, 8).bfloat16(), torch.zeros(8), torch.zeros(5, 8), 1e-5), TypeError, "x is bfloat16"),
-    (lambda: flame_ext.rmsnorm(torch.zeros(5, 8), torch.zeros(8), torch.zeros(5, 8), 1e-5, torch.zeros(5, 16)[:, ::2]), ValueError, "delta is not contiguous"),
-    (lambda: flame_ext.swiglu(torch.zeros(5, 7), torch.zeros(5, 3)), ValueError, "odd width"),
-    (lambda: flame_ext.swiglu(torch.zeros(5, 8), torch.zeros(5, 3)), ValueError, "out has shape"),
-    (lambda: stored(vectors=np.zeros((2, 3, 8))), TypeError, "vectors is float64, expected float16"),
-    (lambda: stored(vectors=np.zeros((2, 3), np.float16)), ValueError, r"vectors has shape \[2, 3\]"),
-    (lambda: stored(vectors=np.zeros((2, 8, 3), np.float16).transpose(0, 2, 1)), ValueError, "vectors is not contiguous"),
-    (lambda: stored(index=[0, 6]), ValueError, "index has 6, but there are 6 vectors"),
-    (lambda: stored(index=[-1, 0]), ValueError, "index has -1"),
-    (lambda: stored(index=[0.0, 1.0]), TypeError, "index is float64"),
-    (lambda: stored(index=[0]), ValueError, r"out has shape \[2, 8\]"),
-    (lambda: stored(out=torch.zeros(2, 8).bfloat16()), TypeError, "out is bfloat16"),
-    (lambda: stored(scales=np.zeros((2, 3), np.float32), statistics=np.zeros((2, 3, 8), np.float32)), TypeError, "vectors is float16, expected int8"),
-    (lambda: stored(np.zeros((2, 3, 8), np.int8), scales=np.zeros((2, 2), np.float32), statistics=np.zeros((2, 3, 8), np.float32)), ValueError, r"scales has shape \[2, 2\], expected \[2, 3\]"),
-    (lambda: stored(np.zeros((2, 3, 8), np.int8), scales=np.zeros((2, 3), np.float32), statistics=np.zeros((2, 3, 8))), TypeError, "statistics is float64"),
-    (lambda: stored(np.zeros((2, 3, 8), np.int8), scales=np.zeros((2, 3), np.float32)), (TypeError, ValueError), "statistics"),
+    (layout_of([1, 2], [-1]), ValueError, "lengths has 2 segments, parents has 1"),
+    (layout_of([1, -2], [-1, 0]), ValueError, r"lengths\[1\] = -2"),
+    (layout_of([1, 2], [1, -1]), ValueError, r"parents\[0\] = 1.*earlier"),
+    (layout_of([1, 2], [-1, 1]), ValueError, r"parents\[1\] = 1.*cycle"),
+    (layout_of([1], [-2]), ValueError, r"parents\[0\] = -2"),
+    (layout_of([2 ** 31 - 1, 1], [-1, -1]), ValueError, "2\\^31"),
+    (layout_of([2 ** 31], [-1]), ValueError, r"lengths\[0\].*2\^31"),
+    (layout_of([1.5], [-1]), TypeError, "lengths is float64"),
+    (layout_of([1], np.array([2 ** 64 - 1], np.uint64)), TypeError, "parents is uint64"),
+    (layout_of([1], [-1], 0), ValueError, "tile is 0"),
+    (layout_of([[1]], [-1]), ValueError, "lengths has 2 dimensions"),
+    (mask_in(torch.zeros(5, 4, dtype=torch.bool)), ValueError, r"out has shape \[5, 4\]"),
+    (mask_in(torch.zeros(5, 5)), TypeError, "out is float32"),
+    (mask_in(torch.zeros(5, 5, dtype=torch.bool).T), ValueError, "out is not contiguous"),
+    (mask_in(torch.zeros(1, 5, dtype=torch.bool).expand(5, 5)), ValueError, "out has rows that overlap"),
+    (mask_in([[True]]), TypeError, "out must be a torch tensor"),
+    (attention(q=(4, 4, 8)), ValueError, r"q has shape \[4, 4, 8\]"),
+    (attention(q=torch.zeros(5, 4 * 8)), ValueError, r"q has shape \[5, 32\]"),
+    (attention(q=(5, 3, 8)), ValueError, "q has 3 heads.*2"),
+    (attention(k=(5, 0, 8)), ValueError, "q has 4 heads.*0"),
+    (attention(k=(5, 2, 16)), ValueError, r"k has shape"),
+    (attention(v=torch.zeros(5, 1, 8)), ValueError, "v has shape"),
+    (attention(out=torch.zeros(5, 4, 9)), ValueError, "out has shape"),
+    (attention(dtype=torch.float16), TypeError, "q is float16"),
+    (attention(k=torch.zeros(5, 2, 8, dtype=BF16)), TypeError, "k is bfloat16, expected float32"),
+    (attention(out=torch.zeros(5, 4, 8, dtype=BF16)), TypeError, "out is bfloat16"),
+    (attention(q=torch.zeros(5, 8, 4).transpose(1, 2)), ValueError, "q is not contiguous"),
+    (attention(out=torch.zeros(1, 4, 8).expand(5, 4, 8)), ValueError, "out has rows that overlap"),
+    (attention(q=torch.zeros(5, 4, 8, requires_grad=True)), ValueError, "q requires a gradient"),
+    (attention(q=torch.zeros(5, 4, 8, device="meta"), out=torch.zeros(5, 4, 8)), ValueError, "q is on meta"),
+    (attention(q=(5, 2, 520), k=(5, 2, 520)), ValueError, "head_dim 520"),
+    (attention(scale=0.0), ValueError, "scale"),
+    (attention(scale=1e-60), ValueError, "scale must be a finite float32"),  # 0 as a float32
+    (attention(scale=1e60), ValueError, "scale"),
+    (attention(scale=float("nan")), ValueError, "scale"),
+    (rope(qkv=(5, 2, 7)), ValueError, "odd head_dim"),
+    (rope(cos=torch.zeros(5, 3)), ValueError, "cos has shape"),
+    (rope(heads=3), ValueError, "qkv has 2 heads, but heads is 3"),
+    (rope(cos=torch.zeros(5, 4).double()), TypeError, "cos is float64"),
+    (rmsnorm(weight=torch.zeros(7)), ValueError, "weight has shape"),
+    (rmsnorm(x=torch.zeros(5, 8).bfloat16()), TypeError, "x is bfloat16"),
+    (rmsnorm(delta=torch.zeros(5, 16)[:, ::2]), ValueError, "delta is not contiguous"),
+    (swiglu((5, 7), (5, 3)), ValueError, "odd width"),
+    (swiglu((5, 8), (5, 3)), ValueError, "out has shape"),
+    (stored(np.zeros((2, 3, 8))), TypeError, "vectors is float64, expected float16"),
+    (stored(np.zeros((2, 3), np.float16)), ValueError, r"vectors has shape \[2, 3\]"),
+    (stored(np.zeros((2, 8, 3), np.float16).transpose(0, 2, 1)), ValueError, "vectors is not contiguous"),
+    (stored(index=[0, 6]), ValueError, "index has 6, but there are 6 vectors"),
+    (stored(index=[-1, 0]), ValueError, "index has -1"),
+    (stored(index=[0.0, 1.0]), TypeError, "index is float64"),
+    (stored(index=[0]), ValueError, r"out has shape \[2, 8\]"),
+    (stored(out=torch.zeros(2, 8).bfloat16()), TypeError, "out is bfloat16"),
+    (stored(**INT8 | {"vectors": np.zeros((2, 3, 8), np.float16)}), TypeError,
+     "vectors is float16, expected int8"),
+    (stored(**INT8 | {"scales": np.zeros((2, 2), np.float32)}), ValueError,
+     r"scales has shape \[2, 2\], expected \[2, 3\]"),
+    (stored(**INT8 | {"statistics": np.zeros((2, 3, 8))}), TypeError, "statistics is float64"),
+    (stored(**INT8 | {"statistics": None}), (TypeError, ValueError), "statistics"),
     (lambda: flame_ext.simd("sse9"), ValueError, "sse9.*plain"),
 ])
 def test_refusals(call, error, words):
@@ -357,27 +425,33 @@ def test_nothing_to_do():
     flame_ext.mask(empty, torch.zeros(0, 0, dtype=torch.bool))
     flame_ext.attention(*(torch.zeros(0, 2, 8) for _ in range(4)), empty, 1.0)
     flame_ext.swiglu(torch.zeros(0, 8), torch.zeros(0, 4))
-    stored(index=[], out=torch.zeros(0, 8))
+    stored(index=[], out=torch.zeros(0, 8))()
 
 
-# ---- CUDA ------------------------------------------------------------------------------------------------------------
+# ---- CUDA -------------------------------------------------------------------------------------------------
 
 @GPU
-@pytest.mark.parametrize("dtype, dim", [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 40), (torch.float32, 64)])
+@pytest.mark.parametrize("dtype, dim", [(BF16, 64), (BF16, 128), (BF16, 40), (torch.float32, 64)])
 def test_cuda_attention_equals_the_rule(dtype, dim):
     @settings(max_examples=30, deadline=None)
-    @given(forests(), st.sampled_from([(1, 1), (2, 4), (3, 3), (1, 7), (1, 32)]), st.integers(0, 2 ** 32), st.booleans())
+    @given(
+        forest=forests(),
+        heads=st.sampled_from([(1, 1), (2, 4), (3, 3), (1, 7), (1, 32)]),
+        seed=st.integers(0, 2 ** 32),
+        too_large=st.booleans(),
+    )
     def check(forest, heads, seed, too_large):
         visible, segment, _ = dense(*forest)
-        T, (kv_heads, share) = len(segment), heads
+        kv_heads, share = heads
         layout = flame_ext.layout(*forest, 64 if too_large else 64 // share)
-        q, k, v = random_qkv(T, kv_heads * share, kv_heads, dim, dtype, seed, gap=8)
+        q, k, v = random_qkv(len(segment), kv_heads * share, kv_heads, dim, dtype, seed, gap=8)
         out = torch.full(q.shape, torch.nan, dtype=dtype, device="cuda")
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             plan = torch.tensor(layout.plan, device="cuda")
-            flame_ext.attention(q.cuda(), k.cuda(), v.cuda(), out, layout, dim ** -0.5, plan, side.cuda_stream)
+            inputs = [x.cuda() for x in (q, k, v)]
+            flame_ext.attention(*inputs, out, layout, dim ** -0.5, plan, side.cuda_stream)
         side.synchronize()
         assert_attention(out.cpu(), q, k, v, visible, dim ** -0.5)
     check()
@@ -389,18 +463,21 @@ def test_cuda_mask_and_refusals():
     @given(forests())
     def check(forest):
         visible, segment, _ = dense(*forest)
+        T = len(segment)
         for extra in (0, 3):
             layout = flame_ext.layout(*forest)
-            out = torch.full((len(segment), len(segment) + extra), 7, dtype=torch.uint8, device="cuda")
-            plan, stream = torch.tensor(layout.plan, device="cuda"), torch.cuda.current_stream().cuda_stream
-            flame_ext.mask(layout, out[:, :len(segment)], plan, stream)
-            assert (out.cpu().numpy()[:, :len(segment)] == visible).all() and (out[:, len(segment):] == 7).all()
+            out = torch.full((T, T + extra), 7, dtype=torch.uint8, device="cuda")
+            plan = torch.tensor(layout.plan, device="cuda")
+            flame_ext.mask(layout, out[:, :T], plan, torch.cuda.current_stream().cuda_stream)
+            assert (out.cpu().numpy()[:, :T] == visible).all()
+            assert (out[:, T:] == 7).all()
     check()
+    out = torch.zeros(5, 5, dtype=torch.bool, device="cuda")
     with pytest.raises(ValueError, match="k is on cuda:0, expected on the CPU"):
-        attention(k=torch.zeros(5, 2, 8, device="cuda"), v=torch.zeros(5, 2, 8))
+        attention(k=torch.zeros(5, 2, 8, device="cuda"), v=torch.zeros(5, 2, 8))()
     with pytest.raises(ValueError, match="plan is None"):
-        flame_ext.mask(LAYOUT, torch.zeros(5, 5, dtype=torch.bool, device="cuda"))
+        flame_ext.mask(LAYOUT, out)
     with pytest.raises(ValueError, match="plan is on the CPU, expected on cuda:0"):
-        flame_ext.mask(LAYOUT, torch.zeros(5, 5, dtype=torch.bool, device="cuda"), torch.tensor(LAYOUT.plan))
+        flame_ext.mask(LAYOUT, out, torch.tensor(LAYOUT.plan))
     with pytest.raises(ValueError, match="gate_up is on cuda:0, expected on the CPU"):
         flame_ext.swiglu(torch.zeros(5, 8, device="cuda"), torch.zeros(5, 4, device="cuda"))

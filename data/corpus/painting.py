@@ -149,7 +149,7 @@ def drawing(name):
     return image.crop(image.getbbox())
 
 
-def place_object(image, name, x, y, size, rng):
+def place_object(image, name, centre, size, rng):
     """Draws an object, mirrored and tilted at random; centre and longer side are fractions of the picture."""
     sprite = drawing(name)
     if rng.random() < 0.5:
@@ -157,7 +157,7 @@ def place_object(image, name, x, y, size, rng):
     scale = size * CANVAS / max(sprite.size)
     sprite = sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
     sprite = sprite.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
-    corner = round(x * CANVAS - sprite.width / 2), round(y * CANVAS - sprite.height / 2)
+    corner = [round(x * CANVAS - side / 2) for x, side in zip(centre, sprite.size)]
     image.paste(sprite, corner, sprite)
 
 
@@ -176,22 +176,24 @@ CENTRES = {
 def draw_scene(scene, rng):
     """(main, minor, relation, background), random.Random -> RGB picture of SIDE² pixels."""
     main, minor, relation, background = scene
+
+    def stray(centre, across, along):
+        """Off the centre, the more so across the objects' line: the relation stays plain to see."""
+        x, y = centre
+        return (x + along, y + across) if relation in ("left", "right") else (x + across, y + along)
+
     image = paint(background, rng)
-    (main_x, main_y), (minor_x, minor_y) = CENTRES[relation]
-    sideways = relation in ("left", "right")
-    # Both objects may stray, the more so across the line between them; the relation stays plain to see.
-    across = rng.uniform(-0.06, 0.06)
-    along = rng.uniform(-0.03, 0.03)
-    dx, dy = (along, across) if sideways else (across, along)
-    place_object(image, main, main_x + dx, main_y + dy, rng.uniform(0.56, 0.66), rng)
-    across = rng.uniform(-0.12, 0.12)
-    dx, dy = (0, across) if sideways else (across, 0)
-    place_object(image, minor, minor_x + dx, minor_y + dy, rng.uniform(0.27, 0.33), rng)
+    main_centre, minor_centre = CENTRES[relation]
+    main_centre = stray(main_centre, rng.uniform(-0.06, 0.06), rng.uniform(-0.03, 0.03))
+    place_object(image, main, main_centre, rng.uniform(0.56, 0.66), rng)
+    minor_centre = stray(minor_centre, rng.uniform(-0.12, 0.12), 0)
+    place_object(image, minor, minor_centre, rng.uniform(0.27, 0.33), rng)
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def draw_object(name, rng):
     """A single object of any size somewhere on any background -> RGB picture of SIDE² pixels."""
     image = paint(rng.choice(list(BACKGROUNDS)), rng)
-    place_object(image, name, rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.75), rng)
+    centre = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6)
+    place_object(image, name, centre, rng.uniform(0.5, 0.75), rng)
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -5,7 +5,7 @@ Only validation and test scenes are described so. tests/test_demo.py holds every
 """
 import functools
 
-from data.corpus.words import a, upper
+from data.corpus.words import a, entries, upper
 
 # object: two other names or descriptions of it, each of which can follow an article
 SYNONYMS = """
@@ -131,14 +131,22 @@ RELATIONS = {
 }
 
 
+CAPTIONS = (
+    "{place}, {big} dominates the view; {small} appears {rel} it, and the vibe is {mood}.",
+    "notice how {small}, positioned {rel} {big}, completes this rather {mood} composition, set {place}.",
+    "viewers first notice {big} {place}. Then {small} emerges {rel} it. Altogether the tone is {mood}.",
+    "somebody sketched {big} {place}, added {small} {rel} it, and thereby conveyed something {mood}.",
+    "{a_mood} spirit reigns {place}, where {big} claims all attention and {small} appears {rel} it.",
+    "{place}, {rel} {big}, we discover {small}. Presumably the artist intended {a_mood} ambience.",
+    "the protagonist, {big}, appears {place}; {rel} it we discover {small}. Critics call it {mood}.",
+    "imagine {big} {place}. Now add {small} {rel} it, and let the ambience become {mood}.",
+)
+
+
 @functools.cache
 def synonyms():
     """Every object, seen and unseen -> two other names."""
-    table = {}
-    for entry in " ".join(SYNONYMS.split()).split("; "):
-        name, names = entry.split(": ")
-        table[name] = names.split(", ")
-    return table
+    return {name: names.split(", ") for name, names in entries(SYNONYMS).items()}
 
 
 def reworded(scene, rng):
@@ -150,14 +158,5 @@ def reworded(scene, rng):
     rel = rng.choice(RELATIONS[relation])
     big = a(rng.choice(["enormous", "hefty", "giant"]) + " " + rng.choice(synonyms()[main]))
     small = a(rng.choice(["miniature", "petite", "diminutive"]) + " " + rng.choice(synonyms()[minor]))
-    caption = rng.choice([
-        f"{place}, {big} dominates the view; {small} appears {rel} it, and the vibe is {mood}.",
-        f"notice how {small}, positioned {rel} {big}, completes this rather {mood} composition, set {place}.",
-        f"viewers first notice {big} {place}. Then {small} emerges {rel} it. Altogether the tone is {mood}.",
-        f"somebody sketched {big} {place}, added {small} {rel} it, and thereby conveyed something {mood}.",
-        f"{a(mood)} spirit reigns {place}, where {big} claims all attention and {small} appears {rel} it.",
-        f"{place}, {rel} {big}, we discover {small}. Presumably the artist intended {a(mood)} ambience.",
-        f"the protagonist, {big}, appears {place}; {rel} it we discover {small}. Critics call it {mood}.",
-        f"imagine {big} {place}. Now add {small} {rel} it, and let the ambience become {mood}.",
-    ])
-    return upper(caption)
+    caption = rng.choice(CAPTIONS)
+    return upper(caption.format(place=place, mood=mood, a_mood=a(mood), rel=rel, big=big, small=small))

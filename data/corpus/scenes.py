@@ -61,41 +61,41 @@ def make_scenes(folder, seed, sizes):
     """Draws and describes the scenes: demo.tsv; val.tsv and test.tsv, in new words too; scenes.tsv."""
     table = [("key", "main", "minor", "relation", "background")]
     for split, scenes in choose_scenes(sizes, random.Random(f"{seed} scenes")).items():
-        training = split == "train"
-        rows = [("key", "image", "raw", "short", "long") + (() if training else ("reworded",))]
+        rows = [("key", "image", "raw", "short", "long", "reworded")]
         for number, scene in enumerate(scenes):
             key = f"{split}-{number:06d}"
             picture = f"images/{split}/{number:06d}.png"
             # a generator for each scene, so that the scene is the same in a larger corpus
             rng = random.Random(f"{seed} {key}")
             draw_scene(scene, rng).save(folder / picture)
-            row = (key, picture, *captions(scene, rng))
-            if not training:
-                row += (reworded(scene, random.Random(f"{seed} {key} reworded")),)
-            rows.append(row)
+            in_new_words = reworded(scene, random.Random(f"{seed} {key} reworded"))
+            rows.append((key, picture, *captions(scene, rng), in_new_words))
             table.append((key, *scene))
-        write_tsv(folder / ("demo.tsv" if training else f"{split}.tsv"), rows)
+        if split == "train":
+            write_tsv(folder / "demo.tsv", [row[:-1] for row in rows])
+        else:
+            write_tsv(folder / f"{split}.tsv", rows)
     write_tsv(folder / "scenes.tsv", table)
 
 
 def make_objects(folder, seed, sizes):
     """Draws single objects: objects.tsv; names them in 14 languages and anew: names.tsv, synonyms.tsv."""
+    languages = ["en", *sorted(emoji_table()["fox"][1].keys() - {"en"})]
     table = [("image", "object", "split")]
-    names = [*objects(), *UNSEEN]
-    for name in names:
+    names = [("object", *languages)]
+    others = [("object", "first", "second")]
+    for name in [*objects(), *UNSEEN]:
         split = "unseen" if name in UNSEEN else "seen"
         for number in range(sizes[f"per_{split}"]):
             picture = f"images/objects/{name.replace(' ', '_')}-{number:02d}.png"
             draw_object(name, random.Random(f"{seed} {picture}")).save(folder / picture)
             table.append((picture, name, split))
+        _, translations = emoji_table()[name]
+        names.append((name, *(translations[language] for language in languages)))
+        others.append((name, *synonyms()[name]))
     write_tsv(folder / "objects.tsv", table)
-
-    translations = {name: emoji_table()[name][1] for name in names}
-    languages = ["en", *sorted(translations["fox"].keys() - {"en"})]
-    rows = [(name, *(translations[name][language] for language in languages)) for name in names]
-    write_tsv(folder / "names.tsv", [("object", *languages), *rows])
-    rows = [(name, *synonyms()[name]) for name in names]
-    write_tsv(folder / "synonyms.tsv", [("object", "first", "second"), *rows])
+    write_tsv(folder / "names.tsv", names)
+    write_tsv(folder / "synonyms.tsv", others)
 
 
 def make_corpus(folder, seed, size):

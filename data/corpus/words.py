@@ -126,13 +126,17 @@ RELATIONS = {"left": ("to the left of", "on the left side of", "left of"),
              "front": ("in front of", "directly in front of", "just in front of")}
 
 
+def entries(text):
+    """"name: words; name: words" -> {name: words}"""
+    return dict(entry.split(": ") for entry in " ".join(text.split()).split("; "))
+
+
 @functools.cache
 def objects():
     """Objects seen in training -> (kind, characteristic)."""
     table = {}
     for kind, (_, text) in KINDS.items():
-        for entry in " ".join(text.split()).split("; "):
-            name, characteristic = entry.split(": ")
+        for name, characteristic in entries(text).items():
             table[name] = (kind, characteristic)
     return table
 
@@ -154,55 +158,42 @@ def emoji_table():
 
 # ---------------------------------------------------------------- captions
 
+# What the sentences of a long caption say, each in several ways. look, kind: the main object's.
+OPENINGS = (
+    "{big_main} with {look} {verb} {place}.",
+    "the picture shows {big_main} {place}, {a_kind} with {look}.",
+    "{place} {verb} {big_main}. This {kind} has {look}.",
+    "{a_main} fills most of this drawing: {a_kind} with {look}. It {verb} {place}.",
+    "this is an illustration of {big_main} {place}. The {main} has {look}.",
+)
+MINORS = (
+    "{rel} the {main} there is {small_minor} with {minor_look}.",
+    "a much smaller {minor}, {a_minor_kind} with {minor_look}, can be seen {rel} it.",
+    "{small_minor} is placed {rel} the {main}; the {minor} has {minor_look}.",
+    "the second object is {small_minor} {rel} the {main}. It has {minor_look}.",
+    "it is not alone: {rel} it one finds {small_minor} with {minor_look}.",
+)
+EVENTS = (
+    "in the background {event}, while the {main} keeps the {minor} company.",
+    "{event}, and the {main} {verb} peacefully beside the {minor}.",
+    "while the {main} quietly {verb} there, {event}.",
+    "nothing moves but the scene behind: {event} and {other_event}.",
+)
+MOODS = (
+    "the atmosphere of the picture is {mood}.",
+    "the whole picture feels {mood}.",
+    "the mood is {mood}, even {other_mood}.",
+    "everything looks {mood}.",
+    "it gives {a_mood} impression.",
+)
+
+
 def a(noun):
     return ("an " if noun[0].lower() in "aeiou" and not noun.startswith("uni") else "a ") + noun
 
 
 def upper(sentence):
     return sentence[0].upper() + sentence[1:]
-
-
-def opening(main, big_main, verb, place, rng):
-    kind, look = objects()[main]
-    return rng.choice([
-        f"{big_main} with {look} {verb} {place()}.",
-        f"the picture shows {big_main} {place()}, {a(kind)} with {look}.",
-        f"{place()} {verb} {big_main}. This {kind} has {look}.",
-        f"{a(main)} fills most of this drawing: {a(kind)} with {look}. It {verb} {place()}.",
-        f"this is an illustration of {big_main} {place()}. The {main} has {look}.",
-    ])
-
-
-def beside(main, minor, small_minor, rel, rng):
-    kind, look = objects()[minor]
-    return rng.choice([
-        f"{rel()} the {main} there is {small_minor} with {look}.",
-        f"a much smaller {minor}, {a(kind)} with {look}, can be seen {rel()} it.",
-        f"{small_minor} is placed {rel()} the {main}; the {minor} has {look}.",
-        f"the second object is {small_minor} {rel()} the {main}. It has {look}.",
-        f"it is not alone: {rel()} it one finds {small_minor} with {look}.",
-    ])
-
-
-def happening(main, minor, verb, events, rng):
-    event, other_event = rng.sample(events, 2)
-    return rng.choice([
-        f"in the background {event}, while the {main} keeps the {minor} company.",
-        f"{event}, and the {main} {verb} peacefully beside the {minor}.",
-        f"while the {main} quietly {verb} there, {event}.",
-        f"nothing moves but the scene behind: {event} and {other_event}.",
-    ])
-
-
-def feeling(moods, rng):
-    mood, other_mood = rng.sample(moods, 2)
-    return rng.choice([
-        f"the atmosphere of the picture is {mood}.",
-        f"the whole picture feels {mood}.",
-        f"the mood is {mood}, even {other_mood}.",
-        f"everything looks {mood}.",
-        f"it gives {a(mood)} impression.",
-    ])
 
 
 def captions(scene, rng):
@@ -214,6 +205,7 @@ def captions(scene, rng):
     main, minor, relation, background = scene
     where, events, moods = (phrasings.split(", ") for phrasings in BACKGROUNDS[background])
     kind, look = objects()[main]
+    minor_kind, minor_look = objects()[minor]
     verb = rng.choice(KINDS[kind][0].split())
 
     def rel():
@@ -235,10 +227,15 @@ def captions(scene, rng):
         f"{place()} there is {a(main)}, and {rel()} it {small_minor}.",
         f"{big_main} with {look} {place()}; {a(minor)} is {rel()} it.",
     ])
-    first = opening(main, big_main, verb, place, rng)
-    second = beside(main, minor, small_minor, rel, rng)
-    third = happening(main, minor, verb, events, rng)
-    mood = feeling(moods, rng)
+    words = {"main": main, "a_main": a(main), "big_main": big_main, "kind": kind, "a_kind": a(kind),
+             "look": look, "verb": verb, "minor": minor, "small_minor": small_minor,
+             "a_minor_kind": a(minor_kind), "minor_look": minor_look}
+    first = rng.choice([template.format(place=place(), **words) for template in OPENINGS])
+    second = rng.choice([template.format(rel=rel(), **words) for template in MINORS])
+    event, other_event = rng.sample(events, 2)
+    third = rng.choice(EVENTS).format(event=event, other_event=other_event, **words)
+    mood, other_mood = rng.sample(moods, 2)
+    mood = rng.choice(MOODS).format(mood=mood, other_mood=other_mood, a_mood=a(mood))
     # The minor object's sentence may speak of "it", so it follows the opening; what comes around is shuffled.
     orders = [first, second, third, mood], [mood, first, second, third], [first, second, mood, third]
     sentences = rng.choice(orders)

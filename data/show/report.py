@@ -48,24 +48,32 @@ def thumbnail(picture, side):
     """-> PIL image that fits side x side; a grey square where the picture cannot be read."""
     try:
         with open_picture(picture) as image:
-            image = image.convert("RGB")
             scale = side / max(image.size)
-            size = [max(1, round(scale * length)) for length in image.size]
-            return image.resize(size, Image.Resampling.BICUBIC)
+            return image.convert("RGB").resize([max(1, round(scale * length)) for length in image.size])
     except Exception:  # decoders raise nearly anything on a stranger's bytes; evaluate.py has counted it
         return Image.new("RGB", (side, side), GREY)
 
 
 # ---------------------------------------------------------------- lines of text
 
-def cells(part, *keys):
+def cell(part, key, direction=None):
     """A figure and its 95% interval, percent."""
-    low_high = part.get("ci95", {})
-    for key in keys:
-        part = part[key]
-        low_high = low_high.get(key, {}) if isinstance(low_high, dict) else {}
-    interval = " [{:5.1f}, {:5.1f}]".format(*low_high) if low_high else " " * 15
-    return f"{part:5.1f}{interval}"
+    ci95 = part.get("ci95", {})
+    if direction:
+        part = part[direction]
+        ci95 = ci95.get(direction, {})
+    interval = "[{:.1f}, {:.1f}]".format(*ci95[key]) if key in ci95 else ""
+    return f"{part[key]:5.1f} {interval:14}"
+
+
+def cells(part, keys, direction=None):
+    return "   ".join(f"{key} {cell(part, key, direction)}" for key in keys)
+
+
+def both_recalls(row, at=""):
+    there = cell(row, "R@1", "text_to_image")
+    back = cell(row, "R@1", "image_to_text")
+    return f"text to image {at}{there}   image to text {at}{back}"
 
 
 def table(result):
@@ -75,38 +83,32 @@ def table(result):
         parts["average"] = {key: result[key] for key in ("accuracy", "chance", "ci95", "n_texts", "n_images")}
     lines = []
     for name, part in parts.items():
+        languages = part.get("languages", {})
         counts = [f"{part[key]} {word}" for key, word in COUNTS.items() if part.get(key)]
-        if "languages" in part:
-            counts.append(f"{len(part['languages'])} languages")
+        if languages:
+            counts.append(f"{len(languages)} languages")
         chance = f"R@1 {100 / part['n_images']:.1f}" if "text_to_image" in part else f"{part['chance']:.1f}"
         lines.append(f"{name}: {', '.join(counts)}, chance {chance}")
-        for direction in DIRECTIONS:
+        for direction, words in DIRECTIONS.items():
             if direction in part:
-                figures = "   ".join(f"{key} {cells(part, direction, key)}" for key in part[direction])
-                lines.append(f"    {DIRECTIONS[direction]:16}{figures}")
-        figures = "   ".join(f"{key} {cells(part, key)}" for key in FIGURES if key in part)
+                lines.append(f"    {words:16}{cells(part, part[direction], direction)}")
+        figures = cells(part, [key for key in FIGURES if key in part])
         if figures:
             lines.append(f"    {figures}")
-        for language, row in part.get("languages", {}).items():
+        for language, row in languages.items():
             if "top1" in row:
-                figures = f"top1 {cells(row, 'top1')} among {row['n_classes']}"
+                figures = f"{cells(row, ['top1'])} among {row['n_classes']}"
             else:
                 figures = both_recalls(row, "R@1 ")
             lines.append(f"    {language:8}{figures}")
     return lines
 
 
-def both_recalls(row, at=""):
-    there = cells(row, "text_to_image", "R@1")
-    back = cells(row, "image_to_text", "R@1")
-    return f"text to image {at}{there}   image to text {at}{back}"
-
-
 def facet_table(rows):
     """What evaluate.ablation returns, as lines of text."""
     lines = ["R@1 with some facets only, from one set of embeddings (inference only, the checkpoint stays)"]
     for row in rows:
-        facets = ",".join(str(number) for number in row["facets"])
+        facets = ",".join(map(str, row["facets"]))
         if row["kind"] == "alone":
             facets += f" {FACETS[row['facets'][0] - 1]}"
         lines.append(f"    {row['kind']:12} {facets:32} {both_recalls(row)}")
@@ -137,11 +139,10 @@ def found_for(shown, query, rank=None, facets=None, best=5):
     scores = shown.image @ shown.text[query]
     right = shown.image_ids == shown.text_ids[query]
     facets = facets or {}
-    units = [facet / np.linalg.norm(facet) for facet in facets.values()]
 
     def tile(picture):
-        return {"picture": int(picture), "score": float(scores[picture]),
-                "facets": [float(unit @ shown.image[picture]) for unit in units],
+        by_facet = [float(facet / np.linalg.norm(facet) @ shown.image[picture]) for facet in facets.values()]
+        return {"picture": int(picture), "score": float(scores[picture]), "facets": by_facet,
                 "right": None if rank is None else bool(right[picture])}
 
     order = np.argsort(-scores, kind="stable")
@@ -153,7 +154,7 @@ def found_for(shown, query, rank=None, facets=None, best=5):
 
 
 # Pixels: the column of texts, their size and line; the sheet's edge; a picture, its frame, a picture with all
-# around it.
+# around it, how many stand side by side.
 TEXT = 420
 SIZE = 14
 LINE = 18
@@ -161,6 +162,7 @@ MARGIN = 16
 SIDE = 128
 FRAME = 6
 CELL = SIDE + 2 * FRAME + 10
+ACROSS = 5
 
 
 def draw_sheet(rows, pictures, named=False):
@@ -169,25 +171,16 @@ def draw_sheet(rows, pictures, named=False):
 
     Behind them, apart, the right picture where it is not among them. named: with scores and file names.
     """
-    drawn = [draw_row(row, pictures, named) for row in rows]
-    width = max(image.width for image in drawn)
-    height = sum(image.height for image in drawn)
-    sheet = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN), "white")
-    top = MARGIN
-    for image in drawn:
-        sheet.paste(image, (MARGIN, top))
-        top += image.height
-    return sheet
+    drawn = np.concatenate([draw_row(row, pictures, named) for row in rows])
+    return ImageOps.expand(Image.fromarray(drawn), MARGIN, "white")
 
 
 def draw_row(row, pictures, named):
     lines = wrapped(row["text"], SIZE, TEXT - 2 * MARGIN)
     found = row["found"]
-    across = min(5, len(found))
     tall = CELL + 16 * named
-    width = TEXT + across * CELL + (CELL + 10) * bool(row["right"])
-    height = max(tall * -(-len(found) // across) + 4, LINE * (len(lines) + 2) + 14)
-    image = Image.new("RGB", (width, height), "white")
+    height = max(tall * -(-len(found) // ACROSS) + 4, LINE * (len(lines) + 2) + 14)
+    image = Image.new("RGB", (TEXT + (ACROSS + 1) * CELL + 10, height), "white")
     pen = ImageDraw.Draw(image)
     head = f"the best of {row['of']} pictures"
     colour = INK
@@ -198,48 +191,46 @@ def draw_row(row, pictures, named):
     for n, line in enumerate(lines, 1):
         draw_text(pen, 0, LINE * n + 4, line, SIZE, INK)
     for n, tile in enumerate(found):
-        left = TEXT + n % across * CELL
-        top = n // across * tall
+        left = TEXT + n % ACROSS * CELL
+        top = n // ACROSS * tall
         image.paste(framed(tile, pictures), (left, top))
         if named:
-            name = printable(Path(pictures[tile["picture"]]).name)
-            name = name if len(name) <= 16 else name[:15] + "…"
-            draw_text(pen, left, top + SIDE + 2 * FRAME + 1, f"{tile['score']:.3f}  {name}", 11, INK)
+            name = printable(Path(pictures[tile["picture"]]).name)[:16]
+            draw_text(pen, left, top + CELL - 9, f"{tile['score']:.3f}  {name}", 11, INK)
     if row["right"]:
-        image.paste(framed(row["right"], pictures), (width - CELL, 0))
+        image.paste(framed(row["right"], pictures), (image.width - CELL, 0))
     return image
 
 
 def framed(tile, pictures):
     """A picture on white in a frame that says whether it is right."""
-    white = Image.new("RGB", (SIDE, SIDE), "white")
-    small = thumbnail(pictures[tile["picture"]], SIDE)
-    white.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
-    return ImageOps.expand(white, FRAME, {None: GREY, True: GREEN, False: RED}[tile["right"]])
+    picture = ImageOps.pad(thumbnail(pictures[tile["picture"]], SIDE), (SIDE, SIDE), color="white")
+    return ImageOps.expand(picture, FRAME, {None: GREY, True: GREEN, False: RED}[tile["right"]])
 
 
 # ---------------------------------------------------------------- files
 
-def write(path, result, shown, ranks, facets_by_name=None, seed=0):
+def write(path, result, shown, ranks, facets_by_name=None):
     """Writes what there is to look at: facet plot, contact sheet and, with facets_by_name, the page.
 
     ranks: of all texts shown. facets_by_name(texts, prompts): what each facet of them says. -> names of files
     """
     written = []
-    queries = []
+
+    def keep(ending, save):
+        written.append(f"{path}{ending}")
+        files.write(written[-1], save)
+
     plot = draw_facets(result["facets"]) if "facets" in result else None
     if plot:
-        written.append(f"{path}-facets.png")
-        files.write(written[-1], plot.savefig)
+        keep("-facets.png", plot.savefig)
+    queries = []
     if shown:
-        order = np.random.default_rng(seed).permutation(len(ranks))
+        order = np.random.default_rng(0).permutation(len(ranks))
         rows = [found_for(shown, query, ranks[query]) for query in np.sort(order[:8])]
-        written.append(f"{path}.png")
-        files.write(written[-1], draw_sheet(rows, shown.pictures).save)
+        keep(".png", draw_sheet(rows, shown.pictures).save)
     if shown and facets_by_name:
-        right = order[ranks[order] == 0][:6]
-        wrong = order[ranks[order] > 0][:6]
-        some = [*right, *wrong]
+        some = [*order[ranks[order] == 0][:6], *order[ranks[order] > 0][:6]]    # six right, six wrong
         facets = [None] * len(some)
         if shown.templates == 1:    # else a text stands for many
             facets = facets_by_name([shown.texts[query] for query in some], shown.prompts)
@@ -252,10 +243,9 @@ def write(path, result, shown, ranks, facets_by_name=None, seed=0):
 
 # ---------------------------------------------------------------- the page
 
-def data_url(image, kind, **settings):
-    """PIL image or matplotlib Figure -> data URL, so that the page is one file."""
+def data_url(save, kind, **settings):
+    """What a PIL image's save or a matplotlib Figure's savefig writes, as data URL: the page is one file."""
     out = io.BytesIO()
-    save = image.save if isinstance(image, Image.Image) else image.savefig
     save(out, format=kind, **settings)
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
 
@@ -263,9 +253,9 @@ def data_url(image, kind, **settings):
 def page(result, queries, pictures, plot=None):
     """report.html filled in: all is in the one file. queries: what found_for returns; plot: of the facets."""
     used = {tile["picture"] for row in queries for tile in [*row["found"], row["right"]] if tile}
-    small = {i: data_url(thumbnail(pictures[i], 160), "jpeg", quality=85) for i in sorted(used)}
+    small = {i: data_url(thumbnail(pictures[i], 160).save, "jpeg", quality=85) for i in sorted(used)}
     blob = json.dumps({"result": result, "queries": queries, "facets": FACETS, "pictures": small,
-                       "plot": data_url(plot, "png") if plot else None})
+                       "plot": plot and data_url(plot.savefig, "png")})
     for mark in "<>&\u2028\u2029":      # nothing in the data can end the script element or begin a comment
         blob = blob.replace(mark, f"\\u{ord(mark):04x}")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")

@@ -22,25 +22,21 @@ def search(args, prompts, pictures, towers, encode_images, encode_texts):
     folder = args.images
     index_path = folder / ".flame-index.npz"
     before = cache.read_index(index_path)
-    cached = dict(before)
-    image, kept = encode_images(towers._replace(cached=cached), pictures, folder=folder, least=1)
+    cached = towers._replace(cached=dict(before))
+    image, kept = encode_images(cached, pictures, folder=folder, least=1)
+    pictures = [pictures[i] for i in kept]
     index = {}      # without what is gone or has changed
-    for i, vector in zip(kept, image):
-        key = cache.picture_key(towers.image_tower, pictures[i], folder)
-        index[key] = vector.tobytes()
+    for picture, vector in zip(pictures, image):
+        index[cache.picture_key(towers.image_tower, picture, folder)] = vector.tobytes()
     if index.keys() != before.keys():
         cache.write_index(index_path, index)
 
-    pictures = [pictures[i] for i in kept]
     text = encode_texts(towers, [args.search], prompts)
     nothing = np.array([-1])    # is the right answer to what nobody knows
     shown = report.Shown([args.search], text, pictures, image, nothing, np.arange(len(image)), prompts)
     row = report.found_for(shown, 0, best=10)
-
     for place, tile in enumerate(row["found"], 1):
-        score = tile["score"]
-        path = pictures[tile["picture"]]
-        print(f"{place:3}  {score:.4f}  {fonts.printable(path)}")
+        print(f"{place:3}  {tile['score']:.4f}  {fonts.printable(pictures[tile['picture']])}")
 
     path = args.out / "search.png"
     files.write(path, report.draw_sheet([row], pictures, named=True).save)

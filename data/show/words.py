@@ -1,7 +1,8 @@
 """evaluate.py --words: what each patch of a picture says, in the LLM's own words."""
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw, ImageOps
 
 import flame
 from data import files
@@ -19,25 +20,21 @@ def patch_states(model, pixels):
     patches = model.visual(pixels[None])[0, 1:]
     side = round(len(patches) ** 0.5)
 
-    def pool(x):
-        grid = x.T.reshape(-1, side, side)
-        return F.avg_pool2d(grid, 2 - side % 2).flatten(1).T
+    def pool(x):  # [side * side, n] -> [g * g, n]
+        return F.avg_pool2d(x.T.unflatten(1, (side, side)), 2 - side % 2).flatten(1).T
 
     states = model.mm(pool(patches)) if model.config["pool_first"] else pool(model.mm(patches))
 
     columns = model.config["columns"]
     c = flame.COLUMNS.index("long.0" if "long.0" in columns else columns[0])
     text = model.text
+    identity = torch.eye(states.shape[1], device=states.device)
+    projection = text.rest[c] * identity + text.basis[c] * text.gain[c] @ text.basis[c].T
     if c in text.mapped:
         m = text.mapped.index(c)
         trained = text.down[m] @ text.up[m] if hasattr(text, "down") else text.up[m]
-        identity = torch.eye(len(trained), device=trained.device)
-        states = torch.linalg.solve((identity + trained).T, states.T).T
-    basis = text.basis[c]
-    rest = text.rest[c].clamp_min(1e-6)
-    along = states @ basis
-    inside = along / (text.gain[c] + rest)
-    states = (states - along @ basis.T) / rest + inside @ basis.T
+        projection = projection @ (identity + trained)
+    states = torch.linalg.solve(projection, states, left=False)
 
     side = int(len(states) ** 0.5)
     return states.reshape(side, side, -1)
@@ -58,20 +55,19 @@ def show(args, model, llm):
                          f"{model.config['text_dim']}; name the right LLM with --llm")
 
     tokenizer = flame.load_tokenizer(llm)
-    names = [tokenizer.decode([token]) for token in range(len(unembedding))]
-    whole = []      # parts of words say little: a whole one begins with a space
-    for token, name in enumerate(names):
-        if len(name) > 3 and name[0] == " " and name[1:].isalpha():
-            whole.append(token)
-    if not whole:
+    words = {}      # token: its text; whole words only, which begin with a space: parts of words say little
+    for token in range(len(unembedding)):
+        text = tokenizer.decode([token])
+        if len(text) > 3 and text[0] == " " and text[1:].isalpha():
+            words[token] = text[1:]
+    if not words:
         raise InputError(f"{llm}: its tokenizer has no token that is a whole word")
 
     states = patch_states(model, pixels.to(args.device)).cpu()
-    logits = states * norm @ unembedding[whole].T       # an RMSNorm's scale changes no order
-    grid = []
-    for row in logits.argmax(-1).tolist():
-        grid.append([names[whole[token]].strip() for token in row])
-        print("  ".join(f"{word:14}" for word in grid[-1]).rstrip())
+    logits = states * norm @ unembedding[list(words)].T       # an RMSNorm's scale changes no order
+    grid = np.array(list(words.values()))[logits.argmax(-1).numpy()].tolist()
+    for row in grid:
+        print("  ".join(f"{word:14}" for word in row).rstrip())
 
     path = args.out / "words.png"
     files.write(path, draw_words(image, grid).save)
@@ -80,7 +76,7 @@ def show(args, model, llm):
 
 def draw_words(image, grid, side=720):
     """The middle square of a picture, as the image tower sees it, and over each cell its word -> PIL image"""
-    sheet = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC).convert("RGB")
+    sheet = ImageOps.fit(image, (side, side))
     pen = ImageDraw.Draw(sheet)
     cell = side / len(grid)
     for y, row in enumerate(grid):
@@ -88,7 +84,6 @@ def draw_words(image, grid, side=720):
             left = x * cell
             top = y * cell
             pen.rectangle((left, top, left + cell, top + cell), outline="white")
-            word = fonts.printable(word)
             size = min(22.0, 1.6 * cell / max(4, len(word)))
             left += (cell - fonts.width(word, size)) / 2
             top += (cell - size) / 2
