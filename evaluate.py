@@ -595,6 +595,9 @@ BENCHMARKS = {
     "imagefolder": (benchmarks.imagefolder, score_classification, "raw"),
 }
 
+# One's own captions, by --captions
+OWN = (benchmarks.own, score_retrieval, "long")
+
 # Flags that not every scorer knows: the scorers that do, and what is said of another's benchmark.
 NO_CLASSES = "{} has no classes; leave the flag out"
 FLAGS = {
@@ -607,10 +610,13 @@ FLAGS = {
 
 def read(args, split):
     """What the benchmark's reader returns; with names and templates, in the languages asked for."""
-    reader, scorer, _ = BENCHMARKS[args.bench]
-    root = args.data_root
+    reader, scorer, _ = args.how
+    root = args.captions or args.data_root
     more = [args.all_captions] if scorer is score_multilingual else []
-    found = reader(root, split, *more)
+    if args.captions:
+        found = reader(root, args.images, *args.asked)
+    else:
+        found = reader(root, split, *more)
     enough(found[0], found[0], f"pictures are of split {split} in {root}")
     if scorer is score_multilingual:
         return benchmarks.in_languages(*found, args.language, root)
@@ -633,13 +639,15 @@ def sizes(text):
 
 def settings(argv):
     """The command line, checked as far as it can be without reading anything; asked: its prompt sets."""
-    parser = Parser(width=80, usage="evaluate.py --bench NAME | --search TEXT --images DIR | --words IMAGE",
+    usage = "evaluate.py --bench NAME | --captions FILE | --search TEXT --images DIR | --words IMAGE"
+    parser = Parser(width=80, usage=usage,
                     description="Scores a checkpoint; writes <out>/<bench>.json and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     add = parser.add_argument
     add("--bench", choices=BENCHMARKS, metavar="NAME", help="what to score on")
+    add("--captions", type=Path, metavar="FILE", help="score on one's own: any file that embed.py reads")
     add("--search", metavar="TEXT", help="rank pictures by a text (raw prompt, long above 15 words)")
-    add("--images", type=Path, metavar="DIR", help="the folder that --search searches")
+    add("--images", type=Path, metavar="DIR", help="what --search searches; where --captions' pictures lie")
     add("--words", type=Path, metavar="IMAGE", help="the word that each patch of a picture is nearest to")
     add("--checkpoint", type=Path, metavar="PATH", help="default: the newest finished one under out/")
     add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else data/demo/llm")
@@ -657,17 +665,21 @@ def settings(argv):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: cuda if there is one")
     args = parser.parse_args(argv)
-    if bool(args.bench) + bool(args.search) + bool(args.words) != 1 or bool(args.search) != bool(args.images):
-        parser.error("give --bench NAME, or --search TEXT and --images DIR, or --words IMAGE")
-    scorer = BENCHMARKS[args.bench][1] if args.bench else None
+    if sum(map(bool, (args.bench, args.captions, args.search, args.words))) != 1:
+        parser.error("give --bench NAME, or --captions FILE, or --search TEXT, or --words IMAGE")
+    if bool(args.search) != bool(args.images) and not args.captions:
+        parser.error("--search TEXT and --images DIR go together")
+    args.how = OWN if args.captions else BENCHMARKS.get(args.bench, (None, None, "raw"))
+    if args.captions:
+        args.bench = args.captions.name.split(".")[0]
     for flag, (scorers, otherwise) in FLAGS.items():
-        if getattr(args, flag) and scorer not in scorers:
+        if getattr(args, flag) and args.how[1] not in scorers:
             parser.error(f"--{flag}: {otherwise.format(args.bench)}")
-    if args.split == "val" and args.bench not in benchmarks.HAS_VAL:
+    if args.split == "val" and (args.captions or args.bench not in benchmarks.HAS_VAL):
         parser.error(f"--split val: {args.bench} has only a test split; leave the flag out")
     usable_device(args.device)
     args.data_root = args.data_root or Path("data") / str(args.bench)
-    asked = BENCHMARKS[args.bench][2].split() if args.bench else ["raw"]
+    asked = args.how[2].split()
     if args.search and len(args.search.split()) > 15:
         asked = ["long"]
     args.asked = [] if args.probe or args.words else [args.prompts or prompts for prompts in asked]
@@ -729,7 +741,7 @@ def main(argv=None):
         pictures = search.pictures_under(args.images) if args.search else None
         checkpoint = args.checkpoint or newest_checkpoint()
         llm = args.llm or Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
-        pictures_in = args.images or args.words or args.data_root
+        pictures_in = args.captions or args.images or args.words or args.data_root
         print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
         load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
         model = load(checkpoint).to(args.device)
@@ -751,7 +763,7 @@ def evaluate(args, towers, checkpoint, data, train):
     if args.probe:
         scores, shown = score_probe(towers, data, train)
     else:
-        scores, shown = BENCHMARKS[args.bench][1](towers, *args.asked, *data)
+        scores, shown = args.how[1](towers, *args.asked, *data)
         columns = towers.model.config["columns"]
         result["columns"] = [name for name in columns if name.split(".")[0] in args.asked]
         if towers.pool != "cosine":

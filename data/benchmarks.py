@@ -29,8 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.captions import json_entries
+from data.captions import json_entries, read_captions, report_skipped
 from data.files import said
+from data.pictures import folder_by_key, folder_pictures
 from flame import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -559,6 +560,37 @@ def with_names(pictures, classes, names, files):
         if c not in label:
             raise InputError(f"a picture's class is {c!r}, none of the data set's {len(names)}; {AGAIN}")
     return pictures, [label[c] for c in classes], list(names.values()), templates
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One's own
+
+def own(captions, folder, prompts):
+    """Captions in any form that embed.py reads -> pictures, texts, image_of_text.
+
+    A text is the caption that the prompt set is asked of. Rows of one picture are its several captions; rows
+    without one are left out. folder: where the captions' paths start, or where pictures are named by key.
+    """
+    skipped = {}
+    rows = list(read_captions(captions, skipped))
+    report_skipped(captions, skipped)
+    if any(row.image for row in rows):
+        root = folder or captions.parent
+        pictures = [root / row.image if row.image else None for row in rows]
+    else:
+        root = folder or folder_by_key(captions)
+        by_key = {key: Path(path) for key, _, path in folder_pictures(root)}
+        pictures = [by_key.get(row.key) for row in rows]
+    pairs = [(picture, row.captions[prompts]) for picture, row in zip(pictures, rows) if picture]
+    if not pairs:
+        raise InputError(f"{root}: none of the {len(rows)} keys in {captions} has a picture there, such as "
+                         f"{rows[0].key}.jpg; give --images DIR with pictures named by key")
+    if len(pairs) < len(rows):
+        print(f"{captions}: {len(rows) - len(pairs)} of {len(rows)} rows have no picture and are left out",
+              file=sys.stderr)
+    distinct = list(dict.fromkeys(picture for picture, _ in pairs))
+    number_of = {picture: number for number, picture in enumerate(distinct)}
+    return distinct, [text for _, text in pairs], [number_of[picture] for picture, _ in pairs]
 
 
 # ------------------------------------------------------------------------------------------------------------

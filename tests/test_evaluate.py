@@ -779,6 +779,50 @@ def test_prompts_without_a_trained_facet_are_refused(colours, tmp_path, monkeypa
     assert colours("urban1k") == (2, None) and "--prompts raw" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------- one's own captions
+
+def own(tmp_path, *flags):
+    """evaluate.py --captions FILE ... -> (exit code, the result that lies under FILE's name)"""
+    code = evaluate.main(["--device", "cpu", "--captions", *map(str, flags)])
+    path = tmp_path / "results" / f"{Path(flags[0]).name.split('.')[0]}.json"
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_the_demos_captions_as_ones_own_score_as_the_demo_does(colours, tmp_path):
+    tree_demo(tmp_path / "data" / "demo")
+    _, demo = colours("demo")
+    for flags, part in (((), "long"), (("--prompts", "short"), "short")):
+        code, result = own(tmp_path, "data/demo/test.tsv", *flags)
+        assert code == 0 and result["bench"] == "test"
+        scores = ("n_images", "n_texts", "prompts", "text_to_image", "image_to_text", "ci95")
+        assert all(result[name] == demo["parts"][part][name] for name in scores)
+    assert (tmp_path / "results" / "test.png").exists()
+
+
+def test_several_captions_of_one_picture_and_rows_without_one(colours, tmp_path, capsys):
+    for n, name in enumerate(NAMES):
+        picture(tmp_path / "photos" / f"{n}.png", name)
+    rows = [f"{n}.png\t{text}" for n, name in enumerate(NAMES) for text in (f"a {name} wall", f"all {name}")]
+    put(tmp_path / "mine.tsv", "\n".join(["image\traw", *rows, "\tred", "gone.png\ta red one", ""]))
+    code, result = own(tmp_path, "mine.tsv", "--images", "photos", "--report")
+    told = capsys.readouterr().err
+    assert code == 0 and result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100
+    assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 1)
+    assert "1 of 12 rows have no picture" in told and "gone.png" in told
+
+
+def test_pictures_that_are_named_by_key(colours, tmp_path, capsys):
+    for name in NAMES:
+        picture(tmp_path / "mine" / f"{name}.png", name)
+    put(tmp_path / "mine.csv", "key,long\n" + "".join(f"{name},A {name} wall.\n" for name in NAMES))
+    assert own(tmp_path, "mine.csv")[1]["text_to_image"]["R@1"] == 100
+    capsys.readouterr()
+    (tmp_path / "results" / "mine.json").unlink()
+    for wrong in (("mine.csv", "--images", "results"), ("none.csv",), ("mine.csv", "--split", "val")):
+        assert own(tmp_path, *wrong) == (2, None)
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 # ---------------------------------------------------------------- bad settings, Ctrl-C
 
 @pytest.mark.parametrize(
