@@ -25,6 +25,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,12 +44,19 @@ def time_of(path):
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+def all_steps(out):
+    """Has a training taken all its steps? Told to stop it saves what it has, and that is no failure."""
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    return config["step"] == config["training"]["steps"]
+
+
 def run_stage(argv, source, product, root, done):
     """Runs a stage, unless its product is there, untouched, and made by this command from the same source.
 
     argv: its command line, list of str; source, product: the file it starts from and the one it writes last,
     under root; done: folder of the markers -> the marker, with "command", "seconds" and "peak_gib" of this or
-    the earlier run. Raises SystemExit with the stage's own exit code where that is not 0.
+    the earlier run. Raises SystemExit with the stage's own exit code where that is not 0, and with that of
+    SIGTERM where training was told to stop.
     """
     def state():
         return {"command": argv, "source": time_of(root / source), "product": time_of(root / product)}
@@ -69,6 +77,8 @@ def run_stage(argv, source, product, root, done):
         print(f"data/demo.py: {argv[0]} failed with exit code {code}; what is finished is reused next time",
               file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)  # killed by signal n: 128 + n, as in a shell
+    if argv[0] == "train.py" and not all_steps(root / product.parent):
+        sys.exit(128 + signal.SIGTERM)
     per_gib = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # ru_maxrss: bytes there, KiB elsewhere
     seconds = time.time() - started
     made = {**state(), "seconds": seconds, "peak_gib": usage.ru_maxrss / per_gib}

@@ -428,6 +428,24 @@ def test_a_stage_that_fails_passes_its_exit_code_on(stage, capfd):
     assert not (stage.folder / "done").exists()
 
 
+def test_a_training_that_was_told_to_stop_is_not_taken_for_finished(stage):
+    """It saves and leaves with exit code 0; its model is there, but not after all its steps."""
+    training = (stage.folder / "stage.py").rename(stage.folder / "train.py")
+    config = stage.folder / "config.json"
+
+    def train():
+        argv = [training.name, "--steps", "9"]
+        files = Path("source.txt"), Path("product.txt")
+        return demo.run_stage(argv, *files, stage.folder, stage.folder / "done")
+
+    config.write_text('{"step": 4, "training": {"steps": 9}}')
+    with pytest.raises(SystemExit) as stopped:
+        train()
+    assert stopped.value.code == 143 and not (stage.folder / "done").exists()
+    config.write_text('{"step": 9, "training": {"steps": 9}}')
+    assert train() == train()
+
+
 def test_results_table_shows_every_part():
     both = {"text_to_image": {"R@1": 51.5, "R@5": 80.25, "R@10": 91.0},
             "image_to_text": {"R@1": 49.0, "R@5": 79.0, "R@10": 90.5}}
