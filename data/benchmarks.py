@@ -31,7 +31,7 @@ import numpy as np
 
 from data.captions import json_entries, read_captions, report_skipped
 from data.files import said
-from data.pictures import folder_by_key, folder_pictures
+from data.pictures import folder_by_key, folder_pictures, start_of_paths
 from flame import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -575,7 +575,7 @@ def own(captions, folder, prompts):
     rows = list(read_captions(captions, skipped))
     report_skipped(captions, skipped)
     if any(row.image for row in rows):
-        root = folder or captions.parent
+        root = folder or start_of_paths(captions)
         pictures = [root / row.image if row.image else None for row in rows]
     else:
         root = folder or folder_by_key(captions)

@@ -1,10 +1,12 @@
 """How captions lie on disk: every source becomes rows of (key, image, captions), one at a time, in its order.
 
     TSV with a header among `key image raw short long` (other columns are ignored)
-    the official Conceptual Captions TSV: no header, caption<TAB>url
+    the official Conceptual Captions files: no header, caption<TAB>url (CC3M) or url<TAB>caption (CC12M)
     CSV with such a header, or open_clip's `filepath title`
-    JSON (a list of objects) or JSONL (one object a line) with those same fields
+    JSON (a list of objects) or JSONL (one object a line) with those same fields, or LLaVA's conversations
     webdataset / img2dataset tars, never unpacked: one, a folder of them, or a range, "cc3m-{0000..0575}.tar"
+    a folder of pictures, each with its caption beside it (a.jpg, a.txt), subfolders too; or with all captions
+    in one metadata.jsonl or metadata.csv (`file_name text`, Hugging Face's imagefolder)
 
 All but tars may be gzipped. Where there is no key, the row's number padded to nine digits is it, as in
 img2dataset. A bad row is skipped and counted, never fatal; its row number is not given to another.
@@ -21,7 +23,7 @@ import sys
 import tarfile
 import zlib
 from itertools import chain, groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +31,13 @@ from data.files import disk_errors, write
 from flame import InputError, PROMPTS
 
 FIELDS = ("key", "image", *PROMPTS)
-# others' names for these fields, and fields that are no captions
-ALIASES = {"__key__": "key", "filepath": "image", "title": "raw", "caption": "raw", "txt": "raw"}
-NO_CAPTION = {"key", "__key__", "image", "filepath", "url"}
+# others' names for these fields, the first that is there counts, and fields that are no captions
+ALIASES = {"__key__": "key", "filepath": "image", "file_name": "image",
+           "title": "raw", "caption": "raw", "txt": "raw", "text": "raw", "blip_caption": "raw"}
+NO_CAPTION = {"key", "__key__", "image", "filepath", "file_name", "url"}
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 HEADER = f"give it a header among `{' '.join(FIELDS)}`, or caption<TAB>url"
-WANTED = "give a TSV, CSV, JSON or JSONL file, or webdataset tars"
+WANTED = "give a TSV, CSV, JSON or JSONL file, webdataset tars, or a folder of pictures with a .txt each"
 DAMAGED = "tar that is none, or damaged from there on"
 CHUNK = 1 << 20           # characters of a JSON list read at a time
 LARGEST_TEXT = 1 << 24    # bytes of a .txt or .json in a tar: no caption is as long
@@ -127,13 +131,13 @@ def _where(place):
 # Files
 
 def source_files(path):
-    """The files that a captions argument names, sorted: one, a folder's tars, or a range "x-{00..57}.tar"."""
+    """The files that a captions argument names, sorted: one, a range "x-{0..9}.tar", or what a folder has."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.tar"))
-        if not files:
-            raise InputError(f"{path}: a folder without *.tar; {WANTED}")
-        return files
+        for pattern in ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt"):
+            if files := sorted(path.glob(pattern)):
+                return files
+        raise InputError(f"{path}: a folder without *.tar, metadata.jsonl or pictures with a .txt; {WANTED}")
     span = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if not span:
         return [path]
@@ -177,8 +181,11 @@ def _records(path, skipped):
     """Yields (row number from 0, place: line number from 1 or sample of a tar, dict of fields)."""
     for number, (place, fields) in enumerate(_rows(path, skipped)):
         if isinstance(fields, dict):
-            for theirs in ALIASES.keys() & fields.keys():
-                fields.setdefault(ALIASES[theirs], fields[theirs])
+            for theirs, ours in ALIASES.items():
+                if theirs in fields:
+                    fields.setdefault(ours, fields[theirs])
+            if "conversations" in fields:
+                fields |= _conversation(fields)
             yield number, place, fields
         elif fields:
             skip(skipped, fields, place)
@@ -193,6 +200,13 @@ def _rows(path, skipped):
     if name.endswith(".tar"):
         yield from _tars(files, skipped)
         return
+    if name.endswith(".txt") and os.path.isdir(path):
+        yield from _texts(Path(path), files)
+        return
+    if name.endswith(".parquet"):
+        raise InputError(f"{path}: Parquet is not read; write it as JSONL first, with pandas: "
+                         "read_parquet(...).to_json('captions.jsonl', orient='records', lines=True)")
+    path = files[0]
     with _opened(path) as file:
         try:
             if file.peek(2)[:2] == b"\x1f\x8b":
@@ -224,9 +238,10 @@ def _table(file, path, quoting):
     """TSV; with QUOTE_MINIMAL CSV: quotes as in RFC 4180, and commas, or tabs where its header has them."""
     rows = _fields(file, quoting)
     line, header = next(rows)
-    if len(header) == 2 and "://" in header[1]:  # caption<TAB>url, no header
+    links = [place for place, field in enumerate(header) if "://" in field]
+    if len(header) == 2 and links:  # caption<TAB>url or url<TAB>caption, no header
         rows = chain([(line, header)], rows)
-        header = ["raw", "url"]
+        header = ["url", "raw"] if links[0] == 0 else ["raw", "url"]
     elif header and not {ALIASES.get(name, name) for name in header} & set(PROMPTS):
         raise InputError(f"{path}: line 1: no column raw, short or long, and not caption<TAB>url; {HEADER}")
     for line, fields in rows:
@@ -241,7 +256,9 @@ def _fields(file, quoting):
     """Yields (number of a row's last line, its fields, or a text that says why it is no row)."""
     lines = (f"{line}\n" for line in _lines(file))
     first = next(lines, "")
-    delimiter = "," if quoting != csv.QUOTE_NONE and "\t" not in first else "\t"
+    delimiter = "\t"
+    if quoting != csv.QUOTE_NONE and "\t" not in first:
+        delimiter = ";" if ";" in first and "," not in first else ","  # as some countries' spreadsheets write
     rows = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting)
     while True:
         try:
@@ -258,6 +275,15 @@ def _fields(file, quoting):
 
 def _object(value):
     return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _conversation(fields):
+    """LLaVA's and ShareGPT4V's entries: the first answer is a long caption, "id" the key."""
+    turns = fields["conversations"]
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    answers = [turn.get("value") for turn in turns if turn.get("from") == "gpt"]
+    found = {"long": answers[0] if answers else None, "key": fields.get("id")}
+    return {name: value for name, value in found.items() if value is not None and name not in fields}
 
 
 def _json_lines(file):
@@ -392,6 +418,28 @@ def _sample_fields(file, members, place, skipped):
         except (ValueError, AttributeError, RecursionError):
             skip(skipped, "not UTF-8 text or not a JSON object", f"{place}.{suffix}")
     return fields
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A folder of pictures with their texts
+
+def _texts(folder, files):
+    """Yields (place, fields) of each a.txt that has a picture beside it; its path is key and image."""
+    for here, texts in groupby(sorted(files, key=attrgetter("parent", "name")), attrgetter("parent")):
+        beside = sorted(path for path in here.iterdir() if path.suffix.lower() in PICTURES)
+        pictures = {path.stem: path.relative_to(folder) for path in reversed(beside)}  # the first of a stem
+        for file in texts:
+            picture = pictures.get(file.stem)
+            try:
+                with _opened(file) as opened:
+                    text = opened.read(LARGEST_TEXT).decode("utf-8-sig")
+            except ValueError:
+                yield str(file), "not UTF-8 text"
+                continue
+            if picture is None:
+                yield str(file), "text without a picture beside it"
+            else:
+                yield str(file), {"key": str(picture.with_suffix("")), "image": str(picture), "raw": text}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data.captions import DAMAGED, read_captions, report_skipped, sample_name, skip, tar_files
+from data.captions import DAMAGED, PICTURES, read_captions, report_skipped, sample_name, skip, tar_files
 from data.files import write
 from flame import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LARGEST = 1 << 30  # bytes of a picture's file
 LOOKED_AT = 1000   # pictures that stand for all of them where it is asked whether they are there
 SHUFFLE = 50_000   # pictures are put off at most: several tars are mixed, each is still read nearly in order
@@ -43,7 +42,7 @@ def find_pictures(store, folder=None, index=None):
     """
     captions = Path(store.meta["captions"]["path"])
     named = any(store.images)
-    root = Path(folder) if folder else captions.parent if named else folder_by_key(captions)
+    root = Path(folder) if folder else start_of_paths(captions) if named else folder_by_key(captions)
     files = sorted(map(str, root.glob("*.tar"))) if folder or not named else []
     if files:
         rows, places = index_tars(store, files, index)
@@ -56,6 +55,11 @@ def find_pictures(store, folder=None, index=None):
         raise InputError(f"{root}: {len(rows)} of the {len(store)} keys in {store.path} have a picture "
                          f"there, such as {store.keys[0]}.jpg; give --images DIR with two at least")
     return rows, files, places
+
+
+def start_of_paths(captions):
+    """Where the paths in captions start: the folder that is captioned, or that the file lies in."""
+    return captions if captions.is_dir() else captions.parent
 
 
 def folder_by_key(captions):
@@ -88,7 +92,7 @@ def missing_pictures(paths):
 
 def warn_of_missing_pictures(captions):
     """Says on stderr, before hours are spent, how many of the first captions' pictures are not there."""
-    root = Path(captions).parent
+    root = start_of_paths(Path(captions))
     rows = islice(read_captions(captions), LOOKED_AT)
     looked, missing = missing_pictures([root / row.image for row in rows if row.image])
     if missing:
@@ -103,7 +107,7 @@ def folder_pictures(root):
         folders.sort()  # the walk goes on in this order
         for name in sorted(names):
             _, key, suffix = sample_name(name)
-            if f".{suffix}".endswith(SUFFIXES):
+            if f".{suffix}".endswith(PICTURES):
                 yield key, suffix, os.path.join(folder, name)
 
 
@@ -111,7 +115,7 @@ def tar_pictures(tars, skipped):
     """Yields (key, suffix, place) of the pictures in tars."""
     for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars")):
         for _, key, suffix, offset, size in tar_files(path, skipped):
-            if not f".{suffix}".endswith(SUFFIXES):
+            if not f".{suffix}".endswith(PICTURES):
                 continue
             if size > LARGEST:
                 skip(skipped, "file too large for a picture", f"{path}:{key}.{suffix}")

@@ -4,14 +4,18 @@ import io
 import json
 import os
 import signal
+import sys
 import tarfile
 import tracemalloc
 from contextlib import contextmanager
 
 import pytest
+from PIL import Image
 
 import embed
+import evaluate
 import flame
+import train
 from data import captions
 from data.captions import open_join, read_captions, read_join, tar_files
 
@@ -271,3 +275,84 @@ def test_nothing_of_a_join_stays_beside_the_store(tmp_path, tiny_llm, monkeypatc
     monkeypatch.setattr("sys.argv", ["embed.py", *arguments])
     assert not embed.main()
     assert sorted(os.listdir("s")) == ["embeddings.npy", "images.txt", "keys.txt", "meta.json"]
+
+
+# --- layouts that people have
+
+def rows_of(path):
+    return [(row.key, row.image, row.captions["long"]) for row in read_captions(path)]
+
+
+LAYOUTS = {  # name of a file: (what is in it, the rows (key, image, caption) that it gives)
+    "cc3m.tsv": ("a bus station\thttp://x/1.jpg\n", [("000000000", "", "a bus station")]),
+    "cc12m.tsv": ("http://x/1.jpg\ta bus station\n", [("000000000", "", "a bus station")]),
+    "metadata.csv": ("file_name,text\na.jpg,a fox\n", [("000000000", "a.jpg", "a fox")]),
+    "excel.csv": ('image;raw\na.jpg;"a fox; asleep"\n', [("000000000", "a.jpg", "a fox; asleep")]),
+    "blip.jsonl": ('{"image": "a.jpg", "blip_caption": "a fox"}', [("000000000", "a.jpg", "a fox")]),
+    "two.csv": ("title,caption\none,two\n", [("000000000", "", "one")]),
+    "llava.json": (
+        '[{"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "What is it?"}, '
+        '{"from": "gpt", "value": "A fox in deep snow."}, {"from": "gpt", "value": "Yes."}]}, '
+        '{"id": "8", "image": "b.jpg", "conversations": ["x", {"from": "human"}]}]',
+        [("7", "a.jpg", "A fox in deep snow.")]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_published_layouts(tmp_path, name):
+    text, expected = LAYOUTS[name]
+    (tmp_path / name).write_text(text)
+    assert rows_of(tmp_path / name) == expected
+
+
+def test_a_folder_of_pictures_with_a_text_each(tmp_path):
+    """As img2dataset's `files` output too: what is not a text with a picture is counted or passed over."""
+    folder = tmp_path / "photos"
+    for name in ("b.JPG", "a.png", "a.jpg", "more/0001.webp", "alone.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    for name, text in {"b": "a bee\n", "a": "an ant", "more/0001": "a moth", "none": "no picture"}.items():
+        (folder / f"{name}.txt").write_text(text)
+    (folder / "more/0001.json").write_text("{}")
+    (folder / "alone.txt").write_bytes(b"\xff")
+    skipped = {}
+    rows = list(read_captions(folder, skipped))
+    assert [(row.key, row.image, row.captions["raw"]) for row in rows] == [
+        ("a", "a.jpg", "an ant"), ("b", "b.JPG", "a bee"), ("more/0001", "more/0001.webp", "a moth")]
+    assert {why: count for why, (count, _) in skipped.items()} == {
+        "text without a picture beside it": 1, "not UTF-8 text": 1}
+
+
+def test_a_folder_with_its_captions_in_one_file(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "an ant"}\n')
+    assert rows_of(tmp_path) == [("000000000", "a.jpg", "an ant")]
+
+
+def test_a_folder_is_embedded_trained_on_and_scored_by_its_name(tmp_path, tiny_llm, monkeypatch):
+    """The paths in it start at the folder itself, whoever reads them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for n in range(8):
+        Image.new("RGB", (32, 32), (n * 30, 0, 0)).save(tmp_path / "photos" / f"{n}.png")
+        (tmp_path / "photos" / f"{n}.txt").write_text(f"a picture of {n} things")
+    llm = str(tiny_llm)
+    monkeypatch.setattr(sys, "argv", ["embed.py", "--captions", "photos", "--llm", llm, "--device", "cpu"])
+    embed.main()
+    small = "--preset demo --width 12 --layers 1 --heads 3 --batch 4 --steps 2 --workers 0 --device cpu"
+    assert train.main(small.split()) == 0
+    assert evaluate.main(["--captions", "photos", "--llm", llm, "--device", "cpu"]) == 0
+    result = json.loads((tmp_path / "results" / "photos.json").read_text())
+    assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (8, 8, 0)
+
+
+@pytest.mark.parametrize("name, text, cure", [
+    ("x.parquet", "PAR1", "JSONL"),
+    ("y.csv", "picture;note\n1;2\n", "no column"),
+    ("z/readme.md", "", "a folder"),
+])
+def test_what_is_not_read_says_what_is(tmp_path, name, text, cure):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(flame.InputError, match=cure):
+        rows_of(path.parent if name.startswith("z/") else path)
