@@ -42,6 +42,7 @@ from data.show import plots
 # the demo's validation split. ViT-L/14 is --patch-size 14 --width 1024 --layers 24 --heads 16.
 PRESETS = ("demo", "cc3m", "yfcc15m")
 YFCC15M = {"epochs": 25.0}
+FEW = 20_000  # images; below them the demo's preset is the default
 WHITE = "raw=whiten:0.3,short=whiten,long=whiten"
 whole = functools.partial(command.number, int)
 real = functools.partial(command.number, float)
@@ -589,7 +590,7 @@ def read_arguments(argv):
     add = parser.add_argument
     add("--embeddings", metavar="DIR", help="the store (default: newest finished one under data/embeddings)")
     add("--images", metavar="DIR", help="root of pictures or tars (default: where the captions file lies)")
-    add("--preset", choices=PRESETS, help="default: demo for the demo's store, else cc3m")
+    add("--preset", choices=PRESETS, help=f"default: demo below {FEW:,} images, else cc3m")
     add("--name", help="checkpoint goes to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--overwrite", action="store_true", help="throw away what is at out/NAME and start anew")
@@ -610,8 +611,7 @@ def read_arguments(argv):
         if not stores:
             raise flame.InputError("data/embeddings: no finished store; make one with embed.py")
         args.embeddings = stores[-1].parent
-    of_demo = Path(args.embeddings).resolve().name.startswith("demo")
-    args.preset = args.preset or ("demo" if of_demo else "cc3m")
+    args.preset = args.preset or fitting_preset(Path(args.embeddings))
     s = {name: row[args.preset != "demo"] for name, row in SETTINGS.items()}
     s |= YFCC15M if args.preset == "yfcc15m" else {}
     s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
@@ -621,6 +621,13 @@ def read_arguments(argv):
         raise flame.InputError(f"--patch-size {s['patch_size']} must divide --image-size {s['image_size']}")
     parse_projection(s["text_projection"])
     return args, s
+
+
+def fitting_preset(embeddings):
+    """Few images are learnt by heart by a large tower, which no laptop holds either: they get the demo's."""
+    meta = embeddings / "meta.json"
+    few = meta.exists() and flame.read_json(meta, {"N": int})["N"] < FEW
+    return "demo" if few else "cc3m"
 
 
 def main(argv=None):

@@ -912,6 +912,14 @@ def test_chunks_are_chosen_by_the_memory_and_change_no_gradient(run, small, tmp_
     assert a == pytest.approx(b, rel=1e-3)
 
 
+@pytest.mark.parametrize("images, preset", [(1, "demo"), (train.FEW - 1, "demo"), (train.FEW, "cc3m")])
+def test_the_preset_fits_the_number_of_images(tmp_path, images, preset):
+    (tmp_path / "meta.json").write_text(json.dumps({"N": images}))
+    args, s = train.read_arguments(["--embeddings", str(tmp_path)])
+    assert args.preset == preset and s["width"] == {"demo": 192, "cc3m": 768}[preset]
+    assert train.read_arguments(["--embeddings", str(tmp_path), "--preset", "yfcc15m"])[1]["epochs"] == 25
+
+
 def test_the_presets_step_fits_one_gpu(monkeypatch):
     """Batch 3,072 of ViT-B/16 in one chunk is some hundreds of GB."""
     gpu = type("H100", (), {"total_memory": 80e9})
