@@ -72,6 +72,7 @@ def settings_of(args):
     return {
         "llm": {
             "name": Path(args.llm).resolve().name,
+            "path": os.path.abspath(args.llm),  # so that evaluate.py finds it again
             "fingerprint": flame.llm_fingerprint(args.llm),
             "layer": args.layer,
             "positions": args.positions,

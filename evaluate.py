@@ -650,7 +650,7 @@ def settings(argv):
     add("--images", type=Path, metavar="DIR", help="what --search searches; where --captions' pictures lie")
     add("--words", type=Path, metavar="IMAGE", help="the word that each patch of a picture is nearest to")
     add("--checkpoint", type=Path, metavar="PATH", help="default: the newest finished one under out/")
-    add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else data/demo/llm")
+    add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else the training's, else the demo's")
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     add("--split", choices=["test", "val"], default="test", help="choose on val, score test once")
@@ -703,6 +703,13 @@ def check_prompts(args, model, checkpoint):
             print(f"{counts}, asked by them alone: {names}")
 
 
+def find_llm(trained_with):
+    """The LLM's folder where none is named. trained_with: where stage 1 found it, or None."""
+    if "FLAME_LLM" not in os.environ and trained_with and Path(trained_with).is_dir():
+        return Path(trained_with)
+    return Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
+
+
 def open_towers(args, model, checkpoint, llm):
     """Raises InputError where checkpoint, LLM and settings do not belong together."""
     source = model.config["llm"]
@@ -740,11 +747,11 @@ def main(argv=None):
         train = read(args, "train") if args.probe else None
         pictures = search.pictures_under(args.images) if args.search else None
         checkpoint = args.checkpoint or newest_checkpoint()
-        llm = args.llm or Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
-        pictures_in = args.captions or args.images or args.words or args.data_root
-        print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
         load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
         model = load(checkpoint).to(args.device)
+        llm = args.llm or find_llm(model.config["llm"].get("path"))
+        pictures_in = args.captions or args.images or args.words or args.data_root
+        print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
         towers = open_towers(args, model, checkpoint, llm)
         with files.folder(args.out):
             if args.words:

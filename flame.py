@@ -1347,7 +1347,7 @@ def read_checkpoint(path):
     from safetensors.torch import load_file
     cure = "make a checkpoint with train.py"
     maybe = (str, NONE)
-    llm = {"name": maybe, "fingerprint": maybe, "layer": (int, NONE), "positions": maybe}
+    llm = {"name": maybe, "path": maybe, "fingerprint": maybe, "layer": (int, NONE), "positions": maybe}
     wanted = {"model": {"heads": int, "pool_first": bool}, "llm": llm, "store": (dict, NONE)}
     saved = read_json(path / "config.json", wanted, cure)
     trained_on = (saved.get("store") or {}).get("columns", COLUMNS)

@@ -184,7 +184,8 @@ def check_same(path, old, settings, llm=None):
         if what == "captions":
             was, new = was["sha256"], new["sha256"]  # the same file elsewhere is the same file
         if what == "llm":
-            was = was | {"name": new["name"]}
+            was = was | {"name": new["name"], "path": None}  # a folder may be renamed and moved
+            new = new | {"path": None}
             if llm and flame.same_llm(was["fingerprint"], llm):
                 was["fingerprint"] = new["fingerprint"]
         if was != new:

@@ -340,7 +340,8 @@ def test_a_folder_is_embedded_trained_on_and_scored_by_its_name(tmp_path, tiny_l
     embed.main()
     small = "--preset demo --width 12 --layers 1 --heads 3 --batch 4 --steps 2 --workers 0 --device cpu"
     assert train.main(small.split()) == 0
-    assert evaluate.main(["--captions", "photos", "--llm", llm, "--device", "cpu"]) == 0
+    monkeypatch.delenv("FLAME_LLM", raising=False)
+    assert evaluate.main(["--captions", "photos", "--device", "cpu"]) == 0  # and finds the LLM again
     result = json.loads((tmp_path / "results" / "photos.json").read_text())
     assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (8, 8, 0)
 
