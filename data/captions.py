@@ -22,7 +22,7 @@ import sqlite3
 import sys
 import tarfile
 import zlib
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,7 @@ DAMAGED = "tar that is none, or damaged from there on"
 CHUNK = 1 << 20           # characters of a JSON list read at a time
 LARGEST_TEXT = 1 << 24    # bytes of a .txt or .json in a tar: no caption is as long
 LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
+ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
 
 
 class Row(NamedTuple):
@@ -461,6 +462,37 @@ def read_join(name, path, skipped, index=None, keep_lines=False):
 
     write(index, save)
     return open_join(index)
+
+
+def check_join(captions, name, file, joined):
+    """Raises InputError where the joined captions are of other pictures, as keys of other tars make them.
+
+    A recaption shares words with its picture's own caption, more than with another picture's. Of a sample of
+    pairs, no more than by chance: then keys do not mean the same. Where they share none at all, since the
+    languages differ, nothing can be said.
+    """
+    pairs = []
+    for row in islice(read_captions(captions), 10 * ALIKE):
+        text = joined.get(row.key)
+        if text:
+            pairs.append((_words(row.captions["raw"]), _words(text)))
+        if len(pairs) == ALIKE:
+            break
+    if len(pairs) < ALIKE:
+        return
+    of_another = [*pairs[1:], pairs[0]]
+    own = sum(len(raw & text) for raw, text in pairs)
+    chance = sum(len(raw & text) for (raw, _), (_, text) in zip(pairs, of_another))
+    if chance > ALIKE / 10 and own < 1.2 * chance:
+        raise InputError(
+            f"{file}: its {name} captions share no more words with those of {captions} that have the same keys "
+            "than with others: keys mean other pictures there. Recaptions go with the tars that they were made "
+            "from (those of FLAME for CC3M with pixparse/cc3m-wds); give --captions these")
+
+
+def _words(text):
+    """What a caption is about: its words of four letters and more."""
+    return set(re.findall(r"\w{4,}", text.lower()))
 
 
 def open_join(index):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import flame
 from data import files
-from data.captions import read_captions, read_join, report_skipped, skip
+from data.captions import check_join, read_captions, read_join, report_skipped, skip
 from flame import InputError
 
 SAMPLE = 256  # rows, evenly spaced, that an int8 store's statistics are fitted on
@@ -91,6 +91,7 @@ def begin(out, settings, D, llm, overwrite=False):
     joined = {}
     for name, file in settings["captions"]["joins"].items():
         joined[name] = read_join(name, file, skipped, join_file(out, name), released(settings))
+        check_join(settings["captions"]["path"], name, file, joined[name])
     if overwrite or not path.exists():
         make(out, settings, D, joined, skipped)
     journal = flame.read_json(path, JOURNAL, CURE)

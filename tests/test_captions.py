@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -275,6 +276,39 @@ def test_nothing_of_a_join_stays_beside_the_store(tmp_path, tiny_llm, monkeypatc
     monkeypatch.setattr("sys.argv", ["embed.py", *arguments])
     assert not embed.main()
     assert sorted(os.listdir("s")) == ["embeddings.npy", "images.txt", "keys.txt", "meta.json"]
+
+
+# --- recaptions of other pictures
+
+def recaptioned(tmp_path, shift, words=("red", "fox", "under", "tree", "boat", "house", "bird", "green")):
+    """300 captions and their recaptions, whose keys are off by `shift`."""
+    random = np.random.default_rng(0)
+    names = [f"{word}{n}" for word in words for n in range(5)]
+    things = [" ".join(random.choice(names, 4)) for _ in range(300)]
+    raw = [{"key": str(n), "raw": f"a photo of {thing}"} for n, thing in enumerate(things)]
+    long = [{"key": str(n), "long": f"The photo shows {things[(n + shift) % 300]}."} for n in range(300)]
+    for name, rows in {"raw": raw, "long": long}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    joined = read_join("long", tmp_path / "long.jsonl", {})
+    return tmp_path / "raw.jsonl", "long", tmp_path / "long.jsonl", joined
+
+
+@pytest.mark.parametrize("shift", [1, 17, 150])
+def test_recaptions_of_other_pictures_are_refused(tmp_path, shift):
+    captions.check_join(*recaptioned(tmp_path, 0))
+    with pytest.raises(flame.InputError, match="long.jsonl: .* keys mean other pictures .*cc3m-wds"):
+        captions.check_join(*recaptioned(tmp_path, shift))
+
+
+def test_a_join_is_looked_at_before_anything_is_made(tmp_path, tiny_llm, monkeypatch, capsys):
+    recaptioned(tmp_path, 7)
+    monkeypatch.chdir(tmp_path)
+    command = f"embed.py --captions raw.jsonl --join long=long.jsonl --llm {tiny_llm} --device cpu"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit) as stop:
+        embed.main()
+    assert stop.value.code == 2 and "keys mean other pictures" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
 
 
 # --- layouts that people have
