@@ -485,9 +485,9 @@ def check_join(captions, name, file, joined):
     chance = sum(len(raw & text) for (raw, _), (_, text) in zip(pairs, of_another))
     if chance > ALIKE / 10 and own < 1.2 * chance:
         raise InputError(
-            f"{file}: its {name} captions share no more words with those of {captions} that have the same keys "
-            "than with others: keys mean other pictures there. Recaptions go with the tars that they were made "
-            "from (those of FLAME for CC3M with pixparse/cc3m-wds); give --captions these")
+            f"{file}: its {name} captions share no more words with the captions of the same keys in "
+            f"{captions} than with others: keys mean other pictures there. Recaptions go with the tars they "
+            "were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
 
 
 def _words(text):
