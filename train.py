@@ -43,7 +43,7 @@ from data.show import plots
 PRESETS = ("demo", "cc3m", "yfcc15m")
 YFCC15M = {"epochs": 25.0}
 FEW = 20_000  # images; below them the demo's preset is the default
-WHITE = "raw=whiten:0.3,short=whiten,long=whiten"
+WHITE = "raw=whiten:0.3,short=whiten+linear,long=whiten+linear"
 whole = functools.partial(command.number, int)
 real = functools.partial(command.number, float)
 SETTINGS = {
