@@ -1376,17 +1376,20 @@ def read_checkpoint(path):
 
 
 def sizes_of(weights):
-    """What an image tower's and a projector's tensors tell of their config. LookupError or ValueError where
-    they are none.
+    """What an image tower's tensors, and a projector's if they are there, tell of their config.
+
+    LookupError or ValueError where they are none.
     """
     width, _, patch_size, _ = weights["visual.conv1.weight"].shape
     patches = len(weights["visual.positional_embedding"]) - 1
     blocks = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}
-    return {
+    sizes = {
         "image_size": patch_size * round(patches ** 0.5),
         "patch_size": patch_size,
         "width": width,
         "layers": len(blocks),
-        "projector_hidden": len(weights["mm.0.weight"]),
-        "text_dim": len(weights["mm.2.weight"]),
     }
+    if "mm.0.weight" in weights:
+        sizes["projector_hidden"] = len(weights["mm.0.weight"])
+        sizes["text_dim"] = len(weights["mm.2.weight"])
+    return sizes

@@ -34,6 +34,7 @@ from data import checkpoint, command, files
 from data.memory import chunks_that_fit, flops_per_image, memory_errors, share_of_peak
 from data.pictures import Batches, find_pictures, open_picture, reason
 from data.projection import fit_text_projection, parse_projection
+from data.released import image_tower
 from data.show import plots
 
 # Every setting: its value for the demo and for CC3M, the values it may have, what it is. Each is also a flag.
@@ -53,6 +54,8 @@ SETTINGS = {
     "layers":           (4,         12,          whole(1, 1024),       "blocks of the ViT"),
     "heads":            (3,         12,          whole(1, 1024),       "attention heads of the ViT"),
     "init":             ("clip",    "published", ("clip", "published"), "weights as CLIP's or as published"),
+    "image_tower":      ("",        "",          str,                  "open_clip's weights to start from"),
+    "lock_image":       (0,         0,           whole(0, 10**9),      "steps that leave the ViT as it is"),
     "projector_hidden": (0,         4096,        whole(0, 131_072),    "its width; at least the LLM's"),
     "pool_first":       (True,      False,       bool,                 "average patches, then project"),
     "loss":             ("infonce", "sigmoid",   ("sigmoid", "infonce"), "both with several positives"),
@@ -221,6 +224,10 @@ def train(args, s):
     device = start_ranks(args.device)
     store = flame.open_store(args.embeddings)
     columns = chosen_columns(store, s["columns"])
+    tower = None
+    if s["image_tower"]:
+        sizes, tower = image_tower(s["image_tower"])
+        s |= sizes
     out = Path("out") / (args.name or store.path.resolve().name)
     with checkpoint.folder(out) if rank() == 0 else contextlib.nullcontext():
         pictures, held_out = split_pictures(store, args.images, out, s)
@@ -231,7 +238,7 @@ def train(args, s):
             say(f"{out}: finished already, nothing to do; --overwrite trains anew")
             return
         with memory_errors(s, device, ranks()):
-            model, average, optimizer = build(store, columns, s, device, earlier)
+            model, average, optimizer = build(store, columns, s, device, earlier, tower)
             start = checkpoint.restore(out, s["steps"], model, average, optimizer) if earlier else 0
             encode = distribute(model, s["compile"])
             going_on = f", going on from step {start}" * (start > 0)
@@ -315,10 +322,11 @@ def settle(s, images, columns, D):
     s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def build(store, columns, s, device, earlier):
+def build(store, columns, s, device, earlier, tower=None):
     """-> model, its running average (or the model itself), optimizer, as at the start of a run.
 
-    earlier: the run to go on from, whose text projection is taken; other ranks get rank 0's.
+    earlier: the run to go on from, whose text projection is taken; other ranks get rank 0's. tower: tensors
+    that the image tower starts from.
     """
     torch.manual_seed(s["seed"])
     few = len(store) < 4 * store.meta["D"]  # rows a dimension: their covariance is far from the corpus's
@@ -334,6 +342,8 @@ def build(store, columns, s, device, earlier):
     config["columns"] = [flame.COLUMNS[c] for c in columns]
     model = flame.Flame(config)
     model.text = text
+    if tower:
+        load_tower(model.visual, tower, s["image_tower"])
     model.visual.gradient_checkpointing = s["gradient_checkpointing"]
     model.to(device)
     if not s["accumulate"]:
@@ -344,6 +354,13 @@ def build(store, columns, s, device, earlier):
     spared = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}  # biases ...
     optimizer = torch.optim.AdamW([decayed, spared], lr=s["lr"], betas=(0.9, 0.95), fused=True)
     return model, copy.deepcopy(model) if s["ema"] else model, optimizer
+
+
+def load_tower(visual, tensors, path):
+    try:
+        visual.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise flame.InputError(f"{path}: not CLIP's image tower ({files.said(e)}); give a ViT's") from None
 
 
 def distribute(model, compiled):
@@ -415,6 +432,9 @@ def take_step(run, step, batch, failed):
             "; the last checkpoint is kept; lower --lr, and check the store with a fresh embed.py run")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s)
+    if step < s["lock_image"]:
+        for p in run.model.visual.parameters():
+            p.grad = None  # AdamW leaves it alone
     if s["clip_grad"]:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), s["clip_grad"])
     run.optimizer.step()

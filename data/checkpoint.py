@@ -74,7 +74,7 @@ def earlier_run(out, store, fixed):
     if old["store"].get("identity") != identity(store):
         raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
     for name, value in fixed.items():
-        was = old["training"].get(name)
+        was = old["training"].get(name, value)  # an earlier version may not have had the setting
         if was != value:
             raise InputError(f"{out}: was trained with {name} {was}, now it is {value}; {ANEW}")
     return old

@@ -1,5 +1,5 @@
-"""The authors' released code, as far as its checkpoints and stores need it: text path, .pt file. It is not
-the method.
+"""The authors' released code, as far as its checkpoints and stores need it: text path, .pt file; and image
+towers as open_clip publishes them. It is not the method.
 
 Where it differs from flame.py: a caption is cut to 1,024 tokens, decoded, and cleaned unstripped; all
 questions follow one another in one string, so that their positions are consecutive and each is tokenized
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 import flame
 from data.files import said
@@ -91,6 +92,27 @@ def load(path):
         raise InputError(f"{path}: not a FLAME checkpoint ({type(e).__name__}: {why}); give the authors' "
                          ".pt file or a folder that train.py wrote") from None
     return model.eval()
+
+
+def image_tower(path):
+    """open_clip's weights (.safetensors or .pt) -> (sizes of the image tower, its tensors by our names).
+
+    CLIP's towers have heads of 64. OpenAI's own weights were trained with another GELU (QuickGELU) than the
+    one here: prefer others. Raises flame.InputError where the file holds no such tower.
+    """
+    path = Path(path)
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else read_weights(path)
+        sizes = flame.sizes_of(weights)
+        unused = ("visual.ln_post.", "visual.proj=")  # FLAME has neither
+        visual = {name.removeprefix("visual."): tensor for name, tensor in weights.items()
+                  if name.startswith("visual.") and not f"{name}=".startswith(unused)}
+    except Exception as e:  # torch.load raises nearly anything on a broken file
+        why = said(str(e).split("WeightsUnpickler error: ")[-1])
+        raise InputError(f"{path}: no image tower of open_clip's ({type(e).__name__}: {why}); give "
+                         "open_clip_model.safetensors, or its .pt file, of a ViT") from None
+    wanted = ("image_size", "patch_size", "width", "layers")
+    return {name: sizes[name] for name in wanted} | {"heads": sizes["width"] // 64}, visual
 
 
 def read_weights(path):

@@ -1075,6 +1075,7 @@ def test_without_matplotlib_the_numbers_stay_and_one_line_says_so(colours, tmp_p
     tree_coco(tmp_path / "data" / "coco")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plots.tell_missing.cache_clear()
     code, result = colours("coco", "--facets")
     assert (
         code == 0 and len(result["facets"]) == 21 and not (tmp_path / "results" / "coco-facets.png").exists()

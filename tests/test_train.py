@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself
 import data.pictures
@@ -912,6 +913,43 @@ def test_chunks_are_chosen_by_the_memory_and_change_no_gradient(run, small, tmp_
     assert a == pytest.approx(b, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def open_clips_tower():
+    from open_clip.transformer import VisionTransformer
+    torch.manual_seed(0)
+    sizes = {"image_size": 24, "patch_size": 8, "width": 128, "layers": 2, "heads": 2}
+    return VisionTransformer(**sizes, mlp_ratio=4, output_dim=16)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_training_starts_from_open_clips_image_tower(run, small, tmp_path, open_clips_tower, suffix):
+    """With its sizes, whatever the preset's; --lock-image leaves it as it is in the first steps."""
+    theirs = {f"visual.{name}": tensor for name, tensor in open_clips_tower.state_dict().items()}
+    file = tmp_path / f"tower.{suffix}"
+    others = {"text_projection": torch.zeros(3)}
+    if suffix == "pt":
+        torch.save({"state_dict": theirs | others}, file)
+    else:
+        save_file(theirs | others, file)
+    flags = f"--image-tower {file} --steps 2"
+    assert fit(run, small[0], f"{flags} --lock-image 2 --name locked").returncode == 0
+    assert fit(run, small[0], f"{flags} --lock-image 1 --name free").returncode == 0
+    locked, free = (flame.load(tmp_path / "out" / name) for name in ("locked", "free"))
+    assert locked.config["width"] == 128 and locked.config["heads"] == 2 and locked.config["image_size"] == 24
+    for name, tensor in locked.visual.state_dict().items():
+        assert tensor.equal(theirs[f"visual.{name}"]), name
+    assert not free.visual.conv1.weight.equal(locked.visual.conv1.weight)
+
+
+@pytest.mark.parametrize("what", ["empty", "other", "missing"])
+def test_what_is_no_image_tower_is_refused(run, small, tmp_path, what):
+    file = tmp_path / "tower.safetensors"
+    if what != "missing":
+        save_file({"visual.conv1.weight": torch.zeros(8, 3, 4, 4)} if what == "other" else {}, file)
+    one_line(fit(run, small[0], f"--image-tower {file} --steps 1"), "tower.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("images, preset", [(1, "demo"), (train.FEW - 1, "demo"), (train.FEW, "cc3m")])
 def test_the_preset_fits_the_number_of_images(tmp_path, images, preset):
     (tmp_path / "meta.json").write_text(json.dumps({"N": images}))
@@ -1128,7 +1166,6 @@ def test_load_refuses_what_is_no_config(checkpoint, tmp_path, what):
 
 @pytest.mark.parametrize("how", ["empty", "cut", "noise", "pipe", "missing", "others"])
 def test_load_refuses_what_is_no_model(checkpoint, tmp_path, how):
-    from safetensors.torch import save_file
     path, whole = tmp_path / "model.safetensors", (checkpoint / "model.safetensors").read_bytes()
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     if how == "pipe":
