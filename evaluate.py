@@ -35,7 +35,7 @@ from tqdm import tqdm
 import flame
 from data import benchmarks, cache, files, released
 from data.checkpoint import newest_checkpoint
-from data.command import Parser, run, usable_device
+from data.command import Parser, number, run, usable_device
 from data.show import report, search, words
 from flame import InputError
 
@@ -258,16 +258,16 @@ def one_ahead(pool, function, batches):
 
 
 @torch.inference_mode()
-def encode_images(towers, pictures, patches=False, folder=None, least=2):
+def encode_images(towers, pictures, patches=False, least=2):
     """-> (float32 [M', D] unit vectors, list of the M' indices of `pictures` that could be read).
 
     patches=True gives what a linear probe reads instead: the mean over patch tokens before projector and
-    norm. folder: paths are cached relative to it. Where bfloat16 is fast, the tower runs in it.
+    norm. Where bfloat16 is fast, the tower runs in it.
     """
     model = towers.model
     size = 4 * model.config["width" if patches else "text_dim"]
     tower = towers.image_tower + "-patches" * patches
-    keys = [cache.picture_key(tower, picture, folder) for picture in pictures]
+    keys = [cache.picture_key(tower, picture) for picture in pictures]
     kind = torch.device(towers.device).type
     fast = flame.default_dtype(towers.device) == torch.bfloat16
     bad = {}
@@ -639,14 +639,16 @@ def sizes(text):
 
 def settings(argv):
     """The command line, checked as far as it can be without reading anything; asked: its prompt sets."""
-    usage = "evaluate.py --bench NAME | --captions FILE | --search TEXT --images DIR | --words IMAGE"
+    usage = "evaluate.py --bench NAME | --captions FILE | --search TEXT ... --images DIR | --words IMAGE"
     parser = Parser(width=80, usage=usage,
                     description="Scores a checkpoint; writes <out>/<bench>.json and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     add = parser.add_argument
     add("--bench", choices=BENCHMARKS, metavar="NAME", help="what to score on")
     add("--captions", type=Path, metavar="FILE", help="score on one's own: any file that embed.py reads")
-    add("--search", metavar="TEXT", help="rank pictures by a text (raw prompt, long above 15 words)")
+    add("--search", metavar="TEXT", nargs="*",
+        help="rank pictures by texts (raw prompt, long above 15 words) or by a picture; none: asks")
+    add("--top", type=number(int, 1), default=10, metavar="N", help="how many --search shows, default 10")
     add("--images", type=Path, metavar="DIR", help="what --search searches; where --captions' pictures lie")
     add("--words", type=Path, metavar="IMAGE", help="the word that each patch of a picture is nearest to")
     add("--checkpoint", type=Path, metavar="PATH", help="default: the newest finished one under out/")
@@ -665,9 +667,10 @@ def settings(argv):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: cuda if there is one")
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.bench, args.captions, args.search, args.words))) != 1:
+    searching = args.search is not None
+    if sum(map(bool, (args.bench, args.captions, searching, args.words))) != 1:
         parser.error("give --bench NAME, or --captions FILE, or --search TEXT, or --words IMAGE")
-    if bool(args.search) != bool(args.images) and not args.captions:
+    if searching != bool(args.images) and not args.captions or "" in map(str.strip, args.search or []):
         parser.error("--search TEXT and --images DIR go together")
     args.how = OWN if args.captions else BENCHMARKS.get(args.bench, (None, None, "raw"))
     if args.captions:
@@ -679,10 +682,11 @@ def settings(argv):
         parser.error(f"--split val: {args.bench} has only a test split; leave the flag out")
     usable_device(args.device)
     args.data_root = args.data_root or Path("data") / str(args.bench)
-    asked = args.how[2].split()
-    if args.search and len(args.search.split()) > 15:
-        asked = ["long"]
-    args.asked = [] if args.probe or args.words else [args.prompts or prompts for prompts in asked]
+    args.asked = [args.prompts or prompts for prompts in args.how[2].split()]
+    if searching:
+        args.asked = [search.prompts_of(args, query) for query in args.search or ["what is typed"]]
+    if args.probe or args.words:
+        args.asked = []
     return args
 
 
@@ -745,7 +749,7 @@ def main(argv=None):
         flame.keep_freed_memory()
         data = read(args, args.split) if args.bench else None   # first: a wrong folder is found in a moment
         train = read(args, "train") if args.probe else None
-        pictures = search.pictures_under(args.images) if args.search else None
+        pictures = None if args.search is None else search.pictures_under(args.images)
         checkpoint = args.checkpoint or newest_checkpoint()
         load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
         model = load(checkpoint).to(args.device)
@@ -756,8 +760,8 @@ def main(argv=None):
         with files.folder(args.out):
             if args.words:
                 words.show(args, model, llm)
-            elif args.search:
-                search.search(args, args.asked[0], pictures, towers, encode_images, encode_texts)
+            elif pictures:
+                search.search(args, pictures, towers, encode_images, encode_texts)
             else:
                 evaluate(args, towers, checkpoint, data, train)
 

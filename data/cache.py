@@ -1,8 +1,7 @@
 """What the text tower and a checkpoint's image tower said, kept on disk: a second run takes seconds.
 
-evaluate.py keeps it in <out>/cache.sqlite and, for --search, in <folder>/.flame-index.npz. Both can be
-deleted at any time. A cache has the two methods of a dict that evaluate.py uses, get(key) and
-update(pairs of key and bytes), so that a dict can stand in.
+evaluate.py keeps it in <out>/cache.sqlite, which can be deleted at any time. A cache has the two methods of
+a dict that evaluate.py uses, get(key) and update(pairs of key and bytes), so that a dict can stand in.
 """
 import ast
 import functools
@@ -19,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 import flame
-from data import files
 from flame import InputError
 
 
@@ -129,14 +127,14 @@ def image_tower_name(model, dtype):
     return digest.hexdigest()[:16]
 
 
-def picture_key(tower, picture, folder=None):
-    """By the picture's path (relative to folder), size and time; an array by content. None where missing."""
+def picture_key(tower, picture):
+    """By the picture's path, size and time; an array by content. None where missing."""
     if isinstance(picture, np.ndarray):
         content = repr(picture.shape).encode() + picture.tobytes()
         return f"{tower}\t{hashlib.sha256(content).hexdigest()}"
     try:
         stat = os.stat(picture)
-        path = picture.relative_to(folder) if folder else picture.resolve()
+        path = picture.resolve()
     except (OSError, ValueError):   # not there, or no name that a file can have
         return None
     key = f"{tower}\t{stat.st_size}\t{stat.st_mtime_ns}\t{path.as_posix()}"
@@ -165,29 +163,6 @@ def unpack_states(blobs, facets):
     units = np.ascontiguousarray(raw[:, :-4 * facets]).view(np.float16).reshape(len(blobs), facets, -1)
     norms = np.ascontiguousarray(raw[:, -4 * facets:]).view(np.float32)
     return torch.from_numpy(units.astype(np.float32) * norms[..., None])
-
-
-def read_index(path):
-    """A search index -> {picture_key: bytes}; {} if there is none, or none that can be read."""
-    if not path.is_file():              # a pipe would be waited for without end
-        return {}
-    try:
-        with np.load(path) as index:    # never unpickles: allow_pickle is off
-            vectors = index["vectors"].astype(np.float32)
-            return {str(key): vector.tobytes() for key, vector in zip(index["keys"], vectors, strict=True)}
-    except Exception as error:          # numpy raises nearly anything on a broken file
-        print(f"{path}: {files.said(error)}; it is made anew", file=sys.stderr)
-        return {}
-
-
-def write_index(path, index):
-    """A folder that cannot be written gets no index, and a note."""
-    vectors = np.stack([np.frombuffer(blob, np.float32) for blob in index.values()])
-    try:
-        files.write(path, lambda temporary: np.savez(temporary, keys=np.array(list(index)), vectors=vectors))
-    except InputError as error:
-        reason = str(error).partition(";")[0]
-        print(f"{reason}; no index is kept, the next search encodes every picture again", file=sys.stderr)
 
 
 def recall(cached, keys, size, make, **bar):

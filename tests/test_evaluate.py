@@ -619,7 +619,7 @@ def test_confusions_are_the_most_frequent_wrong_guesses(colours, tmp_path):
 
 # ---------------------------------------------------------------- search
 
-def test_search_ranks_a_folder_and_keeps_an_index(colours, tmp_path, monkeypatch, capsys):
+def test_search_ranks_a_folder_and_encodes_a_picture_once(colours, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "my pictures"
     for name in NAMES:
         picture(folder / "deep" / f"{name}.jpg", name)
@@ -636,6 +636,7 @@ def test_search_ranks_a_folder_and_keeps_an_index(colours, tmp_path, monkeypatch
         capsys.readouterr()
         assert evaluate.main(["--search", text, "--images", str(folder), "--device", "cpu", *more]) == 0
         best = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        assert not list(folder.glob(".*"))  # nothing of ours lies among the pictures
         return Path(best[0]).stem, len(best), sum(sizes)
 
     assert search("a blue thing") == ("blue", 5, 5)
@@ -647,29 +648,42 @@ def test_search_ranks_a_folder_and_keeps_an_index(colours, tmp_path, monkeypatch
     (folder / "deep" / "green.jpg").unlink()
     assert search("a red thing")[1:] == (5, 2)
     assert search("a red thing")[1:] == (5, 0)
-    with np.load(folder / ".flame-index.npz") as index:
-        assert len(index["keys"]) == len(index["vectors"]) == 5 and not any(
-            "green" in str(key) for key in index["keys"]
-        )
-    (folder / ".flame-index.npz").write_bytes(b"PK")
+    (tmp_path / "results" / "cache.sqlite").unlink()
     assert search("a blue thing")[2] == 5
     monkeypatch.setattr(ColourModel, "state_dict", lambda self: {"visual.x": torch.ones(1)})
     assert search("a blue thing")[2] == 5       # another checkpoint
 
 
-def test_search_without_a_writable_folder_or_pictures(colours, tmp_path, monkeypatch, capsys):
-    picture(tmp_path / "one" / "red.jpg", "red")
-    replace = os.replace
+def test_search_by_several_texts_by_a_picture_and_by_what_is_typed(colours, tmp_path, monkeypatch, capsys):
+    for name in NAMES:
+        picture(tmp_path / "all" / f"{name}.jpg", name)
+    picture(tmp_path / "mine.png", "white")
+    command = ["--images", str(tmp_path / "all"), "--device", "cpu", "--top", "1", "--search"]
 
-    def refuse(source, target):
-        if str(target).endswith(".npz"):
-            raise PermissionError(13, "Permission denied")
-        replace(source, target)
+    def found(*queries):
+        assert evaluate.main([*command, *queries]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [Path(line.split()[-1]).stem for line in lines if line.startswith("  ")]
 
-    monkeypatch.setattr(os, "replace", refuse)      # root may write anywhere, hence no chmod
-    assert evaluate.main(["--search", "red", "--images", str(tmp_path / "one"), "--device", "cpu"]) == 0
-    assert "Permission denied; no index is kept" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["red.jpg"]
+    assert found("a red one", "a blue one", str(tmp_path / "mine.png")) == ["red", "blue", "white"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("green\nred\n"))
+    assert found() == ["green", "red"]
+    with Image.open(tmp_path / "results" / "search.png") as sheet:
+        assert sheet.height > 2 * 128
+    asked = []
+    encode_texts = evaluate.encode_texts
+
+    def noted(towers, texts, prompts):
+        asked.append(prompts)
+        return encode_texts(towers, texts, prompts)
+
+    monkeypatch.setattr(evaluate, "encode_texts", noted)
+    found("red", " ".join(["red"] * 16))
+    found("red", "--prompts", "short")
+    assert asked == ["raw", "long", "short"]
+
+
+def test_search_without_pictures(colours, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     for name, message in (("none", "no pictures, .bmp"), ("nowhere", "nowhere: not found")):
         assert evaluate.main(["--search", "red", "--images", str(tmp_path / name), "--device", "cpu"]) == 2
@@ -970,24 +984,6 @@ def test_a_full_cache_disk_is_one_line(colours, tmp_path, monkeypatch, capsys):
     assert colours("urban1k")[0] == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("evaluate.py: ") and "cache.sqlite: database or disk is full" in error
-
-
-def test_an_index_of_another_shape_is_made_anew(colours, tmp_path, capsys):
-    folder = tmp_path / "pictures"
-    for name in NAMES:
-        picture(folder / f"{name}.jpg", name)
-    search = ["--search", "a blue thing", "--images", str(folder), "--device", "cpu"]
-    assert evaluate.main(search) == 0
-    with np.load(folder / ".flame-index.npz") as index:
-        keys = index["keys"]
-    for vectors in (np.zeros((5, 2), np.float32), np.zeros(5, np.float32), np.array(["a"] * 5)):
-        np.savez(folder / ".flame-index.npz", keys=keys, vectors=vectors)
-        capsys.readouterr()
-        assert evaluate.main(search) == 0
-        assert "blue.jpg" in capsys.readouterr().out.splitlines()[1]
-    (folder / ".flame-index.npz").unlink()
-    os.mkfifo(folder / ".flame-index.npz")
-    assert evaluate.main(search) == 0
 
 
 def test_bars_count_what_is_asked_and_are_left_out_where_nothing_is(colours, tmp_path, capsys):

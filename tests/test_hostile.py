@@ -1076,7 +1076,6 @@ def test_a_bad_row_among_good_ones(folder, capsys, content):
 CACHES = [
     # what a run may find and can do without, a command
     ("found/cache.sqlite", SCORE),
-    ("images/.flame-index.npz", SEARCH),
     ("out/new/tars.npz", f"{NEW_RUN} --images tars"),
     ("out/half/skipped.txt", GO_ON_TRAINING),
     ("out/half/log.jsonl", f"{GO_ON_TRAINING} --overwrite"),

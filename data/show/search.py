@@ -1,9 +1,14 @@
-"""evaluate.py --search: the pictures under a folder, ranked by a text."""
+"""evaluate.py --search: the pictures under a folder, ranked by texts or by a picture."""
+import sys
+from pathlib import Path
+
 import numpy as np
 
-from data import benchmarks, cache, files
+from data import benchmarks, files
 from data.show import fonts, report
 from flame import InputError
+
+LONG = 15  # words; a longer text is asked the long set's questions
 
 
 def pictures_under(folder):
@@ -14,30 +19,41 @@ def pictures_under(folder):
     return pictures
 
 
-def search(args, prompts, pictures, towers, encode_images, encode_texts):
-    """Prints and draws the ten best; what the image tower says of all of them is kept beside them.
+def prompts_of(args, query):
+    return args.prompts or ("long" if len(query.split()) > LONG else "raw")
+
+
+def typed():
+    """Yields what is typed, line by line, until Ctrl-D or an empty line."""
+    while True:
+        print("search for: ", end="", flush=True)
+        query = sys.stdin.readline().strip()
+        if not query:
+            print()
+            return
+        yield query
+
+
+def search(args, pictures, towers, encode_images, encode_texts):
+    """Prints and draws the args.top best of each query; without a query in args.search it asks for some.
 
     args: the command line; towers, encode_images, encode_texts: evaluate.py's.
     """
-    folder = args.images
-    index_path = folder / ".flame-index.npz"
-    before = cache.read_index(index_path)
-    cached = towers._replace(cached=dict(before))
-    image, kept = encode_images(cached, pictures, folder=folder, least=1)
+    image, kept = encode_images(towers, pictures, least=1)
     pictures = [pictures[i] for i in kept]
-    index = {}      # without what is gone or has changed
-    for picture, vector in zip(pictures, image):
-        index[cache.picture_key(towers.image_tower, picture, folder)] = vector.tobytes()
-    if index.keys() != before.keys():
-        cache.write_index(index_path, index)
-
-    text = encode_texts(towers, [args.search], prompts)
-    nothing = np.array([-1])    # is the right answer to what nobody knows
-    shown = report.Shown([args.search], text, pictures, image, nothing, np.arange(len(image)), prompts)
-    row = report.found_for(shown, 0, best=10)
-    for place, tile in enumerate(row["found"], 1):
-        print(f"{place:3}  {tile['score']:.4f}  {fonts.printable(pictures[tile['picture']])}")
-
     path = args.out / "search.png"
-    files.write(path, report.draw_sheet([row], pictures, named=True).save)
-    print(f"the best of {len(image)} pictures, prompts {prompts}   -> {path}")
+    rows = []
+    for query in args.search or typed():
+        if Path(query).is_file():
+            vector, _ = encode_images(towers, [Path(query)], least=1)
+        else:
+            vector = encode_texts(towers, [query], prompts_of(args, query))
+        nothing = np.array([-1])    # is the right answer to what nobody knows
+        shown = report.Shown([query], vector, pictures, image, nothing, np.arange(len(image)), "")
+        rows.append(report.found_for(shown, 0, best=args.top))
+        print(f"{fonts.printable(query)}: the best of {len(image)} pictures")
+        for place, tile in enumerate(rows[-1]["found"], 1):
+            print(f"{place:3}  {tile['score']:.4f}  {fonts.printable(pictures[tile['picture']])}")
+        files.write(path, report.draw_sheet(rows, pictures, named=True).save)
+    if rows:
+        print(f"-> {path}")
