@@ -161,6 +161,12 @@ def pictures_in(folder, deep=False):
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
+def unpacked(root, name):
+    """The folder that holds `name`: root itself, or one that its archive's own folders put between."""
+    between = [path.parent for pattern in (name, f"*/{name}", f"*/*/{name}") for path in root.glob(pattern)]
+    return between[0] if between else root
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Captions
 
@@ -185,6 +191,7 @@ def urban1k(root, split):
 
     Either half may miss its partner; both kinds are passed on, for evaluate.py to count like other bad items.
     """
+    root = unpacked(root, "image")
     pictures = {path.stem: path for path in pictures_in(root / "image")}
     captions = {path.stem: read_text(path) for path in need(root / "caption").glob("*.txt")}
     for name in sorted(pictures.keys() | captions.keys()):
@@ -424,8 +431,11 @@ def cars(root, split):
     if not path.exists():
         path = root / file
     rows = read_mat(path, "annotations")
+    folder = root / f"cars_{split}"
+    if (folder / folder.name).is_dir():  # as Kaggle packs them
+        folder = folder / folder.name
     try:
-        pictures = [root / f"cars_{split}" / str(name) for name in rows["fname"]]
+        pictures = [folder / str(name) for name in rows["fname"]]
         classes = [str(int(number)) for number in rows["class"]]
     except (ValueError, IndexError, TypeError):
         raise damaged(path, "annotations without fname and class") from None
@@ -454,7 +464,7 @@ def pets(root, split):
 
 def caltech101(root, split):
     """Caltech-101 has no split of its own: 30 pictures of each class train, drawn here, the rest test."""
-    pictures, classes, names = folders(root / "101_ObjectCategories")
+    pictures, classes, names = folders(unpacked(root, "101_ObjectCategories") / "101_ObjectCategories")
     rng = np.random.default_rng(0)
     chosen = []
     for name in names:

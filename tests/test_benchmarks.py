@@ -862,6 +862,21 @@ def test_a_perfect_model_scores_100(bench, colours, tmp_path, capsys):
     assert "100.0 [100.0, 100.0]" in capsys.readouterr().out
 
 
+def test_archives_as_they_unpack(colours, tmp_path):
+    """Folders of an archive's own may lie between; pictures of cars twice as deep, as Kaggle has them."""
+    data = tmp_path / "data"
+    tree_urban1k(data / "urban1k" / "Urban1k" / "Urban1k")
+    tree_caltech101(data / "caltech101" / "caltech-101")
+    tree_cars(data / "cars")
+    (data / "cars" / "cars_test").rename(data / "cars" / "inner")
+    (data / "cars" / "cars_test").mkdir()
+    (data / "cars" / "inner").rename(data / "cars" / "cars_test" / "cars_test")
+    assert colours("urban1k")[1]["text_to_image"]["R@1"] == 100
+    for bench in ("caltech101", "cars"):
+        code, result = colours(bench, *class_file(bench, tmp_path))
+        assert code == 0 and (result["n_images"], result["top1"], result["skipped_images"]) == (15, 100, 0)
+
+
 def test_hard_negatives_that_win_or_tie_count_as_wrong(colours, tmp_path, monkeypatch):
     root = tmp_path / "data" / "sugarcrepe"
     tree_sugarcrepe(root)
