@@ -36,6 +36,7 @@ from data.pictures import Batches, find_pictures, open_picture, reason
 from data.projection import fit_text_projection, parse_projection
 from data.released import image_tower
 from data.show import plots
+from data.show.plan import print_training
 
 # Every setting: its value for the demo and for CC3M, the values it may have, what it is. Each is also a flag.
 # cc3m is the paper's recipe for CC3M with ViT-B/16 (appendix and released training script). yfcc15m is the
@@ -228,6 +229,12 @@ def train(args, s):
     if s["image_tower"]:
         sizes, tower = image_tower(s["image_tower"])
         s |= sizes
+    if args.plan:
+        settle(s, len(store), len(columns), store.meta["D"])
+        with torch.device("meta"):  # shapes alone
+            text = fit_text_projection(store, s["text_projection"], max_rows=0, columns=columns)
+            print_training(model_of(s, columns, text), s, args.plan)
+        return
     out = Path("out") / (args.name or store.path.resolve().name)
     with checkpoint.folder(out) if rank() == 0 else contextlib.nullcontext():
         pictures, held_out = split_pictures(store, args.images, out, s)
@@ -322,6 +329,20 @@ def settle(s, images, columns, D):
     s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def model_of(s, columns, text):
+    """-> flame.Flame with these settings and this text projection."""
+    names = ("image_size", "patch_size", "width", "layers", "heads", "init", "projector_hidden", "pool_first")
+    config = {name: s[name] for name in names}
+    config["init_logit_scale"] = math.log(s["init_scale"])
+    config["text_dim"], config["text_rank"] = text.basis.shape[1:]
+    config["text_mapped"] = [flame.COLUMNS[c] for c in text.mapped]
+    config["text_map_rank"] = text.down.shape[-1] if hasattr(text, "down") else 0
+    config["columns"] = [flame.COLUMNS[c] for c in columns]
+    model = flame.Flame(config)
+    model.text = text
+    return model
+
+
 def build(store, columns, s, device, earlier, tower=None):
     """-> model, its running average (or the model itself), optimizer, as at the start of a run.
 
@@ -333,15 +354,7 @@ def build(store, columns, s, device, earlier, tower=None):
     fit = {"max_rows": 0} if earlier or rank() > 0 else {}
     text = fit_text_projection(store, s["text_projection"], shrinkage=few, device=device,
                                columns=columns, **fit)
-    names = ("image_size", "patch_size", "width", "layers", "heads", "init", "projector_hidden", "pool_first")
-    config = {name: s[name] for name in names}
-    config["init_logit_scale"] = math.log(s["init_scale"])
-    config["text_dim"], config["text_rank"] = text.basis.shape[1:]
-    config["text_mapped"] = [flame.COLUMNS[c] for c in text.mapped]
-    config["text_map_rank"] = text.down.shape[-1] if hasattr(text, "down") else 0
-    config["columns"] = [flame.COLUMNS[c] for c in columns]
-    model = flame.Flame(config)
-    model.text = text
+    model = model_of(s, columns, text)
     if tower:
         load_tower(model.visual, tower, s["image_tower"])
     model.visual.gradient_checkpointing = s["gradient_checkpointing"]
@@ -613,6 +626,8 @@ def read_arguments(argv):
     add("--preset", choices=PRESETS, help=f"default: demo below {FEW:,} images, else cc3m")
     add("--name", help="checkpoint goes to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--plan", metavar="GPUS", type=whole(1, 4096), nargs="?", const=1,
+        help="only say what it takes on so many GPUs: memory, hours, data")
     add("--overwrite", action="store_true", help="throw away what is at out/NAME and start anew")
     add("--tensorboard", action="store_true", help="also log to out/NAME/tensorboard")
     add = parser.add_argument_group("settings (demo / cc3m)").add_argument

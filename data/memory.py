@@ -48,17 +48,27 @@ def bytes_per_image(config, device, patch_dropout=0.0, gradient_checkpointing=Fa
     return blocks + (1 if config["pool_first"] else tokens - 1) * projector
 
 
-def chunks_that_fit(model, s, device, ranks=1):
+def bytes_of_weights(model):
+    """Weights, gradients, moments, average, and weights in half precision."""
+    return 22 * sum(p.numel() for p in model.parameters())
+
+
+def bytes_of_texts(model, s):
+    """Of all ranks in a step, on their way through the text projection and the loss."""
+    return 16 * s["batch"] * s["positives"] * model.config["text_dim"]
+
+
+def chunks_that_fit(model, s, device, ranks=1, gpu=None):
     """In how many chunks a rank has to encode its images so that a step fits the device's memory.
 
     By the memory that there is, not what is free just now, so that the same command takes the same steps.
+    gpu: bytes of a GPU's memory; None asks the device.
     """
     if device.type == "cuda":
-        room = 0.8 * torch.cuda.get_device_properties(device).total_memory
+        room = 0.8 * (gpu or torch.cuda.get_device_properties(device).total_memory)
     else:
         room = 0.5 * main_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room -= 22 * sum(p.numel() for p in model.parameters())  # weights, gradients, moments, average, a half
-    room -= 16 * s["batch"] * s["positives"] * model.config["text_dim"]  # the texts of all ranks on their way
+    room -= bytes_of_weights(model) + bytes_of_texts(model, s)
     images = s["batch"] // ranks
     kept = images * bytes_per_image(model.config, device, s["patch_dropout"], s["gradient_checkpointing"])
     return min(images, math.ceil(1.3 * kept / max(room, 1)))  # 1.3: what comes and goes in between

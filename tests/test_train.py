@@ -913,6 +913,18 @@ def test_chunks_are_chosen_by_the_memory_and_change_no_gradient(run, small, tmp_
     assert a == pytest.approx(b, rel=1e-3)
 
 
+def test_plan_says_what_it_takes_and_makes_nothing(run, small, tmp_path):
+    done = fit(run, small[0], "--plan 4 --text-projection whiten+linear --steps 5")
+    assert done.returncode == 0 and not (tmp_path / "out").exists(), done.stderr
+    assert fit(run, small[0], "--text-projection whiten+linear --steps 1").returncode == 0
+    model = flame.load(tmp_path / "out/store")
+    parts = {"image tower": model.visual, "projector": model.mm, "maps of texts": model.text}
+    for name, part in parts.items():
+        millions = sum(p.numel() for p in part.parameters()) / 1e6
+        assert f"{name}: {millions:.1f} M parameters" in done.stdout
+    assert "all 5:" in done.stdout and "4 x H100" in done.stdout and "--accumulate 1 on 80 GB" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def open_clips_tower():
     from open_clip.transformer import VisionTransformer
