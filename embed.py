@@ -71,7 +71,7 @@ def settings_of(args):
     files = [args.captions, *args.join.values()]
     return {
         "llm": {
-            "name": Path(args.llm).resolve().name,
+            "name": args.llm_name,
             "path": os.path.abspath(args.llm),  # so that evaluate.py finds it again
             "fingerprint": flame.llm_fingerprint(args.llm),
             "layer": args.layer,
@@ -237,7 +237,7 @@ def command_line():
     add("--join", metavar="SET=FILE", type=join, nargs="+", action="extend", default=[],
         help="captions of a prompt set from files of their own, by key: long=long.json short=short.json")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", "data/demo/llm"),
-        help="Hugging Face checkpoint folder (default $FLAME_LLM, else data/demo/llm)")
+        help="Hugging Face checkpoint folder or id (default $FLAME_LLM, else data/demo/llm)")
     add("--out", metavar="DIR",
         help="the store (default data/embeddings/<captions' name>); with --draw the picture")
     add("--prompts", type=prompt_sets, help="prompt sets to embed (default raw,short,long; --draw: long)")
@@ -268,12 +268,14 @@ def chosen():
     args = command_line()
     args.join = dict(args.join)
     args.prompts = args.prompts or (["long"] if args.draw is not None else list(flame.PROMPTS))
+    if args.merge:
+        return store.merge(args.merge, args.out and Path(args.out), args.overwrite)
+    args.llm_name = Path(args.llm).resolve().name  # of a folder, or of a Hugging Face id
+    args.llm = flame.llm_folder(args.llm)
     if args.draw is not None:
         return look.draw(args)
     if args.inspect:
         return look.inspect(args)
-    if args.merge:
-        return store.merge(args.merge, args.out and Path(args.out), args.overwrite)
     if not args.captions:
         raise flame.InputError("--captions FILE is missing; see --help")
     one_of_many = args.device == "cuda" and WORLD > 1

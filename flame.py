@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -342,7 +343,7 @@ BUDGET = {"cpu": 2048, "cuda": 16384}
 class TextEncoder:
     """The frozen text tower.
 
-    llm_dir    Hugging Face checkpoint folder (config.json, safetensors, and a tokenizer)
+    llm_dir    Hugging Face checkpoint folder (config.json, safetensors, and a tokenizer), or its id there
     layer      how many blocks to keep; the paper takes the output of all but the last
     positions  "restart": every facet's RoPE positions go on from the caption: its string fixes an embedding;
                "sequential": consecutive over all K facets, as in the released code
@@ -357,6 +358,7 @@ class TextEncoder:
         device = torch.device(device)
         if device.type == "cpu":
             keep_freed_memory()
+        llm_dir = llm_folder(llm_dir)
         self.llm_dir = llm_dir
         self.tokenizer = load_tokenizer(llm_dir)
         self.decoder = load_decoder(llm_dir, layer, device, dtype)
@@ -765,6 +767,26 @@ UNQUANTISED = "download the bfloat16 or float16 checkpoint, the one without FP8,
 ANEW = "download it anew"
 NONE = type(None)  # among the types of what a file may leave out
 UNLIMITED = 1 << 20
+
+
+def llm_folder(name):
+    """A folder as it is. Of a Hugging Face id, owner/name, the folder in its cache: what is read of the model
+    is fetched where it is not there yet, and nothing more.
+
+    Raises InputError where the id is neither cached nor to be had.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)
+    read = ["config.json", "*.safetensors", "model.safetensors.index.json",
+            "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json"]
+    try:
+        from huggingface_hub import snapshot_download
+        twice = ["consolidated*", "*/*"]  # the same weights once more, as Mistral's own code reads them
+        return Path(snapshot_download(str(name), allow_patterns=read, ignore_patterns=twice))
+    except Exception as e:  # offline, gated, no such model, a full disk
+        why = " ".join(str(e).split())[:200]
+        raise InputError(f"{name}: no such folder, and as a Hugging Face id it is out of reach "
+                         f"({type(e).__name__}: {why}); download it, and give its folder") from None
 
 
 def llm_config(llm_dir):

@@ -262,6 +262,36 @@ def config_without(key):
     return name, json.dumps({k: v for k, v in json.loads(text).items() if k != key})
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(name, folder): an LLM's folder lies in Hugging Face's cache; the hub itself is out of reach."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def lay(name, folder):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / "0123abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0123abc")
+        return repository / "snapshots" / "0123abc"
+    return lay
+
+
+def test_an_llm_by_its_hugging_face_id(hub, byte_llm, tmp_path, monkeypatch):
+    snapshot = hub("somebody/Bytes-1.0", byte_llm)
+    assert flame.llm_folder("somebody/Bytes-1.0") == snapshot
+    states = flame.TextEncoder("somebody/Bytes-1.0", dtype=torch.float32).encode("a cat", "raw")
+    assert states.equal(flame.TextEncoder(byte_llm, dtype=torch.float32).encode("a cat", "raw"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somebody" / "Bytes-1.0").mkdir(parents=True)  # a folder of that name goes first
+    assert flame.llm_folder("somebody/Bytes-1.0") == Path("somebody/Bytes-1.0")
+    assert flame.llm_folder("no such folder") == Path("no such folder")
+    with pytest.raises(flame.InputError, match="nobody/Nothing: no such folder, .* Hugging Face id") as error:
+        flame.llm_folder("nobody/Nothing")
+    assert "\n" not in str(error.value)
+
+
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
 MAY_BE_MISSING = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 INDEX, TEKKEN, WEIGHTS = "model.safetensors.index.json", "tekken.json", "model.safetensors"
