@@ -616,6 +616,10 @@ def read(args, split):
     more = [args.all_captions] if scorer is score_multilingual else []
     if args.captions:
         found = reader(root, args.images, *args.asked)
+    elif scorer in (score_retrieval, score_classification) and any((root / split).glob("*.tar")):
+        found = benchmarks.webdataset(root, split)
+        if isinstance(found[2], dict) != (scorer is score_classification):
+            raise InputError(f"{root}: dataset_type.txt says what {args.bench} is not; {benchmarks.CURE}")
     else:
         found = reader(root, split, *more)
     enough(found[0], found[0], f"pictures are of split {split} in {root}")

@@ -16,7 +16,8 @@ compositionality  pictures, texts, {part: rows}. A row is (what it is resampled 
 classes           pictures, classes: list[str], one a picture, {class: name}, or {} where classes are names;
                   with_names() makes labels and templates of it
 
-All raise InputError when the folder does not have the layout of README.md. evaluate.py has the table of them.
+webdataset() reads any benchmark of captions or classes that lies as CLIP_benchmark writes it. All raise
+InputError when the folder does not have the layout of README.md. evaluate.py has the table of them.
 """
 import functools
 import gzip
@@ -26,10 +27,11 @@ import re
 import sys
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from data.captions import json_entries, read_captions, report_skipped
+from data.captions import LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, tar_files
 from data.files import said
 from data.pictures import folder_by_key, folder_pictures, start_of_paths
 from flame import InputError
@@ -514,12 +516,13 @@ def read_idx(path, dimensions):
 def read_classes(path):
     """A file of names and templates -> ({class: (line number, name)}, templates).
 
-    A line with {} is a template, `class<TAB>name` names a class, lines that begin with # are comments.
+    A line with {} is a template, or with {c}, as CLIP_benchmark has it; `class<TAB>name` names a class, lines
+    that begin with # are comments.
     """
     names = {}
     templates = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        line = line.strip()
+        line = line.strip().replace("{c}", "{}")
         given, tab, name = line.partition("\t")
         if not line or line.startswith("#"):
             continue
@@ -534,7 +537,13 @@ def read_classes(path):
 
 
 def class_files(bench, root, language=None):
-    """The files of read_classes for a benchmark that there are, those of imagefolder's own folder last."""
+    """The files of read_classes for a benchmark that there are, those of imagefolder's own folder last.
+
+    CLIP_benchmark's layout brings its own templates, and names whose classes are numbers: these alone count.
+    """
+    templates = root / "zeroshot_classification_templates.txt"
+    if templates.exists() and not language:
+        return [templates]
     path = CLASSES / (f"{bench}.txt" if language in (None, "en") else f"{bench}.{language}.txt")
     if language and not path.exists():
         raise InputError(f"--language {language}: no file {path}; write one, or name your own with --classes")
@@ -570,6 +579,47 @@ def with_names(pictures, classes, names, files):
         if c not in label:
             raise InputError(f"a picture's class is {c!r}, none of the data set's {len(names)}; {AGAIN}")
     return pictures, [label[c] for c in classes], list(names.values()), templates
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Any benchmark as CLIP_benchmark lays it out
+
+class InTar(NamedTuple):
+    """A picture in a tar, which is read in place."""
+    tar: Path
+    name: str
+    offset: int     # its first byte
+    size: int       # in bytes
+
+
+def webdataset(root, split):
+    """<split>/0.tar, 1.tar ... of CLIP_benchmark: as a reader of captions or of classes returns it.
+
+    A sample is a picture and .txt, a caption a line, where dataset_type.txt says "retrieval"; else .cls, a
+    number. classnames.txt has a name a line. Raises InputError where a sample lacks one of the two.
+    """
+    retrieval = (root / "dataset_type.txt").exists() and "retrieval" in read_text(root / "dataset_type.txt")
+    kind = "txt" if retrieval else "cls"
+    pictures = []
+    said = []
+    skipped = {}
+    for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
+        with open(tar, "rb") as file:
+            for key, members in itertools.groupby(tar_files(tar, skipped), lambda member: member[:2]):
+                place = {suffix: (offset, size) for _, _, suffix, offset, size in members}
+                suffix = next((suffix for suffix in place if f".{suffix}" in PICTURES), None)
+                if suffix is None or kind not in place:
+                    raise damaged(tar, f"sample {''.join(key)} has no picture or no .{kind}")
+                pictures.append(InTar(tar, f"{key[1]}.{suffix}", *place[suffix]))
+                offset, size = place[kind]
+                file.seek(offset)
+                said.append(file.read(min(size, LARGEST_TEXT)).decode("utf-8", "replace"))
+    report_skipped(root / split, skipped)
+    if retrieval:
+        image_of_text = [i for i, text in enumerate(said) for _ in text.splitlines()]
+        return pictures, [line.strip() for text in said for line in text.splitlines()], image_of_text
+    names = read_text(root / "classnames.txt").splitlines()
+    return pictures, [text.strip() for text in said], {str(c): name.strip() for c, name in enumerate(names)}
 
 
 # ------------------------------------------------------------------------------------------------------------

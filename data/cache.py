@@ -132,12 +132,14 @@ def picture_key(tower, picture):
     if isinstance(picture, np.ndarray):
         content = repr(picture.shape).encode() + picture.tobytes()
         return f"{tower}\t{hashlib.sha256(content).hexdigest()}"
+    file = getattr(picture, "tar", picture)     # that holds it
+    inside = "" if file is picture else f"\t{picture.offset}"
     try:
-        stat = os.stat(picture)
-        path = picture.resolve()
+        stat = os.stat(file)
+        path = file.resolve()
     except (OSError, ValueError):   # not there, or no name that a file can have
         return None
-    key = f"{tower}\t{stat.st_size}\t{stat.st_mtime_ns}\t{path.as_posix()}"
+    key = f"{tower}\t{stat.st_size}\t{stat.st_mtime_ns}\t{path.as_posix()}{inside}"
     return key.encode("utf-8", "backslashreplace").decode()
 
 

@@ -7,8 +7,10 @@ at a time.
 import argparse
 import functools
 import gzip
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -875,6 +877,62 @@ def test_archives_as_they_unpack(colours, tmp_path):
     for bench in ("caltech101", "cars"):
         code, result = colours(bench, *class_file(bench, tmp_path))
         assert code == 0 and (result["n_images"], result["top1"], result["skipped_images"]) == (15, 100, 0)
+
+
+def tree_of_tars(root, retrieval, split="test", shards=2):
+    """As clip_benchmark's webdataset builder writes a benchmark."""
+    folder = root / split
+    folder.mkdir(parents=True)
+    put(folder / "nshards.txt", str(shards))
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for n, name in list(enumerate(NAMES))[shard::shards]:
+                image = io.BytesIO()
+                Image.new("RGB", (12, 9), COLOURS[name]).save(image, "webp", lossless=True)
+                text = f"A {name} wall.\nall {name}" if retrieval else str(n)
+                parts = {"webp": image.getvalue(), "txt" if retrieval else "cls": text.encode()}
+                for suffix, data in parts.items():
+                    member = tarfile.TarInfo(f"s{n:07}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    if retrieval:
+        put(root / "dataset_type.txt", "retrieval")
+    else:
+        put(root / "classnames.txt", "".join(f"{name}\n" for name in NAMES))
+        put(root / "zeroshot_classification_templates.txt", "a photo of a {c}.\n{c}\n")
+
+
+@pytest.mark.parametrize("bench", ["flickr30k", "cifar10", "imagenet"])
+def test_clip_benchmarks_layout_is_read_as_clip_benchmark_reads_it(colours, tmp_path, bench):
+    from clip_benchmark.datasets.builder import build_wds_dataset
+    retrieval = bench == "flickr30k"
+    root = tmp_path / "data" / bench
+    tree_of_tars(root, retrieval)
+    theirs = build_wds_dataset(bench, lambda image: np.array(image.convert("RGB")), "test", str(root))
+    pictures, said, third = benchmarks.webdataset(root, "test")
+    ours = [np.array(report.open_picture(picture).convert("RGB")) for picture in pictures]
+    if retrieval:
+        texts = [[text for text, i in zip(said, third) if i == n] for n in range(len(pictures))]
+    else:
+        texts = [int(c) for c in said]
+        assert list(third.values()) == theirs.classes
+    for (image, text), our_image, our_text in zip(theirs, ours, texts, strict=True):
+        assert np.array_equal(image, our_image) and text == our_text
+    code, result = colours(bench)
+    assert code == 0 and (result["n_images"], result["skipped_images"]) == (5, 0)
+    assert result["text_to_image"]["R@1"] == 100 if retrieval else result["top1"] == 100
+    assert colours(bench)[1] == result  # from the cache
+
+
+def test_clip_benchmarks_layout_of_another_kind_or_damaged_is_one_line(colours, tmp_path, capsys):
+    tree_of_tars(tmp_path / "data" / "coco", retrieval=False)
+    tree_of_tars(tmp_path / "data" / "dtd", retrieval=True)
+    tree_of_tars(tmp_path / "data" / "pets", retrieval=False)
+    put(tmp_path / "data" / "pets" / "dataset_type.txt", "retrieval")
+    for bench, wrong in (("coco", "dataset_type.txt"), ("dtd", "dataset_type.txt"), ("pets", "no .txt")):
+        assert colours(bench) == (2, None)
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1 and wrong in told[0]
 
 
 def test_hard_negatives_that_win_or_tie_count_as_wrong(colours, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from data import files
+from data.benchmarks import InTar
 from data.show.fonts import draw_text, printable, wrapped
 from data.show.plots import FACETS, draw_facets
 
@@ -30,9 +31,13 @@ GREY = "#d0d0d0"
 
 
 def open_picture(picture):
-    """Path or uint8 array [H, W] or [H, W, 3] -> PIL image, to be closed"""
+    """Path, InTar, or uint8 array [H, W] or [H, W, 3] -> PIL image, to be closed"""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
+    if isinstance(picture, InTar):
+        with open(picture.tar, "rb") as file:
+            file.seek(picture.offset)
+            return Image.open(io.BytesIO(file.read(picture.size)))
     if not picture.is_file():       # a pipe would be waited for without end
         raise OSError("not a regular file" if picture.exists() else "no such file")
     return Image.open(picture)
@@ -40,7 +45,9 @@ def open_picture(picture):
 
 def reason(picture, error):
     """Why a picture cannot be read, in one line that names it."""
-    name = picture if isinstance(picture, Path) else "a picture"
+    name = "a picture" if isinstance(picture, np.ndarray) else picture
+    if isinstance(picture, InTar):
+        name = f"{picture.tar}:{picture.name}"
     return " ".join(f"{name}: {error or type(error).__name__}".split())
 
 
