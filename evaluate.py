@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flame
-from data import benchmarks, cache, files, released
+from data import benchmarks, cache, files, peer, released
 from data.checkpoint import newest_checkpoint
 from data.command import Parser, number, run, usable_device
 from data.show import report, search, words
@@ -612,11 +612,11 @@ FLAGS = {
 def read(args, split):
     """What the benchmark's reader returns; with names and templates, in the languages asked for."""
     reader, scorer, _ = args.how
-    root = args.captions or args.data_root
-    more = [args.all_captions] if scorer is score_multilingual else []
     if args.captions:
-        found = reader(root, args.images, *args.asked)
-    elif scorer in (score_retrieval, score_classification) and any((root / split).glob("*.tar")):
+        return reader(args.captions, args.images, *args.asked)
+    root = args.data_root
+    more = [args.all_captions] if scorer is score_multilingual else []
+    if scorer in (score_retrieval, score_classification) and any((root / split).glob("*.tar")):
         found = benchmarks.webdataset(root, split)
         if isinstance(found[2], dict) != (scorer is score_classification):
             raise InputError(f"{root}: dataset_type.txt says what {args.bench} is not; {benchmarks.CURE}")
@@ -657,6 +657,7 @@ def settings(argv):
     add("--images", type=Path, metavar="DIR", help="what --search searches; where --captions' pictures lie")
     add("--words", type=Path, metavar="IMAGE", help="the word that each patch of a picture is nearest to")
     add("--checkpoint", type=Path, metavar="PATH", help="default: the newest finished one under out/")
+    add("--open-clip", metavar="MODEL:WEIGHTS", help="score this open_clip model instead of a checkpoint")
     add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else the training's, else the demo's")
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
@@ -683,6 +684,8 @@ def settings(argv):
     for flag, (scorers, otherwise) in FLAGS.items():
         if getattr(args, flag) and args.how[1] not in scorers:
             parser.error(f"--{flag}: {otherwise.format(args.bench)}")
+    if args.open_clip and (args.probe or args.words or args.facets or args.checkpoint):
+        parser.error("--open-clip has no facets, patches or checkpoint of FLAME's; leave the other flag out")
     if args.split == "val" and (args.captions or args.bench not in benchmarks.HAS_VAL):
         parser.error(f"--split val: {args.bench} has only a test split; leave the flag out")
     usable_device(args.device)
@@ -748,6 +751,21 @@ def open_towers(args, model, checkpoint, llm):
     )
 
 
+def peer_towers(args):
+    """An open_clip model, which needs no LLM."""
+    model = peer.OpenClip(args.open_clip).eval().to(args.device)
+    name = model.digest() + str(flame.default_dtype(args.device))
+    return Towers(
+        model=model,
+        encoder=lambda: model,
+        pool="cosine",
+        device=args.device,
+        cached=cache.Cache(args.out / "cache.sqlite"),
+        image_tower=name,
+        text_tower=name,
+    )
+
+
 def main(argv=None):
     def body():
         args = settings(argv)
@@ -755,13 +773,18 @@ def main(argv=None):
         data = read(args, args.split) if args.bench else None   # first: a wrong folder is found in a moment
         train = read(args, "train") if args.probe else None
         pictures = None if args.search is None else search.pictures_under(args.images)
-        checkpoint = args.checkpoint or newest_checkpoint()
-        load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
-        model = load(checkpoint).to(args.device)
-        llm = flame.llm_folder(args.llm or find_llm(model.config["llm"].get("path")))
         pictures_in = args.captions or args.images or args.words or args.data_root
-        print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
-        towers = open_towers(args, model, checkpoint, llm)
+        if args.open_clip:
+            checkpoint = args.open_clip
+            towers = peer_towers(args)
+            print(f"{pictures_in}   open_clip {checkpoint}   device {args.device}", flush=True)
+        else:
+            checkpoint = args.checkpoint or newest_checkpoint()
+            load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
+            model = load(checkpoint).to(args.device)
+            llm = flame.llm_folder(args.llm or find_llm(model.config["llm"].get("path")))
+            print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
+            towers = open_towers(args, model, checkpoint, llm)
         with files.folder(args.out):
             if args.words:
                 words.show(args, model, llm)
@@ -780,7 +803,7 @@ def evaluate(args, towers, checkpoint, data, train):
         scores, shown = score_probe(towers, data, train)
     else:
         scores, shown = args.how[1](towers, *args.asked, *data)
-        columns = towers.model.config["columns"]
+        columns = [] if args.open_clip else towers.model.config["columns"]
         result["columns"] = [name for name in columns if name.split(".")[0] in args.asked]
         if towers.pool != "cosine":
             result["pool"] = towers.pool
@@ -792,6 +815,8 @@ def evaluate(args, towers, checkpoint, data, train):
         result["facets"] = ablation(facets, shown.image, shown.text_ids, towers.pool, *args.facets, numbers)
         print("\n".join(report.facet_table(result["facets"])))
     path = args.out / (args.bench + "-probe" * args.probe)
+    if args.open_clip:
+        path = args.out / f"{args.bench}-{peer.short_name(args.open_clip)}"
     files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
     ranks = shown and first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
     by_name = functools.partial(facets_by_name, towers) if args.report else None

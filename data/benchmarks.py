@@ -645,6 +645,8 @@ def own(captions, folder, prompts):
     if not pairs:
         raise InputError(f"{root}: none of the {len(rows)} keys in {captions} has a picture there, such as "
                          f"{rows[0].key}.jpg; give --images DIR with pictures named by key")
+    if len({picture for picture, _ in pairs}) < 2:
+        raise InputError(f"{captions}: names one picture; give two at least, to find one among them")
     if len(pairs) < len(rows):
         print(f"{captions}: {len(rows) - len(pairs)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)

@@ -438,3 +438,56 @@ def test_open_clip_reads_our_image_tower(ours):
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model.mm(theirs(pixels)[1]).mean(1), dim=-1)
         assert centered_error(model.encode_image(pixels), expected) <= 1e-4
+
+
+@pytest.fixture
+def small_clip(tmp_path):
+    """A random open_clip model of a size of its own, its weights in a file -> "MODEL:FILE"."""
+    import open_clip
+    config = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
+    (tmp_path / "tests-small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tests-small.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tests-small").state_dict(), tmp_path / "small.pt")
+    return f"tests-small:{tmp_path / 'small.pt'}"
+
+
+def test_an_open_clip_model_gets_clip_benchmarks_figures(small_clip, tmp_path, monkeypatch):
+    """--open-clip: the same model, pictures and texts, by their code and by ours."""
+    import open_clip
+    from clip_benchmark.metrics import zeroshot_retrieval
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    rng = np.random.default_rng(0)
+    rows = []
+    for n in range(24):
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 50)).save(tmp_path / f"{n}.png")
+        rows += [f"{n}.png\tA {n}-legged fox in a lake.", f"{n}.png\tA house of {n} {'big ' * (n % 5)}rooms."]
+    (tmp_path / "mine.tsv").write_text("\n".join(["image\tlong", *rows]) + "\n")
+    command = ["--captions", "mine.tsv", "--open-clip", small_clip, "--device", "cpu"]
+    assert evaluate.main(command) == 0
+    result = json.loads((tmp_path / "results" / "mine-tests-small-small.json").read_text())
+
+    name, _, weights = small_clip.partition(":")
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
+    images = torch.stack([preprocess(Image.open(tmp_path / f"{n}.png")) for n in range(24)])
+    captions = [[row.split("\t")[1] for row in rows[2 * n:2 * n + 2]] for n in range(24)]
+    tokenizer = open_clip.get_tokenizer(name)
+    theirs = zeroshot_retrieval.evaluate(
+        model.eval(), batches(images, captions), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    for k in (1, 5, 10):
+        for ours, their in (("text_to_image", "image"), ("image_to_text", "text")):
+            assert abs(result[ours][f"R@{k}"] - 100 * theirs[f"{their}_retrieval_recall@{k}"]) <= 1e-4
+    assert 0 < result["text_to_image"]["R@10"] < 100
+
+
+def test_what_open_clip_does_not_know_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.tsv").write_text("image\tlong\na.png\ta\nb.png\tb\n")
+    for flags in (["--open-clip", "ViT-Nothing"], ["--open-clip", "ViT-B-32:no/such/file.pt"],
+                  ["--open-clip", "ViT-B-32", "--facets"]):
+        assert evaluate.main(["--captions", "mine.tsv", "--device", "cpu", *flags]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1 and "--open-clip" in told[0]

@@ -832,7 +832,9 @@ def test_pictures_that_are_named_by_key(colours, tmp_path, capsys):
     assert own(tmp_path, "mine.csv")[1]["text_to_image"]["R@1"] == 100
     capsys.readouterr()
     (tmp_path / "results" / "mine.json").unlink()
-    for wrong in (("mine.csv", "--images", "results"), ("none.csv",), ("mine.csv", "--split", "val")):
+    put(tmp_path / "one.csv", "key,long\nred,A red wall.\n")
+    for wrong in (("mine.csv", "--images", "results"), ("none.csv",), ("mine.csv", "--split", "val"),
+                  ("one.csv", "--images", "mine")):
         assert own(tmp_path, *wrong) == (2, None)
         assert len(capsys.readouterr().err.splitlines()) == 1
 
