@@ -403,7 +403,8 @@ def test_every_benchmark_has_a_tree_and_its_layout_is_documented():
 
 def read(bench, root, split="test", **more):
     """What evaluate.py reads of a tree, with flags as it parses them."""
-    flags = {"data_root": root, "classes": None, "language": None, "all_captions": False}
+    flags = {"data_root": root, "classes": None, "language": None, "all_captions": False, "captions": None,
+             "how": evaluate.BENCHMARKS[bench]}
     return evaluate.read(argparse.Namespace(bench=bench, **flags | more), split)
 
 

@@ -569,7 +569,7 @@ def test_bad_input_on_the_command_line(run, refused, tmp_path, tiny_llm):
     refused(run("embed.py", "--captions", "none.tsv", "--llm", tiny_llm), "none.tsv", "No such file")
     (tmp_path / "empty.tsv").write_text("")
     refused(run("embed.py", "--captions", "empty.tsv", "--llm", tiny_llm), "empty.tsv", "empty")
-    (tmp_path / "columns.tsv").write_text("key\timage\ttext\na\tb\tc\n")
+    (tmp_path / "columns.tsv").write_text("key\timage\tnote\na\tb\tc\n")
     refused(run("embed.py", "--captions", "columns.tsv", "--llm", tiny_llm), "columns.tsv", "line 1", "raw")
     write_tsv(tmp_path / "good.tsv", ROWS[:2])
     refused(run("embed.py", "--captions", "good.tsv", "--llm", tmp_path), tmp_path, "config.json")
