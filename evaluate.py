@@ -644,7 +644,7 @@ def sizes(text):
 
 def settings(argv):
     """The command line, checked as far as it can be without reading anything; asked: its prompt sets."""
-    usage = "evaluate.py --bench NAME | --captions FILE | --search TEXT ... --images DIR | --words IMAGE"
+    usage = "evaluate.py --bench NAME | --captions FILE | --search TEXT | --words FILE"
     parser = Parser(width=80, usage=usage,
                     description="Scores a checkpoint; writes <out>/<bench>.json and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
@@ -652,13 +652,13 @@ def settings(argv):
     add("--bench", choices=BENCHMARKS, metavar="NAME", help="what to score on")
     add("--captions", type=Path, metavar="FILE", help="score on one's own: any file that embed.py reads")
     add("--search", metavar="TEXT", nargs="*",
-        help="rank pictures by texts (raw prompt, long above 15 words) or by a picture; none: asks")
+        help="rank pictures by texts or a picture; without, asks")
     add("--top", type=number(int, 1), default=10, metavar="N", help="how many --search shows, default 10")
     add("--images", type=Path, metavar="DIR", help="what --search searches; where --captions' pictures lie")
-    add("--words", type=Path, metavar="IMAGE", help="the word that each patch of a picture is nearest to")
+    add("--words", type=Path, metavar="FILE", help="the word that each patch of a picture is nearest to")
     add("--checkpoint", type=Path, metavar="PATH", help="default: the newest finished one under out/")
     add("--open-clip", metavar="MODEL:WEIGHTS", help="score this open_clip model instead of a checkpoint")
-    add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else the training's, else the demo's")
+    add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else the training's")
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     add("--split", choices=["test", "val"], default="test", help="choose on val, score test once")

@@ -22,6 +22,7 @@ from data import files
 from flame import InputError
 
 ANEW = "choose another --name, or start anew with --overwrite"
+ADDED = {"image_tower": "", "lock_image": 0}  # settings that runs of earlier versions had without saying so
 
 
 def folder(out):
@@ -74,7 +75,7 @@ def earlier_run(out, store, fixed):
     if old["store"].get("identity") != identity(store):
         raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
     for name, value in fixed.items():
-        was = old["training"].get(name, value)  # an earlier version may not have had the setting
+        was = old["training"].get(name, ADDED.get(name))
         if was != value:
             raise InputError(f"{out}: was trained with {name} {was}, now it is {value}; {ANEW}")
     return old

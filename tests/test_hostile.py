@@ -857,7 +857,7 @@ CAPTIONS = {
     "zeros.tsv": bytes(1000),
     "bytes.tsv": bytes(range(256)) * 9,
     "utf16.tsv": "key\traw\na\tb\n".encode("utf-16"),
-    "other.tsv": b"key\ttext\na\tb\n",
+    "other.tsv": b"key\tnote\na\tb\n",
     "short-rows.tsv": b"key\traw\na\nb\n",
     "null.json": b"null",
     "number.json": b"3",
