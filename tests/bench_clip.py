@@ -11,7 +11,8 @@ pictures, crops and batches. `python data/demo.py` comes first; it makes the cor
     clip          open_clip's text transformer (77 tokens, width 192, 4 blocks, 3 heads), trained from scratch
                   along with the ViT on one of the picture's raw, short and long captions a step; InfoNCE
     clip-seconds  the same for as many steps as fit into the seconds that `mapped` took
-    K=1, K=3, K=7 `mapped` on the first K questions of the long set alone, all of them (up to 6) a step
+    K=1, K=3, K=7 `mapped` on the first K questions of the long set alone, all of them (up to 6) a step; only
+                  long captions are scored
 
 Each run is a process of its own. It leaves <out>/<run>-<split>-<steps>-<seed>.json with what evaluate.py's
 scorer of the demo says, so the script goes on where it was stopped. Seconds are CPU seconds of training,
@@ -90,9 +91,12 @@ def run_flame(args, run, seed):
     stage(args, "train.py", "--embeddings", args.store, "--preset", "demo", "--steps", args.steps,
           "--seed", seed, "--name", name, *FLAME[run])
     seconds = cpu_seconds() - started
-    asked = ["--prompts", "long"] if run.startswith("K=") else []  # they were trained on no other
-    stage(args, "evaluate.py", "--bench", "demo", "--split", args.split, "--data-root", args.corpus,
-          "--llm", args.llm, "--checkpoint", f"out/{name}", "--out", "scores", *asked)
+    known = ["--llm", args.llm, "--checkpoint", f"out/{name}", "--out", "scores"]
+    if run.startswith("K="):  # trained on no other prompts
+        stage(args, "evaluate.py", "--captions", args.corpus / f"{args.split}.tsv", *known)
+        scored = json.loads((args.out / f"scores/{args.split}.json").read_text())
+        return seconds, args.steps, {"parts": {"long": scored}}
+    stage(args, "evaluate.py", "--bench", "demo", "--split", args.split, "--data-root", args.corpus, *known)
     return seconds, args.steps, json.loads((args.out / "scores/demo.json").read_text())
 
 
@@ -216,6 +220,8 @@ def scores(result, row):
 
 def cell(found, row):
     """Mean over seeds, the mean of their intervals over captions or pictures, the seeds' deviation."""
+    if ROWS[row][0] not in found[0]["parts"]:
+        return ""
     values = [scores(result, row)[0] for result in found]
     low, high = np.mean([scores(result, row)[1] for result in found], axis=0)
     deviation = f" ±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
