@@ -41,7 +41,7 @@ def save(out, step, s, store, model, average, optimizer):
     """s: the settings. average: whose weights are to be used, the running average or the model itself."""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
-                               "last checkpoint is kept")
+                         "last checkpoint is kept")
     training = {"step": step, "model": model.state_dict(), "average": average.state_dict(),
                 "optimizer": optimizer.state_dict()}
     of_store = {"path": str(store.path), "identity": identity(store), "N": len(store),
@@ -128,6 +128,8 @@ def earlier_log(out, start):
         try:
             entry = json.loads(line)
             flame.check_keys(f"{path}:{number}", entry, {"step": int, "loss": float}, cure)
+            if entry["step"] <= last:
+                raise ValueError
         except (ValueError, AttributeError, RecursionError):
             raise InputError(f"{path}:{number}: not a step's entry; {cure}") from None
         last = entry["step"]

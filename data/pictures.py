@@ -140,8 +140,8 @@ def first_of_each_row(pictures, store):
 def index_tars(store, tars, index):
     """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
     keys = hashlib.sha256("\n".join(store.keys).encode()).hexdigest()
-    about = [os.stat(tar) for tar in tars]
-    stamp = json.dumps([keys, *((tar, is_.st_size, is_.st_mtime_ns) for tar, is_ in zip(tars, about))])
+    about = [(tar, os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
+    stamp = json.dumps([keys, *about])
     try:
         if os.path.isfile(index):  # to open a pipe is to wait without end
             with np.load(index) as saved:

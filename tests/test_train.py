@@ -1138,6 +1138,13 @@ def test_another_log_is_one_line(run, small, tmp_path, line):
     assert fit(run, small[0], flags).returncode == 0 and len(losses(path.parent)) == 4
 
 
+def test_a_log_that_goes_back_is_one_line(run, small, tmp_path):
+    flags = one_more_step(run, small[0])
+    path = tmp_path / "out/store/log.jsonl"
+    path.write_text('{"step": 0, "loss": 1.0}\n' + path.read_text())
+    one_line(fit(run, small[0], flags), "log.jsonl:2:")
+
+
 def test_a_log_that_was_thrown_away_is_not_missed(run, small, tmp_path):
     one_more_step(run, small[0])
     folder = tmp_path / "out/store"
