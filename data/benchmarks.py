@@ -26,12 +26,13 @@ import json
 import re
 import sys
 import zlib
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data.captions import LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, tar_files
+from data.captions import LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, skip, tar_files
 from data.files import said
 from data.pictures import folder_by_key, folder_pictures, start_of_paths
 from flame import InputError
@@ -596,7 +597,8 @@ def webdataset(root, split):
     """<split>/0.tar, 1.tar ... of CLIP_benchmark: as a reader of captions or of classes returns it.
 
     A sample is a picture and .txt, a caption a line, where dataset_type.txt says "retrieval"; else .cls, a
-    number. classnames.txt has a name a line. Raises InputError where a sample lacks one of the two.
+    number. classnames.txt has a name a line. A sample that lacks one of the two is left out and counted.
+    Raises InputError where all do.
     """
     retrieval = (root / "dataset_type.txt").exists() and "retrieval" in read_text(root / "dataset_type.txt")
     kind = "txt" if retrieval else "cls"
@@ -605,15 +607,18 @@ def webdataset(root, split):
     skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
         with open(tar, "rb") as file:
-            for key, members in itertools.groupby(tar_files(tar, skipped), lambda member: member[:2]):
+            for key, members in itertools.groupby(tar_files(tar, skipped), itemgetter(0, 1)):
                 place = {suffix: (offset, size) for _, _, suffix, offset, size in members}
                 suffix = next((suffix for suffix in place if f".{suffix}" in PICTURES), None)
                 if suffix is None or kind not in place:
-                    raise damaged(tar, f"sample {''.join(key)} has no picture or no .{kind}")
+                    skip(skipped, f"sample without a picture or without .{kind}", f"{tar}:{''.join(key)}")
+                    continue
                 pictures.append(InTar(tar, f"{key[1]}.{suffix}", *place[suffix]))
                 offset, size = place[kind]
                 file.seek(offset)
                 said.append(file.read(min(size, LARGEST_TEXT)).decode("utf-8", "replace"))
+    if not pictures:
+        raise damaged(root / split, f"no sample of its tars has a picture and .{kind}")
     report_skipped(root / split, skipped)
     if retrieval:
         image_of_text = [i for i, text in enumerate(said) for _ in text.splitlines()]

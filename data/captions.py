@@ -136,7 +136,10 @@ def source_files(path):
     path = Path(path)
     if path.is_dir():
         for pattern in ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt"):
-            if files := sorted(path.glob(pattern)):
+            files = sorted(path.glob(pattern))
+            if pattern == "**/*.txt":
+                files = [file for file in files if file.is_file()]  # of many, a pipe is passed over
+            if files:
                 return files
         raise InputError(f"{path}: a folder without *.tar, metadata.jsonl or pictures with a .txt; {WANTED}")
     span = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))

@@ -925,12 +925,21 @@ def test_clip_benchmarks_layout_is_read_as_clip_benchmark_reads_it(colours, tmp_
     assert colours(bench)[1] == result  # from the cache
 
 
+def test_a_sample_of_clip_benchmarks_layout_without_its_text_is_left_out(colours, tmp_path, capsys):
+    tree_of_tars(tmp_path / "data" / "coco", retrieval=True)
+    with tarfile.open(tmp_path / "data" / "coco" / "test" / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("s0000009.webp"), io.BytesIO())
+    code, result = colours("coco")
+    assert code == 0 and (result["n_images"], result["text_to_image"]["R@1"]) == (5, 100)
+    assert "skipped 1 row: sample without a picture or without .txt" in capsys.readouterr().err
+
+
 def test_clip_benchmarks_layout_of_another_kind_or_damaged_is_one_line(colours, tmp_path, capsys):
     tree_of_tars(tmp_path / "data" / "coco", retrieval=False)
     tree_of_tars(tmp_path / "data" / "dtd", retrieval=True)
     tree_of_tars(tmp_path / "data" / "pets", retrieval=False)
     put(tmp_path / "data" / "pets" / "dataset_type.txt", "retrieval")
-    for bench, wrong in (("coco", "dataset_type.txt"), ("dtd", "dataset_type.txt"), ("pets", "no .txt")):
+    for bench, wrong in (("coco", "dataset_type.txt"), ("dtd", "dataset_type.txt"), ("pets", "and .txt")):
         assert colours(bench) == (2, None)
         told = capsys.readouterr().err.splitlines()
         assert len(told) == 1 and wrong in told[0]

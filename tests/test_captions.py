@@ -349,6 +349,8 @@ def test_a_folder_of_pictures_with_a_text_each(tmp_path):
         (folder / f"{name}.txt").write_text(text)
     (folder / "more/0001.json").write_text("{}")
     (folder / "alone.txt").write_bytes(b"\xff")
+    os.mkfifo(folder / "pipe.txt")
+    assert len(captions.fingerprint([folder])) == 64
     skipped = {}
     rows = list(read_captions(folder, skipped))
     assert [(row.key, row.image, row.captions["raw"]) for row in rows] == [

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this fi
 import data.pictures
 import flame
 import train
-from data import memory
+from data import checkpoint as checkpoints, memory
 from data.pictures import DRAWS, Batches, crop_box, find_pictures, open_picture, random_crop
 from data.show import plots
 
@@ -1138,11 +1138,12 @@ def test_another_log_is_one_line(run, small, tmp_path, line):
     assert fit(run, small[0], flags).returncode == 0 and len(losses(path.parent)) == 4
 
 
-def test_a_log_that_goes_back_is_one_line(run, small, tmp_path):
-    flags = one_more_step(run, small[0])
-    path = tmp_path / "out/store/log.jsonl"
-    path.write_text('{"step": 0, "loss": 1.0}\n' + path.read_text())
-    one_line(fit(run, small[0], flags), "log.jsonl:2:")
+def test_a_log_whose_steps_go_back_is_refused(tmp_path):
+    lines = [f'{{"step": {step}, "loss": 1.0}}\n' for step in (0, 1, 1, 2)]
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    assert checkpoints.earlier_log(tmp_path, 2) == lines[:2]  # what follows is of later steps
+    with pytest.raises(flame.InputError, match="log.jsonl:3:"):
+        checkpoints.earlier_log(tmp_path, 3)
 
 
 def test_a_log_that_was_thrown_away_is_not_missed(run, small, tmp_path):
