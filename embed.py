@@ -242,8 +242,11 @@ def command_line():
         help="the store (default data/embeddings/<captions' name>); with --draw the picture")
     add("--prompts", type=prompt_sets, help="prompt sets to embed (default raw,short,long; --draw: long)")
     add("--layer", metavar="N", type=number(int, 1), help="blocks to keep (default: all but the last)")
-    add("--compat", dest="positions", action="store_const", const="sequential", default="restart",
+    way = parser.add_mutually_exclusive_group().add_argument
+    way("--compat", dest="positions", action="store_const", const="sequential", default="restart",
         help="the released code's text path: questions one after the other, captions cut and cleaned alike")
+    way("--mask", dest="positions", choices=("causal",),
+        help="without facet-decoupled attention, to measure its worth: a question sees those before it")
     add("--store", choices=("float16", "int8"), default="float16",
         help="how embeddings are stored (default float16; int8 is half the bytes)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",

@@ -322,22 +322,26 @@ def tokenize_whole(tokenizer, text, facets):
 
 
 def caption_forest(prefixes, suffixes, positions="restart"):
-    """[N] prefix ids, [N][K] facet ids -> the Forest of all N * K strings, its answers in that order."""
-    pairs = list(zip(prefixes, suffixes))
-    sequences = [prefix + facet for prefix, facets in pairs for facet in facets]
-    if positions == "restart":
-        return build_forest(sequences)
-    consecutive = []  # as if the K facets stood one after the other
-    for prefix, facets in pairs:
-        start = len(prefix)
+    """[N] prefix ids, [N][K] facet ids -> the Forest of all N * K strings, its answers in that order.
+
+    "causal" makes each caption one chain, where a facet's string holds the facets before it.
+    """
+    sequences = []
+    consecutive = []
+    for prefix, facets in zip(prefixes, suffixes):
+        earlier = []  # the questions before this one
         for facet in facets:
-            consecutive.append([*range(len(prefix)), *range(start, start + len(facet))])
-            start += len(facet)
-    return build_forest(sequences, consecutive)
+            sequences.append(prefix + earlier * (positions == "causal") + facet)
+            if positions == "sequential":  # as if the K facets stood one after the other
+                start = len(prefix) + len(earlier)
+                consecutive.append([*range(len(prefix)), *range(start, start + len(facet))])
+            earlier = earlier + facet
+    return build_forest(sequences, consecutive or None)
 
 
 # Tokens in one packed row. On CPU its activations stay in cache; a mask of all pairs should not be larger.
 BUDGET = {"cpu": 2048, "cuda": 16384}
+POSITIONS = ("restart", "sequential", "causal")
 
 
 class TextEncoder:
@@ -346,15 +350,16 @@ class TextEncoder:
     llm_dir    Hugging Face checkpoint folder (config.json, safetensors, and a tokenizer), or its id there
     layer      how many blocks to keep; the paper takes the output of all but the last
     positions  "restart": every facet's RoPE positions go on from the caption: its string fixes an embedding;
-               "sequential": consecutive over all K facets, as in the released code
+               "sequential": consecutive over all K facets, as in the released code;
+               "causal": likewise, and a facet sees those before it: no facet-decoupled attention
     budget     tokens in one packed row, up to a caption more (default: BUDGET)
     tokenize   (tokenizer, captions, prompts) -> ids; data/released.py has the released code's
     """
 
     def __init__(self, llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart",
                  budget=None, tokenize=tokenize):
-        if positions not in ("restart", "sequential"):
-            raise ValueError(f"positions must be 'restart' or 'sequential', not {positions!r}")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {positions!r}")
         device = torch.device(device)
         if device.type == "cpu":
             keep_freed_memory()
@@ -1387,7 +1392,7 @@ def read_checkpoint(path):
     layer = saved["llm"].get("layer")
     if layer is not None and layer < 1:
         raise ValueError(f"layer {layer}")
-    if saved["llm"].get("positions") not in (None, "restart", "sequential"):
+    if saved["llm"].get("positions") not in (None, *POSITIONS):
         raise ValueError(f"positions {saved['llm']['positions']}")
     for names in (config["columns"], config.get("text_mapped", COLUMNS[:1])):
         if not isinstance(names, list) or not all(name in COLUMNS for name in names):

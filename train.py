@@ -46,6 +46,7 @@ PRESETS = ("demo", "cc3m", "yfcc15m")
 YFCC15M = {"epochs": 25.0}
 FEW = 20_000  # images; below them the demo's preset is the default
 WHITE = "raw=whiten:0.3,short=whiten+linear,long=whiten+linear"
+LOSS_NAMES = ("sigmoid", "infonce", "infonce-slots")
 whole = functools.partial(command.number, int)
 real = functools.partial(command.number, float)
 SETTINGS = {
@@ -59,7 +60,7 @@ SETTINGS = {
     "lock_image":       (0,         0,           whole(0, 10**9),      "steps that leave the ViT as it is"),
     "projector_hidden": (0,         4096,        whole(0, 131_072),    "its width; at least the LLM's"),
     "pool_first":       (True,      False,       bool,                 "average patches, then project"),
-    "loss":             ("infonce", "sigmoid",   ("sigmoid", "infonce"), "both with several positives"),
+    "loss":             ("infonce", "sigmoid",   LOSS_NAMES,           "all with several positives"),
     "text_projection":  (WHITE,     "none",      str,                  "none, center, whiten; +linear"),
     "positives":        (6,         6,           whole(1, 11),         "embeddings an image meets in a step"),
     "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
@@ -127,11 +128,23 @@ def infonce_loss(image, text, scale, bias=None):
     return 0.5 * (of_image.mean() + of_text.mean())
 
 
-# Both are (sum over all pairs of f(logit) - sum over own pairs of logit) / (B P): the sigmoid since -log
+def slots_loss(image, text, scale, bias=None):
+    """InfoNCE as in the released code: an image's p-th positive is sought among the p-th ones of all images,
+    not among all texts."""
+    logits = scale * torch.einsum("id,jpd->ijp", image, text)  # [B, B, P]
+    own = logits.diagonal(dim1=0, dim2=1).T  # [B, P]
+    of_image = logits.logsumexp(1) - own
+    of_text = logits.logsumexp(0) - own
+    return 0.5 * (of_image.mean() + of_text.mean())
+
+
+# With one positive an image the sigmoid is SigLIP's loss, the other two are CLIP's.
+#
+# All are (sum over all pairs of f(logit) - sum over own pairs of logit) / (B P): the sigmoid since -log
 # sigmoid(x) = softplus(x) - x and -log sigmoid(-x) = softplus(x). So a loss is a function of a block of
 # logits [b, n], which it may overwrite: -> the sum of f and its derivatives f' [b, n], both / (B P). Softmax
-# losses get the log-sum-exps of an image's logits over all texts, rows [b, 1], and of a text's over all
-# images, columns [n].
+# losses get the log-sum-exps of an image's logits over all texts, rows [b, 1], or over each slot's, rows
+# [b, P], and of a text's over all images, columns [n].
 
 def sigmoid_block(logits, B, P):
     value = F.softplus(logits).sum() / (B * P)
@@ -140,14 +153,15 @@ def sigmoid_block(logits, B, P):
 
 def infonce_block(logits, B, P, rows, columns):
     b, n = logits.shape
-    value = (n * rows.sum() + b * columns.sum()) / (2 * B * B * P)
-    of_image = (logits - (rows + math.log(2 * B))).exp_()  # softmax / 2 B
-    of_text = logits.sub_(columns + math.log(2 * B * P)).exp_()
-    return value, of_image.add_(of_text)
+    slots = rows.shape[1]
+    value = (n * rows.mean(1).sum() + b * columns.sum()) / (2 * B * B * P)
+    of_image = (logits.view(b, n // slots, slots) - (rows[:, None] + math.log(2 * B * slots))).exp_()
+    of_text = logits.sub_(columns + math.log(2 * B * P)).exp_()  # softmaxes / 2 B slots, / 2 B P
+    return value, of_image.view(b, n).add_(of_text)
 
 
-LOSSES = {"sigmoid": sigmoid_block, "infonce": infonce_block}
-SOFTMAX = ("infonce",)  # in these a bias cancels
+LOSSES = {"sigmoid": sigmoid_block, "infonce": infonce_block, "infonce-slots": infonce_block}
+SOFTMAX = ("infonce", "infonce-slots")  # in these a bias cancels
 
 
 class BlockwiseLoss(torch.autograd.Function):
@@ -165,14 +179,14 @@ class BlockwiseLoss(torch.autograd.Function):
         scaled = image * scale
         share = 1 / (B * P)
         elements = elements or (1 << 24 if image.is_cuda else 1 << 20)  # of a block; on CPU it stays in cache
-        size = max(64, elements // max(1, b))
+        size = P * max(64 // P, elements // max(1, b * P), 1)  # whole images' texts
         blocks = [slice(at, at + size) for at in range(0, B * P, size)]
         loss = -share * torch.einsum("bd,bpd->", scaled, own)
         to_image = -share * own.sum(1)  # sums over texts of d loss / d logit times the text: [b, D]
         to_text = torch.zeros_like(flat) if ctx.needs_input_grad[1] else None
         to_bias = image.new_zeros(())
         if kind in SOFTMAX:
-            rows, columns = log_sums(scaled, flat, blocks)
+            rows, columns = log_sums(scaled, flat, blocks, P if kind == "infonce-slots" else 1)
         else:
             loss = loss - share * b * P * bias
             to_bias -= share * b * P
@@ -199,14 +213,14 @@ class BlockwiseLoss(torch.autograd.Function):
         return *(None if g is None else grad * g for g in ctx.saved_tensors), None, None, None
 
 
-def log_sums(scaled, flat, blocks):
-    """log-sum-exps of the logits scaled [b, D] x flat [N, D]: each image's over all texts [b, 1], each text's
-    over the images of all ranks [N]."""
-    rows = scaled.new_full((len(scaled), 1), -math.inf)
+def log_sums(scaled, flat, blocks, slots):
+    """log-sum-exps of the logits scaled [b, D] x flat [N, D]: each image's over all texts, or over each
+    slot's [b, slots], each text's over the images of all ranks [N]."""
+    rows = scaled.new_full((len(scaled), slots), -math.inf)
     columns = scaled.new_empty(len(flat))
     for at in blocks:
         logits = scaled @ flat[at].T
-        rows = torch.logaddexp(rows, logits.logsumexp(1, keepdim=True))
+        rows = torch.logaddexp(rows, logits.view(len(rows), -1, slots).logsumexp(1))
         columns[at] = logits.logsumexp(0)
     if ranks() > 1:
         highest = columns.clone()

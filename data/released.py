@@ -24,13 +24,13 @@ CONTEXT = 1536         # tokens of the whole string
 
 def text_path(positions):
     """(tokenizer, captions, prompts) -> ids: flame's own, or for "sequential" the released one."""
-    return flame.tokenize if positions == "restart" else tokenize
+    return tokenize if positions == "sequential" else flame.tokenize
 
 
 def text_encoder(llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart"):
     """The text tower that a store or a checkpoint says it was made with: flame's own, or the released one."""
-    if positions == "restart":
-        return flame.TextEncoder(llm_dir, device, dtype, layer)
+    if positions != "sequential":
+        return flame.TextEncoder(llm_dir, device, dtype, layer, positions)
     encoder = flame.TextEncoder(llm_dir, device, dtype, layer, positions, tokenize=tokenize)
     encoder.context = min(encoder.context, CONTEXT)
     return encoder

@@ -63,6 +63,16 @@ def main(*args):
         sys.argv = before
 
 
+def test_causal_mask_embeds_without_facet_decoupled_attention(here, tiny_llm):
+    write_tsv(here / "small.tsv", ROWS)
+    main("--captions", "small.tsv", "--llm", tiny_llm, "--dtype", "float32", "--mask", "causal")
+    store = flame.open_store("data/embeddings/small")
+    assert store.meta["llm"]["positions"] == "causal"
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32, positions="causal")
+    expected = torch.nn.functional.normalize(encoder.encode([r["long"] for r in ROWS]), dim=-1)
+    torch.testing.assert_close(store.read(range(23), range(4, 11)), expected, rtol=0, atol=2e-3)
+
+
 def test_store_holds_what_encode_gives(here, tiny_llm):
     write_tsv(here / "small.tsv", ROWS)
     main("--captions", "small.tsv", "--llm", tiny_llm, "--dtype", "float32")

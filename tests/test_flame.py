@@ -279,6 +279,26 @@ def test_packed_rows_of_any_length_do_not_fill_the_memory():
     assert float(done.stdout) < 15
 
 
+def test_causal_facets_see_those_before_them(llm, path):
+    """As one causal pass of transformers over caption and all questions: what FDA is measured against."""
+    from transformers import AutoModelForCausalLM
+    encoder = flame.TextEncoder(llm, dtype=torch.float32, positions="causal")
+    model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).eval()
+    prefixes, facets = flame.tokenize(encoder.tokenizer, CAPTIONS, "long")
+    reference = []
+    for prefix, own in zip(prefixes, facets):
+        ids = torch.tensor([prefix + sum(own, [])])
+        ends = len(prefix) - 1 + np.cumsum([len(facet) for facet in own])
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states
+        reference.append(hidden[encoder.layer][0, torch.from_numpy(ends)])
+    reference = torch.stack(reference)
+    assert centered_error(encoder.encode(CAPTIONS), reference) < 1e-4
+    decoupled = flame.TextEncoder(llm, dtype=torch.float32).encode(CAPTIONS)
+    assert centered_error(decoupled[:, :1], reference[:, :1]) < 1e-4  # the first question sees no other
+    assert centered_cosine(decoupled, reference)[:, 1:].max() < 0.999
+
+
 def test_encode_calls_the_extension_in_every_kept_block(tiny_llm, monkeypatch):
     """4 blocks, 3 kept; each attends whole."""
     calls, original = [], flame.flame_ext.attention

@@ -58,7 +58,35 @@ def test_infonce_loss_is_its_definition():
     assert train.infonce_loss(image, text, scale).item() == pytest.approx((of_image + of_text) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", [train.sigmoid_loss, train.infonce_loss])
+def test_slots_loss_is_the_released_softmax_over_each_slot():
+    """The mean over slots of cross entropy among that slot's texts, as CLIP's loss of a slot alone has it."""
+    image, text, scale = unit(5, 8), unit(5, 3, 8), 9.0
+    right = torch.arange(5)
+    logits = [scale * image @ text[:, p].T for p in range(3)]
+    of_image = torch.stack([F.cross_entropy(slot, right) for slot in logits]).mean()
+    of_text = torch.stack([F.cross_entropy(slot.T, right) for slot in logits]).mean()
+    torch.testing.assert_close(train.slots_loss(image, text, scale), (of_image + of_text) / 2)
+
+
+def test_with_one_positive_the_losses_are_clips_and_siglips():
+    image, text, scale, bias = unit(5, 8), unit(5, 1, 8), torch.tensor(7.0), torch.tensor(-3.0)
+    logits = scale * image @ text[:, 0].T
+    right = torch.arange(5)
+    clip = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    torch.testing.assert_close(train.infonce_loss(image, text, scale), clip)
+    torch.testing.assert_close(train.slots_loss(image, text, scale), clip)
+    siglip = -F.logsigmoid((2 * torch.eye(5) - 1) * (logits + bias)).sum() / 5
+    torch.testing.assert_close(train.sigmoid_loss(image, text, scale, bias), siglip)
+
+
+DEFINITIONS = {
+    "sigmoid": train.sigmoid_loss,
+    "infonce": train.infonce_loss,
+    "infonce-slots": train.slots_loss,
+}
+
+
+@pytest.mark.parametrize("loss", DEFINITIONS.values())
 def test_losses_fall_where_pairs_agree(loss):
     text = unit(6, 2, 32)
     matched, shuffled = text.mean(1), text.mean(1).roll(1, 0)
@@ -67,14 +95,14 @@ def test_losses_fall_where_pairs_agree(loss):
     assert right < wrong
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "infonce"])
-@pytest.mark.parametrize("elements", [1, 1 << 10, 1 << 20])  # of 64, 102 and all 180 texts
+@pytest.mark.parametrize("kind", DEFINITIONS)
+@pytest.mark.parametrize("elements", [1, 3000, 1 << 20])  # blocks of 60, 96 and all 180 texts
 def test_blockwise_loss_is_the_dense_one(kind, elements):
     torch.manual_seed(elements)
     tensors = [unit(30, 16), unit(30, 6, 16), *torch.tensor([11.0, -4.0], dtype=torch.float64)]
     dense, ours = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
-    expected = {"sigmoid": train.sigmoid_loss, "infonce": train.infonce_loss}[kind](*dense)
-    loss = train.BlockwiseLoss.apply(*ours, kind, 0, elements * (10 if elements > 1 else 1))
+    expected = DEFINITIONS[kind](*dense)
+    loss = train.BlockwiseLoss.apply(*ours, kind, 0, elements)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     (3 * expected).backward()
     (3 * loss).backward()
