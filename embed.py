@@ -76,6 +76,7 @@ def settings_of(args):
             "fingerprint": flame.llm_fingerprint(args.llm),
             "layer": args.layer,
             "positions": args.positions,
+            **({"questions": args.questions} if args.questions else {}),
         },
         "captions": {
             "path": os.path.abspath(args.captions),
@@ -241,6 +242,8 @@ def command_line():
     add("--out", metavar="DIR",
         help="the store (default data/embeddings/<captions' name>); with --draw the picture")
     add("--prompts", type=prompt_sets, help="prompt sets to embed (default raw,short,long; --draw: long)")
+    add("--prompts-file", metavar="FILE",
+        help='questions of your own, JSON: {"long": {"prefix": "... {} ...", "facets": ["...", ...]}}')
     add("--layer", metavar="N", type=number(int, 1), help="blocks to keep (default: all but the last)")
     way = parser.add_mutually_exclusive_group().add_argument
     way("--compat", dest="positions", action="store_const", const="sequential", default="restart",
@@ -269,6 +272,9 @@ def command_line():
 def chosen():
     """Does what the command line asks for."""
     args = command_line()
+    args.questions = flame.read_json(args.prompts_file) if args.prompts_file else {}
+    if args.questions:
+        flame.use_prompts(args.questions, args.prompts_file)
     args.join = dict(args.join)
     args.prompts = args.prompts or (["long"] if args.draw is not None else list(flame.PROMPTS))
     if args.merge:

@@ -710,7 +710,7 @@ def check_prompts(args, model, checkpoint):
             raise InputError(f"{asker} asks by the {prompts} prompts, but {checkpoint} was trained on "
                              f"{' '.join(columns)} alone; ask by others: --prompts {other}")
         if len(trained) < count:
-            names = ", ".join(report.FACETS[k] for k in trained)
+            names = ", ".join(report.facet_names()[k] for k in trained)
             counts = f"trained on {len(trained)} of {count} facets of the {prompts} prompts"
             print(f"{counts}, asked by them alone: {names}")
 
@@ -827,7 +827,7 @@ def evaluate(args, towers, checkpoint, data, train):
 def facets_by_name(towers, texts, prompts):
     """[{facet's name: vector [D]}] of texts."""
     vectors = encode_texts(towers, texts, prompts, by_facet=True)
-    names = [report.FACETS[k] for k in trained_facets(towers.model, prompts)]
+    names = [report.facet_names()[k] for k in trained_facets(towers.model, prompts)]
     return [dict(zip(names, vector)) for vector in vectors]
 
 

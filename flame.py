@@ -69,7 +69,8 @@ PROMPTS = {
     "short": PromptSet(PREFIX, FACETS[:3]),
     "long": PromptSet("Detailed " + PREFIX, FACETS),
 }
-# The columns of a store and of the text projection, always in this order: raw 1, short 3, long 7.
+# The columns of a store and of the text projection, always in this order: raw 1, short 3, long 7. Questions
+# of one's own (use_prompts) are put in place of these, before anything is opened.
 COLUMNS = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(prompt.facets))]
 
 
@@ -1272,6 +1273,35 @@ def keep_freed_memory():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Questions of one's own
+
+ASKED = []  # what use_prompts was given first: of one process all stores and checkpoints ask the same
+
+
+def use_prompts(questions, source):
+    """Replaces prompt sets: {"long": {"prefix": 'A photo : "{}" .', "facets": ["in one word it means:\\""]}}.
+
+    What is left out stays the paper's. Stores and checkpoints remember their questions and pass them here
+    when they are opened. source: who says so. Raises InputError where that are no questions, or others than
+    this process asks already: PROMPTS and COLUMNS are shared by all that it has opened.
+    """
+    cure = "give an object with raw, short or long, each with a prefix that holds {} and a list of facets"
+    check_keys(source, questions, {name: {"prefix": str, "facets": list} for name in questions}, cure)
+    for name, own in questions.items():
+        facets = own["facets"]
+        text = all(isinstance(facet, str) and facet.strip() for facet in facets)
+        if name not in PROMPTS or "{}" not in own["prefix"] or not text or not 1 <= len(facets) <= 99:
+            raise InputError(f"{source}: {name!r} is no prompt set; {cure}")
+    if ASKED and ASKED != [questions]:
+        raise InputError(f"{source}: its questions are others than of what was opened before; open it in a "
+                         "process of its own")
+    ASKED[:] = [questions]
+    for name, own in questions.items():
+        PROMPTS[name] = PromptSet(own["prefix"], tuple(own["facets"]))
+    COLUMNS[:] = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(prompt.facets))]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The embedding store, written by embed.py, read by train.py
 
 class Store:
@@ -1284,7 +1314,8 @@ class Store:
 
     META = {"N": int, "D": int, "columns": list, "store": (str, NONE),
             "captions": {"path": str, "sha256": str},
-            "llm": {"name": str, "fingerprint": str, "layer": int, "positions": str}}
+            "llm": {"name": str, "fingerprint": str, "layer": int, "positions": str,
+                    "questions": (dict, NONE)}}
     CURE = "run embed.py --overwrite"
 
     def __init__(self, path):
@@ -1296,6 +1327,7 @@ class Store:
                 state = "is not finished; run the same embed.py command again"
             raise InputError(f"{self.path}: {state}")
         self.meta = read_json(meta, self.META, self.CURE)
+        use_prompts(self.meta["llm"].get("questions") or {}, meta)
         N = self.meta["N"]
         D = self.meta["D"]
         columns = self.meta["columns"]
@@ -1374,9 +1406,11 @@ def read_checkpoint(path):
     from safetensors.torch import load_file
     cure = "make a checkpoint with train.py"
     maybe = (str, NONE)
-    llm = {"name": maybe, "path": maybe, "fingerprint": maybe, "layer": (int, NONE), "positions": maybe}
+    llm = {"name": maybe, "path": maybe, "fingerprint": maybe, "layer": (int, NONE), "positions": maybe,
+           "questions": (dict, NONE)}
     wanted = {"model": {"heads": int, "pool_first": bool}, "llm": llm, "store": (dict, NONE)}
     saved = read_json(path / "config.json", wanted, cure)
+    use_prompts(saved["llm"].get("questions") or {}, path / "config.json")
     trained_on = (saved.get("store") or {}).get("columns", COLUMNS)
     config = {"columns": trained_on} | saved["model"]
     weights = load_file(regular_file(path / "model.safetensors", cure))

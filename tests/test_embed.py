@@ -1015,3 +1015,62 @@ def test_the_mask_drawn_is_the_extensions_and_flames(here, tiny_llm, monkeypatch
     monkeypatch.setattr(flame, "flame_ext", None)
     main(*draw, "flame.png")
     assert (here / "extension.png").read_bytes() == (here / "flame.png").read_bytes()
+
+
+# --- questions of one's own
+
+MINE = {"long": {"prefix": 'A drawing : "{}" .', "facets": [f'property {k} in one word:"' for k in range(9)]}}
+
+
+def test_own_questions_are_asked_and_remembered(tmp_path, tiny_llm, run, refused):
+    """Nine questions in the long set's place: embedded, trained on, and asked at last; in processes of their
+    own."""
+    from PIL import Image
+    rows = []
+    for i in range(8):
+        image = f"{i}.png"
+        Image.new("RGB", (32, 32), (30 * i, 100, 200)).save(tmp_path / image)
+        rows.append({"key": str(i), "image": image, "raw": "x", "short": "y", "long": f"number {i}"})
+    write_tsv(tmp_path / "mine.tsv", rows)
+    (tmp_path / "mine.json").write_text(json.dumps(MINE))
+    known = ["--llm", tiny_llm, "--dtype", "float32"]
+    done = run("embed.py", "--captions", "mine.tsv", "--prompts-file", "mine.json", *known)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "data/embeddings/mine/meta.json").read_text())
+    assert meta["llm"]["questions"] == MINE and meta["columns"][-1] == "long.8" and len(meta["columns"]) == 13
+    store = np.load(tmp_path / "data/embeddings/mine/embeddings.npy")
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    ids = encoder.tokenizer.encode('A drawing : "number 3." . property 8 in one word:"')
+    expected = flame.decode(encoder.decoder, flame.build_forest([ids]))[0]
+    expected = torch.nn.functional.normalize(expected, dim=0)
+    torch.testing.assert_close(torch.from_numpy(store[3, 12]).float(), expected, rtol=0, atol=2e-3)
+
+    done = run("train.py", "--steps", "2", "--batch", "4", "--projector-hidden", "48")
+    assert done.returncode == 0, done.stderr
+    done = run("evaluate.py", "--captions", "mine.tsv", "--llm", tiny_llm, "--facets", "--report")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "results/mine.json").read_text())
+    assert result["columns"] == [f"long.{k}" for k in range(9)]
+    assert max(len(row["facets"]) for row in result["facets"]) == 9
+
+    papers = run("embed.py", "--captions", "mine.tsv", *known)
+    refused(papers, "meta.json", "--out", "--overwrite")
+
+
+@pytest.mark.parametrize("questions", [
+    '{"long": {"prefix": "no place", "facets": ["a"]}}', '{"long": {"prefix": "{}", "facets": []}}',
+    '{"long": {"prefix": "{}", "facets": [3]}}', '{"other": {"prefix": "{}", "facets": ["a"]}}',
+    '{"long": 3}', "[]"])
+def test_bad_questions_are_refused_before_anything_is_made(tmp_path, tiny_llm, run, refused, questions):
+    write_tsv(tmp_path / "mine.tsv", ROWS[:2])
+    (tmp_path / "mine.json").write_text(questions)
+    done = run("embed.py", "--captions", "mine.tsv", "--prompts-file", "mine.json", "--llm", tiny_llm)
+    refused(done, "mine.json")
+    assert not (tmp_path / "data").exists()
+
+
+def test_one_process_asks_one_set_of_questions(monkeypatch):
+    monkeypatch.setattr(flame, "ASKED", [{}])
+    with pytest.raises(flame.InputError, match="process"):
+        flame.use_prompts(MINE, "another/meta.json")
+    assert len(flame.PROMPTS["long"].facets) == 7

@@ -7,13 +7,21 @@ import sys
 
 import numpy as np
 
+import flame
 from data import files
 
 # What each of the questions of flame.PROMPTS asks for, in order.
 FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")
+
 BLUE = "#2f6fb0"
 ORANGE = "#d9822b"
 RED = "#dc2626"
+
+
+def facet_names():
+    """A name a question; where the questions are one's own (embed.py --prompts-file), its number."""
+    questions = flame.PROMPTS["long"].facets
+    return FACETS if questions == flame.FACETS else [f"question {k + 1}" for k in range(99)]
 
 
 @functools.cache
@@ -60,7 +68,7 @@ def draw_facets(rows):
     alone = draw(single.bar, "alone", "text_to_image", -0.2, BLUE, label="this facet alone", **bar)
     draw(single.bar, "all but one", "text_to_image", 0.2, ORANGE, label="all but this one", **bar)
     single.set_title("R@1 text to image", loc="left")
-    names = [FACETS[row["facets"][0] - 1].replace(" ", "\n") for row in alone]
+    names = [facet_names()[row["facets"][0] - 1].replace(" ", "\n") for row in alone]
     single.set_xticks(range(len(names)), names, fontsize=8)
     for axes in (several, single):
         axes.set_ylim(0, 1.15 * axes.get_ylim()[1])     # room for the legend

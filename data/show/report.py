@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 from data import files
 from data.benchmarks import InTar
 from data.show.fonts import draw_text, printable, wrapped
-from data.show.plots import FACETS, draw_facets
+from data.show.plots import draw_facets, facet_names
 
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text",
               "both_ways": "average of both"}
@@ -117,7 +117,7 @@ def facet_table(rows):
     for row in rows:
         facets = ",".join(map(str, row["facets"]))
         if row["kind"] == "alone":
-            facets += f" {FACETS[row['facets'][0] - 1]}"
+            facets += f" {facet_names()[row['facets'][0] - 1]}"
         lines.append(f"    {row['kind']:12} {facets:32} {both_recalls(row)}")
     return lines
 
@@ -261,7 +261,7 @@ def page(result, queries, pictures, plot=None):
     """report.html filled in: all is in the one file. queries: what found_for returns; plot: of the facets."""
     used = {tile["picture"] for row in queries for tile in [*row["found"], row["right"]] if tile}
     small = {i: data_url(thumbnail(pictures[i], 160).save, "jpeg", quality=85) for i in sorted(used)}
-    blob = json.dumps({"result": result, "queries": queries, "facets": FACETS, "pictures": small,
+    blob = json.dumps({"result": result, "queries": queries, "facets": facet_names(), "pictures": small,
                        "plot": plot and data_url(plot.savefig, "png")})
     for mark in "<>&\u2028\u2029":      # nothing in the data can end the script element or begin a comment
         blob = blob.replace(mark, f"\\u{ord(mark):04x}")
