@@ -2,6 +2,7 @@
 
     python train.py                              # newest store under data/embeddings -> out/<its name>
     python train.py --embeddings data/embeddings/cc3m --images cc3m-images --preset cc3m
+    python train.py ... --epochs 64              # a finished run is trained longer
     torchrun --nproc_per_node 8 train.py ...     # the same batch, the same result, on a whole node
 
 The LLM is not loaded here: a step reads a batch of pictures and, for each, a few of its 11 stored embeddings
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import flame
 from data import checkpoint, command, files
-from data.memory import chunks_that_fit, flops_per_image, memory_errors, share_of_peak
+from data.memory import chunks_that_fit, expected, flops_per_image, memory_errors, share_of_peak
 from data.pictures import Batches, find_pictures, open_picture, reason
 from data.projection import fit_text_projection, parse_projection
 from data.released import image_tower
@@ -263,9 +264,12 @@ def train(args, s):
             start = checkpoint.restore(out, s["steps"], model, average, optimizer) if earlier else 0
             encode = distribute(model, s["compile"])
             going_on = f", going on from step {start}" * (start > 0)
+            if earlier and earlier["training"]["steps"] < s["steps"]:
+                going_on += ", longer than before, at the learning rate of the longer cosine"
             several = f", {ranks()} ranks" * (ranks() > 1)
             say(f"{s['images']} images x {len(columns)} embeddings -> {out}{several}{going_on}")
             say("  ".join(f"{name}={value}" for name, value in s.items()))
+            say(expected(model, s, device, ranks()))
             batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
             run = Run(s, out, batches, held_out, device, model, average, encode, optimizer)
             take_steps(run, start, open_board(out) if args.tensorboard and rank() == 0 else None)
@@ -655,11 +659,7 @@ def read_arguments(argv):
 
         add("--" + name.replace("_", "-"), help=f"{what} ({demo} / {cc3m})", **how)
     args = parser.parse_args(argv)
-    if not args.embeddings:
-        stores = sorted(Path("data/embeddings").glob("*/meta.json"), key=os.path.getmtime)
-        if not stores:
-            raise flame.InputError("data/embeddings: no finished store; make one with embed.py")
-        args.embeddings = stores[-1].parent
+    args.embeddings = args.embeddings or newest_store()
     args.preset = args.preset or fitting_preset(Path(args.embeddings))
     s = {name: row[args.preset != "demo"] for name, row in SETTINGS.items()}
     s |= YFCC15M if args.preset == "yfcc15m" else {}
@@ -670,6 +670,13 @@ def read_arguments(argv):
         raise flame.InputError(f"--patch-size {s['patch_size']} must divide --image-size {s['image_size']}")
     parse_projection(s["text_projection"])
     return args, s
+
+
+def newest_store():
+    stores = sorted(Path("data/embeddings").glob("*/meta.json"), key=os.path.getmtime)
+    if not stores:
+        raise flame.InputError("data/embeddings: no finished store; make one with embed.py")
+    return stores[-1].parent
 
 
 def fitting_preset(embeddings):

@@ -22,6 +22,7 @@ from data import files
 from flame import InputError
 
 ANEW = "choose another --name, or start anew with --overwrite"
+LENGTH = ("steps", "epochs", "warmup")  # of a run: one that is trained longer has others
 ADDED = {"image_tower": "", "lock_image": 0}  # settings that runs of earlier versions had without saying so
 
 
@@ -61,12 +62,13 @@ def save(out, step, s, store, model, average, optimizer):
 def earlier_run(out, store, fixed):
     """-> config.json of the run in this folder, None where there was none.
 
-    fixed: the settings that must be as they were. Raises InputError where it was another run.
+    fixed: the settings that must be as they were; only the number of steps may grow. Raises InputError where
+    it was another run.
     """
     path = out / "config.json"
     if not path.exists():
         return None
-    wanted = {"model": dict, "training": {"accumulate": int}, "store": dict, "step": int}
+    wanted = {"model": dict, "training": {"accumulate": int, "steps": int}, "store": dict, "step": int}
     old = flame.read_json(path, wanted, ANEW)
     width = old["model"].get("text_dim")
     if width != store.meta["D"]:
@@ -74,9 +76,10 @@ def earlier_run(out, store, fixed):
                          f"{store.meta['D']}; {ANEW}")
     if old["store"].get("identity") != identity(store):
         raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
+    longer = old["training"]["steps"] < fixed["steps"]
     for name, value in fixed.items():
         was = old["training"].get(name, ADDED.get(name))
-        if was != value:
+        if was != value and not (longer and name in LENGTH):
             raise InputError(f"{out}: was trained with {name} {was}, now it is {value}; {ANEW}")
     return old
 

@@ -2,6 +2,7 @@
 import math
 import os
 import re
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -72,6 +73,31 @@ def chunks_that_fit(model, s, device, ranks=1, gpu=None):
     images = s["batch"] // ranks
     kept = images * bytes_per_image(model.config, device, s["patch_dropout"], s["gradient_checkpointing"])
     return min(images, math.ceil(1.3 * kept / max(room, 1)))  # 1.3: what comes and goes in between
+
+
+def expected(model, s, device, ranks=1):
+    """What the run is expected to take, in words, before the first step: a rank's memory, and hours.
+
+    Hours by the peak of a known GPU, on CPU by a matrix product that is timed here; training reaches about
+    40% of either. Of other GPUs only the memory is said.
+    """
+    chunk = -(-s["batch"] // ranks // s["accumulate"])
+    kept = chunk * bytes_per_image(model.config, device, s["patch_dropout"], s["gradient_checkpointing"])
+    gigabytes = (bytes_of_weights(model) + bytes_of_texts(model, s) + kept) / 1e9
+    told = f"about {gigabytes:.1f} GB of memory besides the program"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peaks = [peak for gpu, peak in PEAK.items() if gpu in name]
+    if name == "CPU":
+        x = torch.randn(1024, 1024, dtype=flame.default_dtype(device))
+        x @ x  # the first one is slow
+        begun = time.perf_counter()
+        for _ in range(10):
+            x @ x
+        peaks = [10 * 2 * 1024 ** 3 / (time.perf_counter() - begun)]
+    for peak in peaks:
+        flops = 3 * flops_per_image(model.config, s["patch_dropout"]) * s["batch"] * s["steps"]
+        told += f", roughly {flops / (0.4 * peak * ranks) / 3600:.1f} hours for all steps"
+    return told
 
 
 def main_memory():

@@ -734,6 +734,23 @@ def test_running_average_is_saved_in_the_weights_place(run, small, tmp_path):
         assert p.equal(after["average"][name])
 
 
+def test_a_finished_run_is_trained_longer(run, refused, small, tmp_path):
+    """More steps go on from the last one, on the longer cosine; fewer, or other settings too, are refused."""
+    arguments = ["--embeddings", small[0], *SMALL]
+    assert run("train.py", *arguments, "--steps", "3").returncode == 0
+    first = losses(tmp_path / "out/store")
+    done = run("train.py", *arguments, "--steps", "6")
+    assert done.returncode == 0 and "going on from step 3, longer than before" in done.stdout, done.stderr
+    longer = losses(tmp_path / "out/store")
+    assert len(longer) == 6 and longer[:3] == first
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "out/store/log.jsonl").read_text().splitlines()]
+    assert rates[3] == pytest.approx(1e-3 * 0.5)  # half of six steps
+    assert json.loads((tmp_path / "out/store/config.json").read_text())["training"]["steps"] == 6
+    refused(run("train.py", *arguments, "--steps", "3"), "out/store", "steps 6, now it is 3", "--overwrite")
+    other = run("train.py", *arguments, "--steps", "9", "--lr", "0.5")
+    refused(other, "out/store", "lr 0.001, now it is 0.5")
+
+
 def test_a_finished_or_another_run_is_not_overwritten(run, refused, small, tmp_path):
     store, pictures = small
     arguments = ["--embeddings", store, *SMALL, "--steps", "2"]

@@ -104,3 +104,30 @@ def draw_curve(out):
         curve(right, "held_out_R@1", RED, "held-out Recall@1", "%")
         right.set_ylim(0, 100)
     files.write(out / "curve.png", figure.savefig)
+
+
+def draw_sweep(path, result):
+    """Writes what data/sweep.py found: each figure over the values that were tried. -> [path], or [] without
+    matplotlib."""
+    figure = new_figure(9, 4.2)
+    if figure is None:
+        return []
+    axes = figure.add_subplot()
+    rows = result["rows"]
+    names = [row["name"] for row in rows]
+    style = "o-" if all(name.replace(".", "").isdigit() for name in names) else "o"
+    count = len(rows[0]["figures"])
+    for n, what in enumerate(rows[0]["figures"]):
+        means = np.array([row["figures"][what]["mean"] for row in rows])
+        low_high = np.array([row["figures"][what]["ci95"] for row in rows]).T
+        places = np.arange(len(rows)) + 0.3 * (n - (count - 1) / 2) / count  # side by side
+        axes.errorbar(places, means, yerr=np.abs(low_high - means), fmt=style, elinewidth=1, label=what)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlabel(result["vary"])
+    axes.set_ylabel("percent")
+    axes.set_ylim(0, None)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    files.write(path, figure.savefig)
+    return [str(path)]
