@@ -599,6 +599,8 @@ BENCHMARKS = {
 # One's own captions, by --captions
 OWN = (benchmarks.own, score_retrieval, "long")
 
+OF_CAPTIONS = (score_retrieval, score_multilingual)     # their readers are told how many captions count
+
 # Flags that not every scorer knows: the scorers that do, and what is said of another's benchmark.
 NO_CLASSES = "{} has no classes; leave the flag out"
 FLAGS = {
@@ -615,9 +617,9 @@ def read(args, split):
     if args.captions:
         return reader(args.captions, args.images, *args.asked)
     root = args.data_root
-    more = [args.all_captions] if scorer is score_multilingual else []
+    more = [args.most] if scorer in OF_CAPTIONS else []
     if scorer in (score_retrieval, score_classification) and any((root / split).glob("*.tar")):
-        found = benchmarks.webdataset(root, split)
+        found = benchmarks.webdataset(root, split, args.most)
         if isinstance(found[2], dict) != (scorer is score_classification):
             raise InputError(f"{root}: dataset_type.txt says what {args.bench} is not; {benchmarks.CURE}")
     else:
@@ -642,8 +644,7 @@ def sizes(text):
     return int(found[1]), None if found[2] == "K" else int(found[2])
 
 
-def settings(argv):
-    """The command line, checked as far as it can be without reading anything; asked: its prompt sets."""
+def command_line():
     usage = "evaluate.py --bench NAME | --captions FILE | --search TEXT | --words FILE"
     parser = Parser(width=80, usage=usage,
                     description="Scores a checkpoint; writes <out>/<bench>.json and .png. "
@@ -661,10 +662,11 @@ def settings(argv):
     add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else the training's")
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    add("--split", choices=["test", "val"], default="test", help="choose on val, score test once")
+    add("--split", choices=["test", "val", "all"], default="test",
+        help="choose on val, score test once; all: sun397")
     add("--prompts", choices=flame.PROMPTS, help="default: long for captions, else raw")
     add("--language", metavar="CODE", help="of imagenet's names; of xm3600, comma between")
-    add("--all-captions", action="store_true", help="xm3600: not only a language's first one")
+    add("--all-captions", action="store_true", help="coco, flickr30k, xm3600: not only the first")
     add("--classes", type=Path, metavar="FILE", help="class names, templates; see data/classes")
     add("--probe", action="store_true", help="linear probe in place of zero-shot")
     add("--facets", nargs="?", const="1..K", type=sizes, metavar="1..K",
@@ -672,22 +674,37 @@ def settings(argv):
     add("--report", action="store_true", help="also write <out>/<bench>.html")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: cuda if there is one")
+    return parser
+
+
+def settings(argv):
+    """The command line, checked as far as it can be without reading anything.
+
+    Beside the flags: how, of BENCHMARKS; asked, the prompt sets; most, how many captions of a picture count.
+    """
+    parser = command_line()
     args = parser.parse_args(argv)
     searching = args.search is not None
     if sum(map(bool, (args.bench, args.captions, searching, args.words))) != 1:
         parser.error("give --bench NAME, or --captions FILE, or --search TEXT, or --words IMAGE")
     if searching != bool(args.images) and not args.captions or "" in map(str.strip, args.search or []):
         parser.error("--search TEXT and --images DIR go together")
-    args.how = OWN if args.captions else BENCHMARKS.get(args.bench, (None, None, "raw"))
+    bench = args.bench      # None without --bench
+    args.how = OWN if args.captions else BENCHMARKS.get(bench, (None, None, "raw"))
+    args.most = None if args.all_captions else benchmarks.FIRST_CAPTIONS.get(bench)
     if args.captions:
         args.bench = args.captions.name.split(".")[0]
+    if args.all_captions and bench not in benchmarks.FIRST_CAPTIONS:
+        parser.error(f"--all-captions: {args.bench} leaves no caption out; leave the flag out")
+    if args.split != "test" and args.split != benchmarks.OTHER_SPLIT.get(bench):
+        parser.error(f"--split {args.split}: {args.bench} has no such split; leave the flag out")
+    if args.probe and args.split == "all":
+        parser.error("--probe: it would train on pictures that --split all scores; leave one of them out")
     for flag, (scorers, otherwise) in FLAGS.items():
         if getattr(args, flag) and args.how[1] not in scorers:
             parser.error(f"--{flag}: {otherwise.format(args.bench)}")
     if args.open_clip and (args.probe or args.words or args.facets or args.checkpoint):
         parser.error("--open-clip has no facets, patches or checkpoint of FLAME's; leave the other flag out")
-    if args.split == "val" and (args.captions or args.bench not in benchmarks.HAS_VAL):
-        parser.error(f"--split val: {args.bench} has only a test split; leave the flag out")
     usable_device(args.device)
     args.data_root = args.data_root or Path("data") / str(args.bench)
     args.asked = [args.prompts or prompts for prompts in args.how[2].split()]
@@ -797,8 +814,10 @@ def main(argv=None):
 
 
 def evaluate(args, towers, checkpoint, data, train):
-    """Scores a benchmark; prints the result and writes the JSON, and what there is to look at."""
+    """Scores a benchmark; prints the result, writes the JSON and what there is to look at."""
     result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split}
+    if args.how[1] in OF_CAPTIONS:
+        result["captions_per_image"] = f"first {args.most}" if args.most else "all"
     if args.probe:
         scores, shown = score_probe(towers, data, train)
     else:

@@ -329,7 +329,7 @@ def test_bad_input_exits_2_with_one_line(colours, tmp_path, monkeypatch, capsys)
 
     fails("urban1k", f"{Path('data/urban1k/image')}: not found; data/README.md says where to get it")
     tree_urban1k(tmp_path / "data" / "urban1k")
-    fails("urban1k", "--split val: urban1k has only a test split", "--split", "val")
+    fails("urban1k", "--split val: urban1k has no such split", "--split", "val")
     fails("urban1k", "--probe: urban1k has no classes", "--probe")
     tree_imagefolder(tmp_path / "data" / "imagefolder")
     fails("imagefolder", "imagefolder: no folders train and test, which a linear probe needs", "--probe")
@@ -851,6 +851,12 @@ def test_pictures_that_are_named_by_key(colours, tmp_path, capsys):
         (["--bench", "coco", "--facets", "7..1"], "--facets"),
         (["--words", "x.png", "--bench", "coco"], "give --bench NAME"),
         (["--bench", "coco", "--nonsense"], "--nonsense"),
+        (["--bench", "coco", "--split", "all"], "--split all: coco has no such split"),
+        (["--bench", "sun397", "--split", "val"], "--split val: sun397 has no such split"),
+        (["--captions", "coco.tsv", "--split", "val"], "--split val: coco has no such split"),
+        (["--bench", "sun397", "--split", "all", "--probe"], "--probe: it would train on pictures"),
+        (["--bench", "urban1k", "--all-captions"], "--all-captions: urban1k leaves no caption out"),
+        (["--captions", "coco.tsv", "--all-captions"], "--all-captions: coco leaves no caption out"),
     ],
 )
 def test_bad_settings_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, wrong, message):
