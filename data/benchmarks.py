@@ -46,6 +46,16 @@ OTHER_SPLIT = {"demo": "val", "coco": "val", "flickr30k": "val", "sun397": "all"
 FIRST_CAPTIONS = {"coco": 5, "flickr30k": 5, "xm3600": 1}   # of a picture count, if not all are asked for
 CLASSES = Path(__file__).parent / "classes"     # the names and templates that come with this repository
 
+# The paper's own figures, by what FLAME was trained on; README.md says where they stand, and has CLIP's.
+PUBLISHED = {
+    "urban1k": "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0",
+    "sharegpt4v": "R@1 text to image 80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1",
+    "dci": "R@1 text to image 49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1",
+    "docci": "R@1 text to image 51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8",
+    "xm3600": "R@1 text to image 49.0, image to text 51.7 (YFCC15M, 36 languages, first captions)",
+    "classification10": "top1 40.3 (CC3M, all of SUN397's pictures: --split all)",
+}
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading files
