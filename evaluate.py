@@ -2,6 +2,7 @@
 
     python evaluate.py --bench demo                       # all parts of the demo -> results/demo.json, .png
     python evaluate.py --bench urban1k                    # data/urban1k, by the newest checkpoint
+    python evaluate.py --bench long                       # urban1k sharegpt4v dci docci, and their average
     python evaluate.py --bench demo --facets --report     # and what each facet is worth; a page to look at
     python evaluate.py --captions mine.tsv                # your own pictures, captions -> results/mine.json
     python evaluate.py --search "a red kite" --images DIR # any folder, any text -> results/search.png
@@ -220,6 +221,23 @@ def ablation(facets, image, owner, pool, first=1, last=None, numbers=None):
         scores = retrieval(pooled(facets[:, subset], pool), image, owner, ci95=True)
         rows.append({"kind": kind, "facets": [numbers[k] for k in subset], **scores})
     return rows
+
+
+def averaged(scores, ci95):
+    """Figures of several benchmarks, {name: percent} or nested, and their intervals -> both of the average.
+
+    The benchmarks share no picture, so that their errors are independent: the average is as far from an end
+    of its interval as the root of the sum of their own squared distances, over their number.
+    """
+    if isinstance(ci95[0], dict):
+        means = {}
+        ends = {}
+        for name in ci95[0]:
+            means[name], ends[name] = averaged([own[name] for own in scores], [own[name] for own in ci95])
+        return means, ends
+    mean = float(np.mean(scores))
+    below, above = np.linalg.norm(np.array(ci95) - np.array(scores)[:, None], axis=0) / len(scores)
+    return mean, [mean - below, mean + above]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -596,8 +614,19 @@ BENCHMARKS = {
     "imagefolder": (benchmarks.imagefolder, score_classification, "raw"),
 }
 
+# Benchmarks that --bench scores one after the other, all asked by the same prompt set. The last are the ten
+# of the paper's average.
+GROUPS = {
+    "long": ["urban1k", "sharegpt4v", "dci", "docci"],
+    "short": ["coco", "flickr30k"],
+    "classification10": ["food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "dtd", "pets",
+                         "caltech101", "flowers102"],
+}
+
 # One's own captions, by --captions
 OWN = (benchmarks.own, score_retrieval, "long")
+
+OF_CAPTIONS = (score_retrieval, score_multilingual)     # their readers are told how many captions count
 
 # Flags that not every scorer knows: the scorers that do, and what is said of another's benchmark.
 NO_CLASSES = "{} has no classes; leave the flag out"
@@ -615,9 +644,9 @@ def read(args, split):
     if args.captions:
         return reader(args.captions, args.images, *args.asked)
     root = args.data_root
-    more = [args.all_captions] if scorer is score_multilingual else []
+    more = [args.most] if scorer in OF_CAPTIONS else []
     if scorer in (score_retrieval, score_classification) and any((root / split).glob("*.tar")):
-        found = benchmarks.webdataset(root, split)
+        found = benchmarks.webdataset(root, split, args.most)
         if isinstance(found[2], dict) != (scorer is score_classification):
             raise InputError(f"{root}: dataset_type.txt says what {args.bench} is not; {benchmarks.CURE}")
     else:
@@ -642,14 +671,14 @@ def sizes(text):
     return int(found[1]), None if found[2] == "K" else int(found[2])
 
 
-def settings(argv):
-    """The command line, checked as far as it can be without reading anything; asked: its prompt sets."""
+def command_line():
     usage = "evaluate.py --bench NAME | --captions FILE | --search TEXT | --words FILE"
     parser = Parser(width=80, usage=usage,
                     description="Scores a checkpoint; writes <out>/<bench>.json and .png. "
-                                f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
+                                f"NAME: {' '.join(BENCHMARKS)}; groups: {' '.join(GROUPS)} "
+                                "(data/README.md).")
     add = parser.add_argument
-    add("--bench", choices=BENCHMARKS, metavar="NAME", help="what to score on")
+    add("--bench", choices=[*BENCHMARKS, *GROUPS], metavar="NAME", help="what to score on")
     add("--captions", type=Path, metavar="FILE", help="score on one's own: any file that embed.py reads")
     add("--search", metavar="TEXT", nargs="*",
         help="rank pictures by texts or a picture; without, asks")
@@ -659,12 +688,13 @@ def settings(argv):
     add("--checkpoint", type=Path, metavar="PATH", help="default: the newest finished one under out/")
     add("--open-clip", metavar="MODEL:WEIGHTS", help="score this open_clip model instead of a checkpoint")
     add("--llm", type=Path, metavar="DIR", help="default: $FLAME_LLM, else the training's")
-    add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>")
+    add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>; of a group: data")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    add("--split", choices=["test", "val"], default="test", help="choose on val, score test once")
+    add("--split", choices=["test", "val", "all"], default="test",
+        help="choose on val, score test once; all: sun397")
     add("--prompts", choices=flame.PROMPTS, help="default: long for captions, else raw")
     add("--language", metavar="CODE", help="of imagenet's names; of xm3600, comma between")
-    add("--all-captions", action="store_true", help="xm3600: not only a language's first one")
+    add("--all-captions", action="store_true", help="coco, flickr30k, xm3600: not only the first")
     add("--classes", type=Path, metavar="FILE", help="class names, templates; see data/classes")
     add("--probe", action="store_true", help="linear probe in place of zero-shot")
     add("--facets", nargs="?", const="1..K", type=sizes, metavar="1..K",
@@ -672,30 +702,65 @@ def settings(argv):
     add("--report", action="store_true", help="also write <out>/<bench>.html")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: cuda if there is one")
+    return parser
+
+
+def settings(argv):
+    """The command line, checked as far as it can be without reading anything.
+
+    Beside the flags: how, of BENCHMARKS; asked, the prompt sets; most, how many captions of a picture count;
+    group, the names of its benchmarks.
+    """
+    parser = command_line()
     args = parser.parse_args(argv)
     searching = args.search is not None
     if sum(map(bool, (args.bench, args.captions, searching, args.words))) != 1:
         parser.error("give --bench NAME, or --captions FILE, or --search TEXT, or --words IMAGE")
     if searching != bool(args.images) and not args.captions or "" in map(str.strip, args.search or []):
         parser.error("--search TEXT and --images DIR go together")
-    args.how = OWN if args.captions else BENCHMARKS.get(args.bench, (None, None, "raw"))
+    args.group = GROUPS.get(args.bench, [])
+    names = args.group or [args.bench]      # [None] without --bench
+    args.how = OWN if args.captions else BENCHMARKS.get(names[0], (None, None, "raw"))
+    args.most = None if args.all_captions else benchmarks.FIRST_CAPTIONS.get(names[0])
     if args.captions:
         args.bench = args.captions.name.split(".")[0]
+    if args.all_captions and names[0] not in benchmarks.FIRST_CAPTIONS:
+        parser.error(f"--all-captions: {args.bench} leaves no caption out; leave the flag out")
+    if args.split != "test" and args.split not in map(benchmarks.OTHER_SPLIT.get, names):
+        parser.error(f"--split {args.split}: {args.bench} has no such split; leave the flag out")
+    if args.probe and args.split == "all":
+        parser.error("--probe: it would train on pictures that --split all scores; leave one of them out")
     for flag, (scorers, otherwise) in FLAGS.items():
         if getattr(args, flag) and args.how[1] not in scorers:
             parser.error(f"--{flag}: {otherwise.format(args.bench)}")
     if args.open_clip and (args.probe or args.words or args.facets or args.checkpoint):
         parser.error("--open-clip has no facets, patches or checkpoint of FLAME's; leave the other flag out")
-    if args.split == "val" and (args.captions or args.bench not in benchmarks.HAS_VAL):
-        parser.error(f"--split val: {args.bench} has only a test split; leave the flag out")
     usable_device(args.device)
-    args.data_root = args.data_root or Path("data") / str(args.bench)
+    args.data_root = args.data_root or Path("data") / ("" if args.group else str(args.bench))
     args.asked = [args.prompts or prompts for prompts in args.how[2].split()]
     if searching:
         args.asked = [search.prompts_of(args, query) for query in args.search or ["what is typed"]]
     if args.probe or args.words:
         args.asked = []
     return args
+
+
+def one_by_one(args, argv):
+    """The settings of each benchmark of a group as if it were named alone; without a group [args].
+
+    A split that only some of them have is theirs alone. Raises InputError that names all missing folders.
+    """
+    if not args.group:
+        return [args]
+    every = []
+    for name in args.group:
+        split = args.split if benchmarks.OTHER_SPLIT.get(name) == args.split else "test"
+        own = ["--bench", name, "--split", split, "--data-root", str(args.data_root / name)]
+        every.append(settings([*argv, *own]))       # of a flag that is given twice the last one counts
+    missing = [str(one.data_root) for one in every if not one.data_root.exists()]
+    if missing:
+        raise InputError(f"--bench {args.bench}: not found: {', '.join(missing)}; {benchmarks.CURE}")
+    return every
 
 
 def check_prompts(args, model, checkpoint):
@@ -767,11 +832,15 @@ def peer_towers(args):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+
     def body():
         args = settings(argv)
+        every = one_by_one(args, argv)
         flame.keep_freed_memory()
-        data = read(args, args.split) if args.bench else None   # first: a wrong folder is found in a moment
-        train = read(args, "train") if args.probe else None
+        # First: a wrong folder is found in a moment.
+        data = [read(one, one.split) if args.bench else None for one in every]
+        train = [read(one, "train") if args.probe else None for one in every]
         pictures = None if args.search is None else search.pictures_under(args.images)
         pictures_in = args.captions or args.images or args.words or args.data_root
         if args.open_clip:
@@ -791,14 +860,18 @@ def main(argv=None):
             elif pictures:
                 search.search(args, pictures, towers, encode_images, encode_texts)
             else:
-                evaluate(args, towers, checkpoint, data, train)
+                results = [evaluate(one, towers, checkpoint, *own) for one, *own in zip(every, data, train)]
+                if args.group:
+                    average(args, checkpoint, dict(zip(args.group, results)))
 
     return run("evaluate.py", body, "the same command goes on from what the cache has")
 
 
 def evaluate(args, towers, checkpoint, data, train):
-    """Scores a benchmark; prints the result and writes the JSON, and what there is to look at."""
+    """Scores a benchmark; prints the result, writes the JSON and what there is to look at. -> the result"""
     result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split}
+    if args.how[1] in OF_CAPTIONS:
+        result["captions_per_image"] = f"first {args.most}" if args.most else "all"
     if args.probe:
         scores, shown = score_probe(towers, data, train)
     else:
@@ -808,20 +881,50 @@ def evaluate(args, towers, checkpoint, data, train):
         if towers.pool != "cosine":
             result["pool"] = towers.pool
     result |= scores
-    print("\n".join(report.table(result)))
+    print("\n".join(report.table(result) + published(args)))
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)
         numbers = [k + 1 for k in trained_facets(towers.model, shown.prompts)]
         result["facets"] = ablation(facets, shown.image, shown.text_ids, towers.pool, *args.facets, numbers)
         print("\n".join(report.facet_table(result["facets"])))
-    path = args.out / (args.bench + "-probe" * args.probe)
-    if args.open_clip:
-        path = args.out / f"{args.bench}-{peer.short_name(args.open_clip)}"
+    path = result_path(args)
     files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
     ranks = shown and first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
     by_name = functools.partial(facets_by_name, towers) if args.report else None
     drawn = report.write(path, result, shown, ranks, by_name)
     print("-> " + ", ".join([f"{path}.json", *drawn]))
+    return result
+
+
+def average(args, checkpoint, results):
+    """Prints a row for each benchmark of a group and one for all; writes <out>/<group>.json.
+
+    results: {name: what evaluate() returns}
+    """
+    mean, ci95 = averaged(list(results.values()), [own["ci95"] for own in results.values()])
+    scores = {**mean, "ci95": ci95}
+    lines = [f"{args.bench}: {len(results)} benchmarks"]
+    for name, row in {**results, "average": scores}.items():
+        line = report.both_recalls(row, "R@1 ") if "text_to_image" in row else report.cells(row, mean)
+        lines.append(f"    {name:16}{line}")
+    print("\n".join(lines + published(args)))
+    result = {"bench": args.bench, "checkpoint": str(checkpoint), **scores, "benchmarks": results}
+    path = result_path(args)
+    files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
+    print(f"-> {path}.json")
+
+
+def result_path(args):
+    """Where a result goes, without the file's ending."""
+    towers = f"-{peer.short_name(args.open_clip)}" if args.open_clip else "-probe" * args.probe
+    return args.out / f"{args.bench}{towers}"
+
+
+def published(args):
+    """[the line of the paper's own figures], to stand below one's own; [] where there are none."""
+    if args.probe or args.captions or args.bench not in benchmarks.PUBLISHED:
+        return []
+    return [f"    published       {benchmarks.PUBLISHED[args.bench]}; Cao, Wei, Ma, CVPR 2025"]
 
 
 def facets_by_name(towers, texts, prompts):

@@ -5,8 +5,9 @@ file says where each comes from and how it must lie. Nothing is decoded here: a 
 [H, W] or [H, W, 3] where the authors pack all pictures into one file, and evaluate.py finds out whether it
 can be read. A caption that is empty is returned as "", so that evaluate.py can count what it leaves out.
 
-Readers take the root folder and the split, "test" or, for those in HAS_VAL, "val" and, for classification,
-"train". They return, for
+Readers take the root folder and the split: "test", for classification "train", and what OTHER_SPLIT has.
+Those of captions also take how many of a picture's captions count, its first ones; None for all. They
+return, for
 
 captions          pictures, texts: list[str], image_of_text: list[int]
 many languages    pictures, {language: (texts, image_of_text)}
@@ -41,8 +42,19 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 CURE = "data/README.md says where to get it and how it must lie"
 AGAIN = f"fetch the file again, {CURE}"
 OWN = "or name your own list with --classes"
-HAS_VAL = {"demo", "coco", "flickr30k"}         # the others come with nothing but a test split
+OTHER_SPLIT = {"demo": "val", "coco": "val", "flickr30k": "val", "sun397": "all"}  # beside the test split
+FIRST_CAPTIONS = {"coco": 5, "flickr30k": 5, "xm3600": 1}   # of a picture count, if not all are asked for
 CLASSES = Path(__file__).parent / "classes"     # the names and templates that come with this repository
+
+# The paper's own figures, by what FLAME was trained on; README.md says where they stand, and has CLIP's.
+PUBLISHED = {
+    "urban1k": "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0",
+    "sharegpt4v": "R@1 text to image 80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1",
+    "dci": "R@1 text to image 49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1",
+    "docci": "R@1 text to image 51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8",
+    "xm3600": "R@1 text to image 49.0, image to text 51.7 (YFCC15M, 36 languages, first captions)",
+    "classification10": "top1 40.3 (CC3M, all of SUN397's pictures: --split all)",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -176,13 +188,13 @@ def unpacked(root, name):
 def captioned(entries):
     """Makes a reader that yields (picture, its texts) return pictures, texts, image_of_text."""
     @functools.wraps(entries)
-    def read(root, split="test"):
+    def read(root, split="test", most=None):
         pictures = []
         texts = []
         image_of_text = []
         for picture, own in entries(root, split):
-            texts += [text.strip() for text in own]
-            image_of_text += [len(pictures)] * len(own)
+            texts += [text.strip() for text in own[:most]]
+            image_of_text += [len(pictures)] * len(own[:most])
             pictures.append(picture)
         return pictures, texts, image_of_text
     return read
@@ -239,30 +251,62 @@ def docci(root, split):
 
 
 def karpathy(path, split, folder):
-    """A split of a file by Karpathy and Fei-Fei; the first five captions of each picture."""
+    """A split of a file by Karpathy and Fei-Fei."""
     image = {"split": str, "sentences": [{"raw": str}], "filename": str}
     for entry in read_json(path, {"images": [image]})["images"]:
         if entry["split"] == split:
-            yield folder / entry["filename"], [sentence["raw"] for sentence in entry["sentences"][:5]]
+            yield folder / entry["filename"], [sentence["raw"] for sentence in entry["sentences"]]
+
+
+def coco_captions(path, folder):
+    """A file of COCO's own form: pictures in one list, captions in another that names them by id."""
+    image = {"id": int, "file_name": str}
+    caption = {"image_id": int, "caption": str}
+    entries = read_json(path, {"images": [image], "annotations": [caption]})
+    captions = {}
+    for entry in entries["annotations"]:
+        captions.setdefault(entry["image_id"], []).append(entry["caption"])
+    for entry in entries["images"]:
+        yield folder / entry["file_name"], captions.get(entry["id"], [])
+
+
+def flickr_captions(path, folder):
+    """A header, then a caption a line, `<picture>.jpg,<caption>`; the caption may hold commas and quotes."""
+    captions = {}
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        name, ending, caption = line.strip().partition(".jpg,")
+        if ending:
+            captions.setdefault(name, []).append(caption)
+        elif number > 1 and name:
+            raise damaged(path, f"line {number}: not <picture>.jpg,<caption>")
+    for name, own in captions.items():
+        yield folder / f"{name}.jpg", own
 
 
 @captioned
 def coco(root, split):
-    """COCO 2014, Karpathy's split: dataset_coco.json and val2014/ (5,000 pictures, 25,000 captions)."""
+    """COCO 2014, Karpathy's split, in his file or CLIP_benchmark's; val2014/ (5,000 pictures)."""
+    path = root / f"coco_{split}_karpathy.json"
+    if path.exists():
+        return coco_captions(path, root / "val2014")
     return karpathy(root / "dataset_coco.json", split, root / "val2014")
 
 
 @captioned
 def flickr30k(root, split):
-    """Flickr30k, Karpathy's split: dataset_flickr30k.json, flickr30k-images/ (1,000 pictures)."""
-    return karpathy(root / "dataset_flickr30k.json", split, root / "flickr30k-images")
+    """Flickr30k, Karpathy's split, in his file or CLIP_benchmark's; flickr30k-images/ (1,000 pictures)."""
+    folder = root / "flickr30k-images"
+    path = root / f"flickr30k_{split}_karpathy.txt"
+    if path.exists():
+        return flickr_captions(path, folder if folder.is_dir() else root)   # where CLIP_benchmark has them
+    return karpathy(root / "dataset_flickr30k.json", split, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Many languages
 
-def xm3600(root, split="test", all_captions=False):
-    """Crossmodal-3600: captions.jsonl, images/<key>.jpg; a language's first caption a picture, or all."""
+def xm3600(root, split="test", most=None):
+    """Crossmodal-3600: captions.jsonl, images/<key>.jpg; `most` captions a picture of each language."""
     pictures = []
     languages = {}
     for where, entry in read_jsonl(root / "captions.jsonl", {"image/key": str}):
@@ -271,7 +315,7 @@ def xm3600(root, split="test", all_captions=False):
                 check(where, part, {"caption": list})
                 captions = part["caption"] or [""]
                 texts, image_of_text = languages.setdefault(language, ([], []))
-                for caption in captions if all_captions else captions[:1]:
+                for caption in captions[:most]:
                     texts.append(str(caption).strip())
                     image_of_text.append(len(pictures))
         pictures.append(root / f"images/{entry['image/key']}.jpg")
@@ -419,9 +463,17 @@ def cifar100(root, split):
 
 
 def sun397(root, split):
-    """SUN397/ and, of the authors' ten partitions, the first: 50 pictures a class to train on, 50 to test."""
-    paths = [root / f"{split.title()}ing_01.txt"]
-    pictures, classes, _ = listed(paths, CLASS_PICTURE, root / "SUN397/{}")
+    """SUN397/ and, of the authors' ten partitions, the first: 50 pictures a class to train on, 50 to test.
+
+    Split "all" is every picture, whatever the partitions say.
+    """
+    if split == "all":
+        folder = need(root / "SUN397")
+        pictures = sorted(folder.glob("*/*/**/sun_*.jpg"))
+        classes = [path.parent.relative_to(folder).as_posix() for path in pictures]
+    else:
+        paths = [root / f"{split.title()}ing_01.txt"]
+        pictures, classes, _ = listed(paths, CLASS_PICTURE, root / "SUN397/{}")
     names = {c: re.sub("[/_]", " ", c.partition("/")[2]) for c in classes}      # a/apse/indoor: apse indoor
     return pictures, classes, names
 
@@ -593,7 +645,7 @@ class InTar(NamedTuple):
     size: int       # in bytes
 
 
-def webdataset(root, split):
+def webdataset(root, split, most=None):
     """<split>/0.tar, 1.tar ... of CLIP_benchmark: as a reader of captions or of classes returns it.
 
     A sample is a picture and .txt, a caption a line, where dataset_type.txt says "retrieval"; else .cls, a
@@ -621,8 +673,9 @@ def webdataset(root, split):
         raise damaged(root / split, f"no sample of its tars has a picture and .{kind}")
     report_skipped(root / split, skipped)
     if retrieval:
-        image_of_text = [i for i, text in enumerate(said) for _ in text.splitlines()]
-        return pictures, [line.strip() for text in said for line in text.splitlines()], image_of_text
+        captions = [text.splitlines()[:most] for text in said]
+        image_of_text = [i for i, own in enumerate(captions) for _ in own]
+        return pictures, [caption.strip() for own in captions for caption in own], image_of_text
     names = read_text(root / "classnames.txt").splitlines()
     return pictures, [text.strip() for text in said], {str(c): name.strip() for c, name in enumerate(names)}
 

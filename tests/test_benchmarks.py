@@ -403,8 +403,8 @@ def test_every_benchmark_has_a_tree_and_its_layout_is_documented():
 
 def read(bench, root, split="test", **more):
     """What evaluate.py reads of a tree, with flags as it parses them."""
-    flags = {"data_root": root, "classes": None, "language": None, "all_captions": False, "captions": None,
-             "how": evaluate.BENCHMARKS[bench]}
+    flags = {"data_root": root, "classes": None, "language": None, "captions": None,
+             "most": benchmarks.FIRST_CAPTIONS.get(bench), "how": evaluate.BENCHMARKS[bench]}
     return evaluate.read(argparse.Namespace(bench=bench, **flags | more), split)
 
 
@@ -429,11 +429,11 @@ def test_readers_give_what_the_files_say(tmp_path):
     )
     images, texts, _ = benchmarks.docci(tmp_path / "docci")
     assert texts == [f"A {name} wall." for name in NAMES[:4]]
-    images, texts, owner = benchmarks.coco(tmp_path / "coco")
+    images, texts, owner = benchmarks.coco(tmp_path / "coco", most=5)
     assert [path.stem for path in images] == NAMES[:4] and owner == [i for i in range(4) for _ in range(5)]
     assert texts[5:7] == ["a green wall 0", "a green wall 1"]
     images, texts, owner = benchmarks.coco(tmp_path / "coco", "val")
-    assert [path.name for path in images] == ["white.jpg", "pink.jpg"] and owner == [0, 0, 0, 0, 0, 1]
+    assert [path.name for path in images] == ["white.jpg", "pink.jpg"] and owner == [0, 0, 0, 0, 0, 0, 1]
 
 
 def test_sharegpt4v_takes_a_thousand_of_a_longer_file(tmp_path):
@@ -580,7 +580,7 @@ def test_imagefolder_reads_its_own_files(tmp_path):
 def test_xm3600_in_the_languages_asked_for(tmp_path):
     tree_xm3600(tmp_path)
     assert list(read("xm3600", tmp_path)[1]) == ["en", "fr"]
-    languages = read("xm3600", tmp_path, language="en", all_captions=True)[1]
+    languages = read("xm3600", tmp_path, language="en", most=None)[1]
     assert (
         list(languages) == ["en"]
         and languages["en"][0][:2] == ["a red wall", "red"]
@@ -608,6 +608,16 @@ BROKEN = [
         "entry 0: 'raw' is not a str",
     ),
     ("coco", lambda r: put(r / "dataset_coco.json", "[]"), "dataset_coco.json: no 'images'"),
+    (
+        "coco",
+        lambda r: put(r / "coco_test_karpathy.json", '{"images": [], "annotations": [{"image_id": []}]}'),
+        "coco_test_karpathy.json: entry 0: 'image_id' is not a int",
+    ),
+    (
+        "flickr30k",
+        lambda r: put(r / "flickr30k_test_karpathy.txt", "image,caption\n1.jpg,a dog\n\na cat\n"),
+        "flickr30k_test_karpathy.txt: line 4: not <picture>.jpg,<caption>",
+    ),
     (
         "docci",
         lambda r: put(r / "docci_descriptions.jsonlines", "{}\n{"),
@@ -880,7 +890,7 @@ def test_archives_as_they_unpack(colours, tmp_path):
         assert code == 0 and (result["n_images"], result["top1"], result["skipped_images"]) == (15, 100, 0)
 
 
-def tree_of_tars(root, retrieval, split="test", shards=2):
+def tree_of_tars(root, retrieval, split="test", shards=2, lines=2):
     """As clip_benchmark's webdataset builder writes a benchmark."""
     folder = root / split
     folder.mkdir(parents=True)
@@ -890,7 +900,7 @@ def tree_of_tars(root, retrieval, split="test", shards=2):
             for n, name in list(enumerate(NAMES))[shard::shards]:
                 image = io.BytesIO()
                 Image.new("RGB", (12, 9), COLOURS[name]).save(image, "webp", lossless=True)
-                text = f"A {name} wall.\nall {name}" if retrieval else str(n)
+                text = "\n".join(f"A {name} wall {i}." for i in range(lines)) if retrieval else str(n)
                 parts = {"webp": image.getvalue(), "txt" if retrieval else "cls": text.encode()}
                 for suffix, data in parts.items():
                     member = tarfile.TarInfo(f"s{n:07}.{suffix}")
@@ -923,6 +933,75 @@ def test_clip_benchmarks_layout_is_read_as_clip_benchmark_reads_it(colours, tmp_
     assert code == 0 and (result["n_images"], result["skipped_images"]) == (5, 0)
     assert result["text_to_image"]["R@1"] == 100 if retrieval else result["top1"] == 100
     assert colours(bench)[1] == result  # from the cache
+
+
+def clip_benchmarks_coco(root):
+    """coco_test_karpathy.json: COCO's own form, captions apart from pictures and in another order."""
+    images = [{"id": 9 - i, "file_name": f"{name}.jpg", "height": 9} for i, name in enumerate(NAMES)]
+    annotations = [{"id": 10 * n + i, "image_id": image["id"], "caption": f"a {name} wall, {n} "}
+                   for n in range(7) for i, (image, name) in enumerate(zip(images, NAMES))]
+    put(root / "coco_test_karpathy.json", json.dumps({"images": images, "annotations": annotations}))
+    for name in NAMES:
+        picture(root / "val2014" / f"{name}.jpg", name)
+
+
+def clip_benchmarks_flickr30k(root):
+    """flickr30k_test_karpathy.txt, pictures beside it."""
+    lines = [f'{name}.jpg,A {name} "wall", number {n} .' for n in range(7) for name in NAMES]
+    put(root / "flickr30k_test_karpathy.txt", "image,caption\n" + "\n".join(lines) + "\n\n")
+    for name in NAMES:
+        picture(root / f"{name}.jpg", name)
+
+
+@pytest.mark.parametrize("bench, tree, theirs", [
+    ("coco", clip_benchmarks_coco, "mscoco_captions"), ("flickr30k", clip_benchmarks_flickr30k, "flickr30k")])
+def test_clip_benchmarks_own_lists_of_captions(colours, tmp_path, bench, tree, theirs):
+    """All captions as clip_benchmark reads them; the first five are scored, or all, as the JSON says."""
+    from clip_benchmark.datasets.builder import build_dataset
+    root = tmp_path / "data" / bench
+    tree(root)
+    pixels = lambda image: np.array(image.convert("RGB")).tobytes()     # noqa: E731
+    dataset = build_dataset(theirs, str(root), pixels, download=False, task="zeroshot_retrieval")
+    theirs = {image: [caption.strip() for caption in captions] for image, captions in dataset}
+    pictures, texts, owner = getattr(benchmarks, bench)(root)
+    ours = {pixels(Image.open(path)): [text for text, i in zip(texts, owner) if i == n]
+            for n, path in enumerate(pictures)}
+    assert ours == theirs and len(ours) == 5 and len(texts) == 35
+    for flags, said, n in (([], "first 5", 25), (["--all-captions"], "all", 35)):
+        code, result = colours(bench, *flags)
+        assert code == 0 and result["text_to_image"]["R@1"] == 100
+        assert (result["captions_per_image"], result["n_texts"], result["n_images"]) == (said, n, 5)
+
+
+def test_how_many_captions_count_in_karpathys_file_in_tars_and_in_languages(colours, tmp_path):
+    tree_coco(tmp_path / "data" / "coco")
+    tree_xm3600(tmp_path / "data" / "xm3600")
+    tree_of_tars(tmp_path / "data" / "flickr30k", retrieval=True, lines=7)
+    found = {"coco": (20, 24), "flickr30k": (25, 35), "xm3600": (10, 15)}
+    first = {"coco": "first 5", "flickr30k": "first 5", "xm3600": "first 1"}
+    for bench, (few, every) in found.items():
+        result = colours(bench)[1]
+        assert (result["n_texts"], result["captions_per_image"]) == (few, first[bench])
+        result = colours(bench, "--all-captions")[1]
+        assert (result["n_texts"], result["captions_per_image"]) == (every, "all")
+
+
+def test_all_of_sun397_as_clip_benchmark_scores_it(colours, tmp_path):
+    """--split all: whatever lies in SUN397/, in a partition or not; classes and names as clip_benchmark's."""
+    from clip_benchmark.datasets.builder import build_dataset
+    root = tmp_path / "data" / "sun397"
+    tree_sun397(root)
+    picture(root / "SUN397" / "w" / "white" / "indoor" / "sun_9.jpg", "white")      # in no partition
+    put(root / "SUN397" / "ClassName.txt", "/r/red\n/g/green\n/b/blue\n/y/yellow\n/w/white/indoor\n")
+    pixels = lambda image: np.array(image.convert("RGB")).tobytes()     # noqa: E731
+    theirs = build_dataset("sun397", root=str(root), transform=pixels, split="test", download=False)
+    pictures, labels, names, _ = read("sun397", root, "all")
+    ours = [(pixels(Image.open(path)), names[label]) for path, label in zip(pictures, labels)]
+    assert sorted(ours) == sorted((image, theirs.classes[label]) for image, label in theirs)
+    code, result = colours("sun397", "--split", "all")
+    assert code == 0 and (result["split"], result["n_images"], result["top1"]) == ("all", 26, 100)
+    (root / "Testing_01.txt").unlink()
+    assert colours("sun397", "--split", "all")[0] == 0 and colours("sun397")[0] == 2
 
 
 def test_a_sample_of_clip_benchmarks_layout_without_its_text_is_left_out(colours, tmp_path, capsys):

@@ -26,9 +26,10 @@ from sklearn.metrics import balanced_accuracy_score
 
 import evaluate
 import flame
-from data import cache
+from data import benchmarks, cache
 from data.show import fonts, plots, report, words
 from test_benchmarks import (
+    CLASS_FILES,
     COLOURS,
     NAMES,
     RECALL_AT,
@@ -36,6 +37,7 @@ from test_benchmarks import (
     TREES,
     ColourModel,
     ColourWords,
+    class_file,
     colours,  # noqa: F401
     picture,
     put,
@@ -225,6 +227,21 @@ def test_bootstrap_equals_its_loop():
     )
 
 
+def test_the_average_of_independent_figures_has_their_common_interval():
+    """averaged() has intervals only; drawn again from the hits themselves, the mean scatters as it says."""
+    rng = np.random.default_rng(0)
+    hits = [rng.random((n, 1)) < share for n, share in ((900, 0.5), (400, 0.9), (2500, 0.2))]
+    rows = [evaluate.figures(["top1"], evaluate.sampled(own, np.arange(len(own)), len(own))) for own in hits]
+    nested = [{"text_to_image": {"top1": row["top1"]}} for row in rows]
+    ends = [{"text_to_image": row["ci95"]} for row in rows]
+    mean, ci95 = evaluate.averaged(nested, ends)
+    assert mean["text_to_image"]["top1"] == pytest.approx(np.mean([100 * own.mean() for own in hits]))
+    drawn = [np.mean([100 * rng.choice(own, len(own)).mean() for own in hits]) for _ in range(2000)]
+    assert ci95["text_to_image"]["top1"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.15)
+    mean, (low, high) = evaluate.averaged([100, 100, 0], [[100, 100], [99, 100], [0, 3]])
+    assert low == pytest.approx(mean - 1 / 3) and high == pytest.approx(mean + 1)   # never beyond 0 and 100
+
+
 def test_intervals_lie_beside_the_figures():
     rng = np.random.default_rng(4)
     image = rng.standard_normal((50, 8))
@@ -329,7 +346,7 @@ def test_bad_input_exits_2_with_one_line(colours, tmp_path, monkeypatch, capsys)
 
     fails("urban1k", f"{Path('data/urban1k/image')}: not found; data/README.md says where to get it")
     tree_urban1k(tmp_path / "data" / "urban1k")
-    fails("urban1k", "--split val: urban1k has only a test split", "--split", "val")
+    fails("urban1k", "--split val: urban1k has no such split", "--split", "val")
     fails("urban1k", "--probe: urban1k has no classes", "--probe")
     tree_imagefolder(tmp_path / "data" / "imagefolder")
     fails("imagefolder", "imagefolder: no folders train and test, which a linear probe needs", "--probe")
@@ -619,6 +636,81 @@ def test_confusions_are_the_most_frequent_wrong_guesses(colours, tmp_path):
 
 # ---------------------------------------------------------------- search
 
+def test_a_group_scores_each_as_alone_and_averages(colours, tmp_path, monkeypatch, capsys):
+    """results/short.json: each benchmark as scored alone, and the mean; the second time from the cache."""
+    for bench in ("coco", "flickr30k"):
+        TREES[bench](tmp_path / "elsewhere" / bench)
+    monkeypatch.setattr(ColourWords, "lies", {"red": "green"})
+    os.remove(tmp_path / "elsewhere" / "coco" / "val2014" / "red.jpg")      # only flickr30k errs now
+    root = str(tmp_path / "elsewhere")
+    code, group = colours("short", "--data-root", root)
+    assert code == 0
+    told = capsys.readouterr().out
+    for bench in ("coco", "flickr30k"):
+        alone = json.loads((tmp_path / "results" / f"{bench}.json").read_text())
+        assert group["benchmarks"][bench] == alone
+        assert colours(bench, "--data-root", f"{root}/{bench}")[1] == alone
+    both = [group["benchmarks"][bench]["text_to_image"]["R@1"] for bench in ("coco", "flickr30k")]
+    assert both == [100, 75] and group["text_to_image"]["R@1"] == 87.5
+    low, high = group["ci95"]["text_to_image"]["R@1"]
+    assert 50 <= low < 87.5 < high <= 100
+    table = told.split("short: 2 benchmarks\n")[1].splitlines()
+    assert [line.split()[0] for line in table[:3]] == ["coco", "flickr30k", "average"]
+    assert "text to image R@1  87.5 [" in table[2] and table[-1].endswith("short.json")
+    monkeypatch.setattr(ColourModel, "encode_image", None)
+    monkeypatch.setattr(ColourWords, "encode_batches", None)
+    assert colours("short", "--data-root", root) == (0, group)
+
+
+def test_a_group_lacking_a_member_scores_nothing_and_names_all_that_lack(colours, tmp_path, capsys):
+    tree_urban1k(tmp_path / "data" / "urban1k")
+    tree_docci(tmp_path / "data" / "docci")
+    assert colours("long") == (2, None)
+    told = capsys.readouterr().err.splitlines()
+    lacking = [os.path.join("data", bench) for bench in ("sharegpt4v", "dci")]
+    assert len(told) == 1 and f"not found: {', '.join(lacking)}; data/README.md" in told[0]
+    for bench in ("sharegpt4v", "dci"):
+        TREES[bench](tmp_path / "data" / bench)
+    put(tmp_path / "data" / "docci" / "docci_descriptions.jsonlines", "[")
+    assert colours("long") == (2, None) and "docci_descriptions.jsonlines: line 1" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_ten_of_the_papers_average(colours, tmp_path, monkeypatch, capsys):
+    """Zero-shot with all of SUN397, which has that split alone among them, and by a linear probe."""
+    monkeypatch.setattr(benchmarks, "CLASSES", tmp_path)    # the trees have classes of their own
+    for bench in evaluate.GROUPS["classification10"]:
+        TREES[bench](tmp_path / "data" / bench)
+        if bench in CLASS_FILES:
+            Path(class_file(bench, tmp_path)[1]).rename(tmp_path / f"{bench}.txt")
+    code, group = colours("classification10", "--split", "all")
+    assert code == 0 and group["top1"] == 100 and group["ci95"]["mean_per_class"] == [100, 100]
+    counts = {bench: (own["split"], own["n_images"]) for bench, own in group["benchmarks"].items()}
+    assert counts.pop("sun397") == ("all", 25) and set(counts.values()) == {("test", 15)} and len(counts) == 9
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2].startswith("    published       top1 40.3 (CC3M") and told[-3].startswith("    average")
+    assert colours("classification10", "--probe")[0] == 0
+    told = capsys.readouterr().out
+    assert "-probe.json" in told.splitlines()[-1] and "published" not in told
+
+
+def test_published_figures_stand_below_ones_own(colours, tmp_path, capsys):
+    """Not below a file of one's own that has a benchmark's name."""
+    tree_urban1k(tmp_path / "data" / "urban1k")
+    assert colours("urban1k")[0] == 0
+    lines = capsys.readouterr().out.splitlines()
+    figures = "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0"
+    assert lines[-2] == f"    published       {figures}; Cao, Wei, Ma, CVPR 2025"
+    rows = [f"{name}.jpg\ta {name} wall\n" for name in NAMES]
+    put(tmp_path / "urban1k.tsv", "image\traw\n" + "".join(rows))
+    own = ["--captions", "urban1k.tsv", "--images", "data/urban1k/image", "--prompts", "raw"]
+    for i, name in enumerate(NAMES):
+        (tmp_path / "data" / "urban1k" / "image" / f"{i + 1}.jpg").rename(
+            tmp_path / "data" / "urban1k" / "image" / f"{name}.jpg")
+    assert evaluate.main([*own, "--device", "cpu"]) == 0
+    assert "published" not in capsys.readouterr().out
+
+
 def test_search_ranks_a_folder_and_encodes_a_picture_once(colours, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "my pictures"
     for name in NAMES:
@@ -851,6 +943,14 @@ def test_pictures_that_are_named_by_key(colours, tmp_path, capsys):
         (["--bench", "coco", "--facets", "7..1"], "--facets"),
         (["--words", "x.png", "--bench", "coco"], "give --bench NAME"),
         (["--bench", "coco", "--nonsense"], "--nonsense"),
+        (["--bench", "coco", "--split", "all"], "--split all: coco has no such split"),
+        (["--bench", "sun397", "--split", "val"], "--split val: sun397 has no such split"),
+        (["--bench", "long", "--split", "val"], "--split val: long has no such split"),
+        (["--captions", "coco.tsv", "--split", "val"], "--split val: coco has no such split"),
+        (["--bench", "sun397", "--split", "all", "--probe"], "--probe: it would train on pictures"),
+        (["--bench", "urban1k", "--all-captions"], "--all-captions: urban1k leaves no caption out"),
+        (["--captions", "coco.tsv", "--all-captions"], "--all-captions: coco leaves no caption out"),
+        (["--bench", "long", "--probe"], "--probe: long has no classes"),
     ],
 )
 def test_bad_settings_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, wrong, message):

@@ -363,7 +363,7 @@ checkpoint  nowhere images captions.tsv llm/model.safetensors
 llm         nowhere images captions.tsv
 data-root   nowhere images captions.tsv
 out         captions.tsv captions.tsv/x
-split       val train
+split       val train all
 prompts     medium
 language    xx
 classes     nowhere
@@ -971,6 +971,11 @@ BENCHMARKS = {
         "[]", "null", "", DEEP, b"\xff", '{"images": {}}', '{"images": [3]}', '{"images": []}',
         '{"images": [{%s[3]}]}' % SENTENCES, '{"images": [{%s[{"raw": "x"}], "filepath": 3}]}' % SENTENCES],
     ("flickr30k", "dataset_flickr30k.json"): ['{"images": 3}'],
+    ("coco", "coco_test_karpathy.json"): [
+        "[]", DEEP, b"\xff", '{"images": [{"id": {}}]}', '{"images": [], "annotations": []}',
+        '{"images": [], "annotations": [{"image_id": []}]}',
+        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}'],
+    ("flickr30k", "flickr30k_test_karpathy.txt"): ["", "image,caption\n", b"\xff", "image,caption\nx,y\n"],
     ("docci", "docci_descriptions.jsonlines"): ["", DEEP, '{"split": 3}'],
     ("sharegpt4v", SHAREGPT4V): [
         "", "[]", "[3]", DEEP, "{}", '[{"image": "x", "conversations": [1, {"value": 2}]}]'],
