@@ -22,7 +22,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -152,25 +151,71 @@ def rows_of(out, settings, journal):
 
 
 def run_windows(out, settings, encoder, rows, wanted, todo, statistics):
-    """Embeds and writes the wanted windows, `todo` rows together; -> seconds that the LLM was at work."""
+    """Embeds and writes the wanted windows, `todo` rows together; -> seconds that the LLM was at work.
+
+    A GPU always has the next packed row before the last one is fetched, and a thread writes the windows.
+    """
     columns, busy = settings["columns"], 0.0
+    dtype = torch.float16 if statistics is None else torch.float32
     work = packed_windows(rows, settings, wanted, encoder)
     if settings["device"] == "cuda":
         work = ahead(work)
-    with tqdm(total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05,
-              disable=RANK > 0) as bar:
-        for w, height, packs in work:
-            block = np.empty((height, len(columns), encoder.dim), np.float32)
-            for prompts, forest, takers in packs:
-                clock = time.time()
-                facets = encoder.run(forest, len(takers))
-                busy += time.time() - clock
-                at = columns.index(f"{prompts}.0")
-                for rows_of_caption, units in zip(takers, normalize(facets, dim=-1).numpy()):
-                    block[rows_of_caption, at:at + len(units)] = units
-                    bar.update(len(rows_of_caption) * len(units))
-            store.write_window(out, settings, RANK, w, block, statistics)
+    writing = None
+    with ThreadPoolExecutor(1) as thread, tqdm(
+            total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05,
+            disable=RANK > 0) as bar:
+        rows_under_way = one_behind(work, encoder, dtype)
+        block = None
+        clock = time.time()
+        for w, height, prompts, takers, units, last in rows_under_way:
+            units = units()
+            busy += time.time() - clock
+            if block is None:
+                block = torch.empty(height, len(columns), encoder.dim, dtype=dtype)
+            at = columns.index(f"{prompts}.0")
+            for rows_of_caption, own in zip(takers, units):
+                block[rows_of_caption, at:at + len(own)] = own
+                bar.update(len(rows_of_caption) * len(own))
+            if last:
+                if writing:
+                    writing.result()  # no more than two windows in memory
+                writing = thread.submit(store.write_window, out, settings, RANK, w, block.numpy(), statistics)
+                block = None
+            clock = time.time()
+        if writing:
+            writing.result()
     return busy
+
+
+def one_behind(work, encoder, dtype):
+    """Starts each packed row, and yields the one before it: (w, height, prompt set, takers, wait for its unit
+    vectors, whether it is the last of its window)."""
+    before = None
+    for w, height, packs in work:
+        for n, (prompts, forest, takers) in enumerate(packs, 1):
+            units = start(encoder, forest, len(takers), dtype)
+            if before:
+                yield before
+            before = w, height, prompts, takers, units, n == len(packs)
+    if before:
+        yield before
+
+
+def start(encoder, forest, n, dtype):
+    """Hands a packed row to the device. -> wait(), which gives its n captions' unit vectors [n, K, D]."""
+    states = flame.decode(encoder.decoder, forest).view(n, -1, encoder.dim)
+    units = normalize(states, dim=-1).to(dtype)
+    if units.device.type == "cpu":
+        return lambda: units
+    here = torch.empty(units.shape, dtype=dtype, pin_memory=True)
+    here.copy_(units, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return here
+    return wait
 
 
 def packed_windows(rows, settings, wanted, encoder):

@@ -204,12 +204,12 @@ def decode(decoder, forest):
     device = decoder.embedding.device
     dtype = decoder.embedding.dtype
     attend = attention_over(forest, device, dtype, heads // kv_heads)
-    angle = torch.outer(forest.positions.float().to(device), decoder.inv_freq)  # [T, head_dim / 2]
+    angle = torch.outer(move(forest.positions.float(), device), decoder.inv_freq)  # [T, head_dim / 2]
     cos = angle.cos()
     sin = angle.sin()
-    answers = forest.answers.to(device)
+    answers = move(forest.answers, device)
 
-    x = decoder.embedding[forest.tokens.to(device)].float()  # [T, D], the residual stream
+    x = decoder.embedding[move(forest.tokens, device)].float()  # [T, D], the residual stream
     update = None                                            # what the last sublayer adds to it
     for block in decoder.blocks:
         h = add_and_norm(x, update, block["attention_norm"], eps, dtype)
@@ -225,6 +225,11 @@ def decode(decoder, forest):
         h = add_and_norm(x, F.linear(mixed, block["wo"]), block["mlp_norm"], eps, dtype)
         update = F.linear(swiglu(F.linear(h, block["w_gate_up"])), block["w_down"])
     return x + update
+
+
+def move(x, device):
+    """x on the device. A GPU takes it when it comes to it: nobody waits for what it is at."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def native(device, dtype):
@@ -255,7 +260,7 @@ def native_attention(forest, device, share):
     gpu = device.type == "cuda"
     tile = max(1, 64 // share) if gpu else 64  # queries that are worked on together
     layout = flame_ext.layout(forest.lengths, forest.parents, tile)
-    plan = torch.tensor(layout.plan, device=device) if gpu else None
+    plan = move(torch.tensor(layout.plan), device) if gpu else None
 
     def attend(q, k, v):
         out = torch.empty(q.shape, dtype=q.dtype, device=device)

@@ -228,8 +228,11 @@ def allocate(out, settings, N, D):
 
 
 def write_window(out, settings, rank, w, block, statistics):
-    """Writes window w, float32 [n, M, D], and logs it once it is on the disk. statistics: for int8."""
-    data = {"embeddings": block.astype(np.float16)} if statistics is None else quantised(block, statistics)
+    """Writes window w [n, M, D] and logs it once it is on the disk.
+
+    block: float16, or for int8 float32, and the statistics.
+    """
+    data = {"embeddings": block} if statistics is None else quantised(block, statistics)
     write_rows(out, data, w // settings["shard"][1] * settings["window"])
     files.append(out / f"windows-{rank}.txt", f"{w}\n")
 

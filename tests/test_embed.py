@@ -133,15 +133,15 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(here, tiny_llm, monkeypatc
     class Killed(BaseException):
         pass
 
-    calls, original = [], flame.TextEncoder.run
+    calls, original = [], embed.start
 
-    def run(self, *args):
+    def start(*args):
         calls.append(1)
         if len(calls) == 3 * where + 2:  # in the middle of a window: each has a packed row per prompt set
             raise Killed
-        return original(self, *args)
+        return original(*args)
 
-    monkeypatch.setattr(flame.TextEncoder, "run", run)
+    monkeypatch.setattr(embed, "start", start)
     with pytest.raises(Killed):
         main(*command, "killed")
     with pytest.raises(flame.InputError, match="same embed.py command"):
