@@ -509,6 +509,84 @@ def test_rows_that_repeat_captions_or_pictures_are_counted_once_at_the_end(tmp_p
     assert "some.tsv: 1 of 6 rows name the picture of an earlier row" in told
 
 
+# --- what is scored and was seen before
+
+@pytest.fixture
+def trained(tmp_path, tiny_llm, monkeypatch):
+    """A run on eight pictures in photos/, 0.png to 7.png, called "a picture of <n> things"; runs commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLAME_LLM", raising=False)
+    (tmp_path / "photos").mkdir()
+    for n in range(8):
+        Image.new("RGB", (32, 32), (n * 30, 0, 0)).save(tmp_path / "photos" / f"{n}.png")
+    rows = "".join(f"{n}\ta picture of {n} things\n" for n in range(8))
+    (tmp_path / "train.tsv").write_text(f"key\traw\n{rows}")
+
+    def train_on(images, *more):
+        command = f"embed.py --captions train.tsv --llm {tiny_llm} --device cpu --prompts raw --out s"
+        monkeypatch.setattr(sys, "argv", [*command.split(), *more])
+        assert not embed.main()
+        small = f"--embeddings s --images {images} --name t --preset demo --width 12 --layers 1 --heads 3"
+        assert train.main(f"{small} --batch 4 --steps 1 --workers 0 --device cpu".split()) == 0
+
+    def score(rows):
+        (tmp_path / "mine.tsv").write_text("image\traw\n" + "".join(f"{row}\n" for row in rows))
+        assert evaluate.main("--captions mine.tsv --prompts raw --device cpu".split()) == 0
+        return json.loads((tmp_path / "results/mine.json").read_text())
+
+    return tmp_path, train_on, score
+
+
+MINE = ["copy.png\tnew words", "photos/4.png\ta picture of 4 things", "other.png\tnew words",
+        "again.png\ta picture of 5 things", "gone.png\tnever seen"]
+
+
+def leaks(result):
+    kinds = ("leaked_images", "leaked_texts", "identical_images", "identical_texts")
+    return [result.get(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("images", ["photos", "tars"])
+def test_what_was_trained_on_or_is_scored_twice_is_counted_and_said(trained, images, capsys):
+    """copy.png and again.png are photos/3.png; other.png is 7.png but for a byte, gone.png no file."""
+    folder, train_on, score = trained
+    data = {f"{n}.png": (folder / "photos" / f"{n}.png").read_bytes() for n in range(8)}
+    (folder / "tars").mkdir()
+    tar(folder / "tars/0.tar", *(member(name, content) for name, content in data.items()))
+    train_on(images)
+    for name in ("copy.png", "again.png"):
+        (folder / name).write_bytes(data["3.png"])
+    (folder / "other.png").write_bytes(data["7.png"][:-1] + b"?")
+    capsys.readouterr()
+    assert leaks(score(MINE)) == [3, 2, 1, 1]
+    told = ("3 of 5 pictures were trained on; 2 of 5 texts were trained on; "
+            "1 of 5 pictures are the same as an earlier one; 1 of 5 texts are the same as an earlier one")
+    assert told in capsys.readouterr().err.splitlines()
+    assert leaks(score(["other.png\tnew", "photos/../other.png\tanother"])) == [0, 0, 1, 0]
+
+
+def test_joined_captions_were_trained_on_too(trained):
+    folder, train_on, score = trained
+    joined_file(folder / "raw.json", [(str(n), f"joined {n}") for n in range(8)])
+    train_on("photos", "--join", "raw=raw.json")
+    result = score(["photos/1.png\tjoined 1", "photos/2.png\ta picture of 2 things", "photos/3.png\tnew"])
+    assert leaks(result)[:2] == [3, 2]
+
+
+def test_what_cannot_be_compared_is_said_and_not_counted_as_none(trained, capsys):
+    folder, train_on, score = trained
+    train_on("photos")
+    with open(folder / "train.tsv", "a") as file:
+        file.write("9\tanother\n")
+    mine = ["photos/4.png\ta picture of 4 things", "photos/5.png\tnew"]
+    assert leaks(score(mine)) == [2, None, 0, 0]
+    os.rename("s", "moved")
+    assert leaks(score(mine)) == [None, None, 0, 0]
+    told = capsys.readouterr().err
+    assert "how many texts were trained on is not known: " in told and "not the captions any more" in told
+    assert "how many pictures were trained on is not known: s" in told
+
+
 @pytest.mark.parametrize("name, text, cure", [
     ("x.parquet", "PAR1", "JSONL"),
     ("y.csv", "picture;note\n1;2\n", "no column"),
