@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import flame
+from data.benchmarks import InTar
 from data.captions import fingerprint, joined_rows, read_captions, source_files
 from data.pictures import find_pictures
 from flame import InputError
@@ -25,10 +26,11 @@ SAID = {"leaked_images": "pictures were trained on", "leaked_texts": "texts were
 def count_leaks(pictures, texts, checkpoint):
     """-> {what, as in SAID: how many}; says on stderr what is not 0.
 
-    pictures: paths. Of training nothing is counted where the checkpoint is not a run of train.py, or where
-    its pictures and captions are not where they were.
+    pictures: paths, or InTar. Of training nothing is counted where the checkpoint is not a run of train.py,
+    or where its pictures and captions are not where they were.
     """
-    digests = [digest for digest in map(digest_of, pictures) if digest]
+    places = [(p.tar, p.offset, p.size) if isinstance(p, InTar) else (p,) for p in pictures]
+    digests = [digest for place in places if (digest := digest_of(*place))]
     counts = {"identical_images": len(digests) - len(set(digests)),
               "identical_texts": len(texts) - len(set(texts))}
     config = Path(checkpoint, "config.json")

@@ -565,6 +565,30 @@ def test_what_was_trained_on_or_is_scored_twice_is_counted_and_said(trained, ima
     assert leaks(score(["other.png\tnew", "photos/../other.png\tanother"])) == [0, 0, 1, 0]
 
 
+def test_ones_own_pictures_may_lie_in_tars(trained, capsys):
+    """By key, by a.jpg before a.mask.jpg, in captions' own tars too; all score and leak as the files do."""
+    folder, train_on, score = trained
+    train_on("photos")
+    files = score([f"photos/{n}.png\ta picture of {n} things" for n in range(8)])
+    members = []
+    for n in range(8):
+        picture = (folder / "photos" / f"{n}.png").read_bytes()
+        members += [member(f"{n}.depth.png", b"no picture"), member(f"{n}.png", picture),
+                    member(f"{n}.txt", f"a picture of {n} things".encode())]
+    (folder / "tars").mkdir()
+    tar(folder / "tars/0.tar", *members[:12])
+    tar(folder / "tars/1.tar", *members[12:])
+    (folder / "tars/2.tar").write_bytes(b"no tar")
+    alike = ("n_images", "n_texts", "skipped_images", "text_to_image", "image_to_text", "leaked_images")
+    for captions_of in ("tars", "train.tsv"):
+        capsys.readouterr()
+        command = f"--captions {captions_of} --images tars --prompts raw --device cpu --report"
+        assert evaluate.main(command.split()) == 0
+        result = json.loads((folder / "results" / f"{captions_of.split('.')[0]}.json").read_text())
+        assert [result[name] for name in alike] == [files[name] for name in alike]
+        assert result["leaked_images"] == 8 and "2.tar" in capsys.readouterr().err
+
+
 def test_joined_captions_were_trained_on_too(trained):
     folder, train_on, score = trained
     joined_file(folder / "raw.json", [(str(n), f"joined {n}") for n in range(8)])
