@@ -20,6 +20,7 @@ import flame
 import train
 from data import captions
 from data.captions import open_join, read_captions, read_join, tar_files
+from data.leaks import count_leaks
 
 
 @contextmanager
@@ -243,10 +244,11 @@ def test_a_joined_file_is_a_mapping_on_disk(tmp_path, index):
     assert skipped == {"joined row without key or caption": [2, [4, 6]]}
 
 
-def test_memory_does_not_grow_with_a_joined_file(tmp_path):
+@pytest.mark.parametrize("key", ["key", "Image Path"])
+def test_memory_does_not_grow_with_a_joined_file(tmp_path, key):
     with gzip.open(tmp_path / "long.jsonl.gz", "wt", compresslevel=1) as file:
         for n in range(20_000):
-            file.write(json.dumps({"key": f"{n:09d}", "long": f"{n} " + "x" * 1000}) + "\n")
+            file.write(json.dumps({key: f"{n:09d}", "long": f"{n} " + "x" * 1000}) + "\n")
     tracemalloc.start()
     try:
         joined = read_join("long", tmp_path / "long.jsonl.gz", {})
@@ -455,6 +457,10 @@ def test_a_tar_whose_json_has_recaptions_does_not_take_raw_for_them(tmp_path):
     row = next(read_captions(tmp_path / "0.tar"))
     assert (row.key, row.url) == ("a", "http://x/1.jpg")
     assert row.captions == {"raw": "as .txt has it", "short": "shortSV_captions.", "long": "longSV_captions."}
+    samples = pytest.importorskip("webdataset").WebDataset(str(tmp_path / "0.tar"), shardshuffle=False)
+    theirs, = samples.decode()
+    assert (theirs["__key__"], theirs["txt"]) == (row.key, row.captions["raw"])
+    assert theirs["json"]["longSV_captions"] == row.captions["long"]
 
 
 def test_a_joined_row_without_its_own_caption_takes_no_other_sets(tmp_path):
@@ -482,6 +488,11 @@ def test_cocos_captions_are_a_row_each(tmp_path, indent):
     assert rows_of(tmp_path / "captions_val2017.json") == [
         ("100", bus, "a bus"), ("101", dog, "a dog"), ("102", bus, "a red bus"), ("103", "", "lost"),
         ("104", dog, "a wet dog")]
+    theirs = pytest.importorskip("pycocotools.coco").COCO(tmp_path / "captions_val2017.json")
+    for key, image, text in rows_of(tmp_path / "captions_val2017.json"):
+        annotation = theirs.anns[int(key)]
+        assert annotation["caption"] == text
+        assert theirs.imgs.get(annotation["image_id"], {"file_name": ""})["file_name"] == image
 
 
 @pytest.mark.parametrize("images, said", [
@@ -609,6 +620,22 @@ def test_what_cannot_be_compared_is_said_and_not_counted_as_none(trained, capsys
     told = capsys.readouterr().err
     assert "how many texts were trained on is not known: " in told and "not the captions any more" in told
     assert "how many pictures were trained on is not known: s" in told
+
+
+@pytest.mark.parametrize("config", [
+    "[]", "{", '{"store": 7}', '{"store": {"path": "gone"}}', '{"store": {"path": "s"}, "images": 7}'])
+@pytest.mark.parametrize("meta", ["[]", '{"captions": {"path": "pipe", "sha256": "", "joins": []}}',
+                                  '{"captions": {"path": "pipe", "sha256": ""}}'])
+def test_a_damaged_record_of_training_is_named_and_not_counted(tmp_path, monkeypatch, capsys, config, meta):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/meta.json").write_text(meta)
+    (tmp_path / "config.json").write_text(config)
+    with within(5):
+        counts = count_leaks([tmp_path / "pipe", tmp_path / "a.png"], ["a", "a"], tmp_path)
+    assert counts == {"identical_images": 0, "identical_texts": 1}
+    assert capsys.readouterr().err.count(" is not known: ") == 2
 
 
 @pytest.mark.parametrize("name, text, cure", [
