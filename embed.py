@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import flame
 from data import released, store
-from data.captions import fingerprint, open_join, read_captions
+from data.captions import column_taken, fingerprint, open_join, read_captions
 from data.command import Parser, number, run, usable_device
 from data.pictures import warn_of_missing_pictures
 from data.show import look
@@ -281,7 +281,7 @@ def command_line():
         help="TSV/CSV with a header among `key image raw short long`, Conceptual Captions TSV, JSON, JSONL "
         "(also .gz), webdataset tars (folder or x-{000..123}.tar)")
     add("--join", metavar="SET=FILE", type=join, nargs="+", action="extend", default=[],
-        help="captions of a prompt set from files of their own, by key: long=long.json short=short.json")
+        help="captions of a prompt set from files of their own, by key or URL: long=long.json")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", "data/demo/llm"),
         help="Hugging Face checkpoint folder or id (default $FLAME_LLM, else data/demo/llm)")
     add("--out", metavar="DIR",
@@ -336,6 +336,10 @@ def chosen():
     args.device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_of_many else args.device)
     if RANK == 0:
         next(read_captions(args.captions))  # complains of a file without captions before anything is made
+        for name in args.prompts:
+            file = args.join.get(name, args.captions)
+            if column := column_taken(file, name):
+                print(f"{name} captions: {column} of {file}")
     args.dtype = args.dtype or str(flame.default_dtype(args.device)).removeprefix("torch.")
     blocks = flame.llm_config(args.llm)["num_hidden_layers"]
     if args.layer and args.layer > blocks:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flame
-from data import benchmarks, cache, files, peer, released
+from data import benchmarks, cache, files, leaks, peer, released
 from data.checkpoint import newest_checkpoint
 from data.command import Parser, number, run, usable_device
 from data.show import report, search, words
@@ -882,6 +882,8 @@ def evaluate(args, towers, checkpoint, data, train):
             result["pool"] = towers.pool
     result |= scores
     print("\n".join(report.table(result) + published(args)))
+    if args.captions:
+        result |= leaks.count_leaks(*data[:2], checkpoint)
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)
         numbers = [k + 1 for k in trained_facets(towers.model, shown.prompts)]

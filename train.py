@@ -96,6 +96,7 @@ class Run(NamedTuple):
     """What all steps of a run share."""
     s: dict                  # the settings, with what the data fix filled in
     out: Path                # the checkpoint's folder
+    images: str              # root of the pictures, None: where the captions lie
     batches: Batches         # of the store's rows that are trained on, a step's each (data/pictures.py)
     held_out: tuple          # for the curve of Recall@1: rows of the store [n], files, places [n, 3]
     device: torch.device
@@ -271,7 +272,7 @@ def train(args, s):
             say("  ".join(f"{name}={value}" for name, value in s.items()))
             say(expected(model, s, device, ranks()))
             batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
-            run = Run(s, out, batches, held_out, device, model, average, encode, optimizer)
+            run = Run(s, out, args.images, batches, held_out, device, model, average, encode, optimizer)
             take_steps(run, start, open_board(out) if args.tensorboard and rank() == 0 else None)
 
 
@@ -551,7 +552,8 @@ def due(s, every, step):
 
 
 def save(run, step):
-    checkpoint.save(run.out, step, run.s, run.batches.store, run.model, run.average, run.optimizer)
+    store = run.batches.store
+    checkpoint.save(run.out, step, run.s, store, run.images, run.model, run.average, run.optimizer)
 
 
 def outlive_sigterm(worker):

@@ -35,7 +35,7 @@ import numpy as np
 
 from data.captions import LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, skip, tar_files
 from data.files import said
-from data.pictures import folder_by_key, folder_pictures, start_of_paths
+from data.pictures import first_of_each_row, folder_by_key, folder_pictures, start_of_paths, tar_pictures
 from flame import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -683,22 +683,34 @@ def webdataset(root, split, most=None):
 # ------------------------------------------------------------------------------------------------------------
 # One's own
 
+def keyed_pictures(root, tars, skipped):
+    """Yields (key, suffix, picture) of the files in a folder, then of those in tars."""
+    for key, suffix, path in folder_pictures(root):
+        yield key, suffix, Path(path)
+    for key, suffix, (number, offset, size) in tar_pictures(tars, skipped):
+        yield key, suffix, InTar(tars[number], f"{key}.{suffix}", offset, size)
+
+
 def own(captions, folder, prompts):
     """Captions in any form that embed.py reads -> pictures, texts, image_of_text.
 
     A text is the caption that the prompt set is asked of. Rows of one picture are its several captions; rows
-    without one are left out. folder: where the captions' paths start, or where pictures are named by key.
+    without one are left out. folder: where the captions' paths start, or where pictures are named by key, as
+    files or in tars.
     """
     skipped = {}
     rows = list(read_captions(captions, skipped))
-    report_skipped(captions, skipped)
-    if any(row.image for row in rows):
-        root = folder or start_of_paths(captions)
+    named = any(row.image for row in rows)
+    root = folder or (start_of_paths(captions) if named else folder_by_key(captions))
+    tars = sorted(root.glob("*.tar")) if folder or not named else []
+    if named and not tars:
         pictures = [root / row.image if row.image else None for row in rows]
     else:
-        root = folder or folder_by_key(captions)
-        by_key = {key: Path(path) for key, _, path in folder_pictures(root)}
+        keys = list({row.key: None for row in rows})
+        found, _ = first_of_each_row(keyed_pictures(root, tars, skipped), keys)
+        by_key = {keys[row]: picture for row, picture in found.items()}
         pictures = [by_key.get(row.key) for row in rows]
+    report_skipped(captions, skipped)
     pairs = [(picture, row.captions[prompts]) for picture, row in zip(pictures, rows) if picture]
     if not pairs:
         raise InputError(f"{root}: none of the {len(rows)} keys in {captions} has a picture there, such as "

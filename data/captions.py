@@ -4,6 +4,7 @@
     the official Conceptual Captions files: no header, caption<TAB>url (CC3M) or url<TAB>caption (CC12M)
     CSV with such a header, or open_clip's `filepath title`
     JSON (a list of objects) or JSONL (one object a line) with those same fields, or LLaVA's conversations
+    COCO's captions JSON, and DreamLIP's CSV, whose pictures are URLs
     webdataset / img2dataset tars, never unpacked: one, a folder of them, or a range, "cc3m-{0000..0575}.tar"
     a folder of pictures, each with its caption beside it (a.jpg, a.txt), subfolders too; or with all captions
     in one metadata.jsonl or metadata.csv (`file_name text`, Hugging Face's imagefolder)
@@ -31,10 +32,14 @@ from data.files import disk_errors, write
 from flame import InputError, PROMPTS
 
 FIELDS = ("key", "image", *PROMPTS)
-# others' names for these fields, the first that is there counts, and fields that are no captions
-ALIASES = {"__key__": "key", "filepath": "image", "file_name": "image",
-           "title": "raw", "caption": "raw", "txt": "raw", "text": "raw", "blip_caption": "raw"}
-NO_CAPTION = {"key", "__key__", "image", "filepath", "file_name", "url"}
+# others' names for these fields and the picture's URL; the first that is there counts. Of the recaptions by
+# three models that DreamLIP gives, those of ShareGPT4V.
+ALIASES = {"__key__": "key", "filepath": "image", "file_name": "image", "filename": "image",
+           "Image Path": "url", "downloadurl": "url",
+           "title": "raw", "caption": "raw", "txt": "raw", "text": "raw", "blip_caption": "raw",
+           "raw_caption": "raw", "shortSV_captions": "short", "longSV_captions": "long"}
+NO_CAPTION = {"key", "image", "url"}
+NO_CAPTION |= {theirs for theirs, ours in ALIASES.items() if ours in NO_CAPTION}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 HEADER = f"give it a header among `{' '.join(FIELDS)}`, or caption<TAB>url"
 WANTED = "give a TSV, CSV, JSON or JSONL file, webdataset tars, or a folder of pictures with a .txt each"
@@ -50,6 +55,7 @@ class Row(NamedTuple):
     image: str       # the picture's path as the file gives it, or ""
     captions: dict   # prompt set -> the caption that its questions are asked of: its own, else the best one
     number: int      # of the row in its file, from 0
+    url: str         # the picture's, or ""; joined captions may go by it
 
 
 def read_captions(path, skipped=None, joins=None, keep_lines=False):
@@ -65,9 +71,10 @@ def read_captions(path, skipped=None, joins=None, keep_lines=False):
         key = fields.get("key")
         key = f"{number:09d}" if key is None or key == "" else str(key)
         image = str(fields.get("image") or "")
+        url = str(fields.get("url") or "")
         texts = {name: one_line(fields[name], keep_lines) for name in PROMPTS if fields.get(name)}
         for name, captions in (joins or {}).items():
-            text = captions.get(key)
+            text = joined_caption(captions, key, url)
             if text:
                 texts[name] = text
             else:
@@ -82,7 +89,7 @@ def read_captions(path, skipped=None, joins=None, keep_lines=False):
             skip(skipped, "invalid UTF-8", place)
         else:
             count += 1
-            yield Row(key, image, {name: texts.get(name) or best for name in PROMPTS}, number)
+            yield Row(key, image, {name: texts.get(name) or best for name in PROMPTS}, number, url)
     if not count:
         why = [f"{reason}: {n} rows, first {_where(places[0])}" for reason, (n, places) in skipped.items()]
         raise InputError(f"{path}: no row with a caption ({'; '.join(why) or 'the file is empty'}); {HEADER}")
@@ -91,9 +98,9 @@ def read_captions(path, skipped=None, joins=None, keep_lines=False):
 def one_line(text, keep_lines=False):
     """Any value as text, without white space at the ends and with single spaces for any inside.
 
-    keep_lines: as it is, but "" where there is nothing else than white space.
+    Of a list of captions the first. keep_lines: as it is, but "" where there is nothing but white space.
     """
-    text = str(text)
+    text = str(text[0] if isinstance(text, list) and text else text)
     if keep_lines:
         return text if text.strip() else ""
     if text.isprintable() and "  " not in text and text == text.strip():  # most are: not worth taking apart
@@ -195,6 +202,15 @@ def _records(path, skipped):
             skip(skipped, fields, place)
 
 
+def column_taken(path, name):
+    """Which of others' names stands for a prompt set in a source's first row, None where none does."""
+    _, _, fields = next(_records(path, {}), (None, None, {}))
+    for theirs, ours in ALIASES.items():
+        if ours == name and theirs in fields and fields[ours] is fields[theirs]:
+            return theirs
+    return None
+
+
 def _rows(path, skipped):
     """Yields (place, fields) of each row, by the form of the file. In place of the fields of a bad row stands
     a text that says what is wrong, or None if it is only empty.
@@ -291,11 +307,32 @@ def _conversation(fields):
 
 
 def _json_lines(file):
-    for line, text in enumerate(_lines(file), 1):
+    """One object a line. One with a list of annotations is COCO's, and whole in memory: 0.5 GB for COCO."""
+    lines = _lines(file)
+    first = next(lines, "")
+    if first.strip() == "{":  # one object over many lines
+        first += "".join(lines)
+    for line, text in enumerate(chain([first], lines), 1):
         try:
-            yield line, _object(json.loads(text)) if text else None
+            fields = _object(json.loads(text)) if text else None
         except (ValueError, RecursionError):
-            yield line, "not JSON"
+            fields = "not JSON"
+        if isinstance(fields, dict) and isinstance(fields.get("annotations"), list):
+            yield from _coco(fields)
+        else:
+            yield line, fields
+
+
+def _coco(fields):
+    """Yields (place, fields) of each caption of COCO's captions_train2017.json: several a picture."""
+    images = fields.get("images")
+    images = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
+    name_of = {str(image.get("id")): image.get("file_name") for image in images}
+    for number, said in enumerate(map(_object, fields["annotations"]), 1):
+        if isinstance(said, dict):
+            said = {"key": said.get("id"), "image": name_of.get(str(said.get("image_id"))),
+                    "raw": said.get("caption")}
+        yield f"annotation {number}", said
 
 
 def json_entries(file, path, cure="mend it, or write one object a line"):
@@ -403,7 +440,7 @@ def _tars(files, skipped):
 
 
 def _sample_fields(file, members, place, skipped):
-    """A sample's files in a tar -> fields. The raw caption is .txt, else .json's "caption"."""
+    """A sample's files in a tar -> fields: .json's captions and URL by any known name; .txt is raw's."""
     fields = {}
     for _, _, suffix, offset, size in sorted(members):  # so that .txt comes after .json
         if suffix not in ("txt", "json"):
@@ -417,8 +454,8 @@ def _sample_fields(file, members, place, skipped):
                 fields["raw"] = file.read(size).decode("utf-8-sig")
             else:
                 entries = json.loads(file.read(size))
-                fields["raw"] = entries.get("caption")
-                fields |= {name: entries[name] for name in PROMPTS if name in entries}
+                wanted = ("url", *PROMPTS)
+                fields |= {name: text for name, text in entries.items() if ALIASES.get(name, name) in wanted}
         except (ValueError, AttributeError, RecursionError):
             skip(skipped, "not UTF-8 text or not a JSON object", f"{place}.{suffix}")
     return fields
@@ -452,10 +489,10 @@ def _texts(folder, files):
 def read_join(name, path, skipped, index=None, keep_lines=False):
     """-> Joined {key: caption} of one prompt set from a file of its own; the last one of a key counts.
 
-    The caption is the field named as the set, else the first text that is neither key nor picture, such as
-    "minicpm" in the recaptioned releases. index: the database's file, for other processes to `open_join`;
-    without one it is a temporary file. keep_lines: see read_captions. Raises InputError where there is no
-    caption, or the disk is full.
+    Where a row has no key, the picture's URL serves. The caption is the field named as the set; without one,
+    the first text that is neither key nor picture, such as "minicpm" in the recaptioned releases. index: the
+    database's file, for other processes to `open_join`; without one it is a temporary file. keep_lines: see
+    read_captions. Raises InputError where there is no caption, or the disk is full.
     """
     if index is None:
         return Joined(_make_join("", name, path, skipped, keep_lines))
@@ -476,7 +513,7 @@ def check_join(captions, name, file, joined):
     """
     pairs = []
     for row in islice(read_captions(captions), 10 * ALIKE):
-        text = joined.get(row.key)
+        text = joined_caption(joined, row.key, row.url)
         if text:
             pairs.append((_words(row.captions["raw"]), _words(text)))
         if len(pairs) == ALIKE:
@@ -491,6 +528,13 @@ def check_join(captions, name, file, joined):
             f"{file}: its {name} captions share no more words with the captions of the same keys in "
             f"{captions} than with others: keys mean other pictures there. Recaptions go with the tars they "
             "were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
+
+
+def joined_caption(captions, key, url):
+    """What a mapping that `read_join` made has for a row: by its key, else by its picture's URL. None or ""
+    where there is nothing.
+    """
+    return captions.get(key) or url and captions.get(url)
 
 
 def _words(text):
@@ -513,7 +557,7 @@ def _make_join(file, name, path, skipped, keep_lines):
         database.execute("PRAGMA journal_mode = OFF")  # what is left half written is made anew
         database.execute("PRAGMA synchronous = OFF")
         database.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
-        pairs = _joined_rows(name, path, skipped, keep_lines)
+        pairs = joined_rows(name, path, skipped, keep_lines)
         rows = database.executemany("INSERT INTO captions VALUES (?, ?)", pairs)
         database.execute("CREATE INDEX keys ON captions (key)")
         database.commit()
@@ -525,13 +569,13 @@ def _make_join(file, name, path, skipped, keep_lines):
     return database
 
 
-def _joined_rows(name, path, skipped, keep_lines):
-    """Yields (key, caption)."""
+def joined_rows(name, path, skipped, keep_lines=False):
+    """Yields (key or URL, caption)."""
     for _, place, fields in _records(path, skipped):
-        texts = [fields.get(name)]
-        texts += [text for field, text in fields.items() if field not in NO_CAPTION and isinstance(text, str)]
+        texts = [text for field, text in fields.items() if field not in NO_CAPTION and isinstance(text, str)]
+        texts = [fields[name]] if name in fields else texts  # where its own is empty, no other is meant
         text = one_line(next(filter(None, texts), ""), keep_lines)
-        key = fields.get("key")
+        key = fields.get("key", fields.get("url"))
         if key is None or not text or not _is_unicode(str(key), text):
             skip(skipped, "joined row without key or caption", place)
         else:
@@ -545,6 +589,8 @@ class Joined:
         self.database = database
 
     def get(self, key):
+        if not _is_unicode(str(key)):  # nothing that sqlite could be asked for
+            return None
         rows = self.database.execute("SELECT caption FROM captions WHERE key = ? ORDER BY rowid DESC", (key,))
         found = rows.fetchone()
         return found[0] if found else None

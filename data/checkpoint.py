@@ -38,8 +38,10 @@ def identity(store):
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def save(out, step, s, store, model, average, optimizer):
-    """s: the settings. average: whose weights are to be used, the running average or the model itself."""
+def save(out, step, s, store, images, model, average, optimizer):
+    """s: the settings. images: root of the pictures, or None. average: whose weights are to be used, the
+    running average or the model itself.
+    """
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
                          "last checkpoint is kept")
@@ -47,7 +49,8 @@ def save(out, step, s, store, model, average, optimizer):
                 "optimizer": optimizer.state_dict()}
     of_store = {"path": str(store.path), "identity": identity(store), "N": len(store),
                 "columns": store.meta["columns"]}
-    record = {"model": model.config, "llm": store.meta["llm"], "training": s, "step": step, "store": of_store}
+    record = {"model": model.config, "llm": store.meta["llm"], "training": s, "step": step, "store": of_store,
+              "images": images and os.path.abspath(images)}
 
     def write_training(temporary):
         torch.save(training, temporary)

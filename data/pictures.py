@@ -47,7 +47,10 @@ def find_pictures(store, folder=None, index=None):
     if files:
         rows, places = index_tars(store, files, index)
     else:
-        found = named_pictures(store, root) if named else first_of_each_row(folder_pictures(root), store)[0]
+        if named:
+            found = named_pictures(store, root)
+        else:
+            found, _ = first_of_each_row(folder_pictures(root), store.keys)
         rows = np.array(sorted(found), np.int64)
         files = [found[row] for row in rows.tolist()]
         places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
@@ -113,7 +116,7 @@ def folder_pictures(root):
 
 def tar_pictures(tars, skipped):
     """Yields (key, suffix, place) of the pictures in tars."""
-    for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars")):
+    for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars", disable=not tars)):
         for _, key, suffix, offset, size in tar_files(path, skipped):
             if not f".{suffix}".endswith(PICTURES):
                 continue
@@ -123,9 +126,9 @@ def tar_pictures(tars, skipped):
                 yield key, suffix, (number, offset, size)
 
 
-def first_of_each_row(pictures, store):
+def first_of_each_row(pictures, keys):
     """-> {row: place}, pictures left out. Of a row's, "a.jpg" goes before "a.mask.jpg", then the first."""
-    row_of = {key: row for row, key in enumerate(store.keys)}
+    row_of = {key: row for row, key in enumerate(keys)}
     plain = {}
     other = {}
     seen = 0
@@ -150,7 +153,7 @@ def index_tars(store, tars, index):
     except Exception:  # damaged in one of many ways, or no index is wanted: made anew
         pass
     skipped = {}
-    found, strangers = first_of_each_row(tar_pictures(tars, skipped), store)
+    found, strangers = first_of_each_row(tar_pictures(tars, skipped), store.keys)
     report_tars(os.path.dirname(tars[0]), len(tars), skipped, strangers, store)
     rows = sorted(found, key=found.get)
     places = np.array([found[row] for row in rows], np.int64).reshape(-1, 3)

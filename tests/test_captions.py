@@ -1,4 +1,5 @@
 """data/captions.py: hostile tars, what is no regular file, JSON lists, captions joined from another file."""
+import csv
 import gzip
 import io
 import json
@@ -19,6 +20,7 @@ import flame
 import train
 from data import captions
 from data.captions import open_join, read_captions, read_join, tar_files
+from data.leaks import count_leaks
 
 
 @contextmanager
@@ -242,10 +244,11 @@ def test_a_joined_file_is_a_mapping_on_disk(tmp_path, index):
     assert skipped == {"joined row without key or caption": [2, [4, 6]]}
 
 
-def test_memory_does_not_grow_with_a_joined_file(tmp_path):
+@pytest.mark.parametrize("key", ["key", "Image Path"])
+def test_memory_does_not_grow_with_a_joined_file(tmp_path, key):
     with gzip.open(tmp_path / "long.jsonl.gz", "wt", compresslevel=1) as file:
         for n in range(20_000):
-            file.write(json.dumps({"key": f"{n:09d}", "long": f"{n} " + "x" * 1000}) + "\n")
+            file.write(json.dumps({key: f"{n:09d}", "long": f"{n} " + "x" * 1000}) + "\n")
     tracemalloc.start()
     try:
         joined = read_join("long", tmp_path / "long.jsonl.gz", {})
@@ -323,6 +326,11 @@ LAYOUTS = {  # name of a file: (what is in it, the rows (key, image, caption) th
     "metadata.csv": ("file_name,text\na.jpg,a fox\n", [("000000000", "a.jpg", "a fox")]),
     "excel.csv": ('image;raw\na.jpg;"a fox; asleep"\n', [("000000000", "a.jpg", "a fox; asleep")]),
     "blip.jsonl": ('{"image": "a.jpg", "blip_caption": "a fox"}', [("000000000", "a.jpg", "a fox")]),
+    "lists.jsonl": ('{"image": "a.jpg", "caption": ["a fox", "asleep"]}', [("000000000", "a.jpg", "a fox")]),
+    "yfcc15m_clean_open_data.json": (  # DeCLIP's: an object a line, whatever the name says
+        '{"filename": "2b/a.jpg", "caption": "a fox", "url": "http://x/1.jpg"}\n'
+        '{"filename": "2b/b.jpg", "caption": "a bee", "url": "http://x/2.jpg"}\n',
+        [("000000000", "2b/a.jpg", "a fox"), ("000000001", "2b/b.jpg", "a bee")]),
     "two.csv": ("title,caption\none,two\n", [("000000000", "", "one")]),
     "llava.json": (
         '[{"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "What is it?"}, '
@@ -380,6 +388,254 @@ def test_a_folder_is_embedded_trained_on_and_scored_by_its_name(tmp_path, tiny_l
     assert evaluate.main(["--captions", "photos", "--device", "cpu"]) == 0  # and finds the LLM again
     result = json.loads((tmp_path / "results" / "photos.json").read_text())
     assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (8, 8, 0)
+
+
+DREAMLIP = ("Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions",
+            "longSV_captions", "shortLLA_captions", "longLLA_captions")
+
+
+def dreamlip(path, numbers):
+    """Its CSV: a row is about http://x/<number>.jpg, and each caption says its column and number."""
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(DREAMLIP)
+        for n in numbers:
+            rows.writerow([f"http://x/{n}.jpg", *(f"{column}, \n\"{n}\"" for column in DREAMLIP[1:])])
+    return path
+
+
+def test_dreamlips_columns_are_those_of_one_model(tmp_path):
+    path = dreamlip(tmp_path / "cc3m_3long_3short_1raw_captions_url.csv", range(2))
+    first, second = read_captions(path)
+    columns = {"raw": "raw_caption", "short": "shortSV_captions", "long": "longSV_captions"}
+    assert first.captions == {name: f'{column}, "0"' for name, column in columns.items()}
+    assert (second.key, second.image, second.url) == ("000000001", "", "http://x/1.jpg")
+    assert {name: captions.column_taken(path, name) for name in flame.PROMPTS} == columns
+    lines = path.read_text().replace("longLLA_captions", "long", 1)  # another's, where the header says so
+    path.write_text(lines)
+    assert next(read_captions(path)).captions["long"] == 'longLLA_captions, "0"'
+    assert captions.column_taken(path, "long") is None
+
+
+def test_dreamlip_meets_tars_by_the_pictures_url(tmp_path, tiny_llm, monkeypatch, capsys):
+    """The keys of the tars are in another order than its rows; one picture of either is not in the other."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cc3m").mkdir()
+    for shard in range(2):
+        names = {f"{shard}{n}": 9 - 3 * shard - n for n in range(3)}  # 9, 8, ... 4
+        about = {key: json.dumps({"caption": "?", "url": f"http://x/{n}.jpg", "status": "success"}).encode()
+                 for key, n in names.items()}
+        members = [(f"{key}.json", text) for key, text in about.items()]
+        members += [(f"{key}.txt", f"photo {n}".encode()) for key, n in names.items()]
+        tar(tmp_path / f"cc3m/{shard}.tar", *(member(name, text) for name, text in sorted(members)))
+    file = dreamlip(tmp_path / "dreamlip.csv", range(9))
+    joins = {name: read_join(name, file, {}) for name in ("short", "long")}
+    rows = {row.url[9]: row.captions for row in read_captions("cc3m", joins=joins)}
+    assert set(rows) == set("987654") and rows["9"] == dict.fromkeys(flame.PROMPTS, "photo 9")
+    for n in "45678":
+        assert rows[n] == {"raw": f"photo {n}", "short": f'shortSV_captions, "{n}"',
+                           "long": f'longSV_captions, "{n}"'}
+    command = ["embed.py", "--captions", "cc3m/{0..1}.tar", "--join", "long=dreamlip.csv", "--out", "s"]
+    monkeypatch.setattr(sys, "argv", [*command, "--llm", str(tiny_llm), "--device", "cpu"])
+    assert not embed.main()
+    said = capsys.readouterr()
+    assert "long captions: longSV_captions of dreamlip.csv\n" in said.out and "raw_caption" not in said.out
+    assert "skipped 1 row: key without a long caption in the joined file" in said.err
+    assert "dreamlip.csv: 4 keys are not in " in said.err
+    dreamlip(file, range(20, 29))
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "cpu", "--out", "other"])
+    with pytest.raises(SystemExit):
+        embed.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "dreamlip.csv: none of its keys or URLs is in " in error and not (tmp_path / "other").exists()
+
+
+def test_a_tar_whose_json_has_recaptions_does_not_take_raw_for_them(tmp_path):
+    """As img2dataset writes them where it fetches by DreamLIP's file; YFCC's tars name the URL otherwise."""
+    about = {column: f"{column}." for column in DREAMLIP[1:]} | {"downloadurl": "http://x/1.jpg"}
+    tar(tmp_path / "0.tar", member("a.json", json.dumps(about).encode()), member("a.txt", b"as .txt has it"))
+    row = next(read_captions(tmp_path / "0.tar"))
+    assert (row.key, row.url) == ("a", "http://x/1.jpg")
+    assert row.captions == {"raw": "as .txt has it", "short": "shortSV_captions.", "long": "longSV_captions."}
+    samples = pytest.importorskip("webdataset").WebDataset(str(tmp_path / "0.tar"), shardshuffle=False)
+    theirs, = samples.decode()
+    assert (theirs["__key__"], theirs["txt"]) == (row.key, row.captions["raw"])
+    assert theirs["json"]["longSV_captions"] == row.captions["long"]
+
+
+def test_a_joined_row_without_its_own_caption_takes_no_other_sets(tmp_path):
+    dreamlip(tmp_path / "a.csv", range(3))
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text(text.replace('longSV_captions, \n""1""', " "))
+    skipped = {}
+    joined = read_join("long", tmp_path / "a.csv", skipped)
+    assert len(joined) == 2 and joined.get("http://x/1.jpg") is None
+    assert skipped["joined row without key or caption"][0] == 1
+
+
+def coco(indent=None):
+    """captions_val2017.json: two captions each of two pictures, and one of a picture that is not named."""
+    images = [{"license": 3, "file_name": f"{n:012d}.jpg", "height": 9, "width": 9, "id": n} for n in (7, 8)]
+    said = [(7, "a bus"), (8, "a dog"), (7, "a red bus"), (9, "lost"), (8, "a wet dog")]
+    said = [{"image_id": n, "id": 100 + at, "caption": text} for at, (n, text) in enumerate(said)]
+    return json.dumps({"info": {}, "licenses": [], "images": images, "annotations": said}, indent=indent)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_cocos_captions_are_a_row_each(tmp_path, indent):
+    (tmp_path / "captions_val2017.json").write_text(coco(indent))
+    bus, dog = "000000000007.jpg", "000000000008.jpg"
+    assert rows_of(tmp_path / "captions_val2017.json") == [
+        ("100", bus, "a bus"), ("101", dog, "a dog"), ("102", bus, "a red bus"), ("103", "", "lost"),
+        ("104", dog, "a wet dog")]
+    theirs = pytest.importorskip("pycocotools.coco").COCO(tmp_path / "captions_val2017.json")
+    for key, image, text in rows_of(tmp_path / "captions_val2017.json"):
+        annotation = theirs.anns[int(key)]
+        assert annotation["caption"] == text
+        assert theirs.imgs.get(annotation["image_id"], {"file_name": ""})["file_name"] == image
+
+
+@pytest.mark.parametrize("images, said", [
+    (7, [{"id": 1, "image_id": [2], "caption": "a"}]), ([7, {"id": {}}], [None, "x", {"caption": "a"}]),
+    ([], [{"id": 1}, {"id": 2, "image_id": 3, "caption": "a"}])])
+def test_a_damaged_coco_file_gives_what_it_can(tmp_path, images, said):
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": said}))
+    assert [text for _, _, text in rows_of(tmp_path / "a.json")] == ["a"]
+
+
+def test_rows_that_repeat_captions_or_pictures_are_counted_once_at_the_end(tmp_path, tiny_llm, monkeypatch,
+                                                                            capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.json").write_text(coco())
+    rows = ["a.jpg\tA", "b.jpg\tA", "c.jpg\tB", "c.jpg\tA", "\tC", "\tD"]
+    (tmp_path / "some.tsv").write_text("image\traw\n" + "\n".join(rows))
+    for name in ("captions.json", "some.tsv"):
+        command = f"embed.py --captions {name} --llm {tiny_llm} --device cpu --prompts raw"
+        monkeypatch.setattr(sys, "argv", command.split())
+        assert not embed.main()
+    told = capsys.readouterr().err
+    assert told.count("captions.json: 2 of 5 rows name the picture of an earlier row") == 1
+    assert "captions.json: 2 of 5 rows have the very" not in told
+    assert "some.tsv: 2 of 6 rows have the very captions of an earlier row" in told
+    assert "some.tsv: 1 of 6 rows name the picture of an earlier row" in told
+
+
+# --- what is scored and was seen before
+
+@pytest.fixture
+def trained(tmp_path, tiny_llm, monkeypatch):
+    """A run on eight pictures in photos/, 0.png to 7.png, called "a picture of <n> things"; runs commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLAME_LLM", raising=False)
+    (tmp_path / "photos").mkdir()
+    for n in range(8):
+        Image.new("RGB", (32, 32), (n * 30, 0, 0)).save(tmp_path / "photos" / f"{n}.png")
+    rows = "".join(f"{n}\ta picture of {n} things\n" for n in range(8))
+    (tmp_path / "train.tsv").write_text(f"key\traw\n{rows}")
+
+    def train_on(images, *more):
+        command = f"embed.py --captions train.tsv --llm {tiny_llm} --device cpu --prompts raw --out s"
+        monkeypatch.setattr(sys, "argv", [*command.split(), *more])
+        assert not embed.main()
+        small = f"--embeddings s --images {images} --name t --preset demo --width 12 --layers 1 --heads 3"
+        assert train.main(f"{small} --batch 4 --steps 1 --workers 0 --device cpu".split()) == 0
+
+    def score(rows):
+        (tmp_path / "mine.tsv").write_text("image\traw\n" + "".join(f"{row}\n" for row in rows))
+        assert evaluate.main("--captions mine.tsv --prompts raw --device cpu".split()) == 0
+        return json.loads((tmp_path / "results/mine.json").read_text())
+
+    return tmp_path, train_on, score
+
+
+MINE = ["copy.png\tnew words", "photos/4.png\ta picture of 4 things", "other.png\tnew words",
+        "again.png\ta picture of 5 things", "gone.png\tnever seen"]
+
+
+def leaks(result):
+    kinds = ("leaked_images", "leaked_texts", "identical_images", "identical_texts")
+    return [result.get(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("images", ["photos", "tars"])
+def test_what_was_trained_on_or_is_scored_twice_is_counted_and_said(trained, images, capsys):
+    """copy.png and again.png are photos/3.png; other.png is 7.png but for a byte, gone.png no file."""
+    folder, train_on, score = trained
+    data = {f"{n}.png": (folder / "photos" / f"{n}.png").read_bytes() for n in range(8)}
+    (folder / "tars").mkdir()
+    tar(folder / "tars/0.tar", *(member(name, content) for name, content in data.items()))
+    train_on(images)
+    for name in ("copy.png", "again.png"):
+        (folder / name).write_bytes(data["3.png"])
+    (folder / "other.png").write_bytes(data["7.png"][:-1] + b"?")
+    capsys.readouterr()
+    assert leaks(score(MINE)) == [3, 2, 1, 1]
+    told = ("3 of 5 pictures were trained on; 2 of 5 texts were trained on; "
+            "1 of 5 pictures are the same as an earlier one; 1 of 5 texts are the same as an earlier one")
+    assert told in capsys.readouterr().err.splitlines()
+    assert leaks(score(["other.png\tnew", "photos/../other.png\tanother"])) == [0, 0, 1, 0]
+
+
+def test_ones_own_pictures_may_lie_in_tars(trained, capsys):
+    """By key, by a.jpg before a.mask.jpg, in captions' own tars too; all score and leak as the files do."""
+    folder, train_on, score = trained
+    train_on("photos")
+    files = score([f"photos/{n}.png\ta picture of {n} things" for n in range(8)])
+    members = []
+    for n in range(8):
+        picture = (folder / "photos" / f"{n}.png").read_bytes()
+        members += [member(f"{n}.depth.png", b"no picture"), member(f"{n}.png", picture),
+                    member(f"{n}.txt", f"a picture of {n} things".encode())]
+    (folder / "tars").mkdir()
+    tar(folder / "tars/0.tar", *members[:12])
+    tar(folder / "tars/1.tar", *members[12:])
+    (folder / "tars/2.tar").write_bytes(b"no tar")
+    alike = ("n_images", "n_texts", "skipped_images", "text_to_image", "image_to_text", "leaked_images")
+    for captions_of in ("tars", "train.tsv"):
+        capsys.readouterr()
+        command = f"--captions {captions_of} --images tars --prompts raw --device cpu --report"
+        assert evaluate.main(command.split()) == 0
+        result = json.loads((folder / "results" / f"{captions_of.split('.')[0]}.json").read_text())
+        assert [result[name] for name in alike] == [files[name] for name in alike]
+        assert result["leaked_images"] == 8 and "2.tar" in capsys.readouterr().err
+
+
+def test_joined_captions_were_trained_on_too(trained):
+    folder, train_on, score = trained
+    joined_file(folder / "raw.json", [(str(n), f"joined {n}") for n in range(8)])
+    train_on("photos", "--join", "raw=raw.json")
+    result = score(["photos/1.png\tjoined 1", "photos/2.png\ta picture of 2 things", "photos/3.png\tnew"])
+    assert leaks(result)[:2] == [3, 2]
+
+
+def test_what_cannot_be_compared_is_said_and_not_counted_as_none(trained, capsys):
+    folder, train_on, score = trained
+    train_on("photos")
+    with open(folder / "train.tsv", "a") as file:
+        file.write("9\tanother\n")
+    mine = ["photos/4.png\ta picture of 4 things", "photos/5.png\tnew"]
+    assert leaks(score(mine)) == [2, None, 0, 0]
+    os.rename("s", "moved")
+    assert leaks(score(mine)) == [None, None, 0, 0]
+    told = capsys.readouterr().err
+    assert "how many texts were trained on is not known: " in told and "not the captions any more" in told
+    assert "how many pictures were trained on is not known: s" in told
+
+
+@pytest.mark.parametrize("config", [
+    "[]", "{", '{"store": 7}', '{"store": {"path": "gone"}}', '{"store": {"path": "s"}, "images": 7}'])
+@pytest.mark.parametrize("meta", ["[]", '{"captions": {"path": "pipe", "sha256": "", "joins": []}}',
+                                  '{"captions": {"path": "pipe", "sha256": ""}}'])
+def test_a_damaged_record_of_training_is_named_and_not_counted(tmp_path, monkeypatch, capsys, config, meta):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/meta.json").write_text(meta)
+    (tmp_path / "config.json").write_text(config)
+    with within(5):
+        counts = count_leaks([tmp_path / "pipe", tmp_path / "a.png"], ["a", "a"], tmp_path)
+    assert counts == {"identical_images": 0, "identical_texts": 1}
+    assert capsys.readouterr().err.count(" is not known: ") == 2
 
 
 @pytest.mark.parametrize("name, text, cure", [
