@@ -4,6 +4,7 @@
     python evaluate.py --bench urban1k                    # data/urban1k, by the newest checkpoint
     python evaluate.py --bench demo --facets --report     # and what each facet is worth; a page to look at
     python evaluate.py --captions mine.tsv                # your own pictures, captions -> results/mine.json
+    python evaluate.py --report results                   # all that lies there -> results/report.html
     python evaluate.py --search "a red kite" --images DIR # any folder, any text -> results/search.png
     python evaluate.py --words picture.jpg                # what each patch says, in the LLM's own words
 
