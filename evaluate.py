@@ -5,6 +5,7 @@
     python evaluate.py --bench long                       # urban1k sharegpt4v dci docci, and their average
     python evaluate.py --bench demo --facets --report     # and what each facet is worth; a page to look at
     python evaluate.py --captions mine.tsv                # your own pictures, captions -> results/mine.json
+    python evaluate.py --report results                   # all that lies there -> results/report.html
     python evaluate.py --search "a red kite" --images DIR # any folder, any text -> results/search.png
     python evaluate.py --words picture.jpg                # what each patch says, in the LLM's own words
 
@@ -38,7 +39,7 @@ import flame
 from data import benchmarks, cache, files, leaks, peer, released
 from data.checkpoint import newest_checkpoint
 from data.command import Parser, number, run, usable_device
-from data.show import report, search, words
+from data.show import report, runs, search, words
 from flame import InputError
 
 SEED = 0                        # of the bootstrap and of the linear probe
@@ -124,11 +125,22 @@ def sampled(hits, groups, size, resamples=RESAMPLES):
 
 
 def figures(names, samples):
-    """What sampled() gives -> {name: percent}, and "ci95": {name: [low, high]} where there are resamples."""
+    """What sampled() gives -> {name: percent}; where there are resamples, "ci95": {name: [low, high]}, and
+    "samples": {name: column}, what another run of the same groups is compared by."""
     result = dict(zip(names, samples[0].tolist()))
     if len(samples) > 1:
         result["ci95"] = dict(zip(names, bounds(samples[1:])))
+        result["samples"] = dict(zip(names, samples.T))
     return result
+
+
+def difference(samples, other):
+    """Columns of two runs' samples of the same groups -> [difference of the means, low, high].
+
+    Paired, as both met the same draws: what is hard for both drops out, and the interval is narrower.
+    """
+    apart = (samples - other)[:, None]
+    return [float(apart[0, 0]), *bounds(apart[1:])[0]]
 
 
 def sampled_both_ways(text, image, image_of_text, resamples=RESAMPLES):
@@ -144,11 +156,13 @@ def sampled_both_ways(text, image, image_of_text, resamples=RESAMPLES):
 
 
 def recalls(samples):
-    """{direction: samples} -> {direction: {"R@1", "R@5", "R@10"}}, "ci95" alike where there are resamples."""
+    """{direction: samples} -> {direction: {"R@1", "R@5", "R@10"}}, "ci95" and "samples" alike"""
     names = [f"R@{k}" for k in RECALL_AT]
     result = {way: figures(names, own) for way, own in samples.items()}
-    low_high = {way: own.pop("ci95") for way, own in result.items() if "ci95" in own}
-    return {**result, "ci95": low_high} if low_high else result
+    for key in ("ci95", "samples"):
+        own = {way: result[way].pop(key) for way in samples if key in result[way]}
+        result |= {key: own} if own else {}
+    return result
 
 
 def retrieval(text, image, image_of_text, ci95=False):
@@ -157,8 +171,8 @@ def retrieval(text, image, image_of_text, ci95=False):
     text [N, D], image [M, D], image_of_text int [N]: one image a text, several texts an image; a text is the
     mean over facets of unit vectors, an image a unit vector. Image to text, the best-ranked of an image's own
     texts counts; an image without a text is in the gallery, but no query. ci95=True adds the intervals, over
-    images, under that key. Raises flame.InputError if a value is NaN or infinite, ValueError if shapes or
-    indices do not fit.
+    images, under that key, and the "samples" that they are of. Raises flame.InputError if a value is NaN or
+    infinite, ValueError if shapes or indices do not fit.
     """
     return recalls(sampled_both_ways(text, image, image_of_text, RESAMPLES if ci95 else 0))
 
@@ -219,6 +233,7 @@ def ablation(facets, image, owner, pool, first=1, last=None, numbers=None):
     rows = []
     for kind, subset in tqdm(subsets, "facets", unit=" subsets", mininterval=1):
         scores = retrieval(pooled(facets[:, subset], pool), image, owner, ci95=True)
+        del scores["samples"]
         rows.append({"kind": kind, "facets": [numbers[k] for k in subset], **scores})
     return rows
 
@@ -699,7 +714,8 @@ def command_line():
     add("--probe", action="store_true", help="linear probe in place of zero-shot")
     add("--facets", nargs="?", const="1..K", type=sizes, metavar="1..K",
         help="what each facet is worth (retrieval only)")
-    add("--report", action="store_true", help="also write <out>/<bench>.html")
+    add("--report", nargs="?", const=True, type=Path, metavar="DIR",
+        help="also a page to look at; alone: of all results in DIR")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: cuda if there is one")
     return parser
@@ -714,7 +730,13 @@ def settings(argv):
     parser = command_line()
     args = parser.parse_args(argv)
     searching = args.search is not None
-    if sum(map(bool, (args.bench, args.captions, searching, args.words))) != 1:
+    asked = sum(map(bool, (args.bench, args.captions, searching, args.words)))
+    args.folder = None if asked else args.out if args.report is True else args.report
+    if args.folder:
+        return args
+    if args.report not in (None, True):
+        parser.error("--report DIR is the page of what was scored before; leave DIR or the other flag out")
+    if asked != 1:
         parser.error("give --bench NAME, or --captions FILE, or --search TEXT, or --words IMAGE")
     if searching != bool(args.images) and not args.captions or "" in map(str.strip, args.search or []):
         parser.error("--search TEXT and --images DIR go together")
@@ -836,6 +858,8 @@ def main(argv=None):
 
     def body():
         args = settings(argv)
+        if args.folder:
+            return print(f"-> {runs.write_page(args.folder, difference)}")
         every = one_by_one(args, argv)
         flame.keep_freed_memory()
         # First: a wrong folder is found in a moment.
@@ -890,11 +914,15 @@ def evaluate(args, towers, checkpoint, data, train):
         result["facets"] = ablation(facets, shown.image, shown.text_ids, towers.pool, *args.facets, numbers)
         print("\n".join(report.facet_table(result["facets"])))
     path = result_path(args)
-    files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
     ranks = shown and first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
+    earlier = runs.read_runs(one for one in args.out.glob("*.json") if one.name.startswith(args.bench))
+    runs.keep(f"{path}.npz", result, data, shown, ranks)
+    files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
+    for line in runs.difference_table(Path(f"{path}.json"), earlier, difference):
+        print(line)
     by_name = functools.partial(facets_by_name, towers) if args.report else None
     drawn = report.write(path, result, shown, ranks, by_name)
-    print("-> " + ", ".join([f"{path}.json", *drawn]))
+    print("-> " + ", ".join([f"{path}.json", f"{path}.npz", *drawn]))
     return result
 
 

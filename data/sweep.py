@@ -25,11 +25,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 import flame
 from data import command, files
-from data.show import plots
+from data.show import plots, runs
 from flame import InputError
 from train import SETTINGS, newest_store
 
 OF_EMBED = ("layer", "llm", "mask", "prompts-file")
+SHOWN = ("text_to_image", "image_to_text", "top1", "accuracy")  # of a result's figures
 
 
 def stage(script, *arguments):
@@ -90,34 +91,25 @@ def scored(args, value, seed):
         asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root)
         stage("evaluate.py", *asked, *flags(split=args.split, checkpoint=weights.parent, out=args.out))
         bench = args.bench or args.captions.name.split(".")[0]
-        (args.out / f"{bench}.json").replace(path)
-    return flame.read_json(path)
-
-
-def figures(result):
-    """-> {what: (percent, [low, high])}, a figure or two of each part of a result."""
-    found = {}
-    for name, part in (result.get("parts") or {result["bench"]: result}).items():
-        interval = part["ci95"]
-        for direction, words in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-            if direction in part:
-                found[f"{name}, {words} R@1"] = (part[direction]["R@1"], interval[direction]["R@1"])
-        for key in ("top1", "accuracy"):
-            if key in part:
-                found[f"{name} {key}"] = (part[key], interval[key])
-    return found
+        for ending in (".npz", ".json"):
+            (args.out / bench).with_suffix(ending).replace(path.with_suffix(ending))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def summary(value, results):
-    """Of all seeds of a value -> a row: means, the mean of their intervals, the seeds' deviation."""
-    every = [figures(result) for result in results]
-    row = {"name": value, "seeds": len(results), "figures": {}}
-    for what in every[0]:
-        values = [found[what][0] for found in every]
-        interval = np.mean([found[what][1] for found in every], axis=0).round(2).tolist()
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        row["figures"][what] = {"mean": float(np.mean(values)), "ci95": interval, "deviation": deviation}
-    return row
+    """Of all seeds of a value -> a row: means, the means of their intervals, the seeds' deviations."""
+    def over_seeds(do, of=None):
+        every = [runs.compared(result, of) for result in results]
+        shown = [what for what in every[0] if what.endswith(SHOWN)]
+        return {what: do([found[what] for found in every]) for what in shown}
+
+    return {
+        "name": value,
+        "seeds": len(results),
+        "figures": over_seeds(lambda values: float(np.mean(values))),
+        "ci95": over_seeds(lambda values: np.mean(values, axis=0).tolist(), "ci95"),
+        "deviation": over_seeds(lambda values: float(np.std(values, ddof=len(values) > 1))),
+    }
 
 
 def table(rows):
@@ -126,10 +118,10 @@ def table(rows):
     for what in rows[0]["figures"]:
         cells = []
         for row in rows:
-            figure = row["figures"][what]
-            spread = f" ±{figure['deviation']:.1f}" if row["seeds"] > 1 else ""
-            cells.append("{:5.1f} [{:.1f}, {:.1f}]{}".format(figure["mean"], *figure["ci95"], spread))
-        lines.append(f"{what:36}" + "".join(f"{cell:28}" for cell in cells))
+            low, high = row["ci95"][what]
+            spread = f" ±{row['deviation'][what]:.1f}" if row["seeds"] > 1 else ""
+            cells.append(f"{row['figures'][what]:5.1f} [{low:.1f}, {high:.1f}]{spread}")
+        lines.append(f"{runs.named(what):36}" + "".join(f"{cell:28}" for cell in cells))
     return lines
 
 

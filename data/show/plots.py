@@ -118,13 +118,14 @@ def draw_sweep(path, result):
     style = "o-" if all(name.replace(".", "").isdigit() for name in names) else "o"
     count = len(rows[0]["figures"])
     for n, what in enumerate(rows[0]["figures"]):
-        means = np.array([row["figures"][what]["mean"] for row in rows])
-        low_high = np.array([row["figures"][what]["ci95"] for row in rows]).T
+        means = np.array([row["figures"][what] for row in rows])
+        low_high = np.array([row["ci95"][what] for row in rows]).T
         places = np.arange(len(rows)) + 0.3 * (n - (count - 1) / 2) / count  # side by side
-        axes.errorbar(places, means, yerr=np.abs(low_high - means), fmt=style, elinewidth=1, label=what)
+        label = what.replace("/", " ").replace("_", " ").strip()
+        axes.errorbar(places, means, yerr=np.abs(low_high - means), fmt=style, elinewidth=1, label=label)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel(result["vary"])
-    axes.set_ylabel("percent")
+    axes.set_ylabel("R@1 or top-1, percent")
     axes.set_ylim(0, None)
     axes.grid(axis="y", color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)

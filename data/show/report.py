@@ -258,11 +258,16 @@ def data_url(save, kind, **settings):
 
 
 def page(result, queries, pictures, plot=None):
-    """report.html filled in: all is in the one file. queries: what found_for returns; plot: of the facets."""
+    """The page of one result. queries: what found_for returns; plot: of the facets."""
     used = {tile["picture"] for row in queries for tile in [*row["found"], row["right"]] if tile}
     small = {i: data_url(thumbnail(pictures[i], 160).save, "jpeg", quality=85) for i in sorted(used)}
-    blob = json.dumps({"result": result, "queries": queries, "facets": facet_names(), "pictures": small,
-                       "plot": plot and data_url(plot.savefig, "png")})
+    return filled({"result": result, "queries": queries, "facets": facet_names(), "pictures": small,
+                   "plot": plot and data_url(plot.savefig, "png")})
+
+
+def filled(data):
+    """report.html with its data: all is in the one file."""
+    blob = json.dumps(data)
     for mark in "<>&\u2028\u2029":      # nothing in the data can end the script element or begin a comment
         blob = blob.replace(mark, f"\\u{ord(mark):04x}")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
