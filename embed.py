@@ -164,12 +164,11 @@ def run_windows(out, settings, encoder, rows, wanted, todo, statistics):
     with ThreadPoolExecutor(1) as thread, tqdm(
             total=todo * len(columns), desc="embedding", unit=" embeddings", smoothing=0.05,
             disable=RANK > 0) as bar:
-        rows_under_way = one_behind(work, encoder, dtype)
         block = None
-        clock = time.time()
-        for w, height, prompts, takers, units, last in rows_under_way:
-            units = units()
-            busy += time.time() - clock
+        for w, height, prompts, takers, units, last in one_behind(work, encoder, dtype):
+            clock = time.time()
+            units, seconds = units()
+            busy += time.time() - clock + seconds
             if block is None:
                 block = torch.empty(height, len(columns), encoder.dim, dtype=dtype)
             at = columns.index(f"{prompts}.0")
@@ -181,7 +180,6 @@ def run_windows(out, settings, encoder, rows, wanted, todo, statistics):
                     writing.result()  # no more than two windows in memory
                 writing = thread.submit(store.write_window, out, settings, RANK, w, block.numpy(), statistics)
                 block = None
-            clock = time.time()
         if writing:
             writing.result()
     return busy
@@ -202,19 +200,23 @@ def one_behind(work, encoder, dtype):
 
 
 def start(encoder, forest, n, dtype):
-    """Hands a packed row to the device. -> wait(), which gives its n captions' unit vectors [n, K, D]."""
+    """Hands a packed row to the device. -> wait(), which gives its n captions' unit vectors [n, K, D] and the
+    seconds that handing it over took: on CPU all that there is to do."""
+    clock = time.time()
     states = flame.decode(encoder.decoder, forest).view(n, -1, encoder.dim)
     units = normalize(states, dim=-1).to(dtype)
-    if units.device.type == "cpu":
-        return lambda: units
-    here = torch.empty(units.shape, dtype=dtype, pin_memory=True)
-    here.copy_(units, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    copied = None
+    if units.is_cuda:
+        on_device, units = units, torch.empty(units.shape, dtype=dtype, pin_memory=True)
+        units.copy_(on_device, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+    seconds = time.time() - clock
 
     def wait():
-        copied.synchronize()
-        return here
+        if copied:
+            copied.synchronize()
+        return units, seconds
     return wait
 
 
