@@ -237,42 +237,60 @@ for i in (0, 1, 3999):
 
 # ---- Element-wise parts -----------------------------------------------------------------------------------
 
+def assert_close(got, want, size=None):
+    """Up to half a last place of bfloat16, and what rough steps add before rounding. size: of the terms."""
+    tolerance = 1e-5 if got.dtype == torch.float32 else 2 ** -8 + 2 ** -12
+    size = want.abs() if size is None else size
+    assert ((got.double() - want).abs() <= tolerance * size + 1e-5).all()
+
+
+def check_rope(rope, dtype, T, heads, dim, gap=0):
+    """The pair (i, i + d/2) is turned like a complex number; the last head and what lies between stay."""
+    qkv, before = (torch.randn(T, heads * dim + gap).to(dtype) for _ in range(2))
+    before.copy_(qkv)
+    angle = torch.rand(T, dim // 2) * 6
+    rope(qkv[:, :heads * dim].unflatten(1, (heads, dim)), angle.cos(), angle.sin(), heads - 1)
+    rest = (heads - 1) * dim
+    pairs = before[:, :rest].double().view(T, heads - 1, 2, dim // 2)
+    turn = torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
+    turned = torch.complex(pairs[:, :, 0], pairs[:, :, 1]) * turn
+    want = torch.stack([turned.real, turned.imag], 2)
+    assert_close(qkv[:, :rest].view(want.shape), want, turned.abs()[:, :, None])
+    assert torch.equal(qkv[:, rest:], before[:, rest:])
+
+
+def check_rmsnorm(rmsnorm, dtype, T, width):
+    x, weight, delta = torch.randn(T, width), torch.rand(width), torch.randn(T, width).to(dtype)
+    for update in (None, delta):
+        stream, out = x.clone(), torch.empty(T, width, dtype=dtype)
+        rmsnorm(stream, weight, out, 1e-5, update)
+        y = x if update is None else x + delta.float()
+        assert torch.equal(stream, y)
+        assert_close(out, torch.nn.functional.rms_norm(y.double(), (width,), weight.double(), 1e-5))
+
+
+def check_swiglu(swiglu, dtype, T, width):
+    gate_up, out = (torch.randn(T, 2 * width) * 20).to(dtype), torch.empty(T, width, dtype=dtype)
+    gate_up[0, 0] = -200  # e^200 is no float32
+    swiglu(gate_up, out)
+    gate, up = gate_up.double().chunk(2, -1)
+    assert_close(out, torch.nn.functional.silu(gate) * up)
+
+
+ROPE = [(70, 5, 64), (3, 2, 6), (9, 3, 32, 8), (9, 3, 32, 3), (1, 4, 128)]  # T, heads, dim, gap between rows
+ROWS = [(70, 576), (1, 7), (3, 2056), (5, 1001)]                          # T, width
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("simd", SIMD)
 def test_rope_rmsnorm_swiglu(simd, dtype):
     flame_ext.simd(simd)
     torch.manual_seed(0)
-    # Of bfloat16 half a last place, and what rough steps add before rounding.
-    tolerance = 1e-5 if dtype == torch.float32 else 2 ** -8 + 2 ** -12
-
-    def close(got, want):
-        assert got.dtype in DTYPES and ((got.double() - want).abs() <= tolerance * want.abs() + 1e-5).all()
-
-    for T, heads, dim in ((70, 5, 64), (3, 2, 6)):
-        qkv = torch.randn(T, heads, dim).to(dtype)
-        before = qkv.clone()
-        angle = torch.rand(T, dim // 2) * 6
-        flame_ext.rope(qkv, angle.cos(), angle.sin(), heads - 1)
-        # The pair (i, i + d/2) as a complex number.
-        turn = torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
-        turned = torch.complex(*before.double().chunk(2, -1)) * turn
-        error = (qkv[:, :-1].double() - torch.cat([turned.real, turned.imag], -1)[:, :-1]).abs()
-        assert (error <= tolerance * torch.cat([turned.abs()] * 2, -1)[:, :-1] + 1e-6).all()
-        assert torch.equal(qkv[:, -1], before[:, -1])
-
-    for T, width in ((70, 576), (1, 7)):
-        x, weight, delta = torch.randn(T, width), torch.rand(width), torch.randn(T, width).to(dtype)
-        for update in (None, delta):
-            stream, out = x.clone(), torch.empty(T, width, dtype=dtype)
-            flame_ext.rmsnorm(stream, weight, out, 1e-5, update)
-            y = x if update is None else x + delta.float()
-            assert torch.equal(stream, y)
-            close(out, torch.nn.functional.rms_norm(y.double(), (width,), weight.double(), 1e-5))
-
-        gate_up, out = (torch.randn(T, 2 * width) * 20).to(dtype), torch.empty(T, width, dtype=dtype)
-        flame_ext.swiglu(gate_up, out)
-        gate, up = gate_up.double().chunk(2, -1)
-        close(out, torch.nn.functional.silu(gate) * up)
+    for sizes in ROPE:
+        check_rope(flame_ext.rope, dtype, *sizes)
+    for sizes in ROWS:
+        check_rmsnorm(flame_ext.rmsnorm, dtype, *sizes)
+        check_swiglu(flame_ext.swiglu, dtype, *sizes)
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
@@ -479,5 +497,24 @@ def test_cuda_mask_and_refusals():
         flame_ext.mask(LAYOUT, out)
     with pytest.raises(ValueError, match="plan is on the CPU, expected on cuda:0"):
         flame_ext.mask(LAYOUT, out, torch.tensor(LAYOUT.plan))
-    with pytest.raises(ValueError, match="gate_up is on cuda:0, expected on the CPU"):
-        flame_ext.swiglu(torch.zeros(5, 8, device="cuda"), torch.zeros(5, 4, device="cuda"))
+    with pytest.raises(ValueError, match="out is on the CPU, expected on cuda:0"):
+        flame_ext.swiglu(torch.zeros(5, 8, device="cuda"), torch.zeros(5, 4))
+
+
+@GPU
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_rope_rmsnorm_swiglu(dtype):
+    def on_gpu(function):
+        def call(*args):
+            there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+            function(*there, stream=torch.cuda.current_stream().cuda_stream)
+            for here, moved in zip(args, there):
+                if isinstance(here, torch.Tensor):
+                    here.copy_(moved)
+        return call
+
+    for sizes in ROPE:
+        check_rope(on_gpu(flame_ext.rope), dtype, *sizes)
+    for sizes in ROWS:
+        check_rmsnorm(on_gpu(flame_ext.rmsnorm), dtype, *sizes)
+        check_swiglu(on_gpu(flame_ext.swiglu), dtype, *sizes)
