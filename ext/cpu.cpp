@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 #ifdef __linux__
 #include <dlfcn.h>
@@ -60,7 +61,11 @@ void parallel(int64_t items, int threads, const std::function<void(int64_t item,
   const auto pool = openmp<Parallel>("GOMP_parallel");
   if (pool) return pool(run, &job, (unsigned)threads, 0);
   std::vector<std::thread> own;
-  for (int i = 1; i < threads; ++i) own.emplace_back(run, &job);
+  own.reserve(threads);
+  try {
+    for (int i = 1; i < threads; ++i) own.emplace_back(run, &job);
+  } catch (const std::system_error&) {  // no more to be had: fewer will do
+  }
   run(&job);
   for (std::thread& thread : own) thread.join();
 }

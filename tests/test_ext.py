@@ -446,6 +446,46 @@ def test_nothing_to_do():
     stored(index=[], out=torch.zeros(0, 8))()
 
 
+def test_failures_keep_no_memory_and_no_reference():
+    """Where memory ends MemoryError, each time at the same size; where threads end, one works alone."""
+    script = """
+import re, resource, sys
+import numpy as np, flame_ext
+def size():
+    return 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
+def limit(more):
+    resource.setrlimit(resource.RLIMIT_AS, (size() + more, -1))
+def fails(error, call, *args):
+    try:
+        call(*args)
+    except error:
+        return
+    raise AssertionError(args)
+limit(200 << 20)
+sizes = []
+for _ in range(8):
+    fails(MemoryError, flame_ext.layout, [2 ** 24], [-1])
+    sizes.append(size())
+assert max(sizes[2:]) == sizes[1], sizes
+x = np.ones((500, 1, 8), np.float32)
+out = np.zeros_like(x)
+layout = flame_ext.layout([500], [-1])
+whole = flame_ext.layout([500], [-1], 2 ** 62)  # a tile of all queries
+references = [sys.getrefcount(y) for y in (x, out, layout)]
+for _ in range(8):
+    fails(ValueError, flame_ext.attention, x, x, x, out, layout, 1e-60)
+    fails(TypeError, flame_ext.attention, x, x, x, out, layout, "1")
+assert references == [sys.getrefcount(y) for y in (x, out, layout)]
+limit(4 << 20)  # less than a thread's stack
+for some in (layout, whole):
+    out[:] = 0
+    flame_ext.attention(x, x, x, out, some, 1.0)
+    assert abs(out - 1).max() < 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- CUDA -------------------------------------------------------------------------------------------------
 
 @GPU
