@@ -1,5 +1,5 @@
-// The mask, attention in one kernel that reads every ancestor's keys and values in place, and the element-wise
-// parts of a decoder block.
+// The mask, attention in one kernel that reads every ancestor's keys and values in place, and the rest of a
+// decoder block that is no matrix product.
 //
 // Why not cascade attention (one varlen flash call a level, partial outputs merged by log-sum-exp)? Both do
 // the same flops on the tensor cores, but with three levels at head_dim 128 the merge writes and re-reads 3 x
@@ -79,9 +79,9 @@ __device__ uint32_t pack(float low, float high) {
 
 template <int DIM>
 struct Shared {
-  // Two blocks of K and V: one is fetched while the other is read. Q comes through the second one of K, so
-  // that at head_dim 128 two tiles fit an A100's 164 KB. Three of what is known of their keys: a slow warp may
-  // still read those of the block before.
+  // Two blocks of K and V: one is fetched while the other is read. Q comes through K's second one, so that at
+  // head_dim 128 two tiles fit an A100's 164 KB. Three of what is known of their keys: a slow warp may still
+  // read those of the block before.
   bf16 k[2][KEYS * DIM], v[2][KEYS * DIM];
   int32_t key[3][KEYS], first[3][KEYS], last[3][KEYS], depth[3][KEYS];
 };
@@ -403,12 +403,12 @@ struct DeviceGuard {
 };
 
 // bytes: of shared memory.
-template <class... Tasks>
-void launch(const char* what, void (*kernel)(Tasks...), dim3 grid, int bytes, Gpu gpu, const Tasks&... tasks) {
+template <class... Task>
+void launch(const char* what, void (*kernel)(Task...), dim3 grid, int bytes, Gpu gpu, const Task&... task) {
   if (!grid.x || !grid.y) return;
   const DeviceGuard guard(gpu.device);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
-  kernel<<<grid, THREADS, bytes, (cudaStream_t)gpu.stream>>>(tasks...);
+  kernel<<<grid, THREADS, bytes, (cudaStream_t)gpu.stream>>>(task...);
   check(cudaGetLastError(), what);
 }
 
@@ -440,9 +440,11 @@ void cuda_rows(const Rope& r, Dtype dtype, int64_t rows, Gpu gpu) {
 void cuda_rows(const RmsNorm& r, Dtype dtype, int64_t rows, Gpu gpu) {
   const bool vectors = aligned(r.x, r.width) && aligned(r.delta, r.width) && aligned(r.weight, r.width) &&
                        aligned(r.out, r.width);
-  const auto kernel = dtype == BF16 ? vectors ? normalize<bf16, true> : normalize<bf16, false>
-                                    : vectors ? normalize<float, true> : normalize<float, false>;
-  launch("rmsnorm", kernel, rows, (r.width + THREADS / 32) * sizeof(float), gpu, r);
+  const int bytes = sizeof(float) * (r.width + THREADS / 32);
+  if (dtype == BF16)
+    launch("rmsnorm", vectors ? normalize<bf16, true> : normalize<bf16, false>, rows, bytes, gpu, r);
+  else
+    launch("rmsnorm", vectors ? normalize<float, true> : normalize<float, false>, rows, bytes, gpu, r);
 }
 
 void cuda_rows(const SwiGlu& g, Dtype dtype, int64_t rows, Gpu gpu) {
