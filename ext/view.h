@@ -70,13 +70,12 @@ class View {
     address = const_cast<void*>(array.data());
     writeable = array.writeable();
     dtype = std::string(py::str(array.dtype()));
-    bool aligned = (uintptr_t)address % size == 0;
     for (py::ssize_t i = 0; i < array.ndim(); ++i) {
       shape.push_back(array.shape(i));
       stride.push_back(array.strides(i) / size);
-      aligned &= array.strides(i) % size == 0;
     }
-    if (!aligned) fail(" has elements that lie between multiples of their size");
+    if (!array.attr("flags").attr("aligned").cast<bool>())
+      fail(" has elements that lie between multiples of their size");
   }
 
   void look_at_tensor(const py::object& tensor) {

@@ -421,6 +421,7 @@ INT8 = {
     (stored(np.zeros((2, 3, 8))), TypeError, "vectors is float64, expected float16"),
     (stored(np.zeros((2, 3), np.float16)), ValueError, r"vectors has shape \[2, 3\]"),
     (stored(np.zeros((2, 8, 3), np.float16).transpose(0, 2, 1)), ValueError, "vectors is not contiguous"),
+    (stored(np.zeros((2, 3, 8), "i1,f2")["f1"]), ValueError, "vectors has elements that lie between"),
     (stored(index=[0, 6]), ValueError, "index has 6, but there are 6 vectors"),
     (stored(index=[-1, 0]), ValueError, "index has -1"),
     (stored(index=[0.0, 1.0]), TypeError, "index is float64"),
