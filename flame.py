@@ -233,9 +233,14 @@ def move(x, device):
 
 
 def native(device, dtype):
-    """Does the extension's attention run there?"""
+    """Do the extension's kernels run there?"""
     kernels = flame_ext and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda)
     return bool(kernels) and dtype in NATIVE
+
+
+def stream_of(device):
+    """The handle of a GPU's stream, where the extension's kernels take their turn."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def attention_over(forest, device, dtype, share):
@@ -264,17 +269,16 @@ def native_attention(forest, device, share):
 
     def attend(q, k, v):
         out = torch.empty(q.shape, dtype=q.dtype, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream if gpu else 0
-        flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, plan, stream)
+        flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, plan, stream_of(device))
         return out
     return attend
 
 
 def add_and_norm(x, update, weight, eps, dtype):
     """x float32 [T, D] += update, in place; -> RMSNorm(x) * weight [T, D] in dtype."""
-    if flame_ext and dtype in NATIVE and x.device.type == "cpu":
-        out = torch.empty(x.shape, dtype=dtype)
-        flame_ext.rmsnorm(x, weight, out, eps, update)
+    if native(x.device, dtype):
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        flame_ext.rmsnorm(x, weight, out, eps, update, stream_of(x.device))
         return out
     if update is not None:
         x += update
@@ -290,8 +294,8 @@ def norm_heads(qkv, weight, eps):
 
 def rope(qkv, cos, sin, heads):
     """Rotates the first `heads` heads of [T, heads + others, d] in place; the pairs are (i, i + d/2)."""
-    if flame_ext and qkv.dtype in NATIVE and qkv.device.type == "cpu":
-        flame_ext.rope(qkv, cos, sin, heads)
+    if native(qkv.device, qkv.dtype):
+        flame_ext.rope(qkv, cos, sin, heads, stream_of(qkv.device))
         return
     a, b = qkv[:, :heads].float().chunk(2, dim=-1)
     cos = cos[:, None]
@@ -301,9 +305,9 @@ def rope(qkv, cos, sin, heads):
 
 def swiglu(gate_up):
     """[T, 2F] -> [T, F], silu(gate) * up."""
-    if flame_ext and gate_up.dtype in NATIVE and gate_up.device.type == "cpu":
+    if native(gate_up.device, gate_up.dtype):
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        flame_ext.swiglu(gate_up, out)
+        flame_ext.swiglu(gate_up, out, stream_of(gate_up.device))
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 #ifdef __linux__
 #include <dlfcn.h>
@@ -60,7 +61,11 @@ void parallel(int64_t items, int threads, const std::function<void(int64_t item,
   const auto pool = openmp<Parallel>("GOMP_parallel");
   if (pool) return pool(run, &job, (unsigned)threads, 0);
   std::vector<std::thread> own;
-  for (int i = 1; i < threads; ++i) own.emplace_back(run, &job);
+  own.reserve(threads);
+  try {
+    for (int i = 1; i < threads; ++i) own.emplace_back(run, &job);
+  } catch (const std::system_error&) {  // no more to be had: fewer will do
+  }
   run(&job);
   for (std::thread& thread : own) thread.join();
 }
@@ -86,17 +91,19 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 #include <immintrin.h>
 
 #define ISA avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define AVX2 "avx2,fma"
+#define TARGET __attribute__((target(AVX2)))
 #define WIDTH 8
 #include "kernels.inl"
 
 #define ISA avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define AVX512 "avx512f,avx512bw,avx512vl,avx512dq," AVX2
+#define TARGET __attribute__((target(AVX512)))
 #define WIDTH 16
 #include "kernels.inl"
 
 #define ISA avx512_bf16
-#define TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define TARGET __attribute__((target("avx512bf16," AVX512)))
 #define WIDTH 16
 #define BF16_DOT
 #include "kernels.inl"
@@ -104,8 +111,7 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 #if defined(__linux__) && __GNUC__ >= 11
 #define HAVE_AMX
 #define ISA avx512_amx
-#define TARGET \
-  __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define TARGET __attribute__((target("amx-tile,amx-bf16,avx512bf16," AVX512)))
 #define WIDTH 16
 #define BF16_DOT
 #define AMX

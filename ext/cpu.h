@@ -1,33 +1,9 @@
 // The CPU's kernels: what each instruction set provides, and the threads to run it on.
 #pragma once
-#include "forest.h"
+#include "tasks.h"
 
 #include <algorithm>
 #include <functional>
-
-// ---- Element-wise tasks; rows are tokens ------------------------------------------------------------------
-
-struct Rope {  // rotates the first `heads` heads of each row in place
-  void* qkv;
-  int64_t stride;
-  int heads, dim;
-  const float *cos, *sin;  // [rows, dim / 2]
-};
-
-struct RmsNorm {  // x += delta, out = x / sqrt(mean(x^2) + eps) * weight
-  float* x;
-  const void* delta;  // may be null
-  const float* weight;
-  void* out;
-  int64_t width;
-  float eps;
-};
-
-struct SwiGlu {  // out = silu(gate) * up
-  const void* gate_up;  // [rows, 2 width]
-  void* out;
-  int64_t width;
-};
 
 struct UnitVectors {  // out[i] = stored vector number index[i], normalised
   const void* vectors;      // [N, columns, width] float16, or int8: mean + deviation * scale * integer
@@ -37,8 +13,6 @@ struct UnitVectors {  // out[i] = stored vector number index[i], normalised
   const int64_t* index;
   float* out;
 };
-
-// ---- Kernels ----------------------------------------------------------------------------------------------
 
 struct Kernels {  // [2]: for float32, for bfloat16
   const char* name;
@@ -52,7 +26,8 @@ struct Kernels {  // [2]: for float32, for bfloat16
 
 const Kernels& cpu();                           // of the instruction set in use
 std::string use_simd(const std::string& name);  // "" asks; throws std::invalid_argument
-int threads();                                  // that torch would use
+void cpu_attention(const Attention& a, const Forest& forest);
+int threads();  // that torch would use
 
 // Calls work(item, thread) for all items, on threads that are numbered below `threads`. It must not throw.
 void parallel(int64_t items, int threads, const std::function<void(int64_t item, int thread)>& work);

@@ -1,10 +1,11 @@
-// The mask, and attention in one kernel that reads every ancestor's keys and values in place.
+// The mask, attention in one kernel that reads every ancestor's keys and values in place, and the rest of a
+// decoder block that is no matrix product.
 //
 // Why not cascade attention (one varlen flash call a level, partial outputs merged by log-sum-exp)? Both do
 // the same flops on the tensor cores, but with three levels at head_dim 128 the merge writes and re-reads 3 x
 // 2 x 516 bytes a row, twice what one kernel reads of K and V (about 200 keys x 512 bytes for a tile of 64
 // rows), and takes four launches for one.
-#include "forest.h"
+#include "tasks.h"
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -18,7 +19,9 @@ namespace {
 constexpr int ROWS = 64;      // rows (queries x grouped heads) a tile, 16 a warp
 constexpr int KEYS = 64;      // keys a block
 constexpr int THREADS = 128;
+static_assert(ROWS == KEYS, "Q lies in a buffer of K for a while");
 constexpr uint32_t WARP = 0xffffffff;
+using bf16 = __nv_bfloat16;
 
 // ---- Keys -------------------------------------------------------------------------------------------------
 
@@ -76,16 +79,17 @@ __device__ uint32_t pack(float low, float high) {
 
 template <int DIM>
 struct Shared {
-  // Two blocks of K and V: one is fetched while the other is read. Three of what is known of their keys: a
-  // slow warp may still read those of the block before.
-  __nv_bfloat16 q[ROWS * DIM], k[2][KEYS * DIM], v[2][KEYS * DIM];
+  // Two blocks of K and V: one is fetched while the other is read. Q comes through K's second one, so that at
+  // head_dim 128 two tiles fit an A100's 164 KB. Three of what is known of their keys: a slow warp may still
+  // read those of the block before.
+  bf16 k[2][KEYS * DIM], v[2][KEYS * DIM];
   int32_t key[3][KEYS], first[3][KEYS], last[3][KEYS], depth[3][KEYS];
 };
 
 // A 16-byte chunk of a row in shared memory. The exclusive or spreads the eight rows of a matrix over all
 // banks.
 template <int DIM>
-__device__ __nv_bfloat16* at(__nv_bfloat16* base, int row, int chunk) {
+__device__ bf16* at(bf16* base, int row, int chunk) {
   return base + row * DIM + (chunk ^ (row & 7)) * 8;
 }
 
@@ -119,9 +123,10 @@ struct Work {
     }
     for (int i = thread; i < ROWS * CHUNKS; i += THREADS) {
       const int row = i / CHUNKS, chunk = i % CHUNKS, safe = row < rows ? row : 0;
-      const auto* from = (const __nv_bfloat16*)a.q + offset(safe, a.q_stride) + chunk * 8;
-      copy_16_bytes(at<DIM>(shared.q, row, chunk), from, row < rows);
+      const auto* from = (const bf16*)a.q + offset(safe, a.q_stride) + chunk * 8;
+      copy_16_bytes(at<DIM>(shared.k[1], row, chunk), from, row < rows);
     }
+    commit_copies();
   }
 
   __device__ void find_keys(int block) {
@@ -135,8 +140,8 @@ struct Work {
   }
 
   __device__ void fetch_keys(int block) {
-    const auto* k = (const __nv_bfloat16*)a.k + kv_head * DIM;
-    const auto* v = (const __nv_bfloat16*)a.v + kv_head * DIM;
+    const auto* k = (const bf16*)a.k + kv_head * DIM;
+    const auto* v = (const bf16*)a.v + kv_head * DIM;
     for (int i = thread; i < KEYS * CHUNKS; i += THREADS) {
       const int row = i / CHUNKS, chunk = i % CHUNKS;
       const int64_t key = shared.key[block % 3][row], safe = key < 0 ? 0 : key;
@@ -148,7 +153,7 @@ struct Work {
 
   __device__ void load_queries() {
     UNROLL for (int d = 0; d < DIM / 16; ++d)
-      load_matrices(q[d], at<DIM>(shared.q, warp * 16 + lane % 16, d * 2 + lane / 16));
+      load_matrices(q[d], at<DIM>(shared.k[1], warp * 16 + lane % 16, d * 2 + lane / 16));
   }
 
   __device__ void multiply_keys(float (&s)[KEYS / 8][4], int block) {  // S = Q K^T
@@ -212,7 +217,7 @@ struct Work {
     const float scale = 1 / total[half];
     const int row = row_of(half);
     if (row >= rows) return;
-    auto* out = (__nv_bfloat16*)a.out + offset(row, a.out_stride) + lane % 4 * 2;
+    auto* out = (bf16*)a.out + offset(row, a.out_stride) + lane % 4 * 2;
     UNROLL for (int n = 0; n < DIM / 8; ++n)
       *reinterpret_cast<uint32_t*>(out + n * 8) = pack(o[n][2 * half] * scale, o[n][2 * half + 1] * scale);
   }
@@ -227,6 +232,9 @@ __global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
   work.find_keys(0);
   __syncthreads();
   work.fetch_keys(0);
+  wait_for_copies<1>();
+  __syncthreads();  // Q has arrived for all threads
+  work.load_queries();
   for (int block = 0; block < blocks; ++block) {
     const bool more = block + 1 < blocks;
     if (more) work.find_keys(block + 1);
@@ -235,7 +243,6 @@ __global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
     if (more) wait_for_copies<1>();
     else wait_for_copies<0>();
     __syncthreads();  // this block has arrived for all threads
-    if (block == 0) work.load_queries();
     float s[KEYS / 8][4] = {};
     work.multiply_keys(s, block);
     if ((block + 1) * KEYS > common) work.hide(s, block);
@@ -248,9 +255,9 @@ __global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
 // ---- Attention for all else: plain, one warp a (query, head) ----------------------------------------------
 
 __device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ void from_float(float& to, float x) { to = x; }
-__device__ void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
+__device__ void from_float(bf16& to, float x) { to = __float2bfloat16(x); }
 
 template <class T>
 __global__ void attend_plain(Attention a, Plan plan) {
@@ -283,17 +290,107 @@ __global__ void attend_plain(Attention a, Plan plan) {
   }
 }
 
+// ---- The element-wise parts of a decoder block: a block of threads a row, one pass over memory ------------
+
+// N neighbours, moved at once: 16 bytes where a row's place in memory allows it.
+template <class T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Some { T x[N]; };
+
+template <int N, class T>
+__device__ Some<float, N> get(const T* p) {
+  const Some<T, N> some = *(const Some<T, N>*)p;
+  Some<float, N> floats;
+  UNROLL for (int i = 0; i < N; ++i) floats.x[i] = to_float(some.x[i]);
+  return floats;
+}
+template <int N, class T>
+__device__ void put(T* p, const Some<float, N>& floats) {
+  Some<T, N> some;
+  UNROLL for (int i = 0; i < N; ++i) from_float(some.x[i], floats.x[i]);
+  *(Some<T, N>*)p = some;
+}
+
+template <class T, bool VECTORS>
+__global__ void __launch_bounds__(THREADS) rotate(Rope r) {
+  constexpr int N = VECTORS ? 16 / sizeof(T) : 1;
+  const int half = r.dim / 2;
+  const int64_t token = blockIdx.x;
+  for (int i = threadIdx.x * N; i < r.heads * half; i += THREADS * N) {
+    const int head = i / half, pair = i % half;
+    T* at = (T*)r.qkv + token * r.stride + head * r.dim + pair;
+    Some<float, N> x = get<N>(at), y = get<N>(at + half);
+    const Some<float, N> cos = get<N>(r.cos + token * half + pair), sin = get<N>(r.sin + token * half + pair);
+    UNROLL for (int j = 0; j < N; ++j) {
+      const float turned = x.x[j] * cos.x[j] - y.x[j] * sin.x[j];
+      y.x[j] = y.x[j] * cos.x[j] + x.x[j] * sin.x[j];
+      x.x[j] = turned;
+    }
+    put<N>(at, x);
+    put<N>(at + half, y);
+  }
+}
+
+// Of all threads, for all threads. shared: a float a warp.
+__device__ float sum_of_block(float x, float* shared) {
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(WARP, x, step);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();  // the warps' sums are there
+  float sum = 0;
+  for (int warp = 0; warp < THREADS / 32; ++warp) sum += shared[warp];
+  return sum;
+}
+
+template <class T, bool VECTORS>
+__global__ void __launch_bounds__(THREADS) normalize(RmsNorm r) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  constexpr int N = VECTORS ? 4 : 1;
+  float* row = (float*)memory;  // [width] waits for its scale; then come the warps' sums
+  const int64_t at = blockIdx.x * r.width;
+  float squares = 0;
+  for (int64_t i = threadIdx.x * N; i < r.width; i += THREADS * N) {
+    Some<float, N> x = get<N>(r.x + at + i);
+    if (r.delta) {
+      const Some<float, N> delta = get<N>((const T*)r.delta + at + i);
+      UNROLL for (int j = 0; j < N; ++j) x.x[j] += delta.x[j];
+      put<N>(r.x + at + i, x);
+    }
+    put<N>(row + i, x);
+    UNROLL for (int j = 0; j < N; ++j) squares += x.x[j] * x.x[j];
+  }
+  const float scale = 1 / sqrtf(sum_of_block(squares, row + r.width) / r.width + r.eps);
+  for (int64_t i = threadIdx.x * N; i < r.width; i += THREADS * N) {
+    Some<float, N> x = get<N>(row + i);
+    const Some<float, N> weight = get<N>(r.weight + i);
+    UNROLL for (int j = 0; j < N; ++j) x.x[j] = x.x[j] * scale * weight.x[j];
+    put<N>((T*)r.out + at + i, x);
+  }
+}
+
+template <class T, bool VECTORS>
+__global__ void __launch_bounds__(THREADS) gate(SwiGlu g) {
+  constexpr int N = VECTORS ? 16 / sizeof(T) : 1;
+  const T* row = (const T*)g.gate_up + blockIdx.x * 2 * g.width;
+  T* out = (T*)g.out + blockIdx.x * g.width;
+  for (int64_t i = threadIdx.x * N; i < g.width; i += THREADS * N) {
+    Some<float, N> x = get<N>(row + i);
+    const Some<float, N> up = get<N>(row + g.width + i);
+    UNROLL for (int j = 0; j < N; ++j) x.x[j] = x.x[j] / (1 + expf(-x.x[j])) * up.x[j];
+    put<N>(out + i, x);
+  }
+}
+
 // ---- Mask, and launches -----------------------------------------------------------------------------------
 
-__global__ void fill_mask(Plan plan, uint8_t* out, int64_t stride) {
+__global__ void __launch_bounds__(THREADS) fill_mask(Plan plan, uint8_t* out, int64_t stride) {
   const int64_t q = blockIdx.x;
   for (int64_t k = threadIdx.x; k < plan.tokens; k += THREADS)
     out[q * stride + k] = visible(plan.first[q], plan.depth[q], plan.first[k], plan.last[k], plan.depth[k]);
 }
 
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(text("CUDA: ", what, " failed: ", cudaGetErrorString(error)));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or whoever asks next, torch say, would be told of it
+  throw std::runtime_error(text("CUDA: ", what, " failed: ", cudaGetErrorString(error)));
 }
 
 struct DeviceGuard {
@@ -305,35 +402,53 @@ struct DeviceGuard {
   ~DeviceGuard() { cudaSetDevice(before); }
 };
 
-template <int DIM>
-void launch_attend(const Attention& a, const Plan& plan, cudaStream_t stream) {
-  constexpr int bytes = sizeof(Shared<DIM>);
-  check(cudaFuncSetAttribute(attend<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "attention");
-  attend<DIM><<<dim3(plan.tiles, a.kv_heads), THREADS, bytes, stream>>>(a, plan);
+// bytes: of shared memory.
+template <class... Task>
+void launch(const char* what, void (*kernel)(Task...), dim3 grid, int bytes, Gpu gpu, const Task&... task) {
+  if (!grid.x || !grid.y) return;
+  const DeviceGuard guard(gpu.device);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+  kernel<<<grid, THREADS, bytes, (cudaStream_t)gpu.stream>>>(task...);
+  check(cudaGetLastError(), what);
 }
 
 bool aligned(const void* p, int64_t stride) { return (uintptr_t)p % 16 == 0 && stride % 8 == 0; }
 
 }  // namespace
 
-void cuda_attention(const Attention& a, const Plan& plan, int tile_size, int device, uintptr_t handle) {
-  if (!plan.tiles) return;
-  const DeviceGuard guard(device);
-  const auto stream = (cudaStream_t)handle;
-  const dim3 grid(plan.tiles, a.heads);
+void cuda_attention(const Attention& a, const Plan& plan, int tile_size, Gpu gpu) {
+  const dim3 tiles(plan.tiles, a.kv_heads), plain(plan.tiles, a.heads);
   const bool fast = a.dtype == BF16 && (int64_t)tile_size * (a.heads / a.kv_heads) <= ROWS &&
                     aligned(a.q, a.q_stride) && aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) &&
                     aligned(a.out, a.out_stride);
-  if (fast && a.dim == 64) launch_attend<64>(a, plan, stream);
-  else if (fast && a.dim == 128) launch_attend<128>(a, plan, stream);
-  else if (a.dtype == BF16) attend_plain<__nv_bfloat16><<<grid, THREADS, 0, stream>>>(a, plan);
-  else attend_plain<float><<<grid, THREADS, 0, stream>>>(a, plan);
-  check(cudaGetLastError(), "attention");
+  if (fast && a.dim == 64) launch("attention", attend<64>, tiles, sizeof(Shared<64>), gpu, a, plan);
+  else if (fast && a.dim == 128) launch("attention", attend<128>, tiles, sizeof(Shared<128>), gpu, a, plan);
+  else if (a.dtype == BF16) launch("attention", attend_plain<bf16>, plain, 0, gpu, a, plan);
+  else launch("attention", attend_plain<float>, plain, 0, gpu, a, plan);
 }
 
-void cuda_mask(const Plan& plan, uint8_t* out, int64_t stride, int device, uintptr_t stream) {
-  if (!plan.tokens) return;
-  const DeviceGuard guard(device);
-  fill_mask<<<plan.tokens, THREADS, 0, (cudaStream_t)stream>>>(plan, out, stride);
-  check(cudaGetLastError(), "mask");
+void cuda_mask(const Plan& plan, uint8_t* out, int64_t stride, Gpu gpu) {
+  launch("mask", fill_mask, plan.tokens, 0, gpu, plan, out, stride);
+}
+
+void cuda_rows(const Rope& r, Dtype dtype, int64_t rows, Gpu gpu) {
+  const bool vectors = aligned(r.qkv, r.stride) && aligned(r.cos, r.dim / 2) && aligned(r.sin, r.dim / 2);
+  if (dtype == BF16) launch("rope", vectors ? rotate<bf16, true> : rotate<bf16, false>, rows, 0, gpu, r);
+  else launch("rope", vectors ? rotate<float, true> : rotate<float, false>, rows, 0, gpu, r);
+}
+
+void cuda_rows(const RmsNorm& r, Dtype dtype, int64_t rows, Gpu gpu) {
+  const bool vectors = aligned(r.x, r.width) && aligned(r.delta, r.width) && aligned(r.weight, r.width) &&
+                       aligned(r.out, r.width);
+  const int bytes = sizeof(float) * (r.width + THREADS / 32);
+  if (dtype == BF16)
+    launch("rmsnorm", vectors ? normalize<bf16, true> : normalize<bf16, false>, rows, bytes, gpu, r);
+  else
+    launch("rmsnorm", vectors ? normalize<float, true> : normalize<float, false>, rows, bytes, gpu, r);
+}
+
+void cuda_rows(const SwiGlu& g, Dtype dtype, int64_t rows, Gpu gpu) {
+  const bool vectors = aligned(g.gate_up, g.width) && aligned(g.out, g.width);
+  if (dtype == BF16) launch("swiglu", vectors ? gate<bf16, true> : gate<bf16, false>, rows, 0, gpu, g);
+  else launch("swiglu", vectors ? gate<float, true> : gate<float, false>, rows, 0, gpu, g);
 }

@@ -25,7 +25,7 @@ py::array array_of(const py::object& layout) {
 }
 
 // The plan on a GPU: the caller's copy of Layout.plan.
-[[maybe_unused]] Plan device_plan(const Forest& forest, const py::object& plan, int device) {
+Plan device_plan(const Forest& forest, const py::object& plan, int device) {
   if (plan.is_none()) throw py::value_error("plan is None; on CUDA it must be a copy of layout.plan there");
   return forest.plan(View(plan, "plan", "int32", {(int64_t)forest.buffer.size()}, device).data<int32_t>());
 }
@@ -42,11 +42,9 @@ void mask(const Forest& forest, const py::object& out_, const py::object& plan, 
   const View out = View(out_, "out", "bool or uint8", {n, n}, ANYWHERE, 1).written();
   auto* to = out.data<uint8_t>();
   const int64_t stride = out.stride[0];
-#ifdef FLAME_CUDA
-  if (out.device != CPU)
-    return cuda_mask(device_plan(forest, plan, out.device), to, stride, out.device, stream);
-#endif
-  (void)plan, (void)stream;
+  if constexpr (CUDA)
+    if (out.device != CPU)
+      return cuda_mask(device_plan(forest, plan, out.device), to, stride, {out.device, stream});
   py::gil_scoped_release release;
   over_rows(n, [&](int64_t from, int64_t end) {
     for (int64_t q = from; q < end; ++q) mask_row(forest, q, to + q * stride);
@@ -69,11 +67,9 @@ void attention(const py::object& q_, const py::object& k_, const py::object& v_,
   const Attention a{q.data<void>(), k.data<void>(), v.data<void>(), out.data<void>(),
                     q.stride[0], k.stride[0], v.stride[0], out.stride[0],
                     (int)heads, (int)kv_heads, (int)dim, scale, q.floating()};
-#ifdef FLAME_CUDA
-  if (q.device != CPU)
-    return cuda_attention(a, device_plan(forest, plan, q.device), forest.tile_size, q.device, stream);
-#endif
-  (void)plan, (void)stream;
+  if constexpr (CUDA)
+    if (q.device != CPU)
+      return cuda_attention(a, device_plan(forest, plan, q.device), forest.tile_size, {q.device, stream});
   py::gil_scoped_release release;
   cpu_attention(a, forest);
 }
@@ -83,11 +79,7 @@ void attention(const py::object& q_, const py::object& k_, const py::object& v_,
 PYBIND11_MODULE(flame_ext, m) {
   m.doc() = "The segment forest: key k is visible to query q iff k's segment is q's or an ancestor of it,\n"
             "and depth(k) <= depth(q).";
-#ifdef FLAME_CUDA
-  m.attr("cuda") = true;
-#else
-  m.attr("cuda") = false;
-#endif
+  m.attr("cuda") = CUDA;
   py::class_<Forest, std::shared_ptr<Forest>>(m, "Layout", "A forest in a packed row of T tokens.")
       .def_property_readonly("lengths", array_of<&Forest::lengths>, "int32 [S]")
       .def_property_readonly("parents", array_of<&Forest::parents>, "int32 [S], -1 for a root")

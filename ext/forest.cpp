@@ -20,7 +20,7 @@ void check(const std::vector<int64_t>& lengths, const std::vector<int64_t>& pare
   int64_t tokens = 0;
   if (lengths.size() != parents.size())
     refuse("lengths has ", segments, " segments, parents has ", parents.size());
-  if (tile_size < 1 || tile_size > LIMIT) refuse("tile is ", tile_size, ", expected at least 1 query");
+  if (tile_size < 1) refuse("tile is ", tile_size, ", expected at least 1 query");
   for (int64_t s = 0; s < segments; ++s) {
     if (lengths[s] < 0) refuse("lengths[", s, "] = ", lengths[s], " is negative");
     if (lengths[s] > LIMIT - tokens) refuse("lengths[", s, "] = ", lengths[s], ": more than 2^31 - 1 tokens");
@@ -146,7 +146,6 @@ Forest::Forest(const std::vector<int64_t>& lengths64, const std::vector<int64_t>
   check(lengths64, parents64, tile64);
   lengths.assign(lengths64.begin(), lengths64.end());
   parents.assign(parents64.begin(), parents64.end());
-  tile_size = (int32_t)tile64;
 
   const Preorder preorder = number_segments(parents);
   Ints base;  // depth of each segment's first token
@@ -160,6 +159,7 @@ Forest::Forest(const std::vector<int64_t>& lengths64, const std::vector<int64_t>
     for (int32_t i = 0; i < lengths[s]; ++i) depth.push_back(base[s] + i);
   }
 
+  tile_size = (int32_t)std::min<int64_t>(tile64, std::max<size_t>(1, segment.size()));
   const Tiling t(*this, preorder);
   tiles = (int32_t)t.common.size();
   runs = (int32_t)t.before.size();

@@ -53,26 +53,6 @@ struct Forest {
   Plan plan(const int32_t* buffer) const;  // of this buffer or a copy of it
 };
 
-enum Dtype { F32, BF16 };
-
-struct Attention {  // strides count elements between tokens; heads and dim are contiguous
-  const void *q, *k, *v;
-  void* out;
-  int64_t q_stride, k_stride, v_stride, out_stride;
-  int heads, kv_heads, dim;
-  float scale;
-  Dtype dtype;
-};
-
-constexpr int MAX_DIM = 512;  // largest head_dim
-constexpr int CPU_TILE = 64;  // queries a tile
-
-// On CUDA the plan lies on the device, and tiles of 64 * kv_heads / heads queries are fast. Errors throw
-// std::runtime_error.
-void cpu_attention(const Attention& a, const Forest& forest);
-void cuda_attention(const Attention& a, const Plan& plan, int tile_size, int device, uintptr_t stream);
-void cuda_mask(const Plan& plan, uint8_t* out, int64_t stride, int device, uintptr_t stream);
-
 // The parts of a message, joined.
 template <class... Parts>
 std::string text(const Parts&... parts) {

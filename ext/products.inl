@@ -1,7 +1,7 @@
 // Products of small matrices. The operands' unit is 32 bits: one float32, or a pair of bfloat16, neighbours
 // in the summed dimension, that are multiplied and added at once.
 
-#define UNROLL _Pragma("GCC unroll 8")  // or sums leave the registers
+#define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
 
 enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
 #if defined(AMX)
@@ -84,29 +84,20 @@ TARGET void product(int rows, int columns, Left a, Right b, int steps, float* c,
 // to[j * to_row + i] = from[i * from_row + j] for i, j below 16.
 TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
 #if WIDTH == 16
-  __m512i a[16], b[16];
-  UNROLL for (int i = 0; i < 16; i += 2) {
-    const __m512i even = _mm512_loadu_si512(from + i * from_row);
-    const __m512i odd = _mm512_loadu_si512(from + (i + 1) * from_row);
-    a[i] = _mm512_unpacklo_epi32(even, odd);
-    a[i + 1] = _mm512_unpackhi_epi32(even, odd);
+  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  __m512i x[16];
+  UNROLL for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * from_row);
+  UNROLL for (int side = 8; side; side /= 2) {  // of a square's four quarters: two change places
+    const ivec low = (lane & side) != 0 ? lane + 16 - side : lane;  // from 16 on: of the second operand
+    const ivec high = (lane & side) != 0 ? lane + 16 : lane + side;
+    UNROLL for (int i = 0; i < 16; ++i) {
+      if (i & side) continue;
+      const __m512i above = x[i], below = x[i + side];
+      x[i] = _mm512_permutex2var_epi32(above, (__m512i)low, below);
+      x[i + side] = _mm512_permutex2var_epi32(above, (__m512i)high, below);
+    }
   }
-  UNROLL for (int i = 0; i < 16; i += 4) {  // b[i + m]: elements 4 l + m of rows i..i + 3 in 128-bit lane l
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  UNROLL for (int m = 0; m < 4; ++m) {
-    const __m512i low01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0x44);
-    const __m512i high01 = _mm512_shuffle_i32x4(b[m], b[4 + m], 0xee);
-    const __m512i low23 = _mm512_shuffle_i32x4(b[8 + m], b[12 + m], 0x44);
-    const __m512i high23 = _mm512_shuffle_i32x4(b[8 + m], b[12 + m], 0xee);
-    _mm512_storeu_si512(to + m * to_row, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_storeu_si512(to + (4 + m) * to_row, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-    _mm512_storeu_si512(to + (8 + m) * to_row, _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_storeu_si512(to + (12 + m) * to_row, _mm512_shuffle_i32x4(high01, high23, 0xdd));
-  }
+  UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_row, x[i]);
 #else
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];

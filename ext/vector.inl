@@ -1,6 +1,7 @@
 // Vectors of WIDTH floats: loads and stores that convert, and 2^x.
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
 typedef float vec_unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 

@@ -3,7 +3,7 @@
 // Nothing of torch is compiled in: a tensor says by itself, in Python, where its numbers lie (also bfloat16,
 // which numpy does not know), and the caller's reference keeps them there.
 #pragma once
-#include "forest.h"
+#include "tasks.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -39,9 +39,8 @@ class View {
     for (size_t i = shape.size(); i-- > contiguous; step *= shape[i])
       if (shape[i] > 1 && stride[i] != step) fail(" is not contiguous");
     if (on != ANYWHERE && on != device) fail(" is on ", place(device), ", expected on ", place(on));
-#ifndef FLAME_CUDA
-    if (device != CPU) fail(" is on CUDA, but flame_ext was built without it; rebuild where nvcc is found");
-#endif
+    if (device != CPU && !CUDA)
+      fail(" is on CUDA, but flame_ext was built without it; rebuild where nvcc is found");
   }
 
   // To be written to. Rows that overlap would make the result depend on the order of threads.
@@ -71,13 +70,12 @@ class View {
     address = const_cast<void*>(array.data());
     writeable = array.writeable();
     dtype = std::string(py::str(array.dtype()));
-    bool aligned = (uintptr_t)address % size == 0;
     for (py::ssize_t i = 0; i < array.ndim(); ++i) {
       shape.push_back(array.shape(i));
       stride.push_back(array.strides(i) / size);
-      aligned &= array.strides(i) % size == 0;
     }
-    if (!aligned) fail(" has elements that lie between multiples of their size");
+    if (!array.attr("flags").attr("aligned").cast<bool>())
+      fail(" has elements that lie between multiples of their size");
   }
 
   void look_at_tensor(const py::object& tensor) {

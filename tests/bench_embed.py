@@ -3,6 +3,7 @@
     python tests/bench_embed.py                   # about 15 minutes on 2 CPU cores
     python tests/bench_embed.py --words 100 --dtypes bfloat16
     python tests/bench_embed.py --nemo            # random weights of Mistral-Nemo's widths; for a GPU
+    python tests/bench_embed.py --count           # what an H100 should reach on Mistral-Nemo, on paper
 
     (a) separate     K whole strings a caption, one causal pass each, transformers, padded batches of 8
     (b) dense mask   one pass a caption, flat facets, dense facet-decoupled mask, transformers, padded batches
@@ -25,10 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flame  # noqa: E402
@@ -349,6 +354,157 @@ def profiled(work):
     return shares | {"the rest": 1 - sum(shares.values())}
 
 
+# ---------------------------------------------------------------- on paper
+
+PEAK = 989e12           # FLOP/s of an H100 SXM in bfloat16, dense, by its data sheet
+PRODUCTS = 650e12       # what cuBLAS reaches there in products of these sizes
+ATTENTION = 150e12      # our kernel: its warps read K and V from shared memory, which allows 460e12
+BYTES = 0.85 * 3.35e12  # bytes/s of memory: 85% of the data sheet's
+
+
+class Counting(TorchDispatchMode):
+    """Counts matrix products and their FLOPs, all other kernels and the bytes that those read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function is torch.ops.aten.linear.default:
+            self.counts.update(products=1, flops=2 * args[0].numel() * len(args[1]))
+        elif "empty" not in function.name() and not is_view(function, args[0], result):
+            read = args[1:] if function is torch.ops.aten.copy_.default else args
+            self.pass_over(*tree_leaves((read, result)))
+        return result
+
+    def pass_over(self, *tensors):
+        sizes = [x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor)]
+        self.counts.update(passes=1, bytes=sum(sizes))
+
+
+def is_view(function, x, result):
+    """aten.to is one where the dtype stays."""
+    return function.is_view and tree_leaves(result)[0].dtype == x.dtype
+
+
+class Fused:
+    """Counts what flame_ext's element-wise kernels read and write."""
+
+    def __init__(self, counting):
+        self.counting = counting
+
+    def rmsnorm(self, x, weight, out, eps, update, stream):
+        self.counting.pass_over(x, weight, out, *([] if update is None else [x, update]))
+
+    def rope(self, qkv, cos, sin, heads, stream):
+        self.counting.pass_over(qkv[:, :heads], qkv[:, :heads], cos, sin)
+
+    def swiglu(self, gate_up, out, stream):
+        self.counting.pass_over(gate_up, out)
+
+
+def counted(forest, blocks, fused):
+    """What flame.decode does on tensors without data, attention left out; -> Counter."""
+    config = nemo_config(blocks)
+    D, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+
+    def weight(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    block = {"attention_norm": weight(D, dtype=torch.float32), "mlp_norm": weight(D, dtype=torch.float32),
+             "wqkv": weight(queries + 2 * keys, D), "bqkv": None, "qk_norm": None, "wo": weight(D, queries),
+             "w_gate_up": weight(2 * inner, D), "w_down": weight(D, inner)}
+    decoder = flame.Decoder(config, weight(1, D), [dict(block) for _ in range(blocks)],
+                            weight(dim // 2, dtype=torch.float32))
+    counting = Counting()
+    with mock.patch.multiple(flame, attention_over=lambda *_: lambda q, k, v: torch.empty_like(q),
+                             move=lambda x, device: x.to(device), native=lambda *_: fused,
+                             flame_ext=Fused(counting)), counting:
+        flame.decode(decoder, forest)
+    return counting.counts
+
+
+def attention_flops(layout, T, config):
+    """What the CUDA kernel multiplies in one block: whole tiles of 64 rows by whole blocks of 64 keys."""
+    rest = layout.plan[4 * T:]
+    tiles = int(np.argmax(rest == T))  # where the last tile ends
+    run = rest[tiles + 1:2 * tiles + 2]
+    start, stop, before = rest[3 * tiles + 2:].reshape(3, run[-1])
+    last = run[1:] - 1
+    keys = before[last] + stop[last] - start[last]
+    return int(np.ceil(keys / 64).sum()) * 64 * 64 * 4 * config["head_dim"] * config["num_key_value_heads"]
+
+
+def packed_row(llm, budget=16384):
+    """-> (forest of as many captions of 100 words as fit, how many, ms of tokenizing them, ms of the rest)"""
+    captions = make_captions(256, 100)
+    tokenizer = flame.load_tokenizer(llm)
+    started = time.perf_counter()
+    prefixes, suffixes = flame.tokenize(tokenizer, captions, "long")
+    tokenizing = (time.perf_counter() - started) / len(captions)
+    n = int(np.searchsorted(np.cumsum(list(map(flame.token_count, prefixes, suffixes))), budget))
+    while len(flame.caption_forest(prefixes[:n + 1], suffixes[:n + 1]).tokens) <= budget:
+        n += 1
+    started = time.perf_counter()
+    forest = flame.caption_forest(prefixes[:n], suffixes[:n])
+    return forest, n, 1e3 * n * tokenizing, 1e3 * (time.perf_counter() - started)
+
+
+def count(llm, blocks=39):
+    """Prints what a packed row takes on an H100, with and without fused passes, and its host meanwhile."""
+    config = nemo_config(blocks)
+    forest, n, tokenizing, joining = packed_row(llm)
+    T = len(forest.tokens)
+    started = time.perf_counter()
+    layout = flame.flame_ext.layout(forest.lengths, forest.parents, 64 // 4)  # 4 query heads a key head
+    laying_out = 1e3 * (time.perf_counter() - started)
+    executed = attention_flops(layout, T, config)
+    seen = int((flame.token_depths(forest.lengths, forest.parents) + 1).sum())
+    useful = 4 * config["num_attention_heads"] * config["head_dim"] * seen
+
+    print(f"Mistral-Nemo, a packed row of {T} tokens ({n} captions, 7 facets); an H100 on paper: products "
+          f"{PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory {BYTES / 1e12:.2f} TB/s\n"
+          f"{'':32}{'TFLOP':>9}{'GB':>9}{'launches':>10}{'ms':>9}{'of peak':>9}")
+    plain, fused = (counted(forest, 3, f) - counted(forest, 2, f) for f in (False, True))
+    milliseconds(plain, fused, "one block", 1, useful, executed)
+    plain, fused = (counted(forest, blocks, f) for f in (False, True))
+    row = milliseconds(plain, fused, f"{blocks} blocks, the last one pruned", blocks, useful, executed)
+
+    units = torch.zeros(n, 7, config["hidden_size"], dtype=torch.float16)
+    window = torch.zeros(2048, 11, config["hidden_size"], dtype=torch.float16)
+    rows = np.random.default_rng(0).permutation(2048)[:n].tolist()
+    started = time.perf_counter()
+    for i, own in zip(rows, units):
+        window[[i], 4:11] = own
+    storing = 1e3 * (time.perf_counter() - started)
+    print(f"the host meanwhile, ms on one core of this machine: tokenizing {tokenizing:.0f} and joining "
+          f"{joining:.0f} by a thread, layout {laying_out:.0f}, into the window {storing:.0f}; the GPU has "
+          f"{row:.0f} ms of the next row to do")
+
+
+def milliseconds(plain, fused, title, blocks, useful, executed):
+    """Prints the lines of so many blocks; -> ms with fused passes."""
+    def line(label, launches, ms, flops=0, size=0, reached=""):
+        tera = f"{flops / 1e12:.3f}" if flops else ""
+        giga = f"{size / 1e9:.2f}" if size else ""
+        print(f"  {label:30}{tera:>9}{giga:>9}{launches:10}{ms:9.2f}{reached:>9}")
+
+    print(title)
+    products = 1e3 * fused["flops"] / PRODUCTS
+    attention = 1e3 * blocks * executed / ATTENTION
+    line("matrix products", fused["products"], products, fused["flops"])
+    line(f"attention, {executed / useful:.1f} x executed", blocks, attention, blocks * useful)
+    for label, c in (("PyTorch's", plain), ("fused", fused)):
+        line(f"{label} passes", c["passes"], 1e3 * c["bytes"] / BYTES, size=c["bytes"])
+    for label, c in (("PyTorch's", plain), ("fused", fused)):
+        ms = products + attention + 1e3 * c["bytes"] / BYTES
+        reached = (c["flops"] + blocks * useful) / (ms / 1e3) / PEAK
+        line(f"together, {label}", c["products"] + c["passes"] + blocks, ms, reached=f"{reached:.1%}")
+    return ms
+
+
 # ---------------------------------------------------------------- the tables
 
 def one(args, method, dtype, words, captions, states):
@@ -373,10 +529,9 @@ def whitened_cosine(states, reference):
     return (projection(states, long) * projection(reference[:len(states)], long)).sum(-1).mean().item()
 
 
-def make_nemo(folder, blocks=12):
-    """A folder of random weights with Mistral-Nemo-Instruct-2407's widths and the demo's tokenizer."""
-    from safetensors.torch import save_file
-    config = {
+def nemo_config(blocks):
+    """Mistral-Nemo-Instruct-2407's widths."""
+    return {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
         "hidden_size": 5120,
@@ -392,6 +547,12 @@ def make_nemo(folder, blocks=12):
         "max_position_embeddings": 131072,
         "hidden_act": "silu",
     }
+
+
+def make_nemo(folder, blocks=12):
+    """A folder of random weights of Mistral-Nemo's widths and the demo's tokenizer."""
+    from safetensors.torch import save_file
+    config = nemo_config(blocks)
     D = config["hidden_size"]
     inner = config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
@@ -470,7 +631,10 @@ def main():
     parser.add_argument("--captions", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--states", help=argparse.SUPPRESS)
+    parser.add_argument("--count", action="store_true", help="an H100's time on Mistral-Nemo, on paper")
     args = parser.parse_args()
+    if args.count:
+        return count(args.llm)
     if args.one:
         args.words = int(args.words)
         return measure(args)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from emulator.translate import translate
-from test_ext import assert_attention, dense, random_qkv
+from test_ext import (DTYPES, ROPE, ROWS, assert_attention, check_rmsnorm, check_rope, check_swiglu, dense,
+                      random_qkv)
 
 TESTS = Path(__file__).resolve().parent
 SOURCE = (TESTS.parent / "ext/cuda.cu").read_text()
@@ -41,7 +42,9 @@ def build(folder, source):
     subprocess.run([*command, objects[1], TESTS.parent / "ext/forest.cpp"], check=True)
     subprocess.run(["g++", "-shared", "-o", folder / "kernels.so", *objects], check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
-    library.attention.restype = library.mask.restype = ctypes.c_char_p
+    for function in (library.attention, library.mask, library.rope, library.rmsnorm, library.swiglu):
+        function.restype = ctypes.c_char_p
+    library.error_left.restype = ctypes.c_bool
     return library
 
 
@@ -51,7 +54,18 @@ def kernels(tmp_path_factory):
 
 
 def pointer(array):
+    if array is None:
+        return None
     return ctypes.c_void_p(array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data)
+
+
+def emulated(function):
+    """-> call(*arguments), which raises AssertionError where it finds anything; sizes as int64."""
+    def call(*args):
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float, bool: ctypes.c_bool}
+        wrong = function(*(kinds[type(x)](x) if type(x) in kinds else pointer(x) for x in args))
+        assert not wrong, wrong.decode()
+    return call
 
 
 def attend(kernels, forest, tile, heads, kv_heads, dim, dtype, gap, seed):
@@ -61,11 +75,24 @@ def attend(kernels, forest, tile, heads, kv_heads, dim, dtype, gap, seed):
     out = torch.full(q.shape, torch.nan, dtype=dtype)
     strides = np.array([x.stride(0) for x in (q, k, v, out)])
     lengths, parents = (np.array(x, np.int64) for x in forest)
-    wrong = kernels.attention(len(lengths), pointer(lengths), pointer(parents), tile,
-                              *map(pointer, (q, k, v, out, strides)), heads, kv_heads, dim,
-                              ctypes.c_float(dim ** -0.5), dtype == torch.bfloat16, seed)
-    assert not wrong, wrong.decode()
+    emulated(kernels.attention)(len(lengths), lengths, parents, tile, q, k, v, out, strides,
+                                heads, kv_heads, dim, dim ** -0.5, dtype == torch.bfloat16, seed)
     assert_attention(out, q, k, v, visible, dim ** -0.5)
+
+
+def elementwise(kernels, seed):
+    """-> rope, rmsnorm and swiglu, called as flame_ext's are."""
+    def rope(qkv, cos, sin, heads):
+        T, all_heads, dim = qkv.shape
+        emulated(kernels.rope)(qkv, T, qkv.stride(0), all_heads * dim, heads, dim, cos, sin,
+                               qkv.dtype == torch.bfloat16, seed)
+
+    def rmsnorm(x, weight, out, eps, update):
+        emulated(kernels.rmsnorm)(x, weight, out, eps, update, *x.shape, out.dtype == torch.bfloat16, seed)
+
+    def swiglu(gate_up, out):
+        emulated(kernels.swiglu)(gate_up, out, *out.shape, out.dtype == torch.bfloat16, seed)
+    return rope, rmsnorm, swiglu
 
 
 @pytest.mark.parametrize("dim, heads, kv_heads", [(64, 9, 3), (128, 4, 1)])
@@ -85,21 +112,61 @@ def test_mask(kernels, name):
     visible, segment, _ = dense(*FORESTS[name])
     out = np.full((len(segment), len(segment) + 3), 7, np.uint8)
     lengths, parents = (np.array(x, np.int64) for x in FORESTS[name])
-    wrong = kernels.mask(len(lengths), pointer(lengths), pointer(parents), pointer(out), out.shape[1], 0)
-    assert not wrong, wrong.decode()
+    emulated(kernels.mask)(len(lengths), lengths, parents, out, out.shape[1], 0)
     assert (out[:, :-3] == visible).all() and (out[:, -3:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_rmsnorm_swiglu(kernels, dtype):
+    """Rows that allow 16 bytes at once, and odd ones; one row; rows that lie apart."""
+    torch.manual_seed(0)
+    for seed, sizes in enumerate(ROPE):
+        check_rope(elementwise(kernels, seed)[0], dtype, *sizes)
+    for seed, sizes in enumerate(ROWS):
+        _, rmsnorm, swiglu = elementwise(kernels, seed)
+        check_rmsnorm(rmsnorm, dtype, *sizes)
+        check_swiglu(swiglu, dtype, *sizes)
+
+
+def test_an_error_of_cuda_is_told_once(kernels):
+    """A row that is too long for shared memory: nothing is written, and no later call hears of it."""
+    x, weight = torch.ones(1, 60_000), torch.ones(60_000)
+    out = torch.zeros(x.shape)
+    with pytest.raises(AssertionError, match="CUDA: rmsnorm failed: invalid argument"):
+        elementwise(kernels, 0)[1](x, weight, out, 1e-5, x)
+    assert x.eq(1).all() and out.eq(0).all() and not kernels.error_left()
 
 
 @pytest.mark.parametrize("right, wrong, found", [
     ("__syncthreads();  // the next keys", "// the next keys", "race|never written"),
     ("__syncthreads();  // this block has", "// this block has", "race|in flight"),
-    ("wait_for_copies<1>()", "wait_for_copies<2>()", "in flight"),
+    ("__syncthreads();  // Q has", "// Q has", "race|in flight"),
+    ("more) wait_for_copies<1>()", "more) wait_for_copies<2>()", "in flight"),
+    ("wait_for_copies<0>()", "wait_for_copies<1>()", "in flight"),
     ("block % 3", "block % 2", "race"),
     ("(chunk ^ (row & 7))", "chunk", "bank conflicts"),
     ("if (row >= rows) return;", "", "race|outside"),
 ])
-def test_mistakes_are_noticed(tmp_path, right, wrong, found):
+def test_mistakes_in_attention_are_noticed(tmp_path, right, wrong, found):
     assert right in SOURCE
     mistaken = build(tmp_path, SOURCE.replace(right, wrong))
     with pytest.raises(AssertionError, match=found):
         attend(mistaken, FORESTS["captions"], 32, 2, 1, 64, torch.bfloat16, 8, seed=0)
+
+
+def test_mistakes_in_elementwise_kernels_are_noticed(tmp_path):
+    source = SOURCE
+    for right, wrong in [
+        ("put<N>(at + half, y)", "put<N>(at + N, y)"),  # rope's threads meet
+        ("__syncthreads();  // the warps' sums", "// the warps' sums"),
+        ("i < g.width; i += THREADS * N", "i < g.width; i += THREADS"),  # swiglu's meet
+    ]:
+        assert right in source
+        source = source.replace(right, wrong)
+    rope, rmsnorm, swiglu = elementwise(build(tmp_path, source), 0)
+    with pytest.raises(AssertionError, match="race"):
+        check_rope(rope, torch.bfloat16, 2, 2, 64)
+    with pytest.raises(AssertionError, match="race|never written"):
+        check_rmsnorm(rmsnorm, torch.bfloat16, 2, 576)
+    with pytest.raises(AssertionError, match="race"):
+        check_swiglu(swiglu, torch.bfloat16, 2, 2048)

@@ -237,42 +237,61 @@ for i in (0, 1, 3999):
 
 # ---- Element-wise parts -----------------------------------------------------------------------------------
 
+def assert_close(got, want, size=None):
+    """Up to half a last place of bfloat16, and what rough steps add before rounding. size: of the terms."""
+    tolerance = 1e-5 if got.dtype == torch.float32 else 2 ** -8 + 2 ** -12
+    size = want.abs() if size is None else size
+    assert ((got.double() - want).abs() <= tolerance * size + 1e-5).all()
+
+
+def check_rope(rope, dtype, T, heads, dim, gap=0):
+    """The pair (i, i + d/2) is turned like a complex number; the last head and what lies between stay."""
+    qkv, before = (torch.randn(T, heads * dim + gap).to(dtype) for _ in range(2))
+    before.copy_(qkv)
+    angle = torch.rand(T, dim // 2) * 6
+    rope(qkv[:, :heads * dim].unflatten(1, (heads, dim)), angle.cos(), angle.sin(), heads - 1)
+    rest = (heads - 1) * dim
+    pairs = before[:, :rest].double().view(T, heads - 1, 2, dim // 2)
+    turn = torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
+    turned = torch.complex(pairs[:, :, 0], pairs[:, :, 1]) * turn
+    want = torch.stack([turned.real, turned.imag], 2)
+    assert_close(qkv[:, :rest].view(want.shape), want, turned.abs()[:, :, None])
+    assert torch.equal(qkv[:, rest:], before[:, rest:])
+
+
+def check_rmsnorm(rmsnorm, dtype, T, width):
+    x, weight, delta = torch.randn(T, width), torch.rand(width), torch.randn(T, width).to(dtype)
+    for update in (None, delta):
+        stream, out = x.clone(), torch.empty(T, width, dtype=dtype)
+        rmsnorm(stream, weight, out, 1e-5, update)
+        y = x if update is None else x + delta.float()
+        assert torch.equal(stream, y)
+        assert_close(out, torch.nn.functional.rms_norm(y.double(), (width,), weight.double(), 1e-5))
+
+
+def check_swiglu(swiglu, dtype, T, width):
+    gate_up, out = (torch.randn(T, 2 * width) * 20).to(dtype), torch.empty(T, width, dtype=dtype)
+    gate_up[0, 0] = -200  # e^200 is no float32
+    swiglu(gate_up, out)
+    gate, up = gate_up.double().chunk(2, -1)
+    assert_close(out, torch.nn.functional.silu(gate) * up)
+
+
+# T, heads, dim and the gap between rows; T, width
+ROPE = [(70, 5, 64), (3, 2, 6), (9, 3, 32, 8), (9, 3, 32, 3), (1, 4, 128), (0, 2, 8)]
+ROWS = [(70, 576), (1, 7), (3, 2056), (5, 1001)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("simd", SIMD)
 def test_rope_rmsnorm_swiglu(simd, dtype):
     flame_ext.simd(simd)
     torch.manual_seed(0)
-    # Of bfloat16 half a last place, and what rough steps add before rounding.
-    tolerance = 1e-5 if dtype == torch.float32 else 2 ** -8 + 2 ** -12
-
-    def close(got, want):
-        assert got.dtype in DTYPES and ((got.double() - want).abs() <= tolerance * want.abs() + 1e-5).all()
-
-    for T, heads, dim in ((70, 5, 64), (3, 2, 6)):
-        qkv = torch.randn(T, heads, dim).to(dtype)
-        before = qkv.clone()
-        angle = torch.rand(T, dim // 2) * 6
-        flame_ext.rope(qkv, angle.cos(), angle.sin(), heads - 1)
-        # The pair (i, i + d/2) as a complex number.
-        turn = torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
-        turned = torch.complex(*before.double().chunk(2, -1)) * turn
-        error = (qkv[:, :-1].double() - torch.cat([turned.real, turned.imag], -1)[:, :-1]).abs()
-        assert (error <= tolerance * torch.cat([turned.abs()] * 2, -1)[:, :-1] + 1e-6).all()
-        assert torch.equal(qkv[:, -1], before[:, -1])
-
-    for T, width in ((70, 576), (1, 7)):
-        x, weight, delta = torch.randn(T, width), torch.rand(width), torch.randn(T, width).to(dtype)
-        for update in (None, delta):
-            stream, out = x.clone(), torch.empty(T, width, dtype=dtype)
-            flame_ext.rmsnorm(stream, weight, out, 1e-5, update)
-            y = x if update is None else x + delta.float()
-            assert torch.equal(stream, y)
-            close(out, torch.nn.functional.rms_norm(y.double(), (width,), weight.double(), 1e-5))
-
-        gate_up, out = (torch.randn(T, 2 * width) * 20).to(dtype), torch.empty(T, width, dtype=dtype)
-        flame_ext.swiglu(gate_up, out)
-        gate, up = gate_up.double().chunk(2, -1)
-        close(out, torch.nn.functional.silu(gate) * up)
+    for sizes in ROPE:
+        check_rope(flame_ext.rope, dtype, *sizes)
+    for sizes in ROWS:
+        check_rmsnorm(flame_ext.rmsnorm, dtype, *sizes)
+        check_swiglu(flame_ext.swiglu, dtype, *sizes)
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8"])
@@ -402,6 +421,7 @@ INT8 = {
     (stored(np.zeros((2, 3, 8))), TypeError, "vectors is float64, expected float16"),
     (stored(np.zeros((2, 3), np.float16)), ValueError, r"vectors has shape \[2, 3\]"),
     (stored(np.zeros((2, 8, 3), np.float16).transpose(0, 2, 1)), ValueError, "vectors is not contiguous"),
+    (stored(np.zeros((2, 3, 8), "i1,f2")["f1"]), ValueError, "vectors has elements that lie between"),
     (stored(index=[0, 6]), ValueError, "index has 6, but there are 6 vectors"),
     (stored(index=[-1, 0]), ValueError, "index has -1"),
     (stored(index=[0.0, 1.0]), TypeError, "index is float64"),
@@ -426,6 +446,46 @@ def test_nothing_to_do():
     flame_ext.attention(*(torch.zeros(0, 2, 8) for _ in range(4)), empty, 1.0)
     flame_ext.swiglu(torch.zeros(0, 8), torch.zeros(0, 4))
     stored(index=[], out=torch.zeros(0, 8))()
+
+
+def test_failures_keep_no_memory_and_no_reference():
+    """Where memory ends MemoryError, each time at the same size; where threads end, one works alone."""
+    script = """
+import re, resource, sys
+import numpy as np, flame_ext
+def size():
+    return 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
+def limit(more):
+    resource.setrlimit(resource.RLIMIT_AS, (size() + more, -1))
+def fails(error, call, *args):
+    try:
+        call(*args)
+    except error:
+        return
+    raise AssertionError(args)
+limit(200 << 20)
+sizes = []
+for _ in range(8):
+    fails(MemoryError, flame_ext.layout, [2 ** 24], [-1])
+    sizes.append(size())
+assert max(sizes[2:]) == sizes[1], sizes
+x = np.ones((500, 1, 8), np.float32)
+out = np.zeros_like(x)
+layout = flame_ext.layout([500], [-1])
+whole = flame_ext.layout([500], [-1], 2 ** 62)  # a tile of all queries
+references = [sys.getrefcount(y) for y in (x, out, layout)]
+for _ in range(8):
+    fails(ValueError, flame_ext.attention, x, x, x, out, layout, 1e-60)
+    fails(TypeError, flame_ext.attention, x, x, x, out, layout, "1")
+assert references == [sys.getrefcount(y) for y in (x, out, layout)]
+limit(4 << 20)  # less than a thread's stack
+for some in (layout, whole):
+    out[:] = 0
+    flame_ext.attention(x, x, x, out, some, 1.0)
+    assert abs(out - 1).max() < 1e-5
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- CUDA -------------------------------------------------------------------------------------------------
@@ -479,5 +539,24 @@ def test_cuda_mask_and_refusals():
         flame_ext.mask(LAYOUT, out)
     with pytest.raises(ValueError, match="plan is on the CPU, expected on cuda:0"):
         flame_ext.mask(LAYOUT, out, torch.tensor(LAYOUT.plan))
-    with pytest.raises(ValueError, match="gate_up is on cuda:0, expected on the CPU"):
-        flame_ext.swiglu(torch.zeros(5, 8, device="cuda"), torch.zeros(5, 4, device="cuda"))
+    with pytest.raises(ValueError, match="out is on the CPU, expected on cuda:0"):
+        flame_ext.swiglu(torch.zeros(5, 8, device="cuda"), torch.zeros(5, 4))
+
+
+@GPU
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_rope_rmsnorm_swiglu(dtype):
+    def on_gpu(function):
+        def call(*args):
+            there = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+            function(*there, stream=torch.cuda.current_stream().cuda_stream)
+            for here, moved in zip(args, there):
+                if isinstance(here, torch.Tensor):
+                    here.copy_(moved)
+        return call
+
+    for sizes in ROPE:
+        check_rope(on_gpu(flame_ext.rope), dtype, *sizes)
+    for sizes in ROWS:
+        check_rmsnorm(on_gpu(flame_ext.rmsnorm), dtype, *sizes)
+        check_swiglu(on_gpu(flame_ext.swiglu), dtype, *sizes)

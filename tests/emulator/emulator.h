@@ -32,6 +32,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -436,12 +437,13 @@ typedef void* cudaStream_t;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t last_error;  // it stays until it is asked for
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidValue : cudaSuccess; }
 template <class F>
 cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
-  if ((size_t)bytes > emulator::MAX_SHARED) return cudaErrorInvalidValue;
+  if ((size_t)bytes > emulator::MAX_SHARED) return last_error = cudaErrorInvalidValue;
   emulator::shared_allowed = bytes;
   return cudaSuccess;
 }
