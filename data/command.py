@@ -66,6 +66,10 @@ def run(script, body, again):
         line = " ".join(str(error).split())  # a file's name may have two lines
         print(f"{script}: {line}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:  # a GPU's
+        print(f"{script}: out of memory on the GPU; free its memory, take another, or give --device cpu",
+              file=sys.stderr)
+        return 2
     except OSError as error:  # a file vanished, a folder may not be read
         print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; "
               "mend that and run the same command again", file=sys.stderr)
