@@ -281,8 +281,6 @@ def start_ranks(name):
     if ranks() > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = command.usable_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if ranks() > 1:  # rank 0 alone indexes tars and fits the text projection, for minutes
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))

@@ -37,12 +37,17 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
 
 
 def usable_device(name):
-    """"cpu", "cuda" or "cuda:1" -> torch.device. Raises InputError where this machine has no such device."""
+    """"cpu", "cuda" or "cuda:1" -> torch.device. Raises InputError where this machine has no such device.
+
+    A GPU becomes the current one: events, streams and pinned memory name none, and would be another's.
+    """
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("not supported")
-        torch.empty(0, device=device)
+        there = torch.empty(0, device=device).device  # has a number, as set_device wants
+        if device.type == "cuda":
+            torch.cuda.set_device(there)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; give cpu or cuda") from None
     return device
@@ -60,6 +65,10 @@ def run(script, body, again):
     except InputError as error:
         line = " ".join(str(error).split())  # a file's name may have two lines
         print(f"{script}: {line}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:  # a GPU's
+        print(f"{script}: out of memory on the GPU; free its memory, take another, or give --device cpu",
+              file=sys.stderr)
         return 2
     except OSError as error:  # a file vanished, a folder may not be read
         print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; "

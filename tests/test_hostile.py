@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import flame
+import embed
 
 SECONDS = 10      # after which a case counts as hung
 MEMORY = 4 << 30  # bytes of address space that a case may add: what asks for more fails, not the machine
@@ -97,14 +97,14 @@ def run(command, **limit):
 
 def interrupted(command, out, monkeypatch):
     """Types embed.py's command and presses Ctrl-C when the first window of the store `out` is on the disk."""
-    encode, log = flame.TextEncoder.run, Path(out, "windows-0.txt")
+    start, log = embed.start, Path(out, "windows-0.txt")
 
-    def run_or_stop(*arguments):
+    def start_or_stop(*arguments):
         if log.exists() and log.read_text():
             raise KeyboardInterrupt
-        return encode(*arguments)
+        return start(*arguments)
     with monkeypatch.context() as patched:
-        patched.setattr(flame.TextEncoder, "run", run_or_stop)
+        patched.setattr(embed, "start", start_or_stop)
         assert run(command) == 130
 
 
