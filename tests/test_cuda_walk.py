@@ -106,29 +106,46 @@ def here(tmp_path, monkeypatch):
 
 
 def kernels(checked):
-    """In flame_ext's place: its attention's arguments are looked at, its PyTorch twin computes."""
-    forests = []
-
+    """In flame_ext's place: its kernels' arguments are looked at, their PyTorch twins compute."""
     def layout(lengths, parents, tile):
-        forests.append(flame.Forest(None, None, lengths, parents, None))
-        return SimpleNamespace(plan=np.arange(3, dtype=np.int32), forest=forests[-1])
+        forest = flame.Forest(None, None, lengths, parents, None)
+        return SimpleNamespace(plan=np.arange(3, dtype=np.int32), forest=forest)
+
+    def twin(function, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flame, "native", lambda device, dtype: False)
+            return function(*arguments)
+
+    def look(name, stream, *tensors):
+        assert all(x.is_cuda for x in tensors if x is not None) and stream == 7
+        checked.add(name)
 
     def attention(q, k, v, out, layout, scale, plan, stream):
-        assert all(x.is_cuda for x in (q, k, v, out, plan)) and stream == 7
-        mask = torch.from_numpy(flame.visible(layout.forest)).to(q.device)
-        share = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1))
-        checked.append(scale)
-    return SimpleNamespace(cuda=True, layout=layout, attention=attention)
+        look("attention", stream, q, k, v, out, plan)
+        attend = twin(flame.attention_over, layout.forest, q.device, q.dtype, q.shape[1] // k.shape[1])
+        out.copy_(attend(q, k, v))
+
+    def rope(qkv, cos, sin, heads, stream):
+        look("rope", stream, qkv, cos, sin)
+        twin(flame.rope, qkv, cos, sin, heads)
+
+    def rmsnorm(x, weight, out, eps, update, stream):
+        look("rmsnorm", stream, x, weight, out, update)
+        out.copy_(twin(flame.add_and_norm, x, update, weight, eps, out.dtype))
+
+    def swiglu(gate_up, out, stream):
+        look("swiglu", stream, gate_up, out)
+        out.copy_(twin(flame.swiglu, gate_up))
+
+    return SimpleNamespace(cuda=True, layout=layout, attention=attention, rope=rope, rmsnorm=rmsnorm,
+                           swiglu=swiglu)
 
 
 EMBED = ["return x.pin_memory().to(device, non_blocking=True) if device.type == \"cuda\" else x",
-         "here = torch.empty(units.shape, dtype=dtype, pin_memory=True)", "copied.synchronize()",
+         "units.copy_(on_device, non_blocking=True)", "copied.synchronize()",
          "following = thread.submit(next, items, None)"]
 NATIVE = ["plan = move(torch.tensor(layout.plan), device) if gpu else None",
-          "flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, plan, stream)"]
+          "flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, plan, stream_of(device))"]
 QWEN = ["norm_heads(qkv, block[\"qk_norm\"], eps)"]
 
 
@@ -143,7 +160,7 @@ def test_a_store_made_on_the_gpu(here, gpu, float32, make_random_llm, monkeypatc
     llm = make_random_llm(family, **{"head_dim": 12} if family == "Qwen3" else {})
     expected = embed_on("cpu", llm, "--store", store)
     rows = []
-    checked = []
+    checked = set()
     start = embed.start
     monkeypatch.setattr(embed, "start", lambda *args: rows.append(0) or start(*args))
     monkeypatch.setattr(flame, "flame_ext", kernels(checked) if native else None)
@@ -151,7 +168,7 @@ def test_a_store_made_on_the_gpu(here, gpu, float32, make_random_llm, monkeypatc
         found = embed_on(device, llm, "--store", store)
     assert found == expected and set(lines) <= seen, set(lines) - seen
     assert len(rows) == gpu.recorded == gpu.waited > 15  # 5 windows, 3 prompt sets
-    assert bool(checked) == native
+    assert checked == ({"attention", "rope", "rmsnorm", "swiglu"} if native else set())
 
 
 def test_a_mistake_in_stage_1_is_found(here, gpu, float32, tiny_llm, monkeypatch):
