@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import flame
 from data import benchmarks, cache, files, leaks, peer, released
+from data.captions import source_name
 from data.checkpoint import newest_checkpoint
 from data.command import Parser, number, run, usable_device
 from data.show import report, runs, search, words
@@ -745,7 +746,7 @@ def settings(argv):
     args.how = OWN if args.captions else BENCHMARKS.get(names[0], (None, None, "raw"))
     args.most = None if args.all_captions else benchmarks.FIRST_CAPTIONS.get(names[0])
     if args.captions:
-        args.bench = args.captions.name.split(".")[0]
+        args.bench = source_name(args.captions)
     if args.all_captions and names[0] not in benchmarks.FIRST_CAPTIONS:
         parser.error(f"--all-captions: {args.bench} leaves no caption out; leave the flag out")
     if args.split != "test" and args.split not in map(benchmarks.OTHER_SPLIT.get, names):

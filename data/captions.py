@@ -159,6 +159,11 @@ def source_files(path):
     return files
 
 
+def source_name(path):
+    """cc3m.tsv.gz, cc3m/, cc3m-{0000..0575}.tar, or . in cc3m/ -> cc3m"""
+    return re.split(r"[.{]", Path(path).resolve().name)[0].rstrip("-_") or "captions"
+
+
 def fingerprint(paths):
     """SHA-256 of what captions come from, in hexadecimal."""
     digests = [_digest(file) for path in paths for file in source_files(path)]

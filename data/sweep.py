@@ -7,10 +7,10 @@ trained and scored, by embed.py, train.py and evaluate.py; at the end stand a ta
     python data/sweep.py --bench demo --vary layer 10 20 29 --train --steps 300
 
 What can vary: facets (the first K questions of the long set alone); layer, llm, mask, prompts-file (these
-embed the store's captions anew; the value `store` is the store as it is); every setting of train.py. What
-follows --train goes there. What is finished is kept, so the same command goes on where it was stopped: a
-store that is whole, a run that has taken all its steps, a result. Texts that are scored are encoded once for
-all runs of one LLM.
+embed the store's captions anew; the value `store` is the store as it is); every setting of train.py, `true`
+or `false` for a switch. What follows --train goes there. What is finished is kept, so the same command goes
+on where it was stopped: a store that is whole, a run that has taken all its steps, a result. Texts that are
+scored are encoded once for all runs of one LLM.
 """
 import argparse
 import json
@@ -23,6 +23,7 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+import evaluate
 import flame
 from data import command, files
 from data.show import plots, runs
@@ -30,6 +31,7 @@ from flame import InputError
 from train import SETTINGS, newest_store
 
 OF_EMBED = ("layer", "llm", "mask", "prompts-file")
+SWITCHES = [name.replace("_", "-") for name, row in SETTINGS.items() if row[2] is bool]
 SHOWN = ("text_to_image", "image_to_text", "top1", "accuracy")  # of a result's figures
 
 
@@ -43,11 +45,16 @@ def stage(script, *arguments):
 
 
 def flags(**given):
-    """name=value -> ["--name", value], where there is a value; a list goes in whole."""
+    """name=value -> ["--name", value], where there is a value; a list goes in whole. A switch's "true" is
+    --name, its "false" --no-name.
+    """
     line = []
     for name, value in given.items():
-        if value:
-            line += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+        name = name.replace("_", "-")
+        if name in SWITCHES:
+            line.append(f"--{name}" if value == "true" else f"--no-{name}")
+        elif value:
+            line += [f"--{name}", *(value if isinstance(value, list) else [value])]
     return line
 
 
@@ -55,7 +62,8 @@ def embedded(args, value):
     """-> the store to train on: the given one, or of its captions another, made by embed.py."""
     meta = args.store.meta
     llm = meta["llm"]
-    own = {"layer": str(llm["layer"]), "llm": llm.get("path"), "mask": "decoupled"}
+    mask = {"restart": "decoupled", "causal": "causal"}.get(llm["positions"])
+    own = {"layer": str(llm["layer"]), "llm": llm.get("path"), "mask": mask}
     if args.name not in OF_EMBED or value in ("store", own.get(args.name)):
         return args.store.path
     if llm["positions"] != "restart" or llm.get("questions"):
@@ -75,25 +83,37 @@ def plain(value):
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_.") or "none"
 
 
+def training(args, value):
+    """-> {setting of train.py: value} that makes the difference."""
+    if args.name in OF_EMBED:
+        return {}
+    if args.name == "facets":
+        return {"columns": ",".join(f"long.{k}" for k in range(int(value)))}
+    return {args.name: value}
+
+
 def scored(args, value, seed):
-    """Trains and scores one value -> evaluate.py's result."""
-    path = args.out / f"{plain(value)}-{seed}.json"
+    """Trains and scores one value -> evaluate.py's result, and in it the flags that it answers ("asked")."""
     store = embedded(args, value)
     run = Path("sweep", f"{args.store.path.name}-{args.name}-{plain(value)}-{seed}")
-    varied = {} if args.name in OF_EMBED else {args.name: value}
-    if args.name == "facets":
-        varied = {"columns": ",".join(f"long.{k}" for k in range(int(value)))}
-    line = flags(embeddings=store, images=args.images, name=run, seed=str(seed), **varied) + args.train
-    stage("train.py", *line)
+    line = {"embeddings": store, "images": args.images, "name": run, "seed": str(seed)}
+    stage("train.py", *flags(**line | training(args, value)), *args.train)
     weights = Path("out") / run / "model.safetensors"
-    if not path.exists() or path.stat().st_mtime < weights.stat().st_mtime:
-        images = args.images if args.captions else None
-        asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root)
-        stage("evaluate.py", *asked, *flags(split=args.split, checkpoint=weights.parent, out=args.out))
-        bench = args.bench or args.captions.name.split(".")[0]
-        for ending in (".npz", ".json"):
-            (args.out / bench).with_suffix(ending).replace(path.with_suffix(ending))
-    return json.loads(path.read_text(encoding="utf-8"))
+    llm = None
+    if args.name == "llm":  # $FLAME_LLM may be another
+        llm = args.store.meta["llm"].get("path") if value == "store" else value
+    asked = [str(flag) for flag in args.asked + flags(checkpoint=weights.parent, llm=llm)]
+    path = args.out / f"{plain(value)}-{seed}.json"
+    result = files.read_marker(path) or {}
+    if result.get("asked") != asked or path.stat().st_mtime < weights.stat().st_mtime:
+        stage("evaluate.py", *asked, "--out", args.out)
+        fresh = args.out / f"{args.bench}.json"
+        if fresh.with_suffix(".npz").exists():  # a group has none
+            fresh.with_suffix(".npz").replace(path.with_suffix(".npz"))
+        result = json.loads(fresh.read_text(encoding="utf-8")) | {"asked": asked}
+        files.write_text(path, json.dumps(result, indent=2) + "\n")
+        fresh.unlink()
+    return result
 
 
 def summary(value, results):
@@ -148,8 +168,12 @@ def arguments(argv):
         raise InputError(f"--vary {' '.join(args.vary)}: give one of {', '.join(known)}, and its values")
     if args.name == "facets" and not all(re.fullmatch("[1-9][0-9]?", value) for value in args.values):
         raise InputError(f"--vary {' '.join(args.vary)}: give numbers of facets, as in facets 1 3 7")
-    if bool(args.bench) == bool(args.captions):
-        raise InputError("give --bench NAME or --captions FILE; see --help")
+    if args.name in SWITCHES and not {"true", "false"} >= set(args.values):
+        raise InputError(f"--vary {' '.join(args.vary)}: give true and false")
+    images = args.images if args.captions else None
+    args.asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root,
+                       split=args.split)
+    args.bench = evaluate.settings([str(flag) for flag in args.asked]).bench    # mistakes are found now
     args.out = args.out or Path("results", f"sweep-{args.name}")
     return args
 
@@ -162,7 +186,7 @@ def main(argv=None):
         for value in args.values:
             results = [scored(args, value, seed) for seed in range(args.seeds)]
             rows.append(summary(value, results))
-        result = {"bench": args.bench or str(args.captions), "vary": args.name, "train": args.train,
+        result = {"bench": args.bench, "vary": args.name, "train": args.train,
                   "store": str(args.store.path), "rows": rows}
         path = args.out.with_name(args.out.name + ".json")
         files.write_text(path, json.dumps(result, indent=2) + "\n")
