@@ -939,7 +939,10 @@ def average(args, checkpoint, results):
         line = report.both_recalls(row, "R@1 ") if "text_to_image" in row else report.cells(row, mean)
         lines.append(f"    {name:16}{line}")
     print("\n".join(lines + published(args)))
-    result = {"bench": args.bench, "checkpoint": str(checkpoint), **scores, "benchmarks": results}
+    result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split, **scores}
+    if args.probe:
+        result["n_train"] = sum(row["n_train"] for row in results.values())
+    result["benchmarks"] = results
     path = result_path(args)
     files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
     print(f"-> {path}.json")

@@ -27,7 +27,7 @@ from sklearn.metrics import balanced_accuracy_score
 import evaluate
 import flame
 from data import benchmarks, cache
-from data.show import fonts, plots, report, words
+from data.show import fonts, plots, report, runs, words
 from test_benchmarks import (
     CLASS_FILES,
     COLOURS,
@@ -692,6 +692,10 @@ def test_the_ten_of_the_papers_average(colours, tmp_path, monkeypatch, capsys):
     assert colours("classification10", "--probe")[0] == 0
     told = capsys.readouterr().out
     assert "-probe.json" in told.splitlines()[-1] and "published" not in told
+    group, probe = [json.loads((tmp_path / "results" / f"classification10{kind}.json").read_text())
+                    for kind in ("", "-probe")]
+    assert probe["n_train"] == sum(own["n_train"] for own in probe["benchmarks"].values())
+    assert runs.title(group) == "classification10 (all)" and runs.title(probe) == "classification10 (probe)"
 
 
 def test_published_figures_stand_below_ones_own(colours, tmp_path, capsys):

@@ -52,14 +52,15 @@ def compared(result, of=None):
 
 def named(figure):
     """long/text_to_image -> long text to image R@1"""
-    part, key = figure.split("/")
+    part, _, key = figure.rpartition("/")
     return f"{part} {DIRECTIONS[key]} R@1".strip() if key in DIRECTIONS else f"{part} {key}".strip()
 
 
 def title(result):
     """What was scored: only results of one title are compared."""
     probe = " (probe)" if "n_train" in result else ""
-    return f"{result['bench']}{probe}" + " (val)" * (result.get("split") == "val")
+    split = result.get("split", "test")
+    return f"{result['bench']}{probe}" + f" ({split})" * (split != "test")
 
 
 # ---------------------------------------------------------------- beside the JSON
@@ -186,8 +187,9 @@ def write_page(folder, difference):
 
     Raises InputError where there are none.
     """
-    def inside(pattern):
-        return sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
+    def inside(pattern):    # no pipe, which would be waited for without end
+        found = [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]
+        return sorted(path for path in found if path.is_file())
 
     swept = inside("sweep-*.json")
     runs = read_runs(set(inside("*.json")) - set(swept))
@@ -195,6 +197,8 @@ def write_page(folder, difference):
         raise InputError(f"{folder}: no results; score something first: --bench NAME --out {folder}")
     if len({run.path.parent for run in runs}) > 1:
         runs = [run._replace(name=f"{run.name} ({run.path.parent})") for run in runs]
+    if len({(title(run.result), run.name) for run in runs}) < len(runs):    # a result and its copy
+        runs = [run._replace(name=f"{run.name} ({run.path.name})") for run in runs]
     runs.sort(key=lambda run: run.result.get("columns") != [])  # open_clip's first, to compare with
     tables, apart, pictures = side_by_side(runs, difference)
     for path in swept:
