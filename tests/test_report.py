@@ -213,7 +213,8 @@ def test_results_of_one_title_and_checkpoint_all_stand_on_the_page(scored, tmp_p
     put(tmp_path / "results" / "mine-all.json", json.dumps(json.loads(result) | {"split": "all"}))
     _, data = page_of(tmp_path / "results")
     table = data["runs"]["tables"][0]
-    assert table["names"] == ["out/a"] and {row["title"] for row in table["rows"]} == {"mine", "", "mine (all)"}
+    assert table["names"] == ["out/a"]
+    assert {row["title"] for row in table["rows"]} == {"mine", "", "mine (all)"}
     put(tmp_path / "results" / "mine-old.json", result)
     _, data = page_of(tmp_path / "results")
     names = [f"out/a ({name}.json)" for name in ("mine-all", "mine-old", "mine")]
