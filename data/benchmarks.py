@@ -5,7 +5,7 @@ file says where each comes from and how it must lie. Nothing is decoded here: a 
 [H, W] or [H, W, 3] where the authors pack all pictures into one file, and evaluate.py finds out whether it
 can be read. A caption that is empty is returned as "", so that evaluate.py can count what it leaves out.
 
-Readers take the root folder and the split: "test", for classification "train", and what OTHER_SPLIT has.
+Readers take the root folder and the split: "test", for classification "train", and what evaluate.py says.
 Those of captions also take how many of a picture's captions count, its first ones; None for all. They
 return, for
 
@@ -42,19 +42,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 CURE = "data/README.md says where to get it and how it must lie"
 AGAIN = f"fetch the file again, {CURE}"
 OWN = "or name your own list with --classes"
-OTHER_SPLIT = {"demo": "val", "coco": "val", "flickr30k": "val", "sun397": "all"}  # beside the test split
-FIRST_CAPTIONS = {"coco": 5, "flickr30k": 5, "xm3600": 1}   # of a picture count, if not all are asked for
 CLASSES = Path(__file__).parent / "classes"     # the names and templates that come with this repository
-
-# The paper's own figures, by what FLAME was trained on; README.md says where they stand, and has CLIP's.
-PUBLISHED = {
-    "urban1k": "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0",
-    "sharegpt4v": "R@1 text to image 80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1",
-    "dci": "R@1 text to image 49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1",
-    "docci": "R@1 text to image 51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8",
-    "xm3600": "R@1 text to image 49.0, image to text 51.7 (YFCC15M, 36 languages, first captions)",
-    "classification10": "top1 40.3 (CC3M, all of SUN397's pictures: --split all)",
-}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def scored(tmp_path, monkeypatch):
             return counts | more | evaluate.recalls(samples), shown
 
         args = evaluate.settings(["--captions", "mine.tsv", "--out", out, "--device", "cpu"])
-        args.how = (None, scorer, "long")
+        args.how = args.how._replace(score=scorer)
         args.open_clip = peer
         (tmp_path / out).mkdir(parents=True, exist_ok=True)
         towers = SimpleNamespace(model=SimpleNamespace(config={"columns": ["long.0"]}), pool="cosine")
