@@ -29,13 +29,14 @@ import sys
 import zlib
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
 from data.captions import LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, skip, tar_files
 from data.files import said
-from data.pictures import first_of_each_row, folder_by_key, folder_pictures, start_of_paths, tar_pictures
+from data.pictures import find_pictures
 from flame import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -671,46 +672,33 @@ def webdataset(root, split, most=None):
 # ------------------------------------------------------------------------------------------------------------
 # One's own
 
-def keyed_pictures(root, tars, skipped):
-    """Yields (key, suffix, picture) of the files in a folder, then of those in tars."""
-    for key, suffix, path in folder_pictures(root):
-        yield key, suffix, Path(path)
-    for key, suffix, (number, offset, size) in tar_pictures(tars, skipped):
-        yield key, suffix, InTar(tars[number], f"{key}.{suffix}", offset, size)
-
-
 def own(captions, folder, prompts):
     """Captions in any form that embed.py reads -> pictures, texts, image_of_text.
 
     A text is the caption that the prompt set is asked of. Rows of one picture are its several captions; rows
     without one are left out. folder: where the captions' paths start, or where pictures are named by key, as
-    files or in tars.
+    files or in tars: they are found as those of a store are.
     """
     skipped = {}
     rows = list(read_captions(captions, skipped))
-    named = any(row.image for row in rows)
-    root = folder or (start_of_paths(captions) if named else folder_by_key(captions))
-    tars = sorted(root.glob("*.tar")) if folder or not named else []
-    if named and not tars:
-        pictures = [root / row.image if row.image else None for row in rows]
-    else:
-        keys = list({row.key: None for row in rows})
-        found, _ = first_of_each_row(keyed_pictures(root, tars, skipped), keys)
-        by_key = {keys[row]: picture for row, picture in found.items()}
-        pictures = [by_key.get(row.key) for row in rows]
     report_skipped(captions, skipped)
-    pairs = [(picture, row.captions[prompts]) for picture, row in zip(pictures, rows) if picture]
-    if not pairs:
-        raise InputError(f"{root}: none of the {len(rows)} keys in {captions} has a picture there, such as "
-                         f"{rows[0].key}.jpg; give --images DIR with pictures named by key")
-    if len({picture for picture, _ in pairs}) < 2:
-        raise InputError(f"{captions}: names one picture; give two at least, to find one among them")
+    listed = SimpleNamespace(path=captions, meta={"captions": {"path": captions}},
+                             keys=[row.key for row in rows], images=[row.image for row in rows])
+    found, files, places = find_pictures(listed, folder)
+    of_row = {}
+    for n, (file, offset, size) in zip(found.tolist(), places.tolist()):
+        path = Path(files[file])
+        of_row[n] = path if size < 0 else InTar(path, rows[n].key, offset, size)
+    of_key = {rows[n].key: picture for n, picture in of_row.items()}    # several rows may share a key
+    pairs = [(of_row.get(n) or of_key.get(row.key), row.captions[prompts]) for n, row in enumerate(rows)]
+    pairs = [pair for pair in pairs if pair[0]]
     if len(pairs) < len(rows):
         print(f"{captions}: {len(rows) - len(pairs)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)
-    distinct = list(dict.fromkeys(picture for picture, _ in pairs))
-    number_of = {picture: number for number, picture in enumerate(distinct)}
-    return distinct, [text for _, text in pairs], [number_of[picture] for picture, _ in pairs]
+    number_of = {}
+    for picture, _ in pairs:
+        number_of.setdefault(picture, len(number_of))
+    return list(number_of), [text for _, text in pairs], [number_of[picture] for picture, _ in pairs]
 
 
 # ------------------------------------------------------------------------------------------------------------
