@@ -21,7 +21,6 @@ takes seconds; delete it freely.
 """
 import argparse
 import functools
-import json
 import os
 import re
 import sys
@@ -769,12 +768,12 @@ def settings(argv):
     if args.prompts and (args.probe or args.words):
         parser.error("--prompts: no text is asked; leave the flag out")
     usable_device(args.device)
+    if args.all_captions:
+        args.how = args.how._replace(most=None)
     args.data_root = args.data_root or Path("data") / ("" if args.how.members else name)
-    args.asked = [args.prompts or prompts for prompts in args.how.prompts.split()]
+    args.asked = [args.prompts or prompts for prompts in args.how.prompts.split() if not args.probe]
     if searching:
         args.asked = [search.prompts_of(args, query) for query in args.search or ["what is typed"]]
-    if args.probe:
-        args.asked = []
     return args
 
 
@@ -784,17 +783,15 @@ def one_by_one(args):
     A split that only some of them have is theirs alone. Raises InputError that names all missing folders.
     """
     every = []
-    for bench in args.how.members or [args.bench]:
-        how = BENCHMARKS[bench] if args.how.members else args.how
-        own = {"bench": bench, "how": how._replace(most=None) if args.all_captions else how}
-        if args.how.members:
-            own["data_root"] = args.data_root / bench
-            own["split"] = args.split if args.split == how.split else "test"
+    for bench in args.how.members:
+        how = BENCHMARKS[bench]._replace(most=args.how.most)
+        split = args.split if args.split == how.split else "test"
+        own = {"bench": bench, "how": how, "split": split, "data_root": args.data_root / bench}
         every.append(argparse.Namespace(**vars(args) | own))
     missing = [str(one.data_root) for one in every if not one.data_root.exists()]
-    if missing and args.how.members:
+    if missing:
         raise InputError(f"--bench {args.bench}: not found: {', '.join(missing)}; {benchmarks.CURE}")
-    return every
+    return every or [args]
 
 
 def check_prompts(args, model, checkpoint):
@@ -910,7 +907,7 @@ def evaluate(args, towers, checkpoint, data, train):
     ranks = shown and first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
     earlier = runs.read_runs(one for one in args.out.glob("*.json") if one.name.startswith(args.bench))
     runs.keep(f"{path}.npz", result, data, shown, ranks)
-    files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
+    files.write_json(f"{path}.json", result)
     for line in runs.difference_table(Path(f"{path}.json"), earlier, difference):
         print(line)
     by_name = functools.partial(facets_by_name, towers) if args.report else None
@@ -936,7 +933,7 @@ def average(args, checkpoint, results):
         result["n_train"] = sum(row["n_train"] for row in results.values())
     result["benchmarks"] = results
     path = result_path(args)
-    files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
+    files.write_json(f"{path}.json", result)
     print(f"-> {path}.json")
 
 

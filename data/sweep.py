@@ -111,7 +111,7 @@ def scored(args, value, seed):
         if fresh.with_suffix(".npz").exists():  # a group has none
             fresh.with_suffix(".npz").replace(path.with_suffix(".npz"))
         result = json.loads(fresh.read_text(encoding="utf-8")) | {"asked": asked}
-        files.write_text(path, json.dumps(result, indent=2) + "\n")
+        files.write_json(path, result)
         fresh.unlink()
     return result
 
@@ -189,7 +189,7 @@ def main(argv=None):
         result = {"bench": args.bench, "vary": args.name, "train": args.train,
                   "store": str(args.store.path), "rows": rows}
         path = args.out.with_name(args.out.name + ".json")
-        files.write_text(path, json.dumps(result, indent=2) + "\n")
+        files.write_json(path, result)
         print("\n" + "\n".join(table(rows)))
         print("-> " + ", ".join([str(path), *plots.draw_sweep(path.with_suffix(".png"), result)]))
 
