@@ -27,14 +27,14 @@ import json
 import re
 import sys
 import zlib
-from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from data.captions import LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, skip, tar_files
+from data.captions import (
+    LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, skip, tar_samples)
 from data.files import said
 from data.pictures import find_pictures
 from flame import InputError
@@ -647,17 +647,15 @@ def webdataset(root, split, most=None):
     said = []
     skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
-        with open(tar, "rb") as file:
-            for key, members in itertools.groupby(tar_files(tar, skipped), itemgetter(0, 1)):
-                place = {suffix: (offset, size) for _, _, suffix, offset, size in members}
-                suffix = next((suffix for suffix in place if f".{suffix}" in PICTURES), None)
-                if suffix is None or kind not in place:
-                    skip(skipped, f"sample without a picture or without .{kind}", f"{tar}:{''.join(key)}")
-                    continue
-                pictures.append(InTar(tar, f"{key[1]}.{suffix}", *place[suffix]))
-                offset, size = place[kind]
-                file.seek(offset)
-                said.append(file.read(min(size, LARGEST_TEXT)).decode("utf-8", "replace"))
+        for folder, key, file, places in tar_samples(tar, skipped):
+            suffix = next((suffix for suffix in places if f".{suffix}" in PICTURES), None)
+            if suffix is None or kind not in places:
+                skip(skipped, f"sample without a picture or without .{kind}", f"{tar}:{folder}{key}")
+                continue
+            pictures.append(InTar(tar, f"{key}.{suffix}", *places[suffix]))
+            offset, size = places[kind]
+            file.seek(offset)
+            said.append(file.read(min(size, LARGEST_TEXT)).decode("utf-8", "replace"))
     if not pictures:
         raise damaged(root / split, f"no sample of its tars has a picture and .{kind}")
     report_skipped(root / split, skipped)

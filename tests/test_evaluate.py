@@ -1020,6 +1020,13 @@ def test_columns_that_are_none_are_refused(real, tmp_path, capsys, columns):
 
 # ---------------------------------------------------------------- what is no picture, no file, no cache
 
+def test_a_pipe_in_a_tars_place_is_not_waited_for(colours, tmp_path, capsys):
+    (tmp_path / "data/coco/test").mkdir(parents=True)
+    os.mkfifo(tmp_path / "data/coco/test/0.tar")
+    assert colours("coco") == (2, None)
+    assert "0.tar: not a regular file" in capsys.readouterr().err
+
+
 def test_a_pipe_among_the_pictures_is_left_out(colours, tmp_path, capsys):
     tree_urban1k(tmp_path / "data" / "urban1k")
     folder = tmp_path / "data" / "urban1k" / "image"
