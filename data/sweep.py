@@ -173,7 +173,11 @@ def arguments(argv):
     images = args.images if args.captions else None
     args.asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root,
                        split=args.split)
-    args.bench = evaluate.settings([str(flag) for flag in args.asked]).bench    # mistakes are found now
+    scoring = evaluate.settings([str(flag) for flag in args.asked])     # its mistakes are found now
+    args.bench = scoring.bench
+    if args.name == "facets" and set(scoring.asked) != {"long"}:
+        raise InputError(f"--vary facets trains on the long set's questions alone, {args.bench} asks by others; "
+                         "score on captions")
     args.out = args.out or Path("results", f"sweep-{args.name}")
     return args
 

@@ -137,6 +137,7 @@ def test_each_llm_of_a_sweep_is_scored_by_itself(stages):
 
 @pytest.mark.parametrize("flags, word", [
     ("--vary seed 1 --bench nothing", "nothing"), ("--vary loss x --bench coco --split all", "--split"),
+    ("--vary facets 1 3 --bench demo", "asks by others"),
     ("--vary compile 1 --captions mine.tsv", "true and false"),
     ("--vary nothing 1 --captions mine.tsv", "nothing"),
     ("--vary facets many --captions mine.tsv", "facets 1 3 7"),
