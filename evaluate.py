@@ -800,15 +800,14 @@ def check_prompts(args, model, checkpoint):
         trained = trained_facets(model, prompts)
         count = len(flame.PROMPTS[prompts].facets)
         if not trained:
-            asker = args.bench or "--search"
             columns = model.config["columns"]
             other = columns[0].split(".")[0]
-            raise InputError(f"{asker} asks by the {prompts} prompts, but {checkpoint} was trained on "
-                             f"{' '.join(columns)} alone; ask by others: --prompts {other}")
+            raise InputError(f"{args.bench or '--search'} asks by the {prompts} prompts, but {checkpoint} "
+                             f"was trained on {' '.join(columns)} alone; ask by others: --prompts {other}")
         if len(trained) < count:
             names = ", ".join(report.facet_names()[k] for k in trained)
-            counts = f"trained on {len(trained)} of {count} facets of the {prompts} prompts"
-            print(f"{counts}, asked by them alone: {names}")
+            print(f"trained on {len(trained)} of {count} facets of the {prompts} prompts, "
+                  f"asked by them alone: {names}")
 
 
 def find_llm(trained_with):

@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 import evaluate
 import flame
 from data import command, files
-from data.show import plots, runs
+from data.show import plots, report, runs
 from flame import InputError
 from train import SETTINGS, newest_store
 
@@ -138,9 +138,8 @@ def table(rows):
     for what in rows[0]["figures"]:
         cells = []
         for row in rows:
-            low, high = row["ci95"][what]
             spread = f" ±{row['deviation'][what]:.1f}" if row["seeds"] > 1 else ""
-            cells.append(f"{row['figures'][what]:5.1f} [{low:.1f}, {high:.1f}]{spread}")
+            cells.append(report.cell({**row["figures"], "ci95": row["ci95"]}, what).rstrip() + spread)
         lines.append(f"{runs.named(what):36}" + "".join(f"{cell:28}" for cell in cells))
     return lines
 
@@ -164,20 +163,23 @@ def arguments(argv):
     args = parser.parse_args(argv)
     args.name, *args.values = args.vary
     known = ["facets", *OF_EMBED, *(name.replace("_", "-") for name in SETTINGS)]
+    wanted = None
     if args.name not in known or not args.values:
-        raise InputError(f"--vary {' '.join(args.vary)}: give one of {', '.join(known)}, and its values")
-    if args.name == "facets" and not all(re.fullmatch("[1-9][0-9]?", value) for value in args.values):
-        raise InputError(f"--vary {' '.join(args.vary)}: give numbers of facets, as in facets 1 3 7")
-    if args.name in SWITCHES and not {"true", "false"} >= set(args.values):
-        raise InputError(f"--vary {' '.join(args.vary)}: give true and false")
+        wanted = f"one of {', '.join(known)}, and its values"
+    elif args.name == "facets" and not all(re.fullmatch("[1-9][0-9]?", value) for value in args.values):
+        wanted = "numbers of facets, as in facets 1 3 7"
+    elif args.name in SWITCHES and not {"true", "false"} >= set(args.values):
+        wanted = "true and false"
+    if wanted:
+        raise InputError(f"--vary {' '.join(args.vary)}: give {wanted}")
     images = args.images if args.captions else None
     args.asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root,
                        split=args.split)
     scoring = evaluate.settings([str(flag) for flag in args.asked])     # its mistakes are found now
     args.bench = scoring.bench
     if args.name == "facets" and set(scoring.asked) != {"long"}:
-        raise InputError(f"--vary facets trains on the long set's questions alone, {args.bench} asks by others; "
-                         "score on captions")
+        raise InputError("--vary facets trains on the long set's questions alone, "
+                         f"{args.bench} asks by others; score on captions")
     args.out = args.out or Path("results", f"sweep-{args.name}")
     return args
 
