@@ -207,6 +207,15 @@ def test_a_part_may_have_any_name_and_a_pipe_is_passed_over(scored, tmp_path):
     assert cell(data, "one/of/two top1", "x") == [3, None, None]
 
 
+def test_groups_stand_side_by_side_without_a_difference(tmp_path, capsys):
+    for run in "ab":
+        group = {"bench": "long", "checkpoint": run, "text_to_image": {"R@1": 5}, "benchmarks": {}}
+        put(tmp_path / run / "long.json", json.dumps(group))
+    _, data = page_of(tmp_path)
+    row, = data["runs"]["tables"][0]["rows"]
+    assert row["cells"] == [[5, None, None]] * 2 and capsys.readouterr().err == ""
+
+
 def test_results_of_one_title_and_checkpoint_all_stand_on_the_page(scored, tmp_path):
     """A result and its copy: neither takes the other's place. One of another split is no such copy."""
     scored("out/a", range(150))

@@ -166,8 +166,11 @@ def read_runs(paths):
 def differences(run, other, difference):
     """{figure: [difference, low, high]} to another run, paired. difference: evaluate.py's, of two columns.
 
-    Raises ValueError where texts or pictures are not the same.
+    Of a group there is none, but of its benchmarks. Raises ValueError where texts or pictures are not the
+    same.
     """
+    if "benchmarks" in run.result:
+        return {}
     if not run.kept or run.kept["same"] != other.kept.get("same"):
         raise ValueError(f"no difference to {other.path}: other texts or pictures, or no .npz beside one")
     its = other.kept["samples"]
