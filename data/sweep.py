@@ -175,7 +175,8 @@ def arguments(argv):
     images = args.images if args.captions else None
     args.asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root,
                        split=args.split)
-    scoring = evaluate.settings([str(flag) for flag in args.asked])     # its mistakes are found now
+    # Its mistakes are found now; on the CPU, so that a GPU is left to the stages.
+    scoring = evaluate.settings([str(flag) for flag in [*args.asked, "--device", "cpu"]])
     args.bench = scoring.bench
     if args.name == "facets" and set(scoring.asked) != {"long"}:
         raise InputError("--vary facets trains on the long set's questions alone, "
