@@ -45,16 +45,11 @@ def stage(script, *arguments):
 
 
 def flags(**given):
-    """name=value -> ["--name", value], where there is a value; a list goes in whole. A switch's "true" is
-    --name, its "false" --no-name.
-    """
+    """name=value -> ["--name", value], where there is a value; a list goes in whole."""
     line = []
     for name, value in given.items():
-        name = name.replace("_", "-")
-        if name in SWITCHES:
-            line.append(f"--{name}" if value == "true" else f"--no-{name}")
-        elif value:
-            line += [f"--{name}", *(value if isinstance(value, list) else [value])]
+        if value:
+            line += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
     return line
 
 
@@ -83,21 +78,23 @@ def plain(value):
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_.") or "none"
 
 
-def training(args, value):
-    """-> {setting of train.py: value} that makes the difference."""
+def of_training(args, value):
+    """-> the flag of train.py that makes the difference."""
     if args.name in OF_EMBED:
-        return {}
+        return []
     if args.name == "facets":
-        return {"columns": ",".join(f"long.{k}" for k in range(int(value)))}
-    return {args.name: value}
+        return ["--columns", ",".join(f"long.{k}" for k in range(int(value)))]
+    if args.name in SWITCHES:
+        return [f"--{args.name}" if value == "true" else f"--no-{args.name}"]
+    return [f"--{args.name}", value]
 
 
 def scored(args, value, seed):
     """Trains and scores one value -> evaluate.py's result, and in it the flags that it answers ("asked")."""
     store = embedded(args, value)
     run = Path("sweep", f"{args.store.path.name}-{args.name}-{plain(value)}-{seed}")
-    line = {"embeddings": store, "images": args.images, "name": run, "seed": str(seed)}
-    stage("train.py", *flags(**line | training(args, value)), *args.train)
+    line = flags(embeddings=store, images=args.images, name=run, seed=str(seed))
+    stage("train.py", *line, *of_training(args, value), *args.train)
     weights = Path("out") / run / "model.safetensors"
     llm = None
     if args.name == "llm":  # $FLAME_LLM may be another
