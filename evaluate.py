@@ -21,7 +21,6 @@ takes seconds; delete it freely.
 """
 import argparse
 import functools
-import json
 import os
 import re
 import sys
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 import flame
 from data import benchmarks, cache, files, leaks, peer, released
+from data.captions import source_name
 from data.checkpoint import newest_checkpoint
 from data.command import Parser, number, run, usable_device
 from data.show import report, runs, search, words
@@ -448,17 +448,16 @@ def score_retrieval(towers, prompts, pictures, texts, image_of_text):
 def score_multilingual(towers, prompts, pictures, languages):
     """Retrieval in each language and the plain average over languages."""
     image, kept = encode_images(towers, pictures)
-    result = counted(pictures, image, prompts, n_texts=0, languages={})
-    samples = {"text_to_image": [], "image_to_text": []}
+    samples = []
     sheets = {}
-    for language, (texts, image_of_text) in languages.items():
-        own, shown = ask(towers, prompts, pictures, image, kept, texts, image_of_text)
-        result["languages"][language] = {"n_texts": len(shown.texts), **recalls(own)}
-        result["n_texts"] += len(shown.texts)
-        for direction in samples:
-            samples[direction].append(own[direction])
-        sheets[language] = shown
-    mean = {direction: np.mean(every, axis=0) for direction, every in samples.items()}
+    rows = {}
+    for language, data in languages.items():
+        own, sheets[language] = ask(towers, prompts, pictures, image, kept, *data)
+        rows[language] = {"n_texts": len(sheets[language].texts), **recalls(own)}
+        samples.append(own)
+    asked = sum(row["n_texts"] for row in rows.values())
+    mean = {way: np.mean([own[way] for own in samples], axis=0) for way in samples[0]}
+    result = counted(pictures, image, prompts, n_texts=asked, languages=rows)
     return result | recalls(mean), sheets.get("en") or next(iter(sheets.values()))
 
 
@@ -601,71 +600,81 @@ def score_languages(towers, prompts, image, things, names):
     return {"n_images": len(image), "prompts": prompts, "languages": languages, "chance": chance, **mean}
 
 
-# A benchmark: its reader in data/benchmarks.py, its scorer above, the prompt sets it asks by where --prompts
-# says nothing.
+class Benchmark(NamedTuple):
+    """How --bench NAME, or a group of them, is scored. Its reader has its name, in data/benchmarks.py."""
+    score: Callable         # of those above
+    prompts: str = "long"   # the sets to ask by where --prompts says nothing
+    most: int = None        # captions of a picture, its first, that count where not all are asked for
+    split: str = None       # what there is to score beside test
+    published: str = ""     # the paper's own figures, by what FLAME was trained on; data/README.md has more
+    members: tuple = ()     # of a group: scored one after the other, all asked by the same prompt set
+
+
+def long_captions(published):
+    return Benchmark(score_retrieval, published=f"R@1 text to image {published}")
+
+
+SHORT = Benchmark(score_retrieval, most=5, split="val")
+CLASSES = Benchmark(score_classification, "raw")
+SUN397 = CLASSES._replace(split="all")
+TEN = ("food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "dtd", "pets", "caltech101",
+       "flowers102")    # of the paper's average
+
 BENCHMARKS = {
-    "demo": (benchmarks.demo, score_demo, "raw short long"),
-    "urban1k": (benchmarks.urban1k, score_retrieval, "long"),
-    "sharegpt4v": (benchmarks.sharegpt4v, score_retrieval, "long"),
-    "dci": (benchmarks.dci, score_retrieval, "long"),
-    "docci": (benchmarks.docci, score_retrieval, "long"),
-    "coco": (benchmarks.coco, score_retrieval, "long"),
-    "flickr30k": (benchmarks.flickr30k, score_retrieval, "long"),
-    "xm3600": (benchmarks.xm3600, score_multilingual, "raw"),
-    "sugarcrepe": (benchmarks.sugarcrepe, score_composition, "long"),
-    "winoground": (benchmarks.winoground, score_composition, "long"),
-    "imagenet": (benchmarks.imagenet, score_classification, "raw"),
-    "food101": (benchmarks.food101, score_classification, "raw"),
-    "cifar10": (benchmarks.cifar10, score_classification, "raw"),
-    "cifar100": (benchmarks.cifar100, score_classification, "raw"),
-    "sun397": (benchmarks.sun397, score_classification, "raw"),
-    "cars": (benchmarks.cars, score_classification, "raw"),
-    "aircraft": (benchmarks.aircraft, score_classification, "raw"),
-    "dtd": (benchmarks.dtd, score_classification, "raw"),
-    "pets": (benchmarks.pets, score_classification, "raw"),
-    "caltech101": (benchmarks.caltech101, score_classification, "raw"),
-    "flowers102": (benchmarks.flowers102, score_classification, "raw"),
-    "fashionmnist": (benchmarks.fashionmnist, score_classification, "raw"),
-    "imagefolder": (benchmarks.imagefolder, score_classification, "raw"),
+    "demo": Benchmark(score_demo, "raw short long", split="val"),
+    "urban1k": long_captions("66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0"),
+    "sharegpt4v": long_captions("80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1"),
+    "dci": long_captions("49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1"),
+    "docci": long_captions("51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8"),
+    "coco": SHORT,
+    "flickr30k": SHORT,
+    "xm3600": Benchmark(score_multilingual, "raw", 1, None, "R@1 text to image 49.0, image to text 51.7 "
+                        "(YFCC15M, 36 languages, first captions)"),
+    "sugarcrepe": Benchmark(score_composition),
+    "winoground": Benchmark(score_composition),
+    "imagenet": CLASSES,
+    **dict.fromkeys(TEN, CLASSES),
+    "sun397": SUN397,
+    "fashionmnist": CLASSES,
+    "imagefolder": CLASSES,
 }
-
-# Benchmarks that --bench scores one after the other, all asked by the same prompt set. The last are the ten
-# of the paper's average.
 GROUPS = {
-    "long": ["urban1k", "sharegpt4v", "dci", "docci"],
-    "short": ["coco", "flickr30k"],
-    "classification10": ["food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "dtd", "pets",
-                         "caltech101", "flowers102"],
+    "long": Benchmark(score_retrieval, members=("urban1k", "sharegpt4v", "dci", "docci")),
+    "short": SHORT._replace(members=("coco", "flickr30k")),
+    "classification10": SUN397._replace(
+        members=TEN, published="top1 40.3 (CC3M, all of SUN397's pictures: --split all)"),
 }
-
-# One's own captions, by --captions
-OWN = (benchmarks.own, score_retrieval, "long")
-
+OTHERS = {      # what the other commands ask by
+    "captions": Benchmark(score_retrieval),
+    "search": Benchmark(search.search, "raw"),
+    "words": Benchmark(words.show, ""),
+}
 OF_CAPTIONS = (score_retrieval, score_multilingual)     # their readers are told how many captions count
 
-# Flags that not every scorer knows: the scorers that do, and what is said of another's benchmark.
+# Flags that not every scorer knows: the scorers that do, and what is said of another.
 NO_CLASSES = "{} has no classes; leave the flag out"
 FLAGS = {
     "facets": ((score_retrieval, score_demo), "1..K or a range like 2..5, and a retrieval benchmark"),
     "probe": ((score_classification,), NO_CLASSES),
     "classes": ((score_classification,), NO_CLASSES),
     "language": ((score_classification, score_multilingual), "{} has one language; leave the flag out"),
+    "report": ([row.score for row in BENCHMARKS.values()], "{} writes no page; leave the flag out"),
 }
 
 
 def read(args, split):
     """What the benchmark's reader returns; with names and templates, in the languages asked for."""
-    reader, scorer, _ = args.how
-    if args.captions:
-        return reader(args.captions, args.images, *args.asked)
+    scorer = args.how.score
     root = args.data_root
-    more = [args.most] if scorer in OF_CAPTIONS else []
+    if args.captions:
+        return benchmarks.own(args.captions, args.images, *args.asked)
     if scorer in (score_retrieval, score_classification) and any((root / split).glob("*.tar")):
-        found = benchmarks.webdataset(root, split, args.most)
+        found = benchmarks.webdataset(root, split, args.how.most)
         if isinstance(found[2], dict) != (scorer is score_classification):
             raise InputError(f"{root}: dataset_type.txt says what {args.bench} is not; {benchmarks.CURE}")
     else:
-        found = reader(root, split, *more)
+        more = [args.how.most] if scorer in OF_CAPTIONS else []
+        found = getattr(benchmarks, args.bench)(root, split, *more)
     enough(found[0], found[0], f"pictures are of split {split} in {root}")
     if scorer is score_multilingual:
         return benchmarks.in_languages(*found, args.language, root)
@@ -724,65 +733,65 @@ def command_line():
 def settings(argv):
     """The command line, checked as far as it can be without reading anything.
 
-    Beside the flags: how, of BENCHMARKS; asked, the prompt sets; most, how many captions of a picture count;
-    group, the names of its benchmarks.
+    Beside the flags: how, a Benchmark; asked, the prompt sets; folder, whose results alone are wanted.
     """
     parser = command_line()
     args = parser.parse_args(argv)
-    searching = args.search is not None
-    asked = sum(map(bool, (args.bench, args.captions, searching, args.words)))
-    args.folder = None if asked else args.out if args.report is True else args.report
+    wanted = [name for name in ("bench", *OTHERS) if getattr(args, name) is not None]
+    args.folder = None if wanted else args.out if args.report is True else args.report
     if args.folder:
         return args
     if args.report not in (None, True):
         parser.error("--report DIR is the page of what was scored before; leave DIR or the other flag out")
-    if asked != 1:
+    if len(wanted) != 1:
         parser.error("give --bench NAME, or --captions FILE, or --search TEXT, or --words IMAGE")
+    searching = args.search is not None
     if searching != bool(args.images) and not args.captions or "" in map(str.strip, args.search or []):
         parser.error("--search TEXT and --images DIR go together")
-    args.group = GROUPS.get(args.bench, [])
-    names = args.group or [args.bench]      # [None] without --bench
-    args.how = OWN if args.captions else BENCHMARKS.get(names[0], (None, None, "raw"))
-    args.most = None if args.all_captions else benchmarks.FIRST_CAPTIONS.get(names[0])
+    if args.data_root and not args.bench:
+        parser.error("--data-root: where a benchmark lies; leave the flag out")
+    args.how = OTHERS.get(wanted[0]) or (BENCHMARKS | GROUPS)[args.bench]
     if args.captions:
-        args.bench = args.captions.name.split(".")[0]
-    if args.all_captions and names[0] not in benchmarks.FIRST_CAPTIONS:
-        parser.error(f"--all-captions: {args.bench} leaves no caption out; leave the flag out")
-    if args.split != "test" and args.split not in map(benchmarks.OTHER_SPLIT.get, names):
-        parser.error(f"--split {args.split}: {args.bench} has no such split; leave the flag out")
+        args.bench = source_name(args.captions)
+    name = args.bench or f"--{wanted[0]}"
+    if args.all_captions and not args.how.most:
+        parser.error(f"--all-captions: {name} leaves no caption out; leave the flag out")
+    if args.split not in ("test", args.how.split):
+        parser.error(f"--split {args.split}: {name} has no such split; leave the flag out")
     if args.probe and args.split == "all":
         parser.error("--probe: it would train on pictures that --split all scores; leave one of them out")
     for flag, (scorers, otherwise) in FLAGS.items():
-        if getattr(args, flag) and args.how[1] not in scorers:
-            parser.error(f"--{flag}: {otherwise.format(args.bench)}")
-    if args.open_clip and (args.probe or args.words or args.facets or args.checkpoint):
-        parser.error("--open-clip has no facets, patches or checkpoint of FLAME's; leave the other flag out")
+        if getattr(args, flag) and args.how.score not in scorers:
+            parser.error(f"--{flag}: {otherwise.format(name)}")
+    if args.open_clip and (args.probe or args.words or args.facets or args.checkpoint or args.llm):
+        parser.error("--open-clip has no facets, patches, checkpoint or LLM of FLAME's; leave the other out")
+    if args.prompts and (args.probe or args.words):
+        parser.error("--prompts: no text is asked; leave the flag out")
     usable_device(args.device)
-    args.data_root = args.data_root or Path("data") / ("" if args.group else str(args.bench))
-    args.asked = [args.prompts or prompts for prompts in args.how[2].split()]
+    if args.all_captions:
+        args.how = args.how._replace(most=None)
+    args.data_root = args.data_root or Path("data") / ("" if args.how.members else name)
+    args.asked = [args.prompts or prompts for prompts in args.how.prompts.split() if not args.probe]
     if searching:
         args.asked = [search.prompts_of(args, query) for query in args.search or ["what is typed"]]
-    if args.probe or args.words:
-        args.asked = []
     return args
 
 
-def one_by_one(args, argv):
+def one_by_one(args):
     """The settings of each benchmark of a group as if it were named alone; without a group [args].
 
     A split that only some of them have is theirs alone. Raises InputError that names all missing folders.
     """
-    if not args.group:
-        return [args]
     every = []
-    for name in args.group:
-        split = args.split if benchmarks.OTHER_SPLIT.get(name) == args.split else "test"
-        own = ["--bench", name, "--split", split, "--data-root", str(args.data_root / name)]
-        every.append(settings([*argv, *own]))       # of a flag that is given twice the last one counts
+    for bench in args.how.members:
+        how = BENCHMARKS[bench]._replace(most=args.how.most)
+        split = args.split if args.split == how.split else "test"
+        own = {"bench": bench, "how": how, "split": split, "data_root": args.data_root / bench}
+        every.append(argparse.Namespace(**vars(args) | own))
     missing = [str(one.data_root) for one in every if not one.data_root.exists()]
     if missing:
         raise InputError(f"--bench {args.bench}: not found: {', '.join(missing)}; {benchmarks.CURE}")
-    return every
+    return every or [args]
 
 
 def check_prompts(args, model, checkpoint):
@@ -791,15 +800,14 @@ def check_prompts(args, model, checkpoint):
         trained = trained_facets(model, prompts)
         count = len(flame.PROMPTS[prompts].facets)
         if not trained:
-            asker = args.bench or "--search"
             columns = model.config["columns"]
             other = columns[0].split(".")[0]
-            raise InputError(f"{asker} asks by the {prompts} prompts, but {checkpoint} was trained on "
-                             f"{' '.join(columns)} alone; ask by others: --prompts {other}")
+            raise InputError(f"{args.bench or '--search'} asks by the {prompts} prompts, but {checkpoint} "
+                             f"was trained on {' '.join(columns)} alone; ask by others: --prompts {other}")
         if len(trained) < count:
             names = ", ".join(report.facet_names()[k] for k in trained)
-            counts = f"trained on {len(trained)} of {count} facets of the {prompts} prompts"
-            print(f"{counts}, asked by them alone: {names}")
+            print(f"trained on {len(trained)} of {count} facets of the {prompts} prompts, "
+                  f"asked by them alone: {names}")
 
 
 def find_llm(trained_with):
@@ -809,15 +817,26 @@ def find_llm(trained_with):
     return Path(os.environ.get("FLAME_LLM") or "data/demo/llm")
 
 
-def open_towers(args, model, checkpoint, llm):
-    """Raises InputError where checkpoint, LLM and settings do not belong together."""
+def open_towers(args):
+    """-> (Towers, the checkpoint's name, its LLM's folder). Raises InputError where checkpoint, LLM and
+    settings do not belong together."""
+    dtype = flame.default_dtype(args.device)
+    cached = cache.Cache(args.out / "cache.sqlite")
+    if args.open_clip:      # which needs no LLM
+        model = peer.OpenClip(args.open_clip).eval().to(args.device)
+        name = model.digest() + str(dtype)
+        return Towers(model, lambda: model, "cosine", args.device, cached, name, name), args.open_clip, None
+
+    checkpoint = args.checkpoint or newest_checkpoint()
+    load = released.load if checkpoint.is_file() else flame.load    # the authors' is one file
+    model = load(checkpoint).to(args.device)
     source = model.config["llm"]
+    llm = flame.llm_folder(args.llm or find_llm(source.get("path")))
     fingerprint = None if args.probe else flame.llm_fingerprint(llm)    # a probe asks no text
     if not args.probe and not flame.same_llm(source.get("fingerprint"), llm):
         raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source['name']}) than "
                          f"{llm}; name that one with --llm")
     check_prompts(args, model, checkpoint)
-    dtype = flame.default_dtype(args.device)
 
     @functools.cache
     def encoder():      # the one place where the text tower is made, and only if a text is not cached
@@ -827,66 +846,36 @@ def open_towers(args, model, checkpoint, llm):
                              f"{model.config['text_dim']}; name the right LLM with --llm")
         return tower
 
-    return Towers(
-        model=model,
-        encoder=encoder,
-        pool=model.config.get("pool", "cosine"),    # the authors' checkpoint says "released"
-        device=args.device,
-        cached=cache.Cache(args.out / "cache.sqlite"),
-        image_tower=cache.image_tower_name(model, dtype),
-        text_tower=f"{fingerprint} {source['layer']} {source['positions']} {dtype}",
-    )
-
-
-def peer_towers(args):
-    """An open_clip model, which needs no LLM."""
-    model = peer.OpenClip(args.open_clip).eval().to(args.device)
-    name = model.digest() + str(flame.default_dtype(args.device))
-    return Towers(
-        model=model,
-        encoder=lambda: model,
-        pool="cosine",
-        device=args.device,
-        cached=cache.Cache(args.out / "cache.sqlite"),
-        image_tower=name,
-        text_tower=name,
-    )
+    pool = model.config.get("pool", "cosine")   # the authors' checkpoint says "released"
+    image_tower = cache.image_tower_name(model, dtype)
+    text_tower = f"{fingerprint} {source['layer']} {source['positions']} {dtype}"
+    return Towers(model, encoder, pool, args.device, cached, image_tower, text_tower), checkpoint, llm
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-
     def body():
         args = settings(argv)
         if args.folder:
             return print(f"-> {runs.write_page(args.folder, difference)}")
-        every = one_by_one(args, argv)
         flame.keep_freed_memory()
         # First: a wrong folder is found in a moment.
+        every = one_by_one(args)
         data = [read(one, one.split) if args.bench else None for one in every]
         train = [read(one, "train") if args.probe else None for one in every]
         pictures = None if args.search is None else search.pictures_under(args.images)
+        towers, checkpoint, llm = open_towers(args)
         pictures_in = args.captions or args.images or args.words or args.data_root
-        if args.open_clip:
-            checkpoint = args.open_clip
-            towers = peer_towers(args)
-            print(f"{pictures_in}   open_clip {checkpoint}   device {args.device}", flush=True)
-        else:
-            checkpoint = args.checkpoint or newest_checkpoint()
-            load = released.load if checkpoint.is_file() else flame.load  # the authors' is one file
-            model = load(checkpoint).to(args.device)
-            llm = flame.llm_folder(args.llm or find_llm(model.config["llm"].get("path")))
-            print(f"{pictures_in}   checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
-            towers = open_towers(args, model, checkpoint, llm)
+        by = f"LLM {llm}" if llm else "open_clip"
+        print(f"{pictures_in}   checkpoint {checkpoint}   {by}   device {args.device}", flush=True)
         with files.folder(args.out):
             if args.words:
-                words.show(args, model, llm)
+                words.show(args, towers.model, llm)
             elif pictures:
                 search.search(args, pictures, towers, encode_images, encode_texts)
             else:
                 results = [evaluate(one, towers, checkpoint, *own) for one, *own in zip(every, data, train)]
-                if args.group:
-                    average(args, checkpoint, dict(zip(args.group, results)))
+                if args.how.members:
+                    average(args, checkpoint, dict(zip(args.how.members, results)))
 
     return run("evaluate.py", body, "the same command goes on from what the cache has")
 
@@ -894,12 +883,12 @@ def main(argv=None):
 def evaluate(args, towers, checkpoint, data, train):
     """Scores a benchmark; prints the result, writes the JSON and what there is to look at. -> the result"""
     result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split}
-    if args.how[1] in OF_CAPTIONS:
-        result["captions_per_image"] = f"first {args.most}" if args.most else "all"
+    if args.how.score in OF_CAPTIONS:
+        result["captions_per_image"] = f"first {args.how.most}" if args.how.most else "all"
     if args.probe:
         scores, shown = score_probe(towers, data, train)
     else:
-        scores, shown = args.how[1](towers, *args.asked, *data)
+        scores, shown = args.how.score(towers, *args.asked, *data)
         columns = [] if args.open_clip else towers.model.config["columns"]
         result["columns"] = [name for name in columns if name.split(".")[0] in args.asked]
         if towers.pool != "cosine":
@@ -917,7 +906,7 @@ def evaluate(args, towers, checkpoint, data, train):
     ranks = shown and first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
     earlier = runs.read_runs(one for one in args.out.glob("*.json") if one.name.startswith(args.bench))
     runs.keep(f"{path}.npz", result, data, shown, ranks)
-    files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
+    files.write_json(f"{path}.json", result)
     for line in runs.difference_table(Path(f"{path}.json"), earlier, difference):
         print(line)
     by_name = functools.partial(facets_by_name, towers) if args.report else None
@@ -938,9 +927,12 @@ def average(args, checkpoint, results):
         line = report.both_recalls(row, "R@1 ") if "text_to_image" in row else report.cells(row, mean)
         lines.append(f"    {name:16}{line}")
     print("\n".join(lines + published(args)))
-    result = {"bench": args.bench, "checkpoint": str(checkpoint), **scores, "benchmarks": results}
+    result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split, **scores}
+    if args.probe:
+        result["n_train"] = sum(row["n_train"] for row in results.values())
+    result["benchmarks"] = results
     path = result_path(args)
-    files.write_text(f"{path}.json", json.dumps(result, indent=2) + "\n")
+    files.write_json(f"{path}.json", result)
     print(f"-> {path}.json")
 
 
@@ -952,9 +944,9 @@ def result_path(args):
 
 def published(args):
     """[the line of the paper's own figures], to stand below one's own; [] where there are none."""
-    if args.probe or args.captions or args.bench not in benchmarks.PUBLISHED:
+    if args.probe or not args.how.published:
         return []
-    return [f"    published       {benchmarks.PUBLISHED[args.bench]}; Cao, Wei, Ma, CVPR 2025"]
+    return [f"    published       {args.how.published}; Cao, Wei, Ma, CVPR 2025"]
 
 
 def facets_by_name(towers, texts, prompts):

@@ -5,7 +5,7 @@ file says where each comes from and how it must lie. Nothing is decoded here: a 
 [H, W] or [H, W, 3] where the authors pack all pictures into one file, and evaluate.py finds out whether it
 can be read. A caption that is empty is returned as "", so that evaluate.py can count what it leaves out.
 
-Readers take the root folder and the split: "test", for classification "train", and what OTHER_SPLIT has.
+Readers take the root folder and the split: "test", for classification "train", and what evaluate.py says.
 Those of captions also take how many of a picture's captions count, its first ones; None for all. They
 return, for
 
@@ -27,34 +27,23 @@ import json
 import re
 import sys
 import zlib
-from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
-from data.captions import LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, skip, tar_files
+from data.captions import (
+    LARGEST_TEXT, PICTURES, json_entries, read_captions, report_skipped, skip, tar_samples)
 from data.files import said
-from data.pictures import first_of_each_row, folder_by_key, folder_pictures, start_of_paths, tar_pictures
+from data.pictures import find_pictures
 from flame import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CURE = "data/README.md says where to get it and how it must lie"
 AGAIN = f"fetch the file again, {CURE}"
 OWN = "or name your own list with --classes"
-OTHER_SPLIT = {"demo": "val", "coco": "val", "flickr30k": "val", "sun397": "all"}  # beside the test split
-FIRST_CAPTIONS = {"coco": 5, "flickr30k": 5, "xm3600": 1}   # of a picture count, if not all are asked for
 CLASSES = Path(__file__).parent / "classes"     # the names and templates that come with this repository
-
-# The paper's own figures, by what FLAME was trained on; README.md says where they stand, and has CLIP's.
-PUBLISHED = {
-    "urban1k": "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0",
-    "sharegpt4v": "R@1 text to image 80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1",
-    "dci": "R@1 text to image 49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1",
-    "docci": "R@1 text to image 51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8",
-    "xm3600": "R@1 text to image 49.0, image to text 51.7 (YFCC15M, 36 languages, first captions)",
-    "classification10": "top1 40.3 (CC3M, all of SUN397's pictures: --split all)",
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -658,17 +647,15 @@ def webdataset(root, split, most=None):
     said = []
     skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
-        with open(tar, "rb") as file:
-            for key, members in itertools.groupby(tar_files(tar, skipped), itemgetter(0, 1)):
-                place = {suffix: (offset, size) for _, _, suffix, offset, size in members}
-                suffix = next((suffix for suffix in place if f".{suffix}" in PICTURES), None)
-                if suffix is None or kind not in place:
-                    skip(skipped, f"sample without a picture or without .{kind}", f"{tar}:{''.join(key)}")
-                    continue
-                pictures.append(InTar(tar, f"{key[1]}.{suffix}", *place[suffix]))
-                offset, size = place[kind]
-                file.seek(offset)
-                said.append(file.read(min(size, LARGEST_TEXT)).decode("utf-8", "replace"))
+        for folder, key, file, places in tar_samples(tar, skipped):
+            suffix = next((suffix for suffix in places if f".{suffix}" in PICTURES), None)
+            if suffix is None or kind not in places:
+                skip(skipped, f"sample without a picture or without .{kind}", f"{tar}:{folder}{key}")
+                continue
+            pictures.append(InTar(tar, f"{key}.{suffix}", *places[suffix]))
+            offset, size = places[kind]
+            file.seek(offset)
+            said.append(file.read(min(size, LARGEST_TEXT)).decode("utf-8", "replace"))
     if not pictures:
         raise damaged(root / split, f"no sample of its tars has a picture and .{kind}")
     report_skipped(root / split, skipped)
@@ -683,46 +670,33 @@ def webdataset(root, split, most=None):
 # ------------------------------------------------------------------------------------------------------------
 # One's own
 
-def keyed_pictures(root, tars, skipped):
-    """Yields (key, suffix, picture) of the files in a folder, then of those in tars."""
-    for key, suffix, path in folder_pictures(root):
-        yield key, suffix, Path(path)
-    for key, suffix, (number, offset, size) in tar_pictures(tars, skipped):
-        yield key, suffix, InTar(tars[number], f"{key}.{suffix}", offset, size)
-
-
 def own(captions, folder, prompts):
     """Captions in any form that embed.py reads -> pictures, texts, image_of_text.
 
     A text is the caption that the prompt set is asked of. Rows of one picture are its several captions; rows
     without one are left out. folder: where the captions' paths start, or where pictures are named by key, as
-    files or in tars.
+    files or in tars: they are found as those of a store are.
     """
     skipped = {}
     rows = list(read_captions(captions, skipped))
-    named = any(row.image for row in rows)
-    root = folder or (start_of_paths(captions) if named else folder_by_key(captions))
-    tars = sorted(root.glob("*.tar")) if folder or not named else []
-    if named and not tars:
-        pictures = [root / row.image if row.image else None for row in rows]
-    else:
-        keys = list({row.key: None for row in rows})
-        found, _ = first_of_each_row(keyed_pictures(root, tars, skipped), keys)
-        by_key = {keys[row]: picture for row, picture in found.items()}
-        pictures = [by_key.get(row.key) for row in rows]
     report_skipped(captions, skipped)
-    pairs = [(picture, row.captions[prompts]) for picture, row in zip(pictures, rows) if picture]
-    if not pairs:
-        raise InputError(f"{root}: none of the {len(rows)} keys in {captions} has a picture there, such as "
-                         f"{rows[0].key}.jpg; give --images DIR with pictures named by key")
-    if len({picture for picture, _ in pairs}) < 2:
-        raise InputError(f"{captions}: names one picture; give two at least, to find one among them")
+    listed = SimpleNamespace(path=captions, meta={"captions": {"path": captions}},
+                             keys=[row.key for row in rows], images=[row.image for row in rows])
+    found, files, places = find_pictures(listed, folder)
+    of_row = {}
+    for n, (file, offset, size) in zip(found.tolist(), places.tolist()):
+        path = Path(files[file])
+        of_row[n] = path if size < 0 else InTar(path, rows[n].key, offset, size)
+    of_key = {rows[n].key: picture for n, picture in of_row.items()}    # several rows may share a key
+    pairs = [(of_row.get(n) or of_key.get(row.key), row.captions[prompts]) for n, row in enumerate(rows)]
+    pairs = [pair for pair in pairs if pair[0]]
     if len(pairs) < len(rows):
         print(f"{captions}: {len(rows) - len(pairs)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)
-    distinct = list(dict.fromkeys(picture for picture, _ in pairs))
-    number_of = {picture: number for number, picture in enumerate(distinct)}
-    return distinct, [text for _, text in pairs], [number_of[picture] for picture, _ in pairs]
+    number_of = {}
+    for picture, _ in pairs:
+        number_of.setdefault(picture, len(number_of))
+    return list(number_of), [text for _, text in pairs], [number_of[picture] for picture, _ in pairs]
 
 
 # ------------------------------------------------------------------------------------------------------------

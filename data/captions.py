@@ -159,6 +159,11 @@ def source_files(path):
     return files
 
 
+def source_name(path):
+    """cc3m.tsv.gz, cc3m/, cc3m-{0000..0575}.tar, or . in cc3m/ -> cc3m"""
+    return re.split(r"[.{]", Path(path).resolve().name)[0].rstrip("-_") or "captions"
+
+
 def fingerprint(paths):
     """SHA-256 of what captions come from, in hexadecimal."""
     digests = [_digest(file) for path in paths for file in source_files(path)]
@@ -428,23 +433,32 @@ def tar_files(path, skipped):
         skip(skipped, DAMAGED, f"{os.path.basename(path)}: {error or type(error).__name__}")
 
 
+def tar_samples(path, skipped):
+    """Yields (folder, key, the opened tar, {suffix: (first byte, bytes)}) of its samples: files that share a
+    name up to its first dot. Raises InputError where it is no regular file.
+    """
+    with _opened(path) as file:
+        for (folder, key), members in groupby(tar_files(path, skipped), itemgetter(0, 1)):
+            yield folder, key, file, {suffix: place for _, _, suffix, *place in members}
+
+
 def _tars(files, skipped):
-    """Yields (place, fields) of the samples: files that share a name up to its first dot."""
+    """Yields (place, fields) of the samples."""
     for path in files:
-        with _opened(path) as file:
-            for (folder, key), members in groupby(tar_files(path, skipped), itemgetter(0, 1)):
-                place = f"{path}:{folder}{key}"
-                fields = {"key": key} | _sample_fields(file, members, place, skipped)
-                outside = folder.startswith("/") or ".." in folder.split("/")
-                yield place, "path climbs out of the tar" if outside else fields
+        for folder, key, file, places in tar_samples(path, skipped):
+            place = f"{path}:{folder}{key}"
+            fields = {"key": key} | _sample_fields(file, places, place, skipped)
+            outside = folder.startswith("/") or ".." in folder.split("/")
+            yield place, "path climbs out of the tar" if outside else fields
 
 
-def _sample_fields(file, members, place, skipped):
+def _sample_fields(file, places, place, skipped):
     """A sample's files in a tar -> fields: .json's captions and URL by any known name; .txt is raw's."""
     fields = {}
-    for _, _, suffix, offset, size in sorted(members):  # so that .txt comes after .json
-        if suffix not in ("txt", "json"):
+    for suffix in ("json", "txt"):  # the last one's caption counts
+        if suffix not in places:
             continue
+        offset, size = places[suffix]
         if size > LARGEST_TEXT:
             skip(skipped, "text too large for a caption", f"{place}.{suffix}")
             continue

@@ -83,6 +83,11 @@ def write_text(path, text):
     write(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
+def write_json(path, value):
+    """A result, to be read by people too."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def read_marker(path):
     """What a marker file says that its writer keeps for the next run; None where none can be read."""
     try:

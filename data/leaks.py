@@ -15,45 +15,51 @@ from tqdm import tqdm
 import flame
 from data.benchmarks import InTar
 from data.captions import fingerprint, joined_rows, read_captions, source_files
-from data.pictures import find_pictures
+from data.checkpoint import identity
+from data.pictures import LARGEST, find_pictures
 from flame import InputError
-
-SAID = {"leaked_images": "pictures were trained on", "leaked_texts": "texts were trained on",
-        "identical_images": "pictures are the same as an earlier one",
-        "identical_texts": "texts are the same as an earlier one"}
 
 
 def count_leaks(pictures, texts, checkpoint):
-    """-> {what, as in SAID: how many}; says on stderr what is not 0.
+    """-> {"leaked_images", "leaked_texts", "identical_images", "identical_texts"}; says on stderr what is
+    not 0.
 
     pictures: paths, or InTar. Of training nothing is counted where the checkpoint is not a run of train.py,
     or where its pictures and captions are not where they were.
     """
     places = [(p.tar, p.offset, p.size) if isinstance(p, InTar) else (p,) for p in pictures]
     digests = [digest for place in places if (digest := digest_of(*place))]
-    counts = {"identical_images": len(digests) - len(set(digests)),
-              "identical_texts": len(texts) - len(set(texts))}
+    counts = {}
+    told = []
+
+    def count(what, number, of, said):
+        counts[what] = number
+        if number:
+            told.append(f"{number} of {len(of)} {said}")
+
     config = Path(checkpoint, "config.json")
-    for what, own, trained in (("leaked_images", digests, trained_pictures),
-                               ("leaked_texts", texts, trained_texts)):
+    for what, own, of, said, trained in (
+            ("leaked_images", digests, pictures, "pictures were trained on", trained_pictures),
+            ("leaked_texts", texts, texts, "texts were trained on", trained_texts)):
         try:
             if config.exists():
                 found = trained(config, set(own))
-                counts[what] = sum(one in found for one in own)
+                count(what, sum(one in found for one in own), of, said)
         except InputError as error:
-            print(f"how many {SAID[what]} is not known: {error}", file=sys.stderr)
-    of = {"pictures": len(pictures), "texts": len(texts)}
-    found = {said: counts.get(what) for what, said in SAID.items()}
-    told = [f"{count} of {of[said.split()[0]]} {said}" for said, count in found.items() if count]
+            print(f"how many {said} is not known: {error}", file=sys.stderr)
+    again = len(digests) - len(set(digests))
+    count("identical_images", again, pictures, "pictures are the same as an earlier one")
+    count("identical_texts", len(texts) - len(set(texts)), texts, "texts are the same as an earlier one")
     if told:
         print("; ".join(told), file=sys.stderr)
     return counts
 
 
 def digest_of(path, offset=0, size=-1):
-    """(bytes, their SHA-256) of a file, or of `size` bytes in it from `offset` on; None where it has none."""
+    """(bytes, their SHA-256) of a file, or of `size` bytes in it from `offset` on; None where it has none, or
+    more than a picture's."""
     with suppress(OSError):
-        if os.path.isfile(path):  # a pipe would be waited for without end
+        if os.path.isfile(path) and (size >= 0 or os.path.getsize(path) <= LARGEST):
             with open(path, "rb") as file:
                 file.seek(offset)
                 data = file.read(size)
@@ -61,11 +67,22 @@ def digest_of(path, offset=0, size=-1):
     return None
 
 
+def trained_on(config):
+    """config.json of a run -> (root of its pictures or None, its store). Raises InputError where the store is
+    not there, or another one by now.
+    """
+    known = {"store": {"path": str, "identity": (str, type(None))}, "images": (str, type(None))}
+    record = flame.read_json(config, known)
+    store = flame.open_store(record["store"]["path"])
+    if record["store"].get("identity") not in (None, identity(store)):
+        raise InputError(f"{store.path}: not the store any more that {config.parent} was trained on")
+    return record.get("images"), store
+
+
 def trained_pictures(config, wanted):
     """Those of the wanted digests that a picture of training has; none is read whose size is not wanted."""
-    record = flame.read_json(config, {"store": {"path": str}, "images": (str, type(None))})
-    store = flame.open_store(record["store"]["path"])
-    _, files, places = find_pictures(store, record.get("images"), config.with_name("tars.npz"))
+    images, store = trained_on(config)
+    _, files, places = find_pictures(store, images, config.with_name("tars.npz"))
     sizes = places[:, 2]
     if (sizes < 0).any():  # files, not parts of tars
         sizes = np.array([os.path.getsize(path) if os.path.isfile(path) else -1 for path in files])
@@ -76,16 +93,15 @@ def trained_pictures(config, wanted):
 
 def trained_texts(config, wanted):
     """Those of the wanted texts that training's captions have, joined files' too."""
-    record = flame.read_json(config, {"store": {"path": str}})
-    path = Path(record["store"]["path"], "meta.json")
-    wanted_keys = {"path": str, "sha256": str, "joins": (dict, type(None))}
-    captions = flame.read_json(path, {"captions": wanted_keys})["captions"]
+    _, store = trained_on(config)
+    known = {"captions": {"joins": (dict, type(None))}}
+    captions = flame.read_json(store.path / "meta.json", known)["captions"]
     joins = captions.get("joins") or {}
     source = captions["path"]
     if source_files(source)[0].suffix == ".tar":
         raise InputError(f"{source}: its captions lie in tars, where to read them all takes too long")
     if fingerprint([source, *joins.values()]) != captions["sha256"]:
-        raise InputError(f"{source}: not the captions any more that {path.parent} was made of")
+        raise InputError(f"{source}: not the captions any more that {store.path} was made of")
     found = set()
     for row in tqdm(read_captions(source), "comparing with training", unit=" rows", leave=False):
         found |= wanted.intersection(row.captions.values())

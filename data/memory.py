@@ -26,13 +26,16 @@ def flops_per_image(config, patch_dropout=0.0):
     return stem + blocks + (1 if config["pool_first"] else kept) * projector
 
 
+def peak(device):
+    """FLOP/s of a known GPU, else None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK.items() if gpu in name), None)
+
+
 def share_of_peak(device, flops):
     """Of FLOP/s, as text; none where the GPU's peak is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for gpu, peak in PEAK.items():
-        if gpu in name:
-            return f", MFU {flops / peak:.1%}"
-    return ""
+    most = peak(device)
+    return f", MFU {flops / most:.1%}" if most else ""
 
 
 def bytes_per_image(config, device, patch_dropout=0.0, gradient_checkpointing=False):
@@ -85,18 +88,17 @@ def expected(model, s, device, ranks=1):
     kept = chunk * bytes_per_image(model.config, device, s["patch_dropout"], s["gradient_checkpointing"])
     gigabytes = (bytes_of_weights(model) + bytes_of_texts(model, s) + kept) / 1e9
     told = f"about {gigabytes:.1f} GB of memory besides the program"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peaks = [peak for gpu, peak in PEAK.items() if gpu in name]
-    if name == "CPU":
+    most = peak(device)
+    if device.type == "cpu":
         x = torch.randn(1024, 1024, dtype=flame.default_dtype(device))
         x @ x  # the first one is slow
         begun = time.perf_counter()
         for _ in range(10):
             x @ x
-        peaks = [10 * 2 * 1024 ** 3 / (time.perf_counter() - begun)]
-    for peak in peaks:
+        most = 10 * 2 * 1024 ** 3 / (time.perf_counter() - begun)
+    if most:
         flops = 3 * flops_per_image(model.config, s["patch_dropout"]) * s["batch"] * s["steps"]
-        told += f", roughly {flops / (0.4 * peak * ranks) / 3600:.1f} hours for all steps"
+        told += f", roughly {flops / (0.4 * most * ranks) / 3600:.1f} hours for all steps"
     return told
 
 

@@ -55,7 +55,7 @@ def find_pictures(store, folder=None, index=None):
         files = [found[row] for row in rows.tolist()]
         places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
     if len(rows) < 2:
-        raise InputError(f"{root}: {len(rows)} of the {len(store)} keys in {store.path} have a picture "
+        raise InputError(f"{root}: {len(rows)} of the {len(store.keys)} keys in {store.path} have a picture "
                          f"there, such as {store.keys[0]}.jpg; give --images DIR with two at least")
     return rows, files, places
 

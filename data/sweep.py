@@ -7,10 +7,10 @@ trained and scored, by embed.py, train.py and evaluate.py; at the end stand a ta
     python data/sweep.py --bench demo --vary layer 10 20 29 --train --steps 300
 
 What can vary: facets (the first K questions of the long set alone); layer, llm, mask, prompts-file (these
-embed the store's captions anew; the value `store` is the store as it is); every setting of train.py. What
-follows --train goes there. What is finished is kept, so the same command goes on where it was stopped: a
-store that is whole, a run that has taken all its steps, a result. Texts that are scored are encoded once for
-all runs of one LLM.
+embed the store's captions anew; the value `store` is the store as it is); every setting of train.py, `true`
+or `false` for a switch. What follows --train goes there. What is finished is kept, so the same command goes
+on where it was stopped: a store that is whole, a run that has taken all its steps, a result. Texts that are
+scored are encoded once for all runs of one LLM.
 """
 import argparse
 import json
@@ -23,13 +23,15 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+import evaluate
 import flame
 from data import command, files
-from data.show import plots, runs
+from data.show import plots, report, runs
 from flame import InputError
 from train import SETTINGS, newest_store
 
 OF_EMBED = ("layer", "llm", "mask", "prompts-file")
+SWITCHES = [name.replace("_", "-") for name, row in SETTINGS.items() if row[2] is bool]
 SHOWN = ("text_to_image", "image_to_text", "top1", "accuracy")  # of a result's figures
 
 
@@ -55,7 +57,8 @@ def embedded(args, value):
     """-> the store to train on: the given one, or of its captions another, made by embed.py."""
     meta = args.store.meta
     llm = meta["llm"]
-    own = {"layer": str(llm["layer"]), "llm": llm.get("path"), "mask": "decoupled"}
+    mask = {"restart": "decoupled", "causal": "causal"}.get(llm["positions"])
+    own = {"layer": str(llm["layer"]), "llm": llm.get("path"), "mask": mask}
     if args.name not in OF_EMBED or value in ("store", own.get(args.name)):
         return args.store.path
     if llm["positions"] != "restart" or llm.get("questions"):
@@ -75,25 +78,39 @@ def plain(value):
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_.") or "none"
 
 
+def of_training(args, value):
+    """-> the flag of train.py that makes the difference."""
+    if args.name in OF_EMBED:
+        return []
+    if args.name == "facets":
+        return ["--columns", ",".join(f"long.{k}" for k in range(int(value)))]
+    if args.name in SWITCHES:
+        return [f"--{args.name}" if value == "true" else f"--no-{args.name}"]
+    return [f"--{args.name}", value]
+
+
 def scored(args, value, seed):
-    """Trains and scores one value -> evaluate.py's result."""
-    path = args.out / f"{plain(value)}-{seed}.json"
+    """Trains and scores one value -> evaluate.py's result, and in it the flags that it answers ("asked")."""
     store = embedded(args, value)
     run = Path("sweep", f"{args.store.path.name}-{args.name}-{plain(value)}-{seed}")
-    varied = {} if args.name in OF_EMBED else {args.name: value}
-    if args.name == "facets":
-        varied = {"columns": ",".join(f"long.{k}" for k in range(int(value)))}
-    line = flags(embeddings=store, images=args.images, name=run, seed=str(seed), **varied) + args.train
-    stage("train.py", *line)
+    line = flags(embeddings=store, images=args.images, name=run, seed=str(seed))
+    stage("train.py", *line, *of_training(args, value), *args.train)
     weights = Path("out") / run / "model.safetensors"
-    if not path.exists() or path.stat().st_mtime < weights.stat().st_mtime:
-        images = args.images if args.captions else None
-        asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root)
-        stage("evaluate.py", *asked, *flags(split=args.split, checkpoint=weights.parent, out=args.out))
-        bench = args.bench or args.captions.name.split(".")[0]
-        for ending in (".npz", ".json"):
-            (args.out / bench).with_suffix(ending).replace(path.with_suffix(ending))
-    return json.loads(path.read_text(encoding="utf-8"))
+    llm = None
+    if args.name == "llm":  # $FLAME_LLM may be another
+        llm = args.store.meta["llm"].get("path") if value == "store" else value
+    asked = [str(flag) for flag in args.asked + flags(checkpoint=weights.parent, llm=llm)]
+    path = args.out / f"{plain(value)}-{seed}.json"
+    result = files.read_marker(path) or {}
+    if result.get("asked") != asked or path.stat().st_mtime < weights.stat().st_mtime:
+        stage("evaluate.py", *asked, "--out", args.out)
+        fresh = args.out / f"{args.bench}.json"
+        if fresh.with_suffix(".npz").exists():  # a group has none
+            fresh.with_suffix(".npz").replace(path.with_suffix(".npz"))
+        result = json.loads(fresh.read_text(encoding="utf-8")) | {"asked": asked}
+        files.write_json(path, result)
+        fresh.unlink()
+    return result
 
 
 def summary(value, results):
@@ -118,9 +135,8 @@ def table(rows):
     for what in rows[0]["figures"]:
         cells = []
         for row in rows:
-            low, high = row["ci95"][what]
             spread = f" ±{row['deviation'][what]:.1f}" if row["seeds"] > 1 else ""
-            cells.append(f"{row['figures'][what]:5.1f} [{low:.1f}, {high:.1f}]{spread}")
+            cells.append(report.cell({**row["figures"], "ci95": row["ci95"]}, what).rstrip() + spread)
         lines.append(f"{runs.named(what):36}" + "".join(f"{cell:28}" for cell in cells))
     return lines
 
@@ -144,12 +160,24 @@ def arguments(argv):
     args = parser.parse_args(argv)
     args.name, *args.values = args.vary
     known = ["facets", *OF_EMBED, *(name.replace("_", "-") for name in SETTINGS)]
+    wanted = None
     if args.name not in known or not args.values:
-        raise InputError(f"--vary {' '.join(args.vary)}: give one of {', '.join(known)}, and its values")
-    if args.name == "facets" and not all(re.fullmatch("[1-9][0-9]?", value) for value in args.values):
-        raise InputError(f"--vary {' '.join(args.vary)}: give numbers of facets, as in facets 1 3 7")
-    if bool(args.bench) == bool(args.captions):
-        raise InputError("give --bench NAME or --captions FILE; see --help")
+        wanted = f"one of {', '.join(known)}, and its values"
+    elif args.name == "facets" and not all(re.fullmatch("[1-9][0-9]?", value) for value in args.values):
+        wanted = "numbers of facets, as in facets 1 3 7"
+    elif args.name in SWITCHES and not {"true", "false"} >= set(args.values):
+        wanted = "true and false"
+    if wanted:
+        raise InputError(f"--vary {' '.join(args.vary)}: give {wanted}")
+    images = args.images if args.captions else None
+    args.asked = flags(bench=args.bench, captions=args.captions, images=images, data_root=args.data_root,
+                       split=args.split)
+    # Its mistakes are found now; on the CPU, so that a GPU is left to the stages.
+    scoring = evaluate.settings([str(flag) for flag in [*args.asked, "--device", "cpu"]])
+    args.bench = scoring.bench
+    if args.name == "facets" and set(scoring.asked) != {"long"}:
+        raise InputError("--vary facets trains on the long set's questions alone, "
+                         f"{args.bench} asks by others; score on captions")
     args.out = args.out or Path("results", f"sweep-{args.name}")
     return args
 
@@ -162,10 +190,10 @@ def main(argv=None):
         for value in args.values:
             results = [scored(args, value, seed) for seed in range(args.seeds)]
             rows.append(summary(value, results))
-        result = {"bench": args.bench or str(args.captions), "vary": args.name, "train": args.train,
+        result = {"bench": args.bench, "vary": args.name, "train": args.train,
                   "store": str(args.store.path), "rows": rows}
         path = args.out.with_name(args.out.name + ".json")
-        files.write_text(path, json.dumps(result, indent=2) + "\n")
+        files.write_json(path, result)
         print("\n" + "\n".join(table(rows)))
         print("-> " + ", ".join([str(path), *plots.draw_sweep(path.with_suffix(".png"), result)]))
 

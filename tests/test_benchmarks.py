@@ -28,7 +28,7 @@ from data.show import report
 ROOT = Path(__file__).parent.parent
 RECALL_AT = (1, 5, 10)
 CLASSIFICATION = [
-    bench for bench, (_, scorer, _) in evaluate.BENCHMARKS.items() if scorer is evaluate.score_classification
+    bench for bench, row in evaluate.BENCHMARKS.items() if row.score is evaluate.score_classification
 ]
 COMPOSITION = ["sugarcrepe", "winoground"]
 
@@ -404,7 +404,7 @@ def test_every_benchmark_has_a_tree_and_its_layout_is_documented():
 def read(bench, root, split="test", **more):
     """What evaluate.py reads of a tree, with flags as it parses them."""
     flags = {"data_root": root, "classes": None, "language": None, "captions": None,
-             "most": benchmarks.FIRST_CAPTIONS.get(bench), "how": evaluate.BENCHMARKS[bench]}
+             "how": evaluate.BENCHMARKS[bench]}
     return evaluate.read(argparse.Namespace(bench=bench, **flags | more), split)
 
 
@@ -580,7 +580,8 @@ def test_imagefolder_reads_its_own_files(tmp_path):
 def test_xm3600_in_the_languages_asked_for(tmp_path):
     tree_xm3600(tmp_path)
     assert list(read("xm3600", tmp_path)[1]) == ["en", "fr"]
-    languages = read("xm3600", tmp_path, language="en", most=None)[1]
+    every = evaluate.BENCHMARKS["xm3600"]._replace(most=None)
+    languages = read("xm3600", tmp_path, language="en", how=every)[1]
     assert (
         list(languages) == ["en"]
         and languages["en"][0][:2] == ["a red wall", "red"]

@@ -615,6 +615,12 @@ def test_what_cannot_be_compared_is_said_and_not_counted_as_none(trained, capsys
         file.write("9\tanother\n")
     mine = ["photos/4.png\ta picture of 4 things", "photos/5.png\tnew"]
     assert leaks(score(mine)) == [2, None, 0, 0]
+    meta = (folder / "s/meta.json").read_text()
+    (folder / "s/meta.json").write_text(meta.replace('"sha256": "', '"sha256": "another'))
+    assert leaks(score(mine)) == [None, None, 0, 0]     # another store, where the run's own was
+    assert capsys.readouterr().err.count("not the store any more that out/t was trained on") == 2
+    (folder / "s/meta.json").write_text(meta)
+    score(mine)
     os.rename("s", "moved")
     assert leaks(score(mine)) == [None, None, 0, 0]
     told = capsys.readouterr().err
@@ -632,8 +638,11 @@ def test_a_damaged_record_of_training_is_named_and_not_counted(tmp_path, monkeyp
     (tmp_path / "s").mkdir()
     (tmp_path / "s/meta.json").write_text(meta)
     (tmp_path / "config.json").write_text(config)
+    with open("large.png", "wb") as file:
+        file.truncate(1 << 40)
     with within(5):
-        counts = count_leaks([tmp_path / "pipe", tmp_path / "a.png"], ["a", "a"], tmp_path)
+        pictures = [tmp_path / name for name in ("pipe", "large.png", "a.png")]
+        counts = count_leaks(pictures, ["a", "a"], tmp_path)
     assert counts == {"identical_images": 0, "identical_texts": 1}
     assert capsys.readouterr().err.count(" is not known: ") == 2
 

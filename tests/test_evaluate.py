@@ -27,7 +27,7 @@ from sklearn.metrics import balanced_accuracy_score
 import evaluate
 import flame
 from data import benchmarks, cache
-from data.show import fonts, plots, report, words
+from data.show import fonts, plots, report, runs, words
 from test_benchmarks import (
     CLASS_FILES,
     COLOURS,
@@ -679,7 +679,7 @@ def test_a_group_lacking_a_member_scores_nothing_and_names_all_that_lack(colours
 def test_the_ten_of_the_papers_average(colours, tmp_path, monkeypatch, capsys):
     """Zero-shot with all of SUN397, which has that split alone among them, and by a linear probe."""
     monkeypatch.setattr(benchmarks, "CLASSES", tmp_path)    # the trees have classes of their own
-    for bench in evaluate.GROUPS["classification10"]:
+    for bench in evaluate.GROUPS["classification10"].members:
         TREES[bench](tmp_path / "data" / bench)
         if bench in CLASS_FILES:
             Path(class_file(bench, tmp_path)[1]).rename(tmp_path / f"{bench}.txt")
@@ -692,6 +692,10 @@ def test_the_ten_of_the_papers_average(colours, tmp_path, monkeypatch, capsys):
     assert colours("classification10", "--probe")[0] == 0
     told = capsys.readouterr().out
     assert "-probe.json" in told.splitlines()[-1] and "published" not in told
+    group, probe = [json.loads((tmp_path / "results" / f"classification10{kind}.json").read_text())
+                    for kind in ("", "-probe")]
+    assert probe["n_train"] == sum(own["n_train"] for own in probe["benchmarks"].values())
+    assert runs.title(group) == "classification10 (all)" and runs.title(probe) == "classification10 (probe)"
 
 
 def test_published_figures_stand_below_ones_own(colours, tmp_path, capsys):
@@ -931,6 +935,20 @@ def test_pictures_that_are_named_by_key(colours, tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_results_are_named_as_stores_are(colours, tmp_path, monkeypatch):
+    """A folder that one stands in, too, as embed.py has it."""
+    for name in NAMES:
+        picture(tmp_path / "my photos" / f"{name}.png", name)
+        put(tmp_path / "my photos" / f"{name}.txt", f"A {name} wall.")
+    checkpoint = ["--checkpoint", str(tmp_path / "out/run"), "--device", "cpu"]
+    monkeypatch.chdir(tmp_path / "my photos")
+    assert evaluate.main(["--captions", ".", "--out", str(tmp_path / "results"), *checkpoint]) == 0
+    result = json.loads((tmp_path / "results" / "my photos.json").read_text())
+    assert result["bench"] == "my photos" and result["text_to_image"]["R@1"] == 100
+    named = evaluate.settings(["--captions", "cc3m/x-{0000..0007}.tar", "--device", "cpu"])
+    assert named.bench == "x"
+
+
 # ---------------------------------------------------------------- bad settings, Ctrl-C
 
 @pytest.mark.parametrize(
@@ -951,6 +969,10 @@ def test_pictures_that_are_named_by_key(colours, tmp_path, capsys):
         (["--bench", "urban1k", "--all-captions"], "--all-captions: urban1k leaves no caption out"),
         (["--captions", "coco.tsv", "--all-captions"], "--all-captions: coco leaves no caption out"),
         (["--bench", "long", "--probe"], "--probe: long has no classes"),
+        (["--captions", "coco.tsv", "--data-root", "x"], "--data-root: where a benchmark lies"),
+        (["--search", "red", "--images", ".", "--report"], "--report: --search writes no page"),
+        (["--words", "x.png", "--prompts", "raw"], "--prompts: no text is asked"),
+        (["--bench", "coco", "--open-clip", "ViT-B-32", "--llm", "llm"], "--open-clip has no"),
     ],
 )
 def test_bad_settings_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, wrong, message):
@@ -997,6 +1019,13 @@ def test_columns_that_are_none_are_refused(real, tmp_path, capsys, columns):
 
 
 # ---------------------------------------------------------------- what is no picture, no file, no cache
+
+def test_a_pipe_in_a_tars_place_is_not_waited_for(colours, tmp_path, capsys):
+    (tmp_path / "data/coco/test").mkdir(parents=True)
+    os.mkfifo(tmp_path / "data/coco/test/0.tar")
+    assert colours("coco") == (2, None)
+    assert "0.tar: not a regular file" in capsys.readouterr().err
+
 
 def test_a_pipe_among_the_pictures_is_left_out(colours, tmp_path, capsys):
     tree_urban1k(tmp_path / "data" / "urban1k")

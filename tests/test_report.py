@@ -4,6 +4,7 @@
 """
 # ruff: noqa: F811  (the fixtures of test_benchmarks.py are imported, and named again by who wants them)
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,7 @@ def scored(tmp_path, monkeypatch):
             return counts | more | evaluate.recalls(samples), shown
 
         args = evaluate.settings(["--captions", "mine.tsv", "--out", out, "--device", "cpu"])
-        args.how = (None, scorer, "long")
+        args.how = args.how._replace(score=scorer)
         args.open_clip = peer
         (tmp_path / out).mkdir(parents=True, exist_ok=True)
         towers = SimpleNamespace(model=SimpleNamespace(config={"columns": ["long.0"]}), pool="cosine")
@@ -145,7 +146,8 @@ def test_every_benchmark_keeps_what_its_figures_are_of(bench, colours, tmp_path,
     capsys.readouterr()
     colours(bench, *class_file(bench, tmp_path))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("difference to")]
-    assert len(told) == len(figures) and (any(" -" in line for line in told) or bench == "fashionmnist")
+    assert len(told) == len({figure.rpartition("/")[0] for figure in figures})     # a line a part
+    assert any(" -" in line for line in told) or bench == "fashionmnist"
 
 
 # ---------------------------------------------------------------- the page of a folder
@@ -193,6 +195,40 @@ def test_hostile_strings_in_a_folder_do_not_become_markup(scored, tmp_path):
     assert html.count("</script>") == html.count("<script") == 1 and "<img" not in html
     assert evil in data["runs"]["apart"][0]["texts"][0]["text"]
     assert data["runs"]["tables"][1]["names"] == [evil]
+
+
+def test_a_part_may_have_any_name_and_a_pipe_is_passed_over(scored, tmp_path):
+    scored("out/a", range(150))
+    result = {"bench": "b", "checkpoint": "x", "parts": {"one/of/two": {"top1": 3}}}
+    put(tmp_path / "results" / "b.json", json.dumps(result))
+    for name in ("sweep-k.json", "sweep-k.png", "c.json"):
+        os.mkfifo(tmp_path / "results" / name)
+    _, data = page_of(tmp_path / "results")
+    assert cell(data, "one/of/two top1", "x") == [3, None, None]
+
+
+def test_groups_stand_side_by_side_without_a_difference(tmp_path, capsys):
+    for run in "ab":
+        group = {"bench": "long", "checkpoint": run, "text_to_image": {"R@1": 5}, "benchmarks": {}}
+        put(tmp_path / run / "long.json", json.dumps(group))
+    _, data = page_of(tmp_path)
+    row, = data["runs"]["tables"][0]["rows"]
+    assert row["cells"] == [[5, None, None]] * 2 and capsys.readouterr().err == ""
+
+
+def test_results_of_one_title_and_checkpoint_all_stand_on_the_page(scored, tmp_path):
+    """A result and its copy: neither takes the other's place. One of another split is no such copy."""
+    scored("out/a", range(150))
+    result = (tmp_path / "results" / "mine.json").read_text()
+    put(tmp_path / "results" / "mine-all.json", json.dumps(json.loads(result) | {"split": "all"}))
+    _, data = page_of(tmp_path / "results")
+    table = data["runs"]["tables"][0]
+    assert table["names"] == ["out/a"]
+    assert {row["title"] for row in table["rows"]} == {"mine", "", "mine (all)"}
+    put(tmp_path / "results" / "mine-old.json", result)
+    _, data = page_of(tmp_path / "results")
+    names = [f"out/a ({name}.json)" for name in ("mine-all", "mine-old", "mine")]
+    assert sorted(data["runs"]["tables"][0]["names"]) == sorted(names)
 
 
 @pytest.mark.parametrize("name, damage, stays", [

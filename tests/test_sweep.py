@@ -1,10 +1,13 @@
 """data/sweep.py: a list of values, each embedded, trained and scored, on a tiny LLM and eight pictures."""
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import flame
 from data import sweep
 
 SMALL = ["--train", "--steps", "3", "--batch", "4", "--projector-hidden", "48", "--width", "24"]
@@ -57,7 +60,85 @@ def test_a_mask_is_embedded_anew_where_it_is_another(store, run):
     assert np.abs(own[:, 5:] - causal[:, 5:]).max() > 0.01
 
 
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """sweep(flags) -> (exit code, the lines of the stages); these only leave files. A score is the count."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLAME_LLM", "elsewhere")
+    llm = {"layer": 3, "path": "/llm", "positions": "restart"}
+    meta = {"llm": llm, "captions": {"path": "mine.tsv"}, "prompts": ["long"], "dtype": "float32",
+            "store": "float16"}
+    store = SimpleNamespace(path=Path("data/embeddings/mine"), meta=meta)
+    monkeypatch.setattr(flame, "open_store", lambda path: store)
+    lines = []
+
+    def stage(script, *arguments):
+        line = [script, *map(str, arguments)]
+        lines.append(" ".join(line))
+        given = dict(zip(line[1::2], line[2::2]))
+        if script == "train.py":
+            weights = tmp_path / "out" / given["--name"] / "model.safetensors"
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            if not weights.exists():
+                weights.touch()
+        if script == "evaluate.py":
+            bench = given.get("--bench") or Path(given["--captions"]).stem
+            result = {"bench": bench, "checkpoint": "x", "top1": len(lines), "ci95": {"top1": [0, 100]}}
+            out = tmp_path / given["--out"]
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"{bench}.json").write_text(json.dumps(result))
+
+    def run(flags):
+        lines.clear()
+        return sweep.main(f"--embeddings mine {flags}".split()), list(lines)
+    monkeypatch.setattr(sweep, "stage", stage)
+    return SimpleNamespace(run=run, llm=llm)
+
+
+def test_a_result_answers_the_flags_it_was_scored_with(stages):
+    """In one folder: the same again is kept; another benchmark, split or folder of data is scored anew."""
+    scored = []
+    for flags in ("--bench coco", "--bench coco", "--bench docci", "--bench coco --split val",
+                  "--bench coco --split val --data-root there", "--captions coco.tsv", "--bench long"):
+        code, lines = stages.run(f"{flags} --vary lr 1e-3")
+        assert code == 0
+        scored.append(sum(line.startswith("evaluate.py") for line in lines))
+    assert scored == [1, 0, 1, 1, 1, 1, 1]
+    result = json.loads(Path("results/sweep-lr.json").read_text())
+    assert result["bench"] == "long" and not Path("results/sweep-lr/long.json").exists()
+
+
+@pytest.mark.parametrize("vary, told", [
+    ("seed 3 4", ["--seed 3", "--seed 4"]), ("compile true false", ["--compile", "--no-compile"]),
+    ("loss infonce sigmoid", ["--loss infonce", "--loss sigmoid"])])
+def test_every_setting_of_training_can_vary(stages, vary, told):
+    code, lines = stages.run(f"--bench coco --vary {vary}")
+    trained = [line for line in lines if line.startswith("train.py")]
+    assert code == 0 and len(trained) == 2 and trained[0] != trained[1]
+    assert all(f" {flag}" in line for flag, line in zip(told, trained))
+
+
+def test_a_store_is_named_by_the_mask_it_has(stages, capsys):
+    """One made with --mask causal is not taken for the decoupled one, nor one of --compat for either."""
+    stages.llm["positions"] = "causal"
+    assert stages.run("--bench coco --vary mask causal")[0] == 0
+    stages.llm["positions"] = "sequential"
+    for mask in ("causal", "decoupled"):
+        code, lines = stages.run(f"--bench coco --vary mask {mask}")
+        assert code == 2 and lines == [] and "made with --compat" in capsys.readouterr().err
+
+
+def test_each_llm_of_a_sweep_is_scored_by_itself(stages):
+    """Whatever $FLAME_LLM says."""
+    _, lines = stages.run("--bench coco --vary llm store other/llm")
+    scored = [line.partition(" --llm ")[2].split()[:1] for line in lines if line.startswith("evaluate.py")]
+    assert scored == [["/llm"], ["other/llm"]]
+
+
 @pytest.mark.parametrize("flags, word", [
+    ("--vary seed 1 --bench nothing", "nothing"), ("--vary loss x --bench coco --split all", "--split"),
+    ("--vary facets 1 3 --bench demo", "asks by others"),
+    ("--vary compile 1 --captions mine.tsv", "true and false"),
     ("--vary nothing 1 --captions mine.tsv", "nothing"),
     ("--vary facets many --captions mine.tsv", "facets 1 3 7"),
     ("--vary loss --captions mine.tsv", "values"), ("--vary loss infonce", "--bench"),

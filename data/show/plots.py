@@ -38,6 +38,20 @@ def new_figure(width, height):
     return Figure((width, height), dpi=100, layout="constrained")
 
 
+def with_intervals(how, places, values, low_high, **style):
+    """how: Axes.errorbar or Axes.bar. values: percent, low_high: [low, high] of each."""
+    values = np.array(values)
+    how(places, values, yerr=np.abs(np.array(low_high).reshape(-1, 2).T - values), **style)
+
+
+def finish(axes, words, **legend):
+    axes.set_ylabel(words)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, **legend)
+
+
 def draw_facets(rows):
     """What evaluate.ablation returns -> Figure: R@1 over the number of facets; each facet alone, and all but
     it.
@@ -49,34 +63,30 @@ def draw_facets(rows):
         return None
     several, single = figure.subplots(1, 2)
 
-    def draw(how, kind, direction, shift, colour, **style):
-        """-> the rows of a kind, drawn by Axes.errorbar or Axes.bar, shifted by what stands beside them."""
+    def draw(how, kind, direction, shift, **style):
+        """-> the rows of a kind, drawn, shifted by what stands beside them."""
         some = [row for row in rows if row["kind"] == kind]
-        values = np.array([row[direction]["R@1"] for row in some])
-        low_high = np.array([row["ci95"][direction]["R@1"] for row in some]).reshape(-1, 2).T
-        places = np.arange(len(some)) + shift
-        how(places, values, yerr=np.abs(low_high - values), color=colour, **style)
+        values = [row[direction]["R@1"] for row in some]
+        low_high = [row["ci95"][direction]["R@1"] for row in some]
+        with_intervals(how, np.arange(len(some)) + shift, values, low_high, **style)
         return some
 
     line = {"marker": "o", "elinewidth": 1}
-    draw(several.errorbar, "in order", "text_to_image", -0.05, BLUE, label="text to image", **line)
-    firsts = draw(several.errorbar, "in order", "image_to_text", 0.05, ORANGE, label="image to text", **line)
+    draw(several.errorbar, "in order", "text_to_image", -0.05, color=BLUE, label="text to image", **line)
+    firsts = draw(several.errorbar, "in order", "image_to_text", 0.05, color=ORANGE, label="image to text",
+                  **line)
     several.set_title("R@1, the first n facets (inference only)", loc="left")
     several.set_xticks(range(len(firsts)), [len(row["facets"]) for row in firsts])
 
-    bar = {"width": 0.38}
-    alone = draw(single.bar, "alone", "text_to_image", -0.2, BLUE, label="this facet alone", **bar)
-    draw(single.bar, "all but one", "text_to_image", 0.2, ORANGE, label="all but this one", **bar)
+    bar = {"direction": "text_to_image", "width": 0.38}
+    alone = draw(single.bar, "alone", shift=-0.2, color=BLUE, label="this facet alone", **bar)
+    draw(single.bar, "all but one", shift=0.2, color=ORANGE, label="all but this one", **bar)
     single.set_title("R@1 text to image", loc="left")
     names = [facet_names()[row["facets"][0] - 1].replace(" ", "\n") for row in alone]
     single.set_xticks(range(len(names)), names, fontsize=8)
     for axes in (several, single):
         axes.set_ylim(0, 1.15 * axes.get_ylim()[1])     # room for the legend
-        axes.set_ylabel("percent")
-        axes.grid(axis="y", color="#e6e6e6")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper left", ncols=2, frameon=False)
+        finish(axes, "percent", loc="upper left", ncols=2)
     return figure
 
 
@@ -115,20 +125,17 @@ def draw_sweep(path, result):
     axes = figure.add_subplot()
     rows = result["rows"]
     names = [row["name"] for row in rows]
-    style = "o-" if all(name.replace(".", "").isdigit() for name in names) else "o"
-    count = len(rows[0]["figures"])
-    for n, what in enumerate(rows[0]["figures"]):
-        means = np.array([row["figures"][what] for row in rows])
-        low_high = np.array([row["ci95"][what] for row in rows]).T
-        places = np.arange(len(rows)) + 0.3 * (n - (count - 1) / 2) / count  # side by side
+    numbers = all(name.replace(".", "").isdigit() for name in names)
+    shifts = np.linspace(-0.15, 0.15, len(rows[0]["figures"]))  # side by side
+    for what, shift in zip(rows[0]["figures"], shifts):
+        means = [row["figures"][what] for row in rows]
+        low_high = [row["ci95"][what] for row in rows]
         label = what.replace("/", " ").replace("_", " ").strip()
-        axes.errorbar(places, means, yerr=np.abs(low_high - means), fmt=style, elinewidth=1, label=label)
+        with_intervals(axes.errorbar, np.arange(len(rows)) + shift, means, low_high,
+                       fmt="o-" if numbers else "o", elinewidth=1, label=label)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel(result["vary"])
-    axes.set_ylabel("R@1 or top-1, percent")
     axes.set_ylim(0, None)
-    axes.grid(axis="y", color="#e6e6e6")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    finish(axes, "R@1 or top-1, percent", loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     files.write(path, figure.savefig)
     return [str(path)]

@@ -83,13 +83,16 @@ def both_recalls(row, at=""):
     return f"text to image {at}{there}   image to text {at}{back}"
 
 
+def parts_of(result, whole):
+    """{name: part}, by the name `whole` the result itself where it has no parts."""
+    parts = dict(result.get("parts") or {whole: result})
+    return parts | {"average": result} if "accuracy" in result else parts
+
+
 def table(result):
     """The numbers of a result, part by part, as lines of text."""
-    parts = dict(result.get("parts") or {result["bench"]: result})
-    if "accuracy" in result:
-        parts["average"] = {key: result[key] for key in ("accuracy", "chance", "ci95", "n_texts", "n_images")}
     lines = []
-    for name, part in parts.items():
+    for name, part in parts_of(result, result["bench"]).items():
         languages = part.get("languages", {})
         counts = [f"{part[key]} {word}" for key, word in COUNTS.items() if part.get(key)]
         if languages:
@@ -260,9 +263,14 @@ def data_url(save, kind, **settings):
 def page(result, queries, pictures, plot=None):
     """The page of one result. queries: what found_for returns; plot: of the facets."""
     used = {tile["picture"] for row in queries for tile in [*row["found"], row["right"]] if tile}
-    small = {i: data_url(thumbnail(pictures[i], 160).save, "jpeg", quality=85) for i in sorted(used)}
-    return filled({"result": result, "queries": queries, "facets": facet_names(), "pictures": small,
+    return filled({"result": result, "queries": queries, "facets": facet_names(),
+                   "pictures": {i: small(pictures[i]) for i in sorted(used)},
                    "plot": plot and data_url(plot.savefig, "png")})
+
+
+def small(picture):
+    """-> data URL of a thumbnail."""
+    return data_url(thumbnail(picture, 160).save, "jpeg", quality=85)
 
 
 def filled(data):

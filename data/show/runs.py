@@ -15,7 +15,8 @@ import numpy as np
 from data import files
 from data.benchmarks import InTar
 from data.show.plots import draw_facets
-from data.show.report import COUNTS, DIRECTIONS, FIGURES, data_url, filled, open_picture, reason, thumbnail
+from data.show.report import (
+    COUNTS, DIRECTIONS, FIGURES, data_url, filled, open_picture, parts_of, reason, small)
 from flame import InputError
 
 TEXTS = 1000    # of which it is kept what they found, drawn at random
@@ -38,11 +39,8 @@ def compared(result, of=None):
 
     of: "ci95" or "samples", for those of the same figures instead.
     """
-    parts = dict(result.get("parts") or {"": result})
-    if "accuracy" in result:
-        parts["average"] = result
     found = {}
-    for name, part in parts.items():
+    for name, part in parts_of(result, "").items():
         values = part.get(of, {}) if of else part
         for key in (*DIRECTIONS, *FIGURES):
             if key in values:
@@ -52,14 +50,15 @@ def compared(result, of=None):
 
 def named(figure):
     """long/text_to_image -> long text to image R@1"""
-    part, key = figure.split("/")
-    return f"{part} {DIRECTIONS[key]} R@1".strip() if key in DIRECTIONS else f"{part} {key}".strip()
+    part, _, key = figure.rpartition("/")
+    return f"{part} {f'{DIRECTIONS[key]} R@1' if key in DIRECTIONS else key}".strip()
 
 
 def title(result):
     """What was scored: only results of one title are compared."""
     probe = " (probe)" if "n_train" in result else ""
-    return f"{result['bench']}{probe}" + " (val)" * (result.get("split") == "val")
+    split = result.get("split", "test")
+    return f"{result['bench']}{probe}" + f" ({split})" * (split != "test")
 
 
 # ---------------------------------------------------------------- beside the JSON
@@ -121,18 +120,27 @@ def read_kept(path, figures):
     return kept
 
 
-def parsed(path, name, result):
-    """-> Run, without what is kept. Raises nearly anything where it is no result."""
-    figures = {key: float(value) for key, value in compared(result).items()}
-    ci95 = {key: [float(low), float(high)] for key, (low, high) in compared(result, "ci95").items()}
+def run_of(path, name, result, figures, ci95):
+    """-> Run, without what is kept. Raises nearly anything where figures are none."""
+    figures = {str(key): float(value) for key, value in figures.items()}
+    ci95 = {key: [float(low), float(high)] for key, (low, high) in ci95.items()}
     return Run(path, str(name), result, figures, ci95, {})
 
 
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_result(path):
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_json(path)
     if not isinstance(result, dict) or not {"bench", "checkpoint"} <= result.keys():
         raise ValueError("no result of evaluate.py")
-    return parsed(path, result["checkpoint"], result)
+    return run_of(path, result["checkpoint"], result, compared(result), compared(result, "ci95"))
+
+
+def read_sweep(path):
+    """What data/sweep.py wrote -> a Run a value that was tried."""
+    return [run_of(path, row["name"], row, row["figures"], row["ci95"]) for row in read_json(path)["rows"]]
 
 
 def attempt(path, do, *arguments):
@@ -158,8 +166,11 @@ def read_runs(paths):
 def differences(run, other, difference):
     """{figure: [difference, low, high]} to another run, paired. difference: evaluate.py's, of two columns.
 
-    Raises ValueError where texts or pictures are not the same.
+    Of a group there is none, but of its benchmarks. Raises ValueError where texts or pictures are not the
+    same.
     """
+    if "benchmarks" in run.result:
+        return {}
     if not run.kept or run.kept["same"] != other.kept.get("same"):
         raise ValueError(f"no difference to {other.path}: other texts or pictures, or no .npz beside one")
     its = other.kept["samples"]
@@ -167,15 +178,18 @@ def differences(run, other, difference):
 
 
 def difference_table(path, earlier, difference):
-    """How a result just written differs from earlier ones of the same title, as lines of text."""
+    """How a result just written differs from earlier ones of the same title, a line a part."""
     lines = []
     for run in read_runs([path]):
         for other in earlier:
             if title(run.result) == title(other.result) and run.name != other.name:
-                apart = attempt(path, differences, run, other, difference) or {}
-                for name, bounds in apart.items():
-                    said = "{} {:+.1f} [{:.1f}, {:.1f}]".format(named(name), *bounds)
-                    lines.append(f"difference to {other.name}: {said}")
+                parts = {}
+                for figure, apart in (attempt(path, differences, run, other, difference) or {}).items():
+                    part = figure.rpartition("/")[0]
+                    said = "{} {:+.1f} [{:.1f}, {:.1f}]".format(named(figure), *apart)
+                    if not figure.endswith(("top5", "mean_per_class")):
+                        parts.setdefault(part, []).append(said)
+                lines += [f"difference to {other.name}: {', '.join(own)}" for own in parts.values()]
     return lines
 
 
@@ -186,8 +200,9 @@ def write_page(folder, difference):
 
     Raises InputError where there are none.
     """
-    def inside(pattern):
-        return sorted([*folder.glob(pattern), *folder.glob(f"*/{pattern}")])
+    def inside(pattern):    # no pipe, which would be waited for without end
+        found = [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]
+        return sorted(path for path in found if path.is_file())
 
     swept = inside("sweep-*.json")
     runs = read_runs(set(inside("*.json")) - set(swept))
@@ -195,6 +210,8 @@ def write_page(folder, difference):
         raise InputError(f"{folder}: no results; score something first: --bench NAME --out {folder}")
     if len({run.path.parent for run in runs}) > 1:
         runs = [run._replace(name=f"{run.name} ({run.path.parent})") for run in runs]
+    if len({(title(run.result), run.name) for run in runs}) < len(runs):    # a result and its copy
+        runs = [run._replace(name=f"{run.name} ({run.path.name})") for run in runs]
     runs.sort(key=lambda run: run.result.get("columns") != [])  # open_clip's first, to compare with
     tables, apart, pictures = side_by_side(runs, difference)
     for path in swept:
@@ -255,8 +272,7 @@ def disagreements(what, first, other, pictures):
     def tile(picture, good):
         name = f"{what} {picture}"
         if name not in pictures:
-            small = thumbnail(picture_of(first.kept["pictures"][picture]), 160)
-            pictures[name] = data_url(small.save, "jpeg", quality=85)
+            pictures[name] = small(picture_of(first.kept["pictures"][picture]))
         return {"picture": name, "right": bool(good), "facets": []}
 
     def found(kept, text):
@@ -272,16 +288,6 @@ def picture_of(said):
     if isinstance(said, list):
         return InTar(*said) if Path(said[0]).is_file() else None
     return said and Path(said)
-
-
-def read_sweep(path):
-    """What data/sweep.py wrote -> a Run a value that was tried."""
-    found = []
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        figures = {key: float(value) for key, value in row["figures"].items() if named(key)}
-        ci95 = {key: [float(low), float(high)] for key, (low, high) in row["ci95"].items()}
-        found.append(Run(path, str(row["name"]), row, figures, ci95, {}))
-    return found
 
 
 def facet_plot(run):
