@@ -6,6 +6,7 @@ what is damaged is left out, and said so.
 """
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -101,9 +102,16 @@ def keep(path, result, data, shown, ranks):
         arrays["right"] = shown.image_ids[arrays["best"]] == shown.text_ids[some, None]
         arrays["ranks"] = ranks[some]
         said["texts"] = [shown.texts[i] for i in some]
-        said["pictures"] = [None if isinstance(one, np.ndarray) else one for one in shown.pictures]
-    arrays["said"] = np.frombuffer(json.dumps(said, default=str).encode(), np.uint8)
+        said["pictures"] = [place_of(picture) for picture in shown.pictures]
+    arrays["said"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
     files.write(path, lambda temporary: np.savez_compressed(temporary, **arrays))
+
+
+def place_of(picture):
+    """Where the page finds a picture again, wherever it is made; None where it lies in no file."""
+    if isinstance(picture, InTar):
+        return picture._replace(tar=os.path.abspath(picture.tar))
+    return None if isinstance(picture, np.ndarray) else os.path.abspath(picture)
 
 
 def read_kept(path, figures):
