@@ -313,7 +313,7 @@ def test_report_alone_needs_results_and_goes_with_no_benchmark(tmp_path, monkeyp
 
 
 def test_pictures_in_no_file_are_kept_as_none(colours, tmp_path):
-    """Of CIFAR and the like: in memory alone; and of folders the path, that holds wherever the page is made."""
+    """Of CIFAR and the like: in memory alone; and of folders the path, which holds from everywhere."""
     TREES["fashionmnist"](tmp_path / "data" / "fashionmnist")
     colours("fashionmnist", *class_file("fashionmnist", tmp_path))
     tree_coco(tmp_path / "data" / "coco")
