@@ -126,7 +126,8 @@ def draw_sweep(path, result):
     rows = result["rows"]
     names = [row["name"] for row in rows]
     numbers = all(name.replace(".", "").isdigit() for name in names)
-    shifts = np.linspace(-0.15, 0.15, len(rows[0]["figures"]))  # side by side
+    side = min(0.2, 0.02 * len(rows[0]["figures"]))  # the figures of one value stand side by side
+    shifts = np.linspace(-side, side, len(rows[0]["figures"]))
     for what, shift in zip(rows[0]["figures"], shifts):
         means = [row["figures"][what] for row in rows]
         low_high = [row["ci95"][what] for row in rows]
