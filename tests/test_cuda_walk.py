@@ -21,6 +21,8 @@ from test_compat import small_clip  # noqa: F401  (a fixture)
 from test_embed import ROWS, write_tsv
 from test_train import SMALL, entries, fit, losses, make_pictures, one_line, run, small, weights  # noqa: F401
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU to run on")
+
 ROOT = str(Path(__file__).resolve().parent.parent) + os.sep
 TESTS = str(Path(__file__).resolve().parent)
 

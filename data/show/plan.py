@@ -20,18 +20,26 @@ def print_training(model, s, gpus):
     weights = memory.bytes_of_weights(model) / 1e9
     texts = memory.bytes_of_texts(model, s) / 1e9
     images = s["batch"] // gpus
-    of_image = memory.bytes_per_image(config, cuda, s["patch_dropout"], s["gradient_checkpointing"])
+    of_image = memory.bytes_per_image(
+        config,
+        cuda,
+        s["patch_dropout"],
+        s["gradient_checkpointing"],
+    )
     activations = images * of_image / 1e9
     chunks = memory.chunks_that_fit(model, s, cuda, gpus, ROOM)
     print(f"a GPU: {weights:.1f} GB of weights, gradients and optimizer, {texts:.1f} GB of texts,")
     print(f"    {activations:,.0f} GB of activations of {images:,} images: --accumulate {chunks} on 80 GB")
 
-    flops = 3 * memory.flops_per_image(config, s["patch_dropout"]) * s["batch"]
-    seconds = flops / (gpus * SHARE * memory.PEAK[GPU])   # a step
+    forward = memory.flops_per_image(config, s["patch_dropout"])
+    flops = 3 * forward * s["batch"]
+    reached = gpus * SHARE * memory.PEAK[GPU]  # FLOP/s
+    seconds = flops / reached                  # a step
     hours = s["steps"] * seconds / 3600
     print(f"a step: {s['batch']:,} images, {flops / 1e15:.2f} PFLOP")
     print(f"all {s['steps']:,}: {hours:.1f} hours on {gpus} x {GPU} at {SHARE:.0%} of its peak")
 
     pictures = s["batch"] / seconds
-    store = pictures * s["positives"] * 2 * config["text_dim"] / 1e6
+    of_vector = 2 * config["text_dim"]         # bytes, float16
+    store = pictures * s["positives"] * of_vector / 1e6
     print(f"data: {pictures:,.0f} pictures/s to decode, {store:,.0f} MB/s of the store to read")
