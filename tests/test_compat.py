@@ -485,6 +485,8 @@ def test_an_open_clip_model_gets_clip_benchmarks_figures(small_clip, tmp_path, m
 
 def test_what_open_clip_does_not_know_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
     (tmp_path / "mine.tsv").write_text("image\tlong\na.png\ta\nb.png\tb\n")
     for flags in (["--open-clip", "ViT-Nothing"], ["--open-clip", "ViT-B-32:no/such/file.pt"],
                   ["--open-clip", "ViT-B-32", "--facets"]):
