@@ -98,7 +98,9 @@ def expected(model, s, device, ranks=1):
         most = 10 * 2 * 1024 ** 3 / (time.perf_counter() - begun)
     if most:
         flops = 3 * flops_per_image(model.config, s["patch_dropout"]) * s["batch"] * s["steps"]
-        told += f", roughly {flops / (0.4 * most * ranks) / 3600:.1f} hours for all steps"
+        seconds = flops / (0.4 * most * ranks)
+        rough = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
+        told += f", roughly {rough} for all steps"
     return told
 
 

@@ -204,7 +204,8 @@ def test_training_on_the_gpu(run, small, tmp_path, gpu, float32, device, flags):
     assert fit(run, small[0], f"--steps 6 --name cpu --device cpu {flags}").returncode == 0
     with lines_run() as seen:
         done = fit(run, small[0], f"--steps 6 --name gpu --device {device} {flags}")
-    assert done.returncode == 0 and "MFU" in done.stderr and "hours" in done.stdout, done.stderr
+    assert done.returncode == 0 and "MFU" in done.stderr, done.stderr
+    assert "minutes for all steps" in done.stdout
     lines = TRAIN if "--accumulate" in flags else TRAIN + MEMORY
     assert set(lines) <= seen, set(lines) - seen
     ours = tmp_path / "out" / "gpu"
