@@ -122,10 +122,12 @@ def draw_sweep(path, result):
     figure = new_figure(9, 4.2)
     if figure is None:
         return []
+    import matplotlib
     axes = figure.add_subplot()
     rows = result["rows"]
     names = [row["name"] for row in rows]
     numbers = all(name.replace(".", "").isdigit() for name in names)
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)  # twenty, not ten
     side = min(0.2, 0.02 * len(rows[0]["figures"]))  # the figures of one value stand side by side
     shifts = np.linspace(-side, side, len(rows[0]["figures"]))
     for what, shift in zip(rows[0]["figures"], shifts):
