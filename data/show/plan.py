@@ -4,8 +4,9 @@ import torch
 from data import memory
 
 GPU = "H100"
-ROOM = 80e9   # bytes of its memory
-SHARE = 0.4   # of its peak that training reaches; an assumption
+ROOM = 80e9    # bytes of its memory
+SHARE = 0.4    # of its peak that training reaches; an assumption
+DECODED = 500  # JPEGs of 512 pixels a second and core (tests/RESULTS.md)
 
 
 def print_training(model, s, gpus):
@@ -42,4 +43,6 @@ def print_training(model, s, gpus):
     pictures = s["batch"] / seconds
     of_vector = 2 * config["text_dim"]         # bytes, float16
     store = pictures * s["positives"] * of_vector / 1e6
-    print(f"data: {pictures:,.0f} pictures/s to decode, {store:,.0f} MB/s of the store to read")
+    cores = pictures / gpus / DECODED
+    print(f"data: {pictures:,.0f} pictures/s to decode, by {cores:.0f} cores a GPU (--workers) at {DECODED} "
+          f"a core; {store:,.0f} MB/s of the store to read")
