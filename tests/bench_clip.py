@@ -47,7 +47,7 @@ FLAME = {
 }
 RUNS = ["mapped", "clip", "clip-seconds", "whitened", "published"]
 # What CLIP has of its own; the rest is the demo's preset. Weight decay and beta2 are CLIP's published ones,
-# the learning rate is the best on the validation split (tests/RESULTS.md has what was tried).
+# the learning rate was chosen on the validation split; twice as much is alike (tests/RESULTS.md).
 CLIP = {"lr": 1e-3, "weight_decay": 0.2, "beta2": 0.98}
 # A row of the table: the part of evaluate.py's result, and its key.
 ROWS = {
