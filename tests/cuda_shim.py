@@ -108,7 +108,7 @@ class Gpus(TorchDispatchMode):
         if os.getpid() != self.process:
             raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
         if any(x.is_meta for x in tensors):
-            raise NotImplementedError(f"{func}: C++ made a tensor of a list or a number; use torch.tensor")
+            raise RuntimeError(f"{func}: C++ made a tensor of a list or a number; use torch.tensor")
         if func is aten.copy_.default:
             return
         places = {x.place for x in tensors if isinstance(x, OnGpu)}

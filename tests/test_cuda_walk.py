@@ -21,6 +21,7 @@ from test_compat import small_clip  # noqa: F401  (a fixture)
 from test_embed import ROWS, write_tsv
 from test_train import SMALL, entries, fit, losses, make_pictures, one_line, run, small, weights  # noqa: F401
 
+# The shim takes the driver's place, which must not be there. With a GPU, test_ext and test_train run on it.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU to run on")
 
 ROOT = str(Path(__file__).resolve().parent.parent) + os.sep
