@@ -538,7 +538,7 @@ def score_composition(towers, prompts, pictures, texts, parts):
 
 
 def score_demo(towers, raw, short, long, scenes, captions, objects, names, synonyms):
-    """All parts of the demo. Captions are asked by the set they are trained with, reworded ones by raw's.
+    """All parts of the demo. Captions are asked by the set they are trained with, reworded ones by short's.
 
     long, short, raw   retrieval among the scenes with those captions. Raw captions are often equal or fit
                        several scenes; only the scene they were written for counts.
@@ -550,7 +550,7 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     """
     parts = {}
     sheets = {}
-    for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": raw}.items():
+    for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": short}.items():
         scored = score_retrieval(towers, prompts, scenes, captions[kind], range(len(scenes)))
         parts[kind], sheets[kind] = scored
     seen = objects_of_split(towers, objects, "seen")

@@ -46,7 +46,7 @@ from data.show.plan import print_training
 PRESETS = ("demo", "cc3m", "yfcc15m")
 YFCC15M = {"epochs": 25.0}
 FEW = 20_000  # images; below them the demo's preset is the default
-WHITE = "raw=whiten:0.3,short=whiten+linear,long=whiten+linear"
+AGREE = "raw=agree:0.1,short=agree:0.01+linear,long=agree:0.01+linear"
 LOSS_NAMES = ("sigmoid", "infonce", "infonce-slots")
 whole = functools.partial(command.number, int)
 real = functools.partial(command.number, float)
@@ -62,7 +62,7 @@ SETTINGS = {
     "projector_hidden": (0,         4096,        whole(0, 131_072),    "its width; at least the LLM's"),
     "pool_first":       (True,      False,       bool,                 "average patches, then project"),
     "loss":             ("infonce", "sigmoid",   LOSS_NAMES,           "all with several positives"),
-    "text_projection":  (WHITE,     "none",      str,                  "none, center, whiten; +linear"),
+    "text_projection":  (AGREE,     "none",      str,                  "none|center|whiten|agree, +linear"),
     "positives":        (6,         6,           whole(1, 11),         "embeddings an image meets in a step"),
     "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
     "batch":            (256,       3072,        whole(1, 10**7),      "of all ranks (published: 8 x 384)"),

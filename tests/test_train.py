@@ -244,6 +244,60 @@ def test_shrinkage_is_that_of_sklearn(small):
     assert (plain(u[:, None].float(), [3])[:, 0].double() - expected).abs().max() > 0.01
 
 
+def agreement_by_definition(store, column, ridge):
+    """A of data.projection.agreement, in numpy, a row at a time."""
+    name = flame.COLUMNS[column].split(".")[0]
+    white = train.fit_text_projection(store, "whiten", ridge=0.01, rank=1024)
+    u = store.read(range(len(store)), [column])[:, 0].double().numpy()
+    covariance = np.cov(u.T, bias=True)
+    product = np.zeros_like(covariance)
+    for row in range(len(store)):
+        said = []
+        for other in {"raw", "short", "long"} - {name}:
+            columns = [c for c in store.columns if flame.COLUMNS[c].startswith(other + ".")]
+            said.append(white(store.read([row], columns), columns)[0].double().numpy().mean(0))
+        product += np.outer(u[row] - u.mean(0), np.mean(said, axis=0)) / len(store)
+    largest = np.linalg.eigvalsh(covariance)[-1]
+    regression = np.linalg.inv(covariance + ridge * largest * np.eye(len(covariance))) @ product
+    values, vectors = np.linalg.eigh((regression + regression.T) / 2)
+    return u - u.mean(0), vectors * np.maximum(values, 0) @ vectors.T
+
+
+@pytest.mark.parametrize("column", [0, 2, 10])
+def test_agreement_is_regression_on_the_other_sets(small, column):
+    store = flame.open_store(small[0])
+    projection = train.fit_text_projection(store, "raw=agree:0.1,short=agree:0.1,long=agree:0.1")
+    centered, A = agreement_by_definition(store, column, 0.1)
+    expected = centered @ A
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    ours = projection(store.read(range(len(store)), [column]), [column])[:, 0]
+    np.testing.assert_allclose(ours.numpy(), expected, atol=2e-4)
+
+
+def test_agreement_keeps_what_captions_share_and_drops_their_wording(tmp_path):
+    """Vectors of a content that all sets see and a wording, ten times as large, that each has of its own."""
+    random = np.random.default_rng()
+    path = make_store(tmp_path / "store", make_pictures(tmp_path, n=96))
+    vectors = np.zeros((96, 11, 24))
+    vectors[..., :4] = random.standard_normal((96, 1, 4))
+    vectors[..., 4:] = 10 * random.standard_normal((96, 11, 20))
+    vectors[..., 4] += 60  # as LLMs have it: a large mean
+    np.save(path / "embeddings.npy", (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype("f2"))
+    store = flame.open_store(path)
+
+    def share(kind):
+        projection = train.fit_text_projection(store, kind)
+        return projection(store.read(range(96), [0]), [0])[:, 0, :4].square().sum(-1).mean()
+
+    assert share("raw=agree:0.1") > 2 * share("raw=whiten") > 10 * share("raw=center")
+
+
+def test_agreement_wants_two_prompt_sets(small, tmp_path):
+    path = make_store(tmp_path / "raw", small[1], columns=["raw.0"])
+    with pytest.raises(flame.InputError, match="compares prompt sets, .* has but one, raw; give whiten"):
+        train.fit_text_projection(flame.open_store(path), "raw=agree:0.1")
+
+
 def test_a_store_of_few_rows_is_shrunk(small, tmp_path, monkeypatch):
     """Fewer than four rows a dimension; a longer one is taken as it is."""
     asked = []
