@@ -6,6 +6,7 @@ A fixed linear map, computed from the store, lets the image tower learn several 
 a small map can be trained with the image tower. The published recipe has neither.
 """
 import re
+from collections import Counter
 
 import numpy as np
 import torch
@@ -18,14 +19,17 @@ RANK = 1024   # directions that are treated one by one; eleven full maps at D = 
 
 def fit_text_projection(store, spec, ridge=RIDGE, rank=RANK, max_rows=100_000, shrinkage=False, device="cpu",
                         columns=None):
-    """-> flame.TextProjection, from one pass over the store. columns: those that are trained on.
+    """-> flame.TextProjection, computed from the store. columns: those that are trained on.
 
     Per column: u = x / |x|, mean mu of u; "center" maps u to u - mu, "whiten" to W (u - mu), see `whitening`,
-    "agree" to A (u - mu), see `agreement`. Float64 on `device`, a D x D matrix at a time: 210 MB at D = 5120;
-    one more for each column that is to agree. More than max_rows rows (drawn from a fixed seed) would add
-    nothing but hours; 0 fits nothing and gives the right shapes.
+    "agree" to A (u - mu), see `agreement`; in a store of one prompt set, which has none to agree with, it is
+    "whiten". Float64 on `device`, a D x D matrix at a time: 210 MB at D = 5120; one more for each column that
+    is to agree. More than max_rows rows (drawn from a fixed seed) would add nothing but hours; 0 fits nothing
+    and gives the right shapes.
     """
     kinds = parse_projection(spec, ridge)
+    if len({name.split(".")[0] for name in store.meta["columns"]}) == 1:
+        kinds = {name: (kind.replace("agree", "whiten"), *rest) for name, (kind, *rest) in kinds.items()}
     D = store.meta["D"]
     rank = min(rank, D) if any(kind in ("whiten", "agree") for kind, _, _ in kinds.values()) else 0
     of_column = [kinds[name.split(".")[0]] for name in flame.COLUMNS]
@@ -99,21 +103,20 @@ def products_with_others(store, rows, columns, views, device):
     A set says the mean over its columns of their unit vectors in `views`, a TextProjection; the others
     together say the mean of that.
     """
-    set_of = {c: flame.COLUMNS[c].split(".")[0] for c in store.columns}
-    sets = list(dict.fromkeys(set_of.values()))
-    if len(sets) < 2:
-        raise flame.InputError(f"--text-projection: agree compares prompt sets, {store.path} has but one, "
-                               f"{sets[0]}; give whiten")
+    names = [flame.COLUMNS[c].split(".")[0] for c in store.columns]
+    counts = Counter(names)  # a set's columns lie side by side
+    sets = list(counts)
     D = store.meta["D"]
     products = {c: torch.zeros(D, D, dtype=torch.float64, device=device) for c in columns}
     sums = {c: torch.zeros(2, D, dtype=torch.float64, device=device) for c in columns}
     for start in range(0, len(rows), 1024):
         u = store.read(rows[start:start + 1024], store.columns).to(device)  # [n, M, D]
-        unit = views(u, store.columns)
-        said = [unit[:, [set_of[c] == name for c in store.columns]].mean(1).double() for name in sets]
+        parts = views(u, store.columns).split(list(counts.values()), dim=1)
+        said = torch.stack([part.mean(1).double() for part in parts])  # [sets, n, D]
         for c in columns:
-            own = u[:, store.columns.index(c)].double()
-            others = (sum(said) - said[sets.index(set_of[c])]) / (len(sets) - 1)
+            place = store.columns.index(c)
+            own = u[:, place].double()
+            others = (said.sum(0) - said[sets.index(names[place])]) / (len(sets) - 1)
             products[c].addmm_(own.T, others)
             sums[c] += torch.stack([own.sum(0), others.sum(0)])
     return {c: products[c] / len(rows) - torch.outer(*(sums[c] / len(rows))) for c in columns}

@@ -198,7 +198,7 @@ MEMORY = ["room = 0.8 * (gpu or torch.cuda.get_device_properties(device).total_m
     ("cuda", "--loss sigmoid --accumulate 1 --text-projection none+linear:4 --holdout 4 --eval-every 2"),
     ("cuda:1", "--loss infonce --accumulate 2 --gradient-checkpointing --text-projection whiten+linear "
                "--clip-grad 1 --ema 0.9"),
-    ("cuda", "--loss infonce-slots --no-pool-first --patch-dropout 0 --text-projection whiten"),
+    ("cuda", "--loss infonce-slots --no-pool-first --patch-dropout 0 --text-projection agree"),
 ], ids=["sigmoid", "chunks-on-the-second-gpu", "chunks-by-memory"])
 def test_training_on_the_gpu(run, small, tmp_path, gpu, float32, device, flags):  # noqa: F811
     """The same losses and the same curve as on the CPU."""

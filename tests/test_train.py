@@ -292,10 +292,12 @@ def test_agreement_keeps_what_captions_share_and_drops_their_wording(tmp_path):
     assert share("raw=agree:0.1") > 2 * share("raw=whiten") > 10 * share("raw=center")
 
 
-def test_agreement_wants_two_prompt_sets(small, tmp_path):
+def test_where_there_is_one_prompt_set_agreement_is_whitening(small, tmp_path):
     path = make_store(tmp_path / "raw", small[1], columns=["raw.0"])
-    with pytest.raises(flame.InputError, match="compares prompt sets, .* has but one, raw; give whiten"):
-        train.fit_text_projection(flame.open_store(path), "raw=agree:0.1")
+    store = flame.open_store(path)
+    ours = train.fit_text_projection(store, "raw=agree:0.1").state_dict()
+    for name, expected in train.fit_text_projection(store, "raw=whiten:0.1").state_dict().items():
+        assert torch.equal(ours[name], expected)
 
 
 def test_a_store_of_few_rows_is_shrunk(small, tmp_path, monkeypatch):
