@@ -1370,6 +1370,23 @@ def test_patch_states_undo_the_text_projection(size, pool_first, linear):
     assert len(got) == (side // 2 if side % 2 == 0 else side)
 
 
+def test_patch_states_of_a_projection_that_erases(real):
+    """What agreement left out cannot be brought back: the rest is weighed by it once more."""
+    model = flame.load(real / "out" / "tiny")
+    c = flame.COLUMNS.index("long.0")
+    D = model.config["text_dim"]
+    model.text = flame.TextProjection(D, rank=D)
+    model.text.rest[c] = 1  # nothing done
+    pixels = torch.randn(3, model.config["image_size"], model.config["image_size"])
+    plain = words.patch_states(model, pixels)
+    text = model.text
+    text.rest[c] = 0
+    text.basis[c] = torch.linalg.qr(torch.randn(D, D))[0]
+    text.gain[c, :3] = torch.tensor([1, 0.5, 0.1])
+    A = text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
+    torch.testing.assert_close(words.patch_states(model, pixels), plain @ A)
+
+
 def test_words_of_a_picture(real, tmp_path):
     image = real / "data" / "demo" / "images" / "test" / f"{NAMES[0]}.png"
     done = command(real, "--words", image, "--out", tmp_path)

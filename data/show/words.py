@@ -15,7 +15,8 @@ def patch_states(model, pixels):
     """[3, H, W] -> [g, g, D]: a picture's patches in the LLM's space, four pooled to one where it is even.
 
     A text projection led out of that space: undone here is what it does to one column, the whole of a long
-    caption where the checkpoint was trained on that.
+    caption where the checkpoint was trained on that. Agreement erases directions, and cannot be undone: what
+    it kept is weighed as it weighs it.
     """
     patches = model.visual(pixels[None])[0, 1:]
     side = round(len(patches) ** 0.5)
@@ -30,11 +31,14 @@ def patch_states(model, pixels):
     text = model.text
     identity = torch.eye(states.shape[1], device=states.device)
     projection = text.rest[c] * identity + text.basis[c] * text.gain[c] @ text.basis[c].T
-    if c in text.mapped:
-        m = text.mapped.index(c)
-        trained = text.down[m] @ text.up[m] if hasattr(text, "down") else text.up[m]
-        projection = projection @ (identity + trained)
-    states = torch.linalg.solve(projection, states, left=False)
+    if text.rest[c] == 0 and not text.gain[c].all():
+        states = states @ projection
+    else:
+        if c in text.mapped:
+            m = text.mapped.index(c)
+            trained = text.down[m] @ text.up[m] if hasattr(text, "down") else text.up[m]
+            projection = projection @ (identity + trained)
+        states = torch.linalg.solve(projection, states, left=False)
 
     side = int(len(states) ** 0.5)
     return states.reshape(side, side, -1)
