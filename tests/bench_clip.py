@@ -41,6 +41,7 @@ import train  # noqa: E402
 from data import benchmarks, files  # noqa: E402
 from data.captions import read_captions  # noqa: E402
 from data.pictures import Batches, find_pictures  # noqa: E402
+from data.show import runs  # noqa: E402
 
 FLAME = {
     "mapped": [],
@@ -197,8 +198,10 @@ def run_clip(args, run, seed):
 
 def run_one(args, run, seed):
     seconds, steps, result = (run_clip if run.startswith("clip") else run_flame)(args, run, seed)
-    parts = {name: part for name, part in result["parts"].items() if part.pop("confusions", True)}
-    saved = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), "parts": parts}
+    runs.take_out(result)  # the samples of its intervals
+    for part in result["parts"].values():
+        part.pop("confusions", None)
+    saved = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), "parts": result["parts"]}
     files.write_text(result_file(args, run, seed), json.dumps(saved))
 
 
