@@ -113,7 +113,8 @@ def test_reading_in_one_pass_and_step_by_step(here, tiny_llm, monkeypatch, store
 
 def test_prompts_choose_columns(here, tiny_llm):
     write_tsv(here / "small.tsv", ROWS[:3])
-    main("--captions", "small.tsv", "--llm", tiny_llm, "--prompts", "long,raw", "--out", "some/where")
+    known = ["--llm", tiny_llm, "--dtype", "float32"]
+    main("--captions", "small.tsv", *known, "--prompts", "long,raw", "--out", "some/where")
     store = flame.open_store("some/where")
     assert store.meta["columns"] == ["raw.0"] + [f"long.{k}" for k in range(7)]
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
