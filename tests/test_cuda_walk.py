@@ -300,7 +300,7 @@ def evaluate_on(device, out, capsys, *flags):
 
 @pytest.mark.parametrize("flags", [
     ["--captions", "mine.tsv", "--facets", "--report"], ["--bench", "imagefolder", "--probe"],
-    ["--bench", "imagefolder"], ["--search", "a red thing", "p001.png", "--images", "."],
+    ["--bench", "imagefolder"], ["--search", "a red thing", "p001.png", "--images", "data/imagefolder/test"],
     ["--words", "p003.png"]], ids=lambda flags: flags[0] + flags[-1])
 def test_the_same_figures_on_the_gpu(trained, gpu, float32, tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(trained)
