@@ -116,10 +116,14 @@ def products_with_others(store, rows, columns, views, device):
         for c in columns:
             place = store.columns.index(c)
             own = u[:, place].double()
-            others = (said.sum(0) - said[sets.index(names[place])]) / (len(sets) - 1)
+            own_set = said[sets.index(names[place])]
+            others = (said.sum(0) - own_set) / (len(sets) - 1)
             products[c].addmm_(own.T, others)
             sums[c] += torch.stack([own.sum(0), others.sum(0)])
-    return {c: products[c] / len(rows) - torch.outer(*(sums[c] / len(rows))) for c in columns}
+    for c in columns:
+        own_mean, others_mean = sums[c] / len(rows)
+        products[c] = products[c] / len(rows) - torch.outer(own_mean, others_mean)
+    return products
 
 
 def agreement(covariance, product, ridge, rank):
