@@ -710,7 +710,7 @@ def demo(root, split="test"):
     objects   list of (Path, object, "seen" | "unseen"): single-object pictures. Of each object's pictures,
               in the order of objects.tsv, the first, third ... belong to val and the rest to test.
     names     {language: {object: name}}
-    synonyms  {"first" | "second": {object: name}}
+    synonyms  {"first" | "second": {object: name}}, of the seen ones
     """
     columns = ["long", "short", "raw", "reworded"]
     rows = read_tsv(root / f"{split}.tsv", ["key", "image", *columns])
@@ -723,9 +723,9 @@ def demo(root, split="test"):
         val[thing] = not val.get(thing, False)
         if val[thing] == (split == "val"):
             objects.append((root / row["image"], thing, row["split"]))
-    things = {thing for _, thing, _ in objects}
-    names = read_names(root / "names.tsv", "en", things)
-    synonyms = read_names(root / "synonyms.tsv", "first", things)
+    names = read_names(root / "names.tsv", "en", {thing for _, thing, _ in objects})
+    seen = {thing for _, thing, its in objects if its == "seen"}
+    synonyms = read_names(root / "synonyms.tsv", "first", seen)
     return scenes, captions, objects, names, synonyms
 
 

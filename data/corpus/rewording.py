@@ -63,18 +63,7 @@ SYNONYMS = """
     key: door opener, unlocking tool; hammer: mallet, nail-driving tool; crown: tiara, royal diadem;
     top hat: stovepipe chapeau, magician fedora; robot: android, cyborg;
     jack-o-lantern: carved pumpkin, grinning Halloween gourd; house: cottage, bungalow;
-    alarm clock: ringing timepiece, bedroom chronometer; wrapped gift: birthday present, surprise parcel;
-
-    leopard: jaguar, panther; donkey: mule, burro; gorilla: silverback, King Kong ape;
-    goose: gander, honking fowl; dolphin: porpoise, bottlenose; lizard: gecko, iguana;
-    lobster: crayfish, langoustine; rooster: cockerel, crowing cock; taxi: cab, New York hackney;
-    motorcycle: motorbike, Harley-Davidson;
-    police car: sheriff cruiser, cop cruiser; speedboat: motorboat, fast launch;
-    green apple: Granny Smith, unripe pome; tangerine: mandarin, clementine; cucumber: gherkin, pickle;
-    bagel: boiled New York bread, lox bread ring; sandwich: BLT, panini; saxophone: tenor sax, Coltrane reed;
-    banjo: Appalachian strummer, mandolin; volleyball: sphere served across a net, Mikasa;
-    rose: Valentine bouquet, thorny floribunda; palm tree: coconut producer, oasis date producer;
-    castle: fortress, medieval citadel; screwdriver: Phillips tool, screw turner
+    alarm clock: ringing timepiece, bedroom chronometer; wrapped gift: birthday present, surprise parcel
 """
 # background: (where, its mood); phrasings are separated by commas
 SETTINGS = {
@@ -145,7 +134,7 @@ CAPTIONS = (
 
 @functools.cache
 def synonyms():
-    """Every object, seen and unseen -> two other names."""
+    """Every object of the scenes -> two other names."""
     return {name: names.split(", ") for name, names in entries(SYNONYMS).items()}
 
 

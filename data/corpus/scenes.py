@@ -12,8 +12,8 @@ from data.corpus.words import BACKGROUNDS, RELATIONS, UNSEEN, captions, emoji_ta
 
 # Quick and full differ only here. data/benchmarks.py halves an object's pictures between validation and test.
 SIZES = {
-    "full": {"train": 2500, "val": 250, "test": 500, "per_seen": 6, "per_unseen": 12},
-    "quick": {"train": 200, "val": 40, "test": 60, "per_seen": 2, "per_unseen": 4},
+    "full": {"train": 2500, "val": 250, "test": 500, "per_object": 6},
+    "quick": {"train": 200, "val": 40, "test": 60, "per_object": 2},
 }
 CREDITS = """\
 Pictures: all emojis designed by OpenMoji, the open-source emoji and icon project, license CC BY-SA 4.0
@@ -86,13 +86,13 @@ def make_objects(folder, seed, sizes):
     others = [("object", "first", "second")]
     for name in [*objects(), *UNSEEN]:
         split = "unseen" if name in UNSEEN else "seen"
-        for number in range(sizes[f"per_{split}"]):
+        for number in range(sizes["per_object"]):
             picture = f"images/objects/{name.replace(' ', '_')}-{number:02d}.png"
             draw_object(name, random.Random(f"{seed} {picture}")).save(folder / picture)
             table.append((picture, name, split))
         _, translations = emoji_table()[name]
         names.append((name, *(translations[language] for language in languages)))
-        others.append((name, *synonyms()[name]))
+    others += [(name, *both) for name, both in synonyms().items()]
     write_tsv(folder / "objects.tsv", table)
     write_tsv(folder / "names.tsv", names)
     write_tsv(folder / "synonyms.tsv", others)
@@ -101,7 +101,7 @@ def make_objects(folder, seed, sizes):
 def make_corpus(folder, seed, size):
     """Pictures, captions and names, size "full" or "quick"; False where demo.json says they are there."""
     settings = {
-        "corpus": 2,  # counts changes of the code that change what is made
+        "corpus": 3,  # counts changes of the code that change what is made
         "seed": seed,
         "side": SIDE,
         **SIZES[size],
