@@ -48,6 +48,7 @@ RECALL_AT = (1, 5, 10)
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
 BATCH = 64                      # pictures encoded at once: enough to keep a GPU busy, little to hold
 DEMO_TEMPLATE = "{} clip art"   # of the demo's English class names; best of four on its validation split
+GALLERY = 24                    # names of unseen objects to choose from: among many more, few are ever right
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -543,7 +544,8 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     long, short, raw   retrieval among the scenes with those captions. Raw captions are often equal or fit
                        several scenes; only the scene they were written for counts.
     reworded           the same with captions in words that no training caption has
-    seen, unseen       single-object pictures among all seen, among all unseen objects alone, by DEMO_TEMPLATE
+    seen               single-object pictures among the names of all seen objects, by DEMO_TEMPLATE
+    unseen             the same for objects that training never had, in galleries of GALLERY, averaged
     multilingual       the pictures of seen objects among the bare names of all seen objects in one language,
                        for each language, and the average. Objects that share a name share a class.
     synonyms           the same among the first and among the second synonyms of all seen objects, averaged
@@ -556,10 +558,12 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     seen = objects_of_split(towers, objects, "seen")
     unseen = objects_of_split(towers, objects, "unseen")
     parts["seen"], _ = score_names(towers, raw, *seen, names["en"], DEMO_TEMPLATE)
-    parts["unseen"], _ = score_names(towers, raw, *unseen, names["en"], DEMO_TEMPLATE)
-    parts["multilingual"] = score_languages(towers, raw, *seen, names)
-    parts["synonyms"] = score_languages(towers, raw, *seen, synonyms)
-    parts["synonyms"]["n_classes"] = parts["synonyms"].pop("languages")["first"]["n_classes"]
+    parts["unseen"] = score_galleries(towers, raw, *unseen, galleries(unseen[1], names["en"]), DEMO_TEMPLATE)
+    parts["multilingual"] = score_galleries(towers, raw, *seen, names)
+    parts["synonyms"] = score_galleries(towers, raw, *seen, synonyms)
+    parts["multilingual"]["languages"] = parts["multilingual"].pop("galleries")
+    for part in ("unseen", "synonyms"):
+        parts[part]["n_classes"] = parts[part].pop("galleries").popitem()[1]["n_classes"]
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
@@ -570,8 +574,21 @@ def objects_of_split(towers, objects, split):
     return image, [own[i][1] for i in kept]
 
 
+def galleries(things, names):
+    """Things in the order of their pictures, {thing: name} -> {number: {thing: name}}, about GALLERY in each.
+
+    They take turns, so that every gallery has some of each kind, as related things are listed together.
+    """
+    every = list(dict.fromkeys(things))
+    count = max(1, len(every) // GALLERY)
+    return {number: {thing: names[thing] for thing in every[number::count]} for number in range(count)}
+
+
 def score_names(towers, prompts, image, things, names, template="{}"):
-    """Pictures of things among those things' names, {thing: name} -> (result, samples of top1 and top5)."""
+    """Pictures of things among those things' names, {thing: name} -> (result, samples of top1 and top5).
+
+    Intervals are over things: pictures of one thing succeed and fail together.
+    """
     rows = [i for i, thing in enumerate(things) if names.get(thing)]
     own = [names[things[i]] for i in rows]
     choices = sorted(set(own))
@@ -581,23 +598,27 @@ def score_names(towers, prompts, image, things, names, template="{}"):
     labels = np.array([choices.index(name) for name in own])
     classes = encode_texts(towers, [template.replace("{}", name) for name in choices], prompts)
     ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
-    result = score_among(image[rows], classes, labels, choices)
-    return {**result, "prompts": prompts}, sampled(ranks[:, None] < np.array([1, 5]), rows, len(image))
+    every, number = np.unique(things, return_inverse=True)
+    samples = sampled(ranks[:, None] < np.array([1, 5]), number[rows], len(every))
+    result = {"n_images": len(rows), "n_classes": len(choices), "chance": 100 / len(choices)}
+    result |= {**figures(["top1", "top5"], samples), "prompts": prompts}
+    return {**result, "confusions": confusions(image[rows], classes, labels, choices)}, samples
 
 
-def score_languages(towers, prompts, image, things, names):
-    """The same in each language of {language: {thing: name}}, and the mean over them."""
-    every = [own[thing] for own in names.values() for thing in things if own.get(thing)]
-    encode_texts(towers, every, prompts)    # all at once: from here on they come from the cache
-    languages = {}
+def score_galleries(towers, prompts, image, things, galleries, template="{}"):
+    """The same in each of {gallery: {thing: name}}, for instance languages, and the mean over them."""
+    every = [own[thing] for own in galleries.values() for thing in things if own.get(thing)]
+    # all at once: from here on they come from the cache
+    encode_texts(towers, [template.replace("{}", name) for name in every], prompts)
+    results = {}
     samples = []
-    for language, own in names.items():
-        languages[language], sample = score_names(towers, prompts, image, things, own)
-        del languages[language]["confusions"]
+    for gallery, own in galleries.items():
+        results[gallery], sample = score_names(towers, prompts, image, things, own, template)
+        del results[gallery]["confusions"]
         samples.append(sample)
-    chance = float(np.mean([result["chance"] for result in languages.values()]))
+    chance = float(np.mean([result["chance"] for result in results.values()]))
     mean = figures(["top1", "top5"], np.mean(samples, axis=0))
-    return {"n_images": len(image), "prompts": prompts, "languages": languages, "chance": chance, **mean}
+    return {"n_images": len(image), "prompts": prompts, "galleries": results, "chance": chance, **mean}
 
 
 class Benchmark(NamedTuple):

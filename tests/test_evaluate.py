@@ -293,6 +293,7 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     languages = parts["multilingual"]["languages"]
     assert languages["en"]["top1"] == 100 and languages["en"]["n_classes"] == 3
     assert languages["fr"]["top1"] == pytest.approx(100 / 3)  # vert says blue: green is wrong, blue a tie
+    assert languages["fr"]["ci95"]["top1"] == [0, 100]      # over 3 objects; over their 6 pictures it is less
     assert parts["multilingual"]["top1"] == pytest.approx((100 + 100 / 3) / 2)
     low, high = parts["multilingual"]["ci95"]["top1"]
     assert 50 <= low < 66.7 < high <= 100
@@ -302,6 +303,33 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "unseen: 4 pictures, 2 names, chance 50.0" in out and "fr" in out
     assert colours("demo", "--split", "val")[1]["split"] == "val"
+
+
+def test_unseen_objects_are_asked_for_in_galleries(monkeypatch):
+    """Few names to choose from, of each kind some: things listed together go to different galleries."""
+    monkeypatch.setattr(evaluate, "GALLERY", 2)
+    names = {thing: thing.upper() for thing in "abcde"}
+    got = evaluate.galleries(list("aabbccddee"), names)
+    assert got == {0: {"a": "A", "c": "C", "e": "E"}, 1: {"b": "B", "d": "D"}}
+    assert evaluate.galleries(list("aab"), names) == {0: {"a": "A", "b": "B"}}
+    # Scored as a loop would: a picture is right if no other name of its gallery is as near.
+    rng = np.random.default_rng(0)
+    vectors = {name: rng.standard_normal(4) for name in names.values()}
+
+    def encode_texts(towers, texts, prompts):
+        return np.array([vectors[text] for text in texts])
+
+    monkeypatch.setattr(evaluate, "encode_texts", encode_texts)
+    things = list("aaabbbcccdddeee")
+    image = np.array([vectors[names[thing]] for thing in things]) + 2 * rng.standard_normal((15, 4))
+    means = []
+    for own in got.values():
+        right = [max(own, key=lambda other: vector @ vectors[names[other]]) == thing
+                 for thing, vector in zip(things, image) if thing in own]
+        means.append(100 * np.mean(right))
+    scored = evaluate.score_galleries(None, "raw", image, things, got)
+    assert scored["top1"] == pytest.approx(np.mean(means)) and 0 < scored["top1"] < 100
+    assert scored["chance"] == pytest.approx((100 / 3 + 50) / 2)
 
 
 def test_names_shared_in_a_language_are_one_class(colours, tmp_path):

@@ -58,17 +58,17 @@ KINDS = {
         robot: a square gray head; jack-o-lantern: an orange face with yellow eyes; house: a red roof;
         alarm clock: a round white face; wrapped gift: yellow paper and a red ribbon"""),
 }
-# Never in a training picture or caption: what the tower makes of these it learned from their relatives. As many
-# as are seen, since chance over few classes says little.
+# Never in a training picture or caption: what the tower makes of these it learned from their relatives. As
+# many as are seen, since few would say little.
 UNSEEN = """leopard, donkey, gorilla, lizard, badger, bat, beaver, bison, boar, goat, hamster, hippopotamus,
-kangaroo, koala, llama, moose, mouse, orangutan, otter, polar bear, raccoon, rhinoceros, sloth, water buffalo,
-goose, rooster, turkey, dove, dodo, baby chick, dolphin, lobster, blowfish, squid, shrimp, orca, ant, cockroach,
-mosquito, spider, scorpion, green apple, tangerine, grapes, mango, pear, cherries, kiwi fruit, coconut,
-blueberries, cucumber, tomato, potato, broccoli, onion, garlic, bagel, sandwich, pancakes, waffle, french fries,
-hot dog, taco, popcorn, taxi, motorcycle, police car, speedboat, tram, racing car, pickup truck, motor scooter,
-ferry, canoe, flying saucer, saxophone, banjo, accordion, flute, harp, rose, palm tree, hibiscus,
-evergreen tree, potted plant, volleyball, castle, screwdriver, basketball, axe, scissors, kite, anchor, chair,
-teapot, lighthouse""".replace("\n", " ").split(", ")
+kangaroo, koala, llama, moose, mouse, orangutan, otter, polar bear, raccoon, rhinoceros, sloth, water
+buffalo, goose, rooster, turkey, dove, dodo, baby chick, dolphin, lobster, blowfish, squid, shrimp, orca,
+ant, cockroach, mosquito, spider, scorpion, green apple, tangerine, grapes, mango, pear, cherries, kiwi
+fruit, coconut, blueberries, cucumber, tomato, potato, broccoli, onion, garlic, bagel, sandwich, pancakes,
+waffle, french fries, hot dog, taco, popcorn, taxi, motorcycle, police car, speedboat, tram, racing car,
+pickup truck, motor scooter, ferry, canoe, flying saucer, saxophone, banjo, accordion, flute, harp, rose,
+palm tree, hibiscus, evergreen tree, potted plant, volleyball, castle, screwdriver, basketball, axe,
+scissors, kite, anchor, chair, teapot, lighthouse""".replace("\n", " ").split(", ")
 
 # background: (where, what happens there, its mood); phrasings are separated by commas, and painting.py draws
 # what they say
