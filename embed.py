@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import flame
 from data import released, store
-from data.captions import column_taken, fingerprint, open_join, read_captions
+from data.captions import column_taken, fingerprint, open_join, read_captions, source_name
 from data.command import Parser, number, run, usable_device
 from data.pictures import warn_of_missing_pictures
 from data.show import look
@@ -53,13 +53,13 @@ def embed(args):
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     with store.lock(out, args.overwrite) if RANK == 0 else nullcontext():
         if done:
-            if RANK == 0 and store.finished(out, settings, args.llm):
+            if RANK == 0 and store.finished(out, settings):
                 print(f"{out}: finished already, nothing to do")
             return
         if RANK == 0:
             warn_of_missing_pictures(args.captions)
         encoder = load_encoder(args)  # complains of an LLM before anything is made
-        told = [store.begin(out, settings, encoder.dim, args.llm, args.overwrite) if RANK == 0 else None]
+        told = [store.begin(out, settings, encoder.dim, args.overwrite) if RANK == 0 else None]
         if WORLD > 1:
             torch.distributed.broadcast_object_list(told, src=0)
         embed_windows(out, settings, told[0], encoder)
@@ -95,7 +95,7 @@ def settings_of(args):
 
 def default_out(args):
     """cc3m.tsv.gz, cc3m/, cc3m-{0000..0575}.tar -> data/embeddings/cc3m"""
-    name = re.split(r"[.{]", Path(args.captions).resolve().name)[0].rstrip("-_") or "captions"
+    name = source_name(args.captions)
     if args.shard[1] > 1:
         name = "{}-{}-of-{}".format(name, *args.shard)
     return Path("data/embeddings", name)
@@ -216,6 +216,9 @@ def start(encoder, forest, n, dtype):
     def wait():
         if copied:
             copied.synchronize()
+        if not units.isfinite().all():
+            raise flame.InputError(f"{encoder.llm_dir}: its states are not finite; give --dtype bfloat16 or "
+                                   "float32, or download its weights anew")
         return units, seconds
     return wait
 
@@ -225,6 +228,7 @@ def packed_windows(rows, settings, wanted, encoder):
 
     A pack is (prompt set, packed row, for each caption in it the rows of the window that take its answers).
     """
+    wanted = set(wanted)
     for w in itertools.count():
         window = [row.captions for row in itertools.islice(rows, settings["window"])]
         if not window:
@@ -337,7 +341,8 @@ def chosen():
     one_of_many = args.device == "cuda" and WORLD > 1
     args.device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_of_many else args.device)
     if RANK == 0:
-        next(read_captions(args.captions))  # complains of a file without captions before anything is made
+        if not args.join:  # which may be all the captions there are
+            next(read_captions(args.captions))  # complains of a file without any before anything is made
         for name in args.prompts:
             file = args.join.get(name, args.captions)
             if column := column_taken(file, name):

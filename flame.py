@@ -87,8 +87,7 @@ def clean(caption):
 # 2. The segment forest: the trie of the strings' token sequences. It *is* facet-decoupled attention.
 
 class Forest(NamedTuple):
-    """A packed row of T tokens, cut into S segments. Each hangs from the end of its parent, which lies
-    before.
+    """A packed row of T tokens, cut into S segments. Each goes on where its parent ends, which lies before.
 
     The rule: key k is visible to query q if and only if k's segment is q's segment or one of its ancestors,
     and depth(k) <= depth(q), where a token's depth is counted from its root.
@@ -106,7 +105,7 @@ def build_forest(sequences, positions=None):
     positions: N lists of ints as long as the sequences; None numbers each sequence 0, 1, 2 ...
     Tokens are shared between sequences where all that comes before, and the positions, agree.
     """
-    if positions is not None:  # then a place in the trie is a pair
+    if positions is not None:  # then equal tokens at other positions are not shared
         sequences = [list(zip(*pair, strict=True)) for pair in zip(sequences, positions, strict=True)]
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     rows = [sequences[i] for i in order]
@@ -228,7 +227,7 @@ def decode(decoder, forest):
 
 
 def move(x, device):
-    """x on the device. A GPU takes it when it comes to it: nobody waits for what it is at."""
+    """x on the device. To a GPU the copy is queued behind its work; the CPU does not wait for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
@@ -361,7 +360,8 @@ class TextEncoder:
     layer      how many blocks to keep; the paper takes the output of all but the last
     positions  "restart": every facet's RoPE positions go on from the caption: its string fixes an embedding;
                "sequential": consecutive over all K facets, as in the released code;
-               "causal": likewise, and a facet sees those before it: no facet-decoupled attention
+               "causal": consecutive too, and a facet sees those before it: no facet-decoupled attention,
+               to compare with
     budget     tokens in one packed row, up to a caption more (default: BUDGET)
     tokenize   (tokenizer, captions, prompts) -> ids; data/released.py has the released code's
     """
@@ -405,14 +405,14 @@ class TextEncoder:
     def pack(self, captions, prompts="long"):
         """Yields (rows, Forest of their strings), each a packed row; a thread may run ahead of `run`.
 
-        Captions are sorted by length, since the bar's ETA and the memory are steadier that way; no caption is
-        padded. As few packed rows as the budget allows, about equally long: what is left over would be short,
-        which is slow, and of any length.
+        Captions are sorted by length, so that progress and memory are steady; none is padded. The packed rows
+        are as few as the budget allows and about equally long: filled to the brim they would leave a short
+        last one, which is slow.
         """
         captions = listed(captions)
         prefixes, suffixes = self.tokenize(self.tokenizer, captions, prompts)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
-            if token_count(prefix, facets) > self.context:
+            if self.longest_string(prefix, facets) > self.context:
                 prefixes[i], suffixes[i] = self.longest_beginning(captions[i], prompts)
         sizes = [token_count(prefix, facets) for prefix, facets in zip(prefixes, suffixes)]
         total = sum(sizes)
@@ -436,6 +436,11 @@ class TextEncoder:
         """The n captions' facet states, float32 [n, K, D] on the CPU, of a Forest that `pack` made."""
         return decode(self.decoder, forest).cpu().view(n, -1, self.dim)
 
+    def longest_string(self, prefix, facets):
+        """Tokens that the context must hold; only in "restart" is each facet's string one of its own."""
+        together = max if self.positions == "restart" else sum
+        return len(prefix) + together(map(len, facets))
+
     def check_vocabulary(self, tokens):
         token = tokens.max().item()
         vocabulary = len(self.decoder.embedding)
@@ -454,12 +459,12 @@ class TextEncoder:
         high = len(caption)
         while low < high:
             middle = (low + high + 1) // 2
-            if token_count(*ids_of(middle)) <= self.context:
+            if self.longest_string(*ids_of(middle)) <= self.context:
                 low = middle
             else:
                 high = middle - 1
         best = ids_of(low)
-        if token_count(*best) > self.context:
+        if self.longest_string(*best) > self.context:
             raise InputError(f"{self.llm_dir}: its context of {self.context} tokens cannot hold the "
                              f"{prompts} prompts; choose another LLM or fewer prompts")
         self.truncated += 1
@@ -467,7 +472,7 @@ class TextEncoder:
 
 
 def token_count(prefix, facets):
-    """Tokens of one caption's strings, at most: facets may share their openings."""
+    """Tokens of one caption in a packed row, at most: openings that facets share are counted each time."""
     return len(prefix) + sum(len(facet) for facet in facets)
 
 
@@ -865,7 +870,7 @@ def rope_frequencies(path, entries, head_dim):
     # transformers 5 and 4 name it differently
     rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE:
+    if not isinstance(kind, str) or kind not in ROPE:
         raise InputError(f"{path}: 'rope_type' {kind!r}: RoPE scaling that is not supported; "
                          f"supported: {', '.join(ROPE)}")
     theta = entries.get("rope_theta")
@@ -1023,26 +1028,6 @@ def llm_fingerprint(llm_dir):
     digest.update(tokenizer.read_bytes())
     sample_files(digest, weight_files(llm_dir))
     return "2-" + digest.hexdigest()[:16]
-
-
-def same_llm(recorded, llm_dir):
-    """Is llm_dir the LLM whose fingerprint a store or checkpoint recorded? True for None, since the authors'
-    says nothing.
-
-    16 digits without "2-" are version 1: over config.json's bytes and all safetensors files, without the
-    tokenizer.
-    """
-    if recorded is None or recorded == llm_fingerprint(llm_dir):
-        return True
-    if len(recorded) != 16:
-        return False
-    every = sorted(Path(llm_dir).glob("*.safetensors"))
-    for files in (every, weight_files(llm_dir)):  # what is never read may have come or gone
-        digest = hashlib.sha256()
-        sample_files(digest, [Path(llm_dir) / "config.json", *files])
-        if recorded == digest.hexdigest()[:16]:
-            return True
-    return False
 
 
 def sample_files(digest, files):
@@ -1212,7 +1197,14 @@ def listed(captions):
     for i, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(f"captions must be a list of str, but captions[{i}] is {type(caption).__name__}")
+        if not is_unicode(caption):
+            raise ValueError(f"captions[{i}] holds half a surrogate pair, which is no Unicode text")
     return captions
+
+
+def is_unicode(*texts):
+    """False where UTF-8 cannot write one: for half a pair of surrogates, or what stands for a bad byte."""
+    return all(text.isascii() or not re.search("[\ud800-\udfff]", text) for text in texts)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -1234,12 +1226,15 @@ def preprocess(image, size):
     """See Flame.preprocess."""
     from PIL import Image
     if isinstance(image, (str, Path)):
-        with Image.open(image) as opened:
-            return preprocess(opened, size)
+        try:
+            with Image.open(image) as opened:
+                return preprocess(opened, size)
+        except Image.DecompressionBombError as error:
+            raise OSError(f"{image}: {error}") from None
     if not isinstance(image, Image.Image):
         raise ValueError(f"a picture must be a PIL image or a path, not {type(image).__name__}")
     w, h = image.size
-    if max(w, h) > 100 * min(w, h):  # with its shortest side at the new size it might fill the memory
+    if not min(w, h) or max(w, h) > 100 * min(w, h):  # scaled up, a thin one might fill the memory
         raise ValueError(f"a picture of {w} x {h} pixels is too thin")
     w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
     left = round((w - size) / 2)
@@ -1284,14 +1279,14 @@ def keep_freed_memory():
 # ------------------------------------------------------------------------------------------------------------
 # Questions of one's own
 
-ASKED = []  # what use_prompts was given first: of one process all stores and checkpoints ask the same
+ASKED = []  # what use_prompts was given first; all stores and checkpoints of a process must ask the same
 
 
 def use_prompts(questions, source):
     """Replaces prompt sets: {"long": {"prefix": 'A photo : "{}" .', "facets": ["in one word it means:\\""]}}.
 
     What is left out stays the paper's. Stores and checkpoints remember their questions and pass them here
-    when they are opened. source: who says so. Raises InputError where that are no questions, or others than
+    when they are opened. source: who says so. Raises InputError if these are no prompt sets, or others than
     this process asks already: PROMPTS and COLUMNS are shared by all that it has opened.
     """
     cure = "give an object with raw, short or long, each with a prefix that holds {} and a list of facets"
@@ -1299,6 +1294,7 @@ def use_prompts(questions, source):
     for name, own in questions.items():
         facets = own["facets"]
         text = all(isinstance(facet, str) and facet.strip() for facet in facets)
+        text = text and is_unicode(own["prefix"], *facets)
         if name not in PROMPTS or "{}" not in own["prefix"] or not text or not 1 <= len(facets) <= 99:
             raise InputError(f"{source}: {name!r} is no prompt set; {cure}")
     if ASKED and ASKED != [questions]:
@@ -1307,6 +1303,7 @@ def use_prompts(questions, source):
     ASKED[:] = [questions]
     for name, own in questions.items():
         PROMPTS[name] = PromptSet(own["prefix"], tuple(own["facets"]))
+    facet_ids.cache_clear()  # it goes by the set's name
     COLUMNS[:] = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(prompt.facets))]
 
 
@@ -1364,16 +1361,19 @@ class Store:
         return Store, (self.path,)
 
     def read(self, rows, columns):
-        """int [n] rows, int [n, m] or [m] columns, as COLUMNS has them -> float32 [n, m, D] of unit vectors.
+        """int [n] rows -> float32 [n, m, D] of unit vectors.
 
-        Raises ValueError where there is no such row or column.
+        columns: places in COLUMNS (not in this store's own list), [m] for all rows or [n, m]. Raises
+        ValueError where there is no such row or column.
         """
         N, M, D = self.vectors.shape
+        rows = np.atleast_1d(rows)
+        rows = rows if rows.size else rows.astype(np.int64)
         columns = np.atleast_2d(columns)
         if not np.isin(columns, self.columns).all():
             raise ValueError(f"columns {columns.tolist()}: the store has {self.columns}")
         place = np.searchsorted(self.columns, columns)  # where they lie in the store
-        index = np.ravel_multi_index((np.asarray(rows)[:, None], place), (N, M))
+        index = np.ravel_multi_index((rows[:, None], place), (N, M))
         if flame_ext:  # one pass over memory that knows nothing of what lies between
             out = torch.empty(*index.shape, D)
             flame_ext.unit_vectors(self.vectors, index.ravel(), out.view(-1, D), self.scales, self.statistics)

@@ -3,7 +3,6 @@
 evaluate.py keeps it in <out>/cache.sqlite, which can be deleted at any time. A cache has the two methods of
 a dict that evaluate.py uses, get(key) and update(pairs of key and bytes), so that a dict can stand in.
 """
-import ast
 import functools
 import hashlib
 import json
@@ -76,50 +75,18 @@ def find(cached, key, size):
     return blob if isinstance(blob, bytes) and len(blob) == size else None
 
 
-def code_of(file, *roots):
-    """Digest of what a Python file's top-level `roots` say, and all else of that file that they name,
-    directly or not.
-
-    Comments, layout and docstrings do not count. So a key that holds it changes by itself with the code.
-    """
-    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    defined = {}
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            del node.body[0]
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            defined[node.name] = node
-        else:
-            defined |= {name: node for name in names_in(node, ast.Store)}
-    todo = list(roots)
-    said = {}
-    while todo:
-        name = todo.pop()
-        if name in defined and name not in said:
-            said[name] = ast.dump(defined[name])
-            todo += names_in(defined[name], ast.expr_context)
-    return hashlib.sha256(repr(sorted(said.items())).encode()).hexdigest()
-
-
-def names_in(node, context):
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, context)]
-
-
 @functools.cache
-def text_code():
-    """Digest of the code that makes a text's states by either text path and packs them, kernels included."""
-    kernels = Path(flame.flame_ext.__file__).read_bytes() if flame.flame_ext else b""
-    released = Path(__file__).with_name("released.py")
-    code = [code_of(flame.__file__, "TextEncoder"), code_of(released, "text_encoder"),
-            code_of(__file__, "pack_states")]
-    return hashlib.sha256("".join(code).encode() + kernels).hexdigest()
+def code():
+    """Digest of the code that makes what is kept, kernels included: with another the cache starts anew."""
+    files = [flame.__file__, Path(__file__).with_name("released.py"), __file__]
+    files += [flame.flame_ext.__file__] if flame.flame_ext else []
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def image_tower_name(model, dtype):
     """Names what pictures go through, by content: settings, weights, and the type of the matrix products."""
     settings = {key: value for key, value in model.config.items() if key != "llm"}
-    towers = [code_of(flame.__file__, "Flame"), str(dtype), settings]
+    towers = [code(), str(dtype), settings]
     digest = hashlib.sha256(json.dumps(towers, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(("visual.", "mm.")):
@@ -145,7 +112,7 @@ def picture_key(tower, picture):
 
 def text_key(tower, prompts, text):
     """tower: names the LLM and how it is run; prompts: the flame.PromptSet, by content."""
-    return f"text\t{hashlib.sha256(repr((text_code(), tower, tuple(prompts), text)).encode()).hexdigest()}"
+    return f"text\t{hashlib.sha256(repr((code(), tower, tuple(prompts), text)).encode()).hexdigest()}"
 
 
 def pack_states(states):

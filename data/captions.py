@@ -23,13 +23,14 @@ import sqlite3
 import sys
 import tarfile
 import zlib
+from contextlib import suppress
 from itertools import chain, groupby, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from data.files import disk_errors, write
-from flame import InputError, PROMPTS
+from flame import InputError, PROMPTS, is_unicode
 
 FIELDS = ("key", "image", *PROMPTS)
 # others' names for these fields and the picture's URL; the first that is there counts. Of the recaptions by
@@ -38,7 +39,7 @@ ALIASES = {"__key__": "key", "filepath": "image", "file_name": "image", "filenam
            "Image Path": "url", "downloadurl": "url",
            "title": "raw", "caption": "raw", "txt": "raw", "text": "raw", "blip_caption": "raw",
            "raw_caption": "raw", "shortSV_captions": "short", "longSV_captions": "long"}
-NO_CAPTION = {"key", "image", "url"}
+NO_CAPTION = {"key", "image", "url", "id", "image_id", "license"}
 NO_CAPTION |= {theirs for theirs, ours in ALIASES.items() if ours in NO_CAPTION}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 HEADER = f"give it a header among `{' '.join(FIELDS)}`, or caption<TAB>url"
@@ -85,7 +86,7 @@ def read_captions(path, skipped=None, joins=None, keep_lines=False):
             skip(skipped, "no caption", place)
         elif re.search("[\t\r\n]", key + image):
             skip(skipped, "tab or line break in key or image", place)
-        elif not _is_unicode(key, image, *texts.values()):
+        elif not is_unicode(key, image, *texts.values()):
             skip(skipped, "invalid UTF-8", place)
         else:
             count += 1
@@ -95,22 +96,26 @@ def read_captions(path, skipped=None, joins=None, keep_lines=False):
         raise InputError(f"{path}: no row with a caption ({'; '.join(why) or 'the file is empty'}); {HEADER}")
 
 
+def first_rows(path, n):
+    """n of them, fewer where there are no more: none where all captions are in a file of their own."""
+    with suppress(InputError):
+        return list(islice(read_captions(path), n))
+    return []
+
+
 def one_line(text, keep_lines=False):
-    """Any value as text, without white space at the ends and with single spaces for any inside.
+    """A text without white space at the ends and with single spaces for any inside; "" for what is no text.
 
     Of a list of captions the first. keep_lines: as it is, but "" where there is nothing but white space.
     """
-    text = str(text[0] if isinstance(text, list) and text else text)
+    text = text[0] if isinstance(text, list) and text else text
+    if not isinstance(text, str):  # such as the NaN of a gap in a table
+        return ""
     if keep_lines:
         return text if text.strip() else ""
     if text.isprintable() and "  " not in text and text == text.strip():  # most are: not worth taking apart
         return text
     return " ".join(text.split())
-
-
-def _is_unicode(*texts):
-    """False where UTF-8 cannot write it: for a byte that was none, or half a pair of surrogates in JSON."""
-    return all(text.isascii() or not re.search("[\ud800-\udfff]", text) for text in texts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,10 +171,15 @@ def source_name(path):
 
 def fingerprint(paths):
     """SHA-256 of what captions come from, in hexadecimal."""
-    digests = [_digest(file) for path in paths for file in source_files(path)]
+    digests = []
+    for path in paths:
+        for file in source_files(path):
+            digests.append(_digest(file))
+            if file.suffix == ".txt":  # of a folder, where its path is key and image
+                digests.append(str(file.relative_to(path)))
     if len(digests) == 1:
         return digests[0]
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode(" ".join(digests))).hexdigest()
 
 
 def _digest(path):
@@ -239,6 +249,8 @@ def _rows(path, skipped):
             start = file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             if name.endswith(".csv"):
                 yield from _table(file, path, csv.QUOTE_MINIMAL)
+            elif name.endswith(".tsv"):  # whatever its first caption begins with
+                yield from _table(file, path, csv.QUOTE_NONE)
             elif start == b"[":
                 for number, entry in enumerate(json_entries(file, path), 1):
                     yield number, _object(entry)
@@ -273,7 +285,10 @@ def _table(file, path, quoting):
         if not fields:
             fields = "empty line"
         elif isinstance(fields, list):
-            fields = dict(zip(header, fields)) if len(fields) >= len(header) else "too few fields"
+            few = len(fields) < len(header)
+            more = any(fields[len(header):])
+            wrong = "too few fields" * few or "too many fields: a tab or comma in a caption?" * more
+            fields = wrong or dict(zip(header, fields))
         yield line, fields
 
 
@@ -284,7 +299,7 @@ def _fields(file, quoting):
     delimiter = "\t"
     if quoting != csv.QUOTE_NONE and "\t" not in first:
         delimiter = ";" if ";" in first and "," not in first else ","  # as some countries' spreadsheets write
-    rows = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting)
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting, strict=True)
     while True:
         try:
             fields = next(rows)
@@ -362,7 +377,8 @@ def json_entries(file, path, cure="mend it, or write one object a line"):
                 if not after:
                     raise ValueError("no , or ] behind it")
             except ValueError:
-                more = file.read(max(CHUNK, len(text) - at))  # doubled: a huge entry is scanned a few times
+                # As much again as is pending: a huge entry is parsed a few times, not once a chunk.
+                more = file.read(max(CHUNK, len(text) - at))
                 text = (text[at:] + more).lstrip()
                 at = 0
                 if number == 0 and text[:1] == "]":
@@ -526,7 +542,7 @@ def check_join(captions, name, file, joined):
     languages differ, nothing can be said.
     """
     pairs = []
-    for row in islice(read_captions(captions), 10 * ALIKE):
+    for row in first_rows(captions, 10 * ALIKE):
         text = joined_caption(joined, row.key, row.url)
         if text:
             pairs.append((_words(row.captions["raw"]), _words(text)))
@@ -590,7 +606,7 @@ def joined_rows(name, path, skipped, keep_lines=False):
         texts = [fields[name]] if name in fields else texts  # where its own is empty, no other is meant
         text = one_line(next(filter(None, texts), ""), keep_lines)
         key = fields.get("key", fields.get("url"))
-        if key is None or not text or not _is_unicode(str(key), text):
+        if key is None or not text or not is_unicode(str(key), text):
             skip(skipped, "joined row without key or caption", place)
         else:
             yield str(key), text
@@ -603,7 +619,7 @@ class Joined:
         self.database = database
 
     def get(self, key):
-        if not _is_unicode(str(key)):  # nothing that sqlite could be asked for
+        if not is_unicode(str(key)):  # nothing that sqlite could be asked for
             return None
         rows = self.database.execute("SELECT caption FROM captions WHERE key = ? ORDER BY rowid DESC", (key,))
         found = rows.fetchone()

@@ -10,6 +10,7 @@ goes on.
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,6 @@ from flame import InputError
 
 ANEW = "choose another --name, or start anew with --overwrite"
 LENGTH = ("steps", "epochs", "warmup")  # of a run: one that is trained longer has others
-ADDED = {"image_tower": "", "lock_image": 0}  # settings that runs of earlier versions had without saying so
 
 
 def folder(out):
@@ -81,7 +81,7 @@ def earlier_run(out, store, fixed):
         raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
     longer = old["training"]["steps"] < fixed["steps"]
     for name, value in fixed.items():
-        was = old["training"].get(name, ADDED.get(name))
+        was = old["training"].get(name)
         if was != value and not (longer and name in LENGTH):
             raise InputError(f"{out}: was trained with {name} {was}, now it is {value}; {ANEW}")
     return old
@@ -121,27 +121,18 @@ def load_training(path, model, average, optimizer):
 
 
 def earlier_log(out, start):
-    """The lines of log.jsonl that are of steps before `start`."""
+    """The lines of log.jsonl that are of steps before `start`; a damaged one only the curve misses."""
     path = out / "log.jsonl"
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a regular file; remove it, only the curve needs it")
     lines = []
-    last = -1
-    for number, line in enumerate(lines_of(path) if start else (), 1):
-        if last + 1 == start:  # what follows may be cut short
-            break
-        cure = "delete it, only the curve needs it"
+    for line in lines_of(path) if start else ():
         try:
             entry = json.loads(line)
-            flame.check_keys(f"{path}:{number}", entry, {"step": int, "loss": float}, cure)
-            if entry["step"] <= last:
-                raise ValueError
-        except (ValueError, AttributeError, RecursionError):
-            raise InputError(f"{path}:{number}: not a step's entry; {cure}") from None
-        last = entry["step"]
-        if last >= start:
-            break
-        lines.append(f"{line}\n")
+            if entry["step"] < start and math.isfinite(entry["loss"]):
+                lines.append(f"{line}\n")
+        except (ValueError, TypeError, LookupError, RecursionError):
+            pass
     return lines
 
 

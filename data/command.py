@@ -25,9 +25,10 @@ def number(kind, low=-math.inf, high=math.inf, above=False):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high or above and value == low:
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            finite = False
+        if not finite or not low <= value <= high or above and value == low:
             wanted = "a whole number" if kind is int else "a number"
             reach = f" {'above' if above else 'from'} {low} to {high}"
             reach = reach.replace(" from -inf", "").replace(" to inf", "")

@@ -16,7 +16,7 @@ import flame
 from data.benchmarks import InTar
 from data.captions import fingerprint, joined_rows, read_captions, source_files
 from data.checkpoint import identity
-from data.pictures import LARGEST, find_pictures
+from data.pictures import find_pictures, read_picture
 from flame import InputError
 
 
@@ -59,12 +59,8 @@ def digest_of(path, offset=0, size=-1):
     """(bytes, their SHA-256) of a file, or of `size` bytes in it from `offset` on; None where it has none, or
     more than a picture's."""
     with suppress(OSError):
-        if os.path.isfile(path) and (size >= 0 or os.path.getsize(path) <= LARGEST):
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(size)
-            return len(data), hashlib.sha256(data).digest()
-    return None
+        data = read_picture(path, offset, size)
+        return len(data), hashlib.sha256(data).digest()
 
 
 def trained_on(config):

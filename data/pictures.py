@@ -10,7 +10,6 @@ import math
 import os
 import stat
 import sys
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data.captions import DAMAGED, PICTURES, read_captions, report_skipped, sample_name, skip, tar_files
+from data.captions import DAMAGED, PICTURES, first_rows, report_skipped, sample_name, skip, tar_files
 from data.files import write
 from flame import InputError
 
@@ -96,7 +95,7 @@ def missing_pictures(paths):
 def warn_of_missing_pictures(captions):
     """Says on stderr, before hours are spent, how many of the first captions' pictures are not there."""
     root = start_of_paths(Path(captions))
-    rows = islice(read_captions(captions), LOOKED_AT)
+    rows = first_rows(captions, LOOKED_AT)
     looked, missing = missing_pictures([root / row.image for row in rows if row.image])
     if missing:
         print(f"{captions}: {len(missing)} of the first {looked} pictures that it names are not there "
@@ -181,13 +180,17 @@ def report_tars(folder, tars, skipped, strangers, store):
 def open_picture(files, place):
     """PIL image, its header read, not yet decoded. Raises nearly anything on a stranger's bytes."""
     file, offset, size = place.tolist()
-    path = files[file]
+    return Image.open(io.BytesIO(read_picture(files[file], offset, size)))
+
+
+def read_picture(path, offset=0, size=-1):
+    """Bytes of a picture's file, or of its place in a tar. Raises OSError where that is no regular file."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode) or size < 0 and about.st_size > LARGEST:  # to open a pipe is to wait
-        raise OSError(0, "no regular file, or too large", path)
+        raise OSError(0, "not a regular file, or too large", path)
     with open(path, "rb", buffering=0) as f:
         f.seek(offset)
-        return Image.open(io.BytesIO(f.read(size)))
+        return f.read(size)
 
 
 def crop_box(width, height, smallest, draw):

@@ -48,6 +48,8 @@ def lock(out, overwrite):
         with files.open_own(path, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    raise OSError  # the run that held it has just removed it, and another made its own
             except OSError:
                 why = "another run is writing this store; wait for it, or choose another --out"
                 raise InputError(f"{out}: {why}") from None
@@ -62,12 +64,12 @@ def lock(out, overwrite):
                     temporary.unlink(missing_ok=True)
 
 
-def finished(out, settings, llm):
+def finished(out, settings):
     """Is the store in this folder whole? Raises InputError where it was made with other settings."""
     path = out / "meta.json"
     if not path.exists():
         return False
-    check_same(path, flame.read_json(path, SETTINGS, CURE), settings, llm)
+    check_same(path, flame.read_json(path, SETTINGS, CURE), settings)
     return True
 
 
@@ -81,11 +83,11 @@ def join_file(out, name):
     return out / f"join-{name}.sqlite"
 
 
-def begin(out, settings, D, llm, overwrite=False):
+def begin(out, settings, D, overwrite=False):
     """Makes the store, or checks what is there; -> its journal, and "finished", the windows on the disk.
 
-    D: the vectors' width; llm: the LLM's folder. Raises InputError where another run's store is there, or a
-    damaged one, or where the disk is full: then either nothing was made, or the same command goes on.
+    D: the vectors' width. Raises InputError where another run's store is there, or a damaged one, or where
+    the disk is full: then either nothing was made, or the same command goes on.
     """
     path = out / "journal.json"
     skipped = {}
@@ -96,7 +98,7 @@ def begin(out, settings, D, llm, overwrite=False):
     if overwrite or not path.exists():
         make(out, settings, D, joined, skipped)
     journal = flame.read_json(path, JOURNAL, CURE)
-    check_same(path, journal["settings"], settings, llm)
+    check_same(path, journal["settings"], settings)
     N = journal["N"]
     whole = all(type(row) is int for row in journal["repeats"])
     if N < 1 or N != rows_of_shard(settings, journal["total"]) or not whole:
@@ -193,20 +195,14 @@ def report_identical(captions, total, texts, pictures):
             print(f"{captions}: {again} of {total} rows {what}", file=sys.stderr)
 
 
-def check_same(path, old, settings, llm=None):
-    """Raises InputError where a store's settings, read from `path`, are not these.
-
-    llm: the folder of these settings' LLM, by which older fingerprints of the same LLM are known.
-    """
+def check_same(path, old, settings):
+    """Raises InputError where a store's settings, read from `path`, are not these."""
     for what, new in settings.items():
         was = old[what]
         if what == "captions":
             was, new = was["sha256"], new["sha256"]  # the same file elsewhere is the same file
         if what == "llm":
-            was = was | {"name": new["name"], "path": None}  # a folder may be renamed and moved
-            new = new | {"path": None}
-            if llm and flame.same_llm(was["fingerprint"], llm):
-                was["fingerprint"] = new["fingerprint"]
+            was = was | {"name": new["name"], "path": new.get("path")}  # the fingerprint tells
         if was != new:
             raise InputError(f"{path}: this store was made with {what} {was}, now it is {new}; {CURE}")
 
@@ -335,7 +331,8 @@ def merge(paths, out=None, overwrite=False):
     parts = all_shards([flame.open_store(path) for path in paths])
     first = parts[0]
     meta = first.meta | {"shard": [0, 1], "N": sum(map(len, parts))}
-    out = out or first.path.with_name(first.path.name.split("-0-of-")[0])
+    path = first.path.resolve()
+    out = out or path.with_name(path.name.split("-0-of-")[0])
     if out.resolve() in [part.path.resolve() for part in parts]:
         raise InputError(f"{out}: one of the stores to merge; choose another --out")
     with lock(out, overwrite):

@@ -463,6 +463,17 @@ def test_a_tar_whose_json_has_recaptions_does_not_take_raw_for_them(tmp_path):
     assert theirs["json"]["longSV_captions"] == row.captions["long"]
 
 
+@pytest.mark.parametrize("name", ["raw", "short", "long"])
+def test_a_joined_answer_is_the_caption_and_its_id_is_not(tmp_path, name):
+    """LLaVA's and ShareGPT4V's entries, and others that say more than key and caption."""
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]
+    entries = [{"id": "k1", "image": "a.jpg", "conversations": turns},
+               {"key": "k2", "license": "cc-by", "id": "7", "minicpm": "A dog."}]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    joined = read_join(name, tmp_path / "a.json", {})
+    assert joined.get("k1") == "A cat on a mat." and joined.get("k2") == "A dog."
+
+
 def test_a_joined_row_without_its_own_caption_takes_no_other_sets(tmp_path):
     dreamlip(tmp_path / "a.csv", range(3))
     text = (tmp_path / "a.csv").read_text()

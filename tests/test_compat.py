@@ -186,27 +186,6 @@ def test_float16_keeps_the_centered_states(llm):
     assert centered_cosine(rounded, exact).min() >= 0.9995
 
 
-# --- stores and checkpoints of version 1
-
-
-def test_stores_of_version_1_keep_working(tiny_llm, make_random_llm, tmp_path, monkeypatch, capsys):
-    """embed.py takes such a store for finished, --inspect prints its words, another LLM is still refused."""
-    (tmp_path / "two.tsv").write_text("key\traw\na\tA cat.\nb\tA dog.\n")
-    options = ("--captions", tmp_path / "two.tsv", "--out", tmp_path / "store", "--prompts", "raw")
-    embed_here(monkeypatch, *options, "--llm", tiny_llm)
-    meta = json.loads((tmp_path / "store" / "meta.json").read_text())
-    assert meta["llm"]["fingerprint"] == flame.llm_fingerprint(tiny_llm)
-    meta["llm"]["fingerprint"] = version_1(tiny_llm)
-    (tmp_path / "store" / "meta.json").write_text(json.dumps(meta))
-    embed_here(monkeypatch, *options, "--llm", tiny_llm)
-    assert "finished already" in capsys.readouterr().out
-    embed_here(monkeypatch, "--inspect", tmp_path / "store", "--llm", tiny_llm)
-    assert "raw.0" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        embed_here(monkeypatch, *options, "--llm", make_random_llm(seed=1))
-    assert "this store was made with llm" in capsys.readouterr().err
-
-
 # --- the released checkpoint
 
 @pytest.fixture

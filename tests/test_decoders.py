@@ -198,6 +198,7 @@ def changed(**config):
     (QWEN2, changed(model_type="llama"), "bias"),
     (QWEN3, changed(model_type="llama"), "layers.0.self_attn.k_norm.weight"),
     (LLAMA, changed(rope_parameters=dict(rope_type="yarn", factor=4.0)), "yarn.*default, linear, llama3"),
+    (LLAMA, changed(rope_parameters=dict(rope_type=["linear"])), "linear.*default, linear, llama3"),
     (LLAMA, changed(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
     (LLAMA, changed(rope_parameters=LLAMA3 | {"low_freq_factor": None}), "low_freq_factor"),
     (LLAMA, changed(rope_parameters=LLAMA3_NO_LOW), "low_freq_factor"),

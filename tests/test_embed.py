@@ -104,6 +104,7 @@ def test_reading_in_one_pass_and_step_by_step(here, tiny_llm, monkeypatch, store
     for bad in ((23, 0), (-1, 0), (0, 11), (0, -1)):
         with pytest.raises(ValueError):
             opened.read([bad[0]], [bad[1]])
+    assert opened.read([], [0, 1]).shape == (0, 2, 48) and opened.read(3, [0]).equal(opened.read([3], [0]))
     monkeypatch.setattr(flame, "flame_ext", None)
     slow = opened.read(rows, columns), opened.read(rows, [3, 1])
     for a, b in zip(fast, slow):
@@ -218,7 +219,7 @@ def test_two_ranks_equal_one(here, tiny_llm, store):
 
 
 @pytest.mark.parametrize("store", ["float16", "int8"])
-def test_merged_shards_equal_one_run(here, tiny_llm, store, capsys):
+def test_merged_shards_equal_one_run(here, tiny_llm, store, capsys, monkeypatch):
     write_tsv(here / "small.tsv", ROWS)
     command = ["--captions", "small.tsv", "--llm", tiny_llm, "--window", 5, "--store", store]
     main(*command, "--out", "whole")
@@ -227,6 +228,10 @@ def test_merged_shards_equal_one_run(here, tiny_llm, store, capsys):
     parts = [f"data/embeddings/small-{shard}-of-3" for shard in range(3)]
     its_windows = *range(5, 10), *range(20, 23)
     assert flame.open_store(parts[1]).keys == [f"k{i}" for i in its_windows]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(parts[0])
+        main("--merge", ".", here / parts[1], here / parts[2])  # the name of a shard that is called "."
+    same_bytes("whole", "data/embeddings/small")
     main("--merge", parts[2], parts[0], parts[1], "--out", "merged")
     same_bytes("whole", "merged")
     main(*command, "--out", "merged")
@@ -273,6 +278,51 @@ def test_only_one_run_writes_a_store(here, tiny_llm, capsys):
     main("--captions", "small.tsv", "--llm", tiny_llm, "--out", "store")
 
 
+def test_a_lock_that_was_just_removed_keeps_nobody_else_out(here, monkeypatch):
+    """One run leaves between another's opening and locking of the lock: a third would make and hold its own.
+    """
+    lock = fcntl.flock
+
+    def after_the_other_left(file, how):
+        os.unlink("store/lock")
+        lock(file, how)
+    os.makedirs("store")
+    monkeypatch.setattr(fcntl, "flock", after_the_other_left)
+    with pytest.raises(flame.InputError, match="another run"), stores.lock(Path("store"), False):
+        pass
+
+
+def test_states_that_are_not_finite_are_not_stored(here, tiny_llm, monkeypatch, capsys):
+    """As where float16 overflows."""
+    write_tsv(here / "small.tsv", ROWS)
+    decode = flame.decode
+    monkeypatch.setattr(flame, "decode", lambda *args: decode(*args) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        main("--captions", "small.tsv", "--llm", tiny_llm)
+    assert stop.value.code == 2 and "not finite; give --dtype" in capsys.readouterr().err
+    assert not Path("data/embeddings/small/meta.json").exists()
+
+
+def test_a_renamed_folder_of_pictures_is_other_captions(here, tiny_llm, capsys):
+    os.makedirs("photos/a")
+    for name in "xy":
+        Path(f"photos/a/{name}.jpg").write_bytes(b"")
+        Path(f"photos/a/{name}.txt").write_text(f"caption {name}")
+    main("--captions", "photos", "--llm", tiny_llm)
+    os.rename("photos/a", "photos/b")
+    with pytest.raises(SystemExit):
+        main("--captions", "photos", "--llm", tiny_llm)
+    assert "made with captions" in capsys.readouterr().err
+
+
+def test_pictures_without_captions_are_embedded_by_joined_ones(here, tiny_llm):
+    write_tar(here / "p.tar", [(f"k{i}.jpg", b"") for i in range(3)])
+    rows = [{"key": f"k{i}", "long": f"Caption {i}."} for i in range(3)]
+    write_tsv(here / "long.tsv", rows, ("key", "long"))
+    main("--captions", "p.tar", "--llm", tiny_llm, "--join", "long=long.tsv")
+    assert flame.open_store("data/embeddings/p").keys == ["k0", "k1", "k2"]
+
+
 def test_a_disk_that_is_too_small_is_found_before_the_first_caption(tmp_path, tiny_llm, refused):
     write_tsv(tmp_path / "small.tsv", ROWS)
     command = [sys.executable, ROOT / "embed.py", "--captions", "small.tsv", "--llm", tiny_llm]
@@ -291,7 +341,8 @@ def test_a_caption_is_cut_where_the_context_ends_and_the_prompt_never(make_rando
     states = encoder.encode(["A cat.", words, "A dog."], "long")
     assert encoder.truncated == 1
     prefix, facets = encoder.longest_beginning(words, "long")
-    assert 190 < len(prefix) + sum(map(len, facets)) <= 200
+    longest = len(prefix) + max(map(len, facets))  # no string is all facets
+    assert 190 < longest <= 200 < len(prefix) + sum(map(len, facets))
     assert torch.isfinite(states).all()
     assert facets == flame.tokenize(encoder.tokenizer, ["A cat."], "long")[1][0]
 
@@ -403,6 +454,33 @@ def test_bad_rows_are_skipped_counted_and_reported(here, tiny_llm, capsys):
     message = capsys.readouterr().err
     for part in ("skipped 1 row: too few fields (line 3)", "invalid UTF-8 (line 4)", "no caption (line 5)"):
         assert part in message
+
+
+def test_a_row_with_a_tab_or_comma_too_many_is_counted(tmp_path):
+    (tmp_path / "a.tsv").write_text("key\traw\tlong\nk1\ta\tcat\tlong\nk2\tb\tlong\nk3\tc\tlong\t\n")
+    rows, skipped = captions_of(tmp_path / "a.tsv")
+    assert [row.key for row in rows] == ["k2", "k3"]  # a tab at the end is no matter
+    assert skipped == {"too many fields: a tab or comma in a caption?": [1, [2]]}
+    (tmp_path / "b.csv").write_text('key,raw\nk1,fine\nk2,"a quote without end\nk3,swallowed\n')
+    rows, skipped = captions_of(tmp_path / "b.csv")
+    assert [row.key for row in rows] == ["k1"] and [*skipped] == ["not CSV (unexpected end of data)"]
+
+
+@pytest.mark.parametrize("first", ["[Photo] a cat", "{a} cat"])
+def test_a_tsv_is_a_table_whatever_its_first_caption_begins_with(tmp_path, first):
+    (tmp_path / "cc.tsv").write_text(f"{first}\thttp://x/1.jpg\na dog\thttp://x/2.jpg\n")
+    rows, skipped = captions_of(tmp_path / "cc.tsv")
+    assert [row.captions["raw"] for row in rows] == [first, "a dog"] and not skipped
+
+
+def test_what_is_no_text_is_no_caption(tmp_path):
+    """A gap in a table of pandas is NaN in its JSON."""
+    wrong = [float("nan"), None, [None], {"x": 1}, True, 7]
+    entries = [{"key": str(i), "raw": f"cat {i}", "long": value} for i, value in enumerate(wrong)]
+    (tmp_path / "a.json").write_text(json.dumps([*entries, {"key": "none", "raw": [None]}]))
+    rows, skipped = captions_of(tmp_path / "a.json")
+    assert [row.captions["long"] for row in rows] == [f"cat {i}" for i in range(6)]
+    assert skipped == {"no caption": [1, [7]]}
 
 
 def test_csv_with_quotes_and_open_clips_names(tmp_path):
@@ -1061,6 +1139,7 @@ def test_own_questions_are_asked_and_remembered(tmp_path, tiny_llm, run, refused
 @pytest.mark.parametrize("questions", [
     '{"long": {"prefix": "no place", "facets": ["a"]}}', '{"long": {"prefix": "{}", "facets": []}}',
     '{"long": {"prefix": "{}", "facets": [3]}}', '{"other": {"prefix": "{}", "facets": ["a"]}}',
+    '{"long": {"prefix": "\\ud800 {}", "facets": ["a"]}}',
     '{"long": 3}', "[]"])
 def test_bad_questions_are_refused_before_anything_is_made(tmp_path, tiny_llm, run, refused, questions):
     write_tsv(tmp_path / "mine.tsv", ROWS[:2])
@@ -1068,6 +1147,20 @@ def test_bad_questions_are_refused_before_anything_is_made(tmp_path, tiny_llm, r
     done = run("embed.py", "--captions", "mine.tsv", "--prompts-file", "mine.json", "--llm", tiny_llm)
     refused(done, "mine.json")
     assert not (tmp_path / "data").exists()
+
+
+def test_an_encoder_asks_the_questions_of_a_store_that_is_opened_later(tiny_llm, monkeypatch):
+    monkeypatch.setattr(flame, "ASKED", [])
+    monkeypatch.setattr(flame, "PROMPTS", dict(flame.PROMPTS))
+    monkeypatch.setattr(flame, "COLUMNS", list(flame.COLUMNS))
+    before = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    facets = before.encode(["A red cat."]).shape[1]
+    other = {"long": {"prefix": 'Seen : "{}" .', "facets": [*flame.PROMPTS["long"].facets[1:], "its age"]}}
+    flame.use_prompts(other, "a store")
+    after = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    assert facets == 7
+    torch.testing.assert_close(before.encode(["A red cat."]), after.encode(["A red cat."]))
+    flame.facet_ids.cache_clear()  # other tests ask the paper's
 
 
 def test_one_process_asks_one_set_of_questions(monkeypatch):

@@ -147,7 +147,7 @@ def inspect(args):
     some = np.unique(np.linspace(0, N - 1, min(N, 2000)).astype(int))
     states = store.read(some, store.columns)
     print_distinctness(states, meta)
-    if not flame.same_llm(meta["llm"]["fingerprint"], args.llm):
+    if meta["llm"]["fingerprint"] != flame.llm_fingerprint(args.llm):
         raise flame.InputError(f"{args.llm}: another LLM than the store's ({meta['llm']['name']}); "
                                "give that one with --llm to see the one-word answers")
     print_words(args.llm, states, meta, [store.keys[row] for row in some[:3]])

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from data import files
 from data.benchmarks import InTar
+from data.pictures import read_picture
 from data.show.fonts import draw_text, printable, wrapped
 from data.show.plots import draw_facets, facet_names
 
@@ -34,13 +35,8 @@ def open_picture(picture):
     """Path, InTar, or uint8 array [H, W] or [H, W, 3] -> PIL image, to be closed"""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
-    if isinstance(picture, InTar):
-        with open(picture.tar, "rb") as file:
-            file.seek(picture.offset)
-            return Image.open(io.BytesIO(file.read(picture.size)))
-    if not picture.is_file():       # a pipe would be waited for without end
-        raise OSError("not a regular file" if picture.exists() else "no such file")
-    return Image.open(picture)
+    place = (picture.tar, picture.offset, picture.size) if isinstance(picture, InTar) else (picture,)
+    return Image.open(io.BytesIO(read_picture(*place)))
 
 
 def reason(picture, error):
@@ -48,7 +44,7 @@ def reason(picture, error):
     name = "a picture" if isinstance(picture, np.ndarray) else picture
     if isinstance(picture, InTar):
         name = f"{picture.tar}:{picture.name}"
-    return " ".join(f"{name}: {error or type(error).__name__}".split())
+    return " ".join(f"{name}: {getattr(error, 'strerror', None) or error}".split())
 
 
 def thumbnail(picture, side):
