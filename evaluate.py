@@ -98,8 +98,7 @@ def bootstrap(hits, groups, size, resamples=RESAMPLES):
     """Hits [N, F] of groups int [N] below size -> [resamples, F]: the means, in percent, when groups are
     drawn again.
 
-    A group is drawn with all hits that belong to it: five captions of a picture are no five independent
-    queries.
+    A group is drawn with all hits that belong to it: five captions of one picture succeed or fail together.
     """
     total = np.stack([np.bincount(groups, column, size) for column in hits.T])
     count = np.bincount(groups, minlength=size)
@@ -120,7 +119,8 @@ def bounds(means):
 def sampled(hits, groups, size, resamples=RESAMPLES):
     """The means of hits in percent, and below them those of bootstrap() -> [1 + resamples, F].
 
-    Samples of the same groups can be averaged, and so figures with their intervals: all met the same draws.
+    Row n of two such arrays is of the same draw of the groups: arrays may be averaged or subtracted, and the
+    result's interval is read off its rows.
     """
     return np.concatenate([100 * hits.mean(0, keepdims=True), bootstrap(hits, groups, size, resamples)])
 
@@ -136,7 +136,7 @@ def figures(names, samples):
 
 
 def difference(samples, other):
-    """Columns of two runs' samples of the same groups -> [difference of the means, low, high].
+    """Columns of two runs' samples of the same groups -> [the first's mean less the second's, low, high].
 
     Paired, as both met the same draws: what is hard for both drops out, and the interval is narrower.
     """
@@ -183,12 +183,13 @@ def classification(image, classes, labels, ci95=False, names=None):
     classes.
 
     image [M, D], classes [C, D], labels int [M]. Classes without a picture can be guessed, but have no mean
-    of their own. names, C of them: classes with the very same name have the same vector, and no model could
-    tell them apart. That is no failure of the model, so they do not tie against each other: the first one
-    listed ranks first, as argmax has it. ci95=True adds intervals under that key: over pictures for top1 and
-    top5, over classes for mean_per_class (the wider and for unseen classes the honest one, as pictures of one
-    object succeed and fail together). Raises flame.InputError if a value is NaN or infinite, ValueError if
-    shapes or indices do not fit.
+    of their own. names, C of them: classes of the very same name have one vector, and no model could tell
+    them apart. They do not tie, which would be no failure of the model: the first one listed ranks first, as
+    argmax has it, and a picture of the second is right at top 2 at best. ci95=True adds intervals under that
+    key: over pictures for top1 and top5, over classes for mean_per_class (the wider and for unseen classes
+    the honest one, as pictures of one object succeed and fail together).
+
+    Raises flame.InputError if a value is NaN or infinite, ValueError if shapes or indices do not fit.
     """
     image = checked("image", image)
     classes = checked("class", classes)
@@ -352,6 +353,11 @@ def encode_texts(towers, texts, prompts, by_facet=False):
     """
     if not texts:
         raise InputError(f"no text is left to ask for; {benchmarks.CURE}")
+    trained = trained_facets(towers.model, prompts)
+    if not trained:     # of what is typed no earlier check could know
+        columns = " ".join(towers.model.config["columns"])
+        raise InputError(f"the checkpoint was trained on {columns} alone, not on the {prompts} prompts; "
+                         f"ask by others: --prompts {columns.split('.')[0]}")
     prompt_set = flame.PROMPTS[prompts]
     facets = len(prompt_set.facets)
     size = cache.states_size(facets, towers.model.config["text_dim"])
@@ -364,7 +370,6 @@ def encode_texts(towers, texts, prompts, by_facet=False):
             yield [todo[row] for row in rows], [cache.pack_states(own) for own in states]
 
     blobs = cache.recall(towers.cached, keys, size, encode, desc=f"texts ({prompts})", unit=" texts")
-    trained = trained_facets(towers.model, prompts)
     vectors = []
     for at in range(0, len(blobs), 256):    # of a large LLM, all states in float32 would be many gigabytes
         states = cache.unpack_states(blobs[at:at + 256], facets)
@@ -417,7 +422,7 @@ def counted(pictures, image, prompts, **more):
     return {"n_images": len(image), "skipped_images": skipped, "prompts": prompts, **more}
 
 
-def ask(towers, prompts, pictures, image, kept, texts, image_of_text):
+def ask(towers, prompts, pictures, image, kept, texts, image_of_text, language=""):
     """Retrieval among pictures that are encoded already -> ({direction: samples}, report.Shown).
 
     image, kept: of encode_images. Empty texts are left out, and the texts of pictures that could not be read;
@@ -425,7 +430,7 @@ def ask(towers, prompts, pictures, image, kept, texts, image_of_text):
     """
     place = {picture: i for i, picture in enumerate(kept)}
     pairs = [(text, place[i]) for text, i in zip(texts, image_of_text) if text and i in place]
-    enough(pairs, texts, "texts have a readable picture")
+    enough(pairs, texts, "texts have a readable picture", first=language)
     empty = sum(not text for text in texts)
     if empty:
         print(f"{empty} of {len(texts)} texts are missing or empty and are left out", file=sys.stderr)
@@ -453,7 +458,7 @@ def score_multilingual(towers, prompts, pictures, languages):
     sheets = {}
     rows = {}
     for language, data in languages.items():
-        own, sheets[language] = ask(towers, prompts, pictures, image, kept, *data)
+        own, sheets[language] = ask(towers, prompts, pictures, image, kept, *data, f"{language}: ")
         rows[language] = {"n_texts": len(sheets[language].texts), **recalls(own)}
         samples.append(own)
     asked = sum(row["n_texts"] for row in rows.values())
@@ -761,14 +766,23 @@ def settings(argv):
     wanted = [name for name in ("bench", *OTHERS) if getattr(args, name) is not None]
     args.folder = None if wanted else args.out if args.report is True else args.report
     if args.folder:
+        for name in vars(args):
+            own = name in ("report", "folder") or name == "out" and args.report is True
+            if not own and getattr(args, name) != parser.get_default(name):
+                flag = name.replace("_", "-")
+                parser.error(f"--report alone makes a page of all results; leave --{flag} out")
         return args
     if args.report not in (None, True):
         parser.error("--report DIR is the page of what was scored before; leave DIR or the other flag out")
     if len(wanted) != 1:
         parser.error("give --bench NAME, or --captions FILE, or --search TEXT, or --words IMAGE")
     searching = args.search is not None
-    if searching != bool(args.images) and not args.captions or "" in map(str.strip, args.search or []):
+    if searching != bool(args.images) and not args.captions:
         parser.error("--search TEXT and --images DIR go together")
+    if "" in map(str.strip, args.search or []):
+        parser.error("--search: a text is empty")
+    if args.top != parser.get_default("top") and not searching:
+        parser.error("--top: how many pictures --search shows; leave the flag out")
     if args.data_root and not args.bench:
         parser.error("--data-root: where a benchmark lies; leave the flag out")
     args.how = OTHERS.get(wanted[0]) or (BENCHMARKS | GROUPS)[args.bench]
@@ -794,7 +808,8 @@ def settings(argv):
     args.data_root = args.data_root or Path("data") / ("" if args.how.members else name)
     args.asked = [args.prompts or prompts for prompts in args.how.prompts.split() if not args.probe]
     if searching:
-        args.asked = [search.prompts_of(args, query) for query in args.search or ["what is typed"]]
+        texts = [query for query in args.search if not os.path.isfile(query)]  # a picture is asked nothing
+        args.asked = [search.prompts_of(args, text) for text in texts]
     return args
 
 
@@ -960,7 +975,8 @@ def average(args, checkpoint, results):
 def result_path(args):
     """Where a result goes, without the file's ending."""
     towers = f"-{peer.short_name(args.open_clip)}" if args.open_clip else "-probe" * args.probe
-    return args.out / f"{args.bench}{towers}"
+    namesake = args.captions and args.bench in BENCHMARKS | GROUPS  # whose results are not these
+    return args.out / f"{args.bench}{'-captions' if namesake else ''}{towers}"
 
 
 def published(args):

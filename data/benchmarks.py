@@ -584,7 +584,10 @@ def class_files(bench, root, language=None):
     CLIP_benchmark's layout brings its own templates, and names whose classes are numbers: these alone count.
     """
     templates = root / "zeroshot_classification_templates.txt"
-    if templates.exists() and not language:
+    if templates.exists() and language:
+        raise InputError(f"--language {language}: {root} numbers its classes, as CLIP_benchmark does; "
+                         "name a file of yours with --classes")
+    if templates.exists():
         return [templates]
     path = CLASSES / (f"{bench}.txt" if language in (None, "en") else f"{bench}.{language}.txt")
     if language and not path.exists():
@@ -641,7 +644,8 @@ def webdataset(root, split, most=None):
     number. classnames.txt has a name a line. A sample that lacks one of the two is left out and counted.
     Raises InputError where all do.
     """
-    retrieval = (root / "dataset_type.txt").exists() and "retrieval" in read_text(root / "dataset_type.txt")
+    says = root / "dataset_type.txt"
+    retrieval = says.exists() and "retrieval" in read_text(says).lower()
     kind = "txt" if retrieval else "cls"
     pictures = []
     said = []

@@ -446,7 +446,7 @@ def tar_files(path, skipped):
             if file.read(512) != bytes(512):  # a whole tar ends in empty blocks
                 raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
     except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too
-        skip(skipped, DAMAGED, f"{os.path.basename(path)}: {error or type(error).__name__}")
+        skip(skipped, DAMAGED, f"{os.path.basename(path)}: {str(error) or type(error).__name__}")
 
 
 def tar_samples(path, skipped):

@@ -24,6 +24,7 @@ class OpenClip(torch.nn.Module):
             import open_clip
             made = open_clip.create_model_and_transforms(name, pretrained=weights or None)
             self.tokenizer = open_clip.get_tokenizer(name)
+            self.architecture = name    # one file of weights may be run by several, as with QuickGELU
             D = open_clip.get_model_config(name)["embed_dim"]
         except ImportError:
             raise InputError("--open-clip: pip install open_clip_torch") from None
@@ -49,7 +50,7 @@ class OpenClip(torch.nn.Module):
 
     def digest(self):
         """Names the weights by content, for the cache."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.architecture.encode())
         for name, tensor in sorted(self.clip.state_dict().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -909,7 +909,7 @@ def tree_of_tars(root, retrieval, split="test", shards=2, lines=2):
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
     if retrieval:
-        put(root / "dataset_type.txt", "retrieval")
+        put(root / "dataset_type.txt", "Retrieval\n")
     else:
         put(root / "classnames.txt", "".join(f"{name}\n" for name in NAMES))
         put(root / "zeroshot_classification_templates.txt", "a photo of a {c}.\n{c}\n")
@@ -1013,6 +1013,12 @@ def test_a_sample_of_clip_benchmarks_layout_without_its_text_is_left_out(colours
     code, result = colours("coco")
     assert code == 0 and (result["n_images"], result["text_to_image"]["R@1"]) == (5, 100)
     assert "skipped 1 row: sample without a picture or without .txt" in capsys.readouterr().err
+
+
+def test_classes_that_are_numbers_have_no_names_of_ours(tmp_path):
+    put(tmp_path / "zeroshot_classification_templates.txt", "{c}\n")
+    with pytest.raises(flame.InputError, match="--language cn: .*--classes"):
+        benchmarks.class_files("imagenet", tmp_path, "cn")
 
 
 def test_clip_benchmarks_layout_of_another_kind_or_damaged_is_one_line(colours, tmp_path, capsys):

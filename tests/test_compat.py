@@ -16,9 +16,9 @@ from PIL import Image
 import embed
 import evaluate
 import flame
-from data import released as released_path
+from data import peer, released as released_path
 from test_decoders import tekken  # noqa: F401 (a fixture: Nemo's tokenizer.json)
-from test_flame import CONFIG, centered_cosine, centered_error, path, their_tokenizer, version_1  # noqa: F401
+from test_flame import CONFIG, centered_cosine, centered_error, path, their_tokenizer  # noqa: F401
 
 CAPTIONS = [
     "A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat", "Is it a dog?",
@@ -430,6 +430,17 @@ def small_clip(tmp_path):
     torch.manual_seed(0)
     torch.save(open_clip.create_model("tests-small").state_dict(), tmp_path / "small.pt")
     return f"tests-small:{tmp_path / 'small.pt'}"
+
+
+def test_one_file_of_weights_run_by_two_architectures_shares_no_cache(small_clip, tmp_path):
+    """As ViT-B-32 and ViT-B-32-quickgelu, whose activations have no weights."""
+    import open_clip
+    config = json.loads((tmp_path / "tests-small.json").read_text()) | {"quick_gelu": True}
+    (tmp_path / "tests-small-quickgelu.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tests-small-quickgelu.json")
+    name, _, weights = small_clip.partition(":")
+    one, other = peer.OpenClip(small_clip), peer.OpenClip(f"{name}-quickgelu:{weights}")
+    assert one.digest() == peer.OpenClip(small_clip).digest() != other.digest()
 
 
 def test_an_open_clip_model_gets_clip_benchmarks_figures(small_clip, tmp_path, monkeypatch):

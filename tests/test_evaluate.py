@@ -763,7 +763,7 @@ def test_search_ranks_a_folder_and_encodes_a_picture_once(colours, tmp_path, mon
         assert not list(folder.glob(".*"))  # nothing of ours lies among the pictures
         return Path(best[0]).stem, len(best), sum(sizes)
 
-    assert search("a blue thing") == ("blue", 5, 5)
+    assert search("a blue thing, " + 99 * "as described ") == ("blue", 5, 5)  # too long for a file's name
     assert search("bleu, s'il vous plait") == ("blue", 5, 0)
     with Image.open(tmp_path / "results" / "search.png") as sheet:
         assert sheet.getpixel((16 + 420 + 60, 16 + 60))[2] > 200 > sheet.getpixel((16 + 420 + 60, 16 + 60))[0]
@@ -805,11 +805,17 @@ def test_search_by_several_texts_by_a_picture_and_by_what_is_typed(colours, tmp_
     found("red", " ".join(["red"] * 16))
     found("red", "--prompts", "short")
     assert asked == ["raw", "long", "short"]
+    # What is typed is checked when it comes; a picture asks nothing.
+    monkeypatch.setattr(ColourModel, "config", ColourModel.config | {"columns": ["raw.0"]})
+    assert found(str(tmp_path / "mine.png")) == ["white"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("red\n" + "red " * 16))
+    assert evaluate.main(command) == 2
+    assert "not on the long prompts; ask by others: --prompts raw" in capsys.readouterr().err
 
 
 def test_search_without_pictures(colours, tmp_path, capsys):
     (tmp_path / "none").mkdir()
-    for name, message in (("none", "no pictures, .bmp"), ("nowhere", "nowhere: not found")):
+    for name, message in (("none", "no pictures, .bmp"), ("nowhere", "nowhere: no such folder")):
         assert evaluate.main(["--search", "red", "--images", str(tmp_path / name), "--device", "cpu"]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert evaluate.main(["--search", "red"]) == 2 and "--images DIR" in capsys.readouterr().err
@@ -975,6 +981,9 @@ def test_results_are_named_as_stores_are(colours, tmp_path, monkeypatch):
     assert result["bench"] == "my photos" and result["text_to_image"]["R@1"] == 100
     named = evaluate.settings(["--captions", "cc3m/x-{0000..0007}.tar", "--device", "cpu"])
     assert named.bench == "x"
+    own, bench = (evaluate.settings([*one, "--device", "cpu"]) for one in
+                  (["--captions", "coco.tsv"], ["--bench", "coco"]))
+    assert evaluate.result_path(own) != evaluate.result_path(bench)
 
 
 # ---------------------------------------------------------------- bad settings, Ctrl-C
@@ -999,6 +1008,10 @@ def test_results_are_named_as_stores_are(colours, tmp_path, monkeypatch):
         (["--bench", "long", "--probe"], "--probe: long has no classes"),
         (["--captions", "coco.tsv", "--data-root", "x"], "--data-root: where a benchmark lies"),
         (["--search", "red", "--images", ".", "--report"], "--report: --search writes no page"),
+        (["--search", "", "--images", "."], "--search: a text is empty"),
+        (["--bench", "coco", "--top", "3"], "--top: how many pictures --search shows"),
+        (["--report", "same", "--out", "elsewhere"], "leave --out out"),
+        (["--report", "--facets"], "leave --facets out"),
         (["--words", "x.png", "--prompts", "raw"], "--prompts: no text is asked"),
         (["--bench", "coco", "--open-clip", "ViT-B-32", "--llm", "llm"], "--open-clip has no"),
     ],
@@ -1169,6 +1182,13 @@ def test_the_sheet_shows_the_right_picture_where_it_is_not_among_the_best(tmp_pa
     assert len(red) and len(green) and green.min() > red.max()      # behind the five wrong ones
     right = np.array(Image.open(pictures[7]).convert("RGB"))[0, 0]
     assert tuple(sheet[16 + 64, int(green.mean())]) == tuple(right)
+
+
+def test_a_damaged_font_that_opens_and_does_not_draw_is_passed_over():
+    class Damaged:
+        def getmask(self, text):
+            raise OSError("nested DEFS")
+    assert not fonts.has(Damaged(), "a")
 
 
 @pytest.mark.parametrize("text, script", [

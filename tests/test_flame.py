@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from hypothesis import given, settings, strategies as st
 
 import flame

@@ -44,8 +44,11 @@ def load(path, size):
 
 def has(font, char):
     """Whether what is drawn for a character is not the box."""
-    here = font.getmask(char)
-    box = font.getmask(NOWHERE)
+    try:
+        here = font.getmask(char)
+        box = font.getmask(NOWHERE)
+    except OSError:     # a damaged font may open and not draw
+        return False
     return char.isspace() or (here.size, bytes(here)) != (box.size, bytes(box))
 
 

@@ -44,7 +44,8 @@ def reason(picture, error):
     name = "a picture" if isinstance(picture, np.ndarray) else picture
     if isinstance(picture, InTar):
         name = f"{picture.tar}:{picture.name}"
-    return " ".join(f"{name}: {getattr(error, 'strerror', None) or error}".split())
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(f"{name}: {why}".split())
 
 
 def thumbnail(picture, side):

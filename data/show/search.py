@@ -1,4 +1,5 @@
 """evaluate.py --search: the pictures under a folder, ranked by texts or by a picture."""
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ LONG = 15  # words; a longer text is asked the long set's questions
 
 
 def pictures_under(folder):
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name another")
     pictures = benchmarks.pictures_in(folder, deep=True)
     if not pictures:
         suffixes = " ".join(sorted(benchmarks.IMAGE_SUFFIXES))
@@ -44,7 +47,7 @@ def search(args, pictures, towers, encode_images, encode_texts):
     path = args.out / "search.png"
     rows = []
     for query in args.search or typed():
-        if Path(query).is_file():
+        if os.path.isfile(query):   # a text may be too long for a file's name
             vector, _ = encode_images(towers, [Path(query)], least=1)
         else:
             vector = encode_texts(towers, [query], prompts_of(args, query))
