@@ -358,7 +358,7 @@ def chosen():
 
 
 def main():
-    code = run("embed.py", chosen, "the same command goes on from the last flush")
+    code = run("embed.py", chosen, "the same command goes on from the last flush (without --overwrite)")
     if code:
         sys.exit(code)
 

@@ -86,8 +86,8 @@ SETTINGS = {
     "workers":          (1,         8,           whole(0, 1024),       "loader processes of a rank"),
     "seed":             (0,         0,           whole(0, 2**63 - 1),  "of weights, order, crops, positives"),
 }
-# An interrupted run may go on with others of these: they change no gradient, or its last bits (accumulate).
-FREE = ("accumulate", "gradient_checkpointing", "eval_every", "checkpoint_every", "cache", "workers")
+# An interrupted run may go on with others of these: they change a gradient in its last bits, or not at all.
+FREE = ("accumulate", "gradient_checkpointing", "eval_every", "checkpoint_every", "workers")
 MAX_LOGIT_SCALE = math.log(100)
 STOP = []  # not empty once SIGTERM has come: save and leave
 
@@ -157,8 +157,9 @@ def infonce_block(logits, B, P, rows, columns):
     b, n = logits.shape
     slots = rows.shape[1]
     value = (n * rows.mean(1).sum() + b * columns.sum()) / (2 * B * B * P)
+    # softmax over an image's texts / (2 B slots), softmax over a text's images / (2 B P)
     of_image = (logits.view(b, n // slots, slots) - (rows[:, None] + math.log(2 * B * slots))).exp_()
-    of_text = logits.sub_(columns + math.log(2 * B * P)).exp_()  # softmaxes / 2 B slots, / 2 B P
+    of_text = logits.sub_(columns + math.log(2 * B * P)).exp_()
     return value, of_image.view(b, n).add_(of_text)
 
 
@@ -170,7 +171,8 @@ class BlockwiseLoss(torch.autograd.Function):
     """A loss and its gradients, computed along with it in a sweep over blocks of texts.
 
     image [b, D]: this rank's. text [B, P, D]: all ranks'; from index `first` on they are this rank's images'
-    own. The mean of the results over ranks is the whole batch's loss, the mean of the gradients its gradient.
+    own. A rank's part is multiplied by their number, since DistributedDataParallel averages gradients: the
+    mean over ranks is the whole batch's loss, and its gradient.
     """
 
     @staticmethod
@@ -222,7 +224,7 @@ def log_sums(scaled, flat, blocks, slots):
     columns = scaled.new_empty(len(flat))
     for at in blocks:
         logits = scaled @ flat[at].T
-        rows = torch.logaddexp(rows, logits.view(len(rows), -1, slots).logsumexp(1))
+        rows = torch.logaddexp(rows, logits.unflatten(1, (-1, slots)).logsumexp(1))
         columns[at] = logits.logsumexp(0)
     if ranks() > 1:
         highest = columns.clone()
@@ -244,6 +246,10 @@ def train(args, s):
     tower = None
     if s["image_tower"]:
         sizes, tower = image_tower(s["image_tower"])
+        for name, size in sizes.items():
+            if getattr(args, name) not in (None, size):
+                flag = name.replace("_", "-")
+                raise flame.InputError(f"--{flag}: {s['image_tower']} has {size}; leave the flag out")
         s |= sizes
     if args.plan:
         settle(s, len(store), len(columns), store.meta["D"])
@@ -411,7 +417,7 @@ def take_steps(run, start, board=None):
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
-    if start == s["steps"] and rank() == 0:  # the earlier run ended between the parts of its last checkpoint
+    if start == s["steps"] and rank() == 0:  # killed between training.pt and the rest of its last checkpoint
         save(run, start)
     waited, stop = 0.0, False
     begun = clock = time.time()
@@ -436,7 +442,7 @@ def take_steps(run, start, board=None):
             clock = time.time()
     if rank() == 0:
         checkpoint.tell_skipped(out)
-        stopped = "; stopped, the same command goes on from here" * stop
+        stopped = "; stopped, the same command goes on from here (without --overwrite)" * stop
         print(f"{out}: {bar.n} steps, {bar.postfix or 'nothing left to do'}{stopped}")
 
 
@@ -666,6 +672,8 @@ def read_arguments(argv):
     s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
     if s["width"] % s["heads"]:
         raise flame.InputError(f"--heads {s['heads']} must divide --width {s['width']}")
+    if s["lock_image"] and not s["image_tower"]:
+        raise flame.InputError("--lock-image: a ViT of random weights would stay so; give --image-tower too")
     if s["image_size"] % s["patch_size"]:
         raise flame.InputError(f"--patch-size {s['patch_size']} must divide --image-size {s['image_size']}")
     parse_projection(s["text_projection"])
@@ -694,7 +702,7 @@ def main(argv=None):
         train(args, s)
         if ranks() > 1:
             dist.destroy_process_group()
-    return command.run("train.py", body, "the same command goes on from the last checkpoint")
+    return command.run("train.py", body, "the same command goes on (without --overwrite)")
 
 
 def stop_soon(*signal_and_frame):

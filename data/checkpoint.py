@@ -114,7 +114,9 @@ def load_training(path, model, average, optimizer):
     groups = optimizer.state_dict()["param_groups"]  # what the settings say stays
     optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
     for p in model.parameters():
-        state = optimizer.state[p]
+        state = optimizer.state.get(p)
+        if state is None:  # a ViT that --lock-image still leaves as it is
+            continue
         if state["step"].ndim or state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
             raise ValueError("AdamW's moments are another model's")
     return saved["step"]

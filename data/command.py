@@ -71,6 +71,10 @@ def run(script, body, again):
         print(f"{script}: out of memory on the GPU; free its memory, take another, or give --device cpu",
               file=sys.stderr)
         return 2
+    except ConnectionError:  # by which a process hears that another has ended
+        print(f"{script}: a loader process was killed, likely for memory; give fewer --workers or a smaller "
+              "--cache", file=sys.stderr)
+        return 2
     except OSError as error:  # a file vanished, a folder may not be read
         print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; "
               "mend that and run the same command again", file=sys.stderr)

@@ -18,12 +18,17 @@ def patches_kept(config, patch_dropout=0.0):
 
 
 def flops_per_image(config, patch_dropout=0.0):
-    """Of a forward pass: ViT's and projector's matrix products, 2 a multiplication. Backward takes twice."""
+    """Of a forward pass: ViT's and projector's matrix products, 2 a multiplication."""
     width, kept = config["width"], patches_kept(config, patch_dropout)
     stem = 2 * patches_kept(config) * 3 * config["patch_size"] ** 2 * width
     blocks = config["layers"] * (1 + kept) * (24 * width ** 2 + 4 * (1 + kept) * width)
     projector = 2 * config["projector_hidden"] * (width + config["text_dim"])
     return stem + blocks + (1 if config["pool_first"] else kept) * projector
+
+
+def passes(s, chunks):
+    """Forward passes that a step takes: backward is as much as two; in chunks, or checkpointed, one more."""
+    return 3 + (chunks > 1) + bool(s["gradient_checkpointing"])
 
 
 def peak(device):
@@ -65,7 +70,7 @@ def bytes_of_texts(model, s):
 def chunks_that_fit(model, s, device, ranks=1, gpu=None):
     """In how many chunks a rank has to encode its images so that a step fits the device's memory.
 
-    By the memory that there is, not what is free just now, so that the same command takes the same steps.
+    Of a GPU 80%, else half the memory, whoever uses it just now, so that a command always takes the same.
     gpu: bytes of a GPU's memory; None asks the device.
     """
     if device.type == "cuda":
@@ -97,7 +102,8 @@ def expected(model, s, device, ranks=1):
             x @ x
         most = 10 * 2 * 1024 ** 3 / (time.perf_counter() - begun)
     if most:
-        flops = 3 * flops_per_image(model.config, s["patch_dropout"]) * s["batch"] * s["steps"]
+        forward = flops_per_image(model.config, s["patch_dropout"])
+        flops = passes(s, s["accumulate"]) * forward * s["batch"] * s["steps"]
         seconds = flops / (0.4 * most * ranks)
         rough = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.0f} minutes"
         told += f", roughly {rough} for all steps"

@@ -43,7 +43,8 @@ def find_pictures(store, folder=None, index=None):
     named = any(store.images)
     root = Path(folder) if folder else start_of_paths(captions) if named else folder_by_key(captions)
     files = sorted(map(str, root.glob("*.tar"))) if folder or not named else []
-    if files:
+    there = any(image and os.path.isfile(root / image) for image in store.images[:LOOKED_AT])
+    if files and not there:  # else they are others that lie there too
         rows, places = index_tars(store, files, index)
     else:
         if named:
@@ -254,7 +255,9 @@ class Batches(torch.utils.data.Dataset):
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        """Files (pictures, tars) in random order; then each picture is put off by up to SHUFFLE places."""
+        """Files (pictures, tars) in random order; then each picture comes up to SHUFFLE places later: tars
+        are mixed, and each is still read nearly in order.
+        """
         rng = np.random.default_rng([self.settings["seed"], 1, epoch])
         turn = rng.permutation(len(self.files))
         line = np.argsort(turn[self.places[:, 0]], kind="stable")
@@ -293,11 +296,15 @@ class Batches(torch.utils.data.Dataset):
         return rng.random((self.batch, n)).argsort(1)[self.mine, :k]
 
     def image(self, n):
-        """PIL image; where there is a cache, decoded, else only opened."""
+        """PIL image, only opened; where there is a cache, decoded whole, kept or not: what a step sees must
+        not depend on what was read before, and a JPEG that is read at half its size has other pixels.
+        """
         image = self.cache.get(n) or open_picture(self.files, self.places[n])
-        if self.room > 0 and n not in self.cache:
-            image = self.cache[n] = image.convert("RGB")
-            self.room -= 4 * image.width * image.height  # bytes, as Pillow keeps it
+        if self.settings["cache"] and n not in self.cache:
+            image = image.convert("RGB")
+            if self.room > 0:
+                self.cache[n] = image
+                self.room -= 4 * image.width * image.height  # bytes, as Pillow keeps it
         return image
 
 

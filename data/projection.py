@@ -127,13 +127,13 @@ def products_with_others(store, rows, columns, views, device):
 
 
 def agreement(covariance, product, ridge, rank):
-    """Where captions of one picture agree: A, the symmetric, nonnegative part of (C + ridge c_1)^-1 P, with C
-    a column's covariance, c_1 its largest eigenvalue, P the column's product with the row's other sets.
+    """Ridge regression predicts from a column what the row's other prompt sets say: (C + ridge c_1)^-1 P,
+    with C the column's covariance, c_1 its largest eigenvalue, P its product with the others.
 
-    That is ridge regression of the others on the column. They tell of the same picture in other words: what
-    the column lets one predict of them is what it says of the picture, the rest is wording. It learns as fast
-    as whitening and keeps more of what words mean that training never had (tests/RESULTS.md). Akin to
-    generalised canonical correlation (Kettenring 1971).
+    They tell of the same picture in other words. So what can be predicted is what the column says of the
+    picture, the rest is wording. Of the regression only the symmetric part is kept, and of that what has
+    positive eigenvalues. It learns as fast as whitening and keeps more of what words mean that training never
+    had (tests/RESULTS.md). Akin to generalised canonical correlation (Kettenring 1971).
     -> rest, basis [D, rank], gain [rank] of flame.TextProjection
     """
     eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)

@@ -94,11 +94,15 @@ def load(path):
     return model.eval()
 
 
+HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # open_clip's ViT-H, g, bigG and e, by width
+
+
 def image_tower(path):
     """open_clip's weights (.safetensors or .pt) -> (sizes of the image tower, its tensors by our names).
 
-    CLIP's towers have heads of 64. OpenAI's own weights were trained with another GELU (QuickGELU) than the
-    one here: prefer others. Raises flame.InputError where the file holds no such tower.
+    CLIP's towers have heads of 64, the largest others (HEAD_WIDTH). OpenAI's own weights were trained with
+    another GELU (QuickGELU) than the one here: prefer others. Raises flame.InputError where the file holds no
+    such tower.
     """
     path = Path(path)
     try:
@@ -112,7 +116,8 @@ def image_tower(path):
         raise InputError(f"{path}: no image tower of open_clip's ({type(e).__name__}: {why}); give "
                          "open_clip_model.safetensors, or its .pt file, of a ViT") from None
     wanted = ("image_size", "patch_size", "width", "layers")
-    return {name: sizes[name] for name in wanted} | {"heads": sizes["width"] // 64}, visual
+    heads = sizes["width"] // HEAD_WIDTH.get(sizes["width"], 64)
+    return {name: sizes[name] for name in wanted} | {"heads": heads}, visual
 
 
 def read_weights(path):

@@ -92,7 +92,8 @@ def of_training(args, value):
 def scored(args, value, seed):
     """Trains and scores one value -> evaluate.py's result, and in it the flags that it answers ("asked")."""
     store = embedded(args, value)
-    run = Path("sweep", f"{args.store.path.name}-{args.name}-{plain(value)}-{seed}")
+    given = "".join(f"-{plain(flag.lstrip('-'))}" for flag in args.train)  # other flags, other runs
+    run = Path("sweep", f"{args.store.path.name}-{args.name}-{plain(value)}{given}-{seed}")
     line = flags(embeddings=store, images=args.images, name=run, seed=str(seed))
     stage("train.py", *line, *of_training(args, value), *args.train)
     weights = Path("out") / run / "model.safetensors"

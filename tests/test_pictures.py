@@ -122,6 +122,15 @@ def test_a_key_ends_at_its_names_first_dot_in_folders_and_tars(tmp_path):
         assert [open_picture(files, place).getpixel((0, 0))[0] // 10 for place in places] == [1, 2, 4]
 
 
+def test_a_tar_beside_the_pictures_that_captions_name_does_not_hide_them(tmp_path):
+    store = make_store(tmp_path / "store", ["a", "b"], ["a.jpg", "b.jpg"])
+    for name in ("a", "b"):
+        data = picture(tmp_path / "photos" / f"{name}.jpg")
+    tar(tmp_path / "photos" / "train2017.tar", member("b.jpg", data), member("other.jpg", data))
+    rows, files, _ = find_pictures(store, tmp_path / "photos")
+    assert rows.tolist() == [0, 1] and not any(str(file).endswith(".tar") for file in files)
+
+
 @pytest.mark.parametrize("folder", [None, "elsewhere"])
 def test_pictures_that_are_not_there_are_named_with_path_captions_and_cure(tmp_path, folder):
     store = make_store(tmp_path / "store", ["a", "b", "c"], ["", "x/b.jpg", "x/c.jpg"])

@@ -35,14 +35,17 @@ def test_facets_train_and_score_each_and_go_on(store, run):
     assert all(row["seeds"] == 1 for row in result["rows"])
     assert (store / "results/sweep-facets.png").stat().st_size > 10_000
     for value, K in (("1", 1), ("3", 3)):
-        config = json.loads((store / f"out/sweep/mine-facets-{value}-0/config.json").read_text())
+        checkpoint, = store.glob(f"out/sweep/mine-facets-{value}-*-0")
+        config = json.loads((checkpoint / "config.json").read_text())
         assert config["model"]["columns"] == [f"long.{k}" for k in range(K)]
         scored = json.loads((store / f"results/sweep-facets/{value}-0.json").read_text())
-        assert scored["checkpoint"].endswith(f"mine-facets-{value}-0") and scored["n_texts"] == 8
+        assert scored["checkpoint"].endswith(checkpoint.name) and scored["n_texts"] == 8
     again = run(*command)
     assert again.returncode == 0 and again.stdout.count("finished already") == 2
     assert "evaluate.py" not in again.stdout
     assert json.loads((store / "results/sweep-facets.json").read_text()) == result
+    longer = run(*command, "--weight-decay", "0.1")  # other flags train other runs, not these a little more
+    assert longer.returncode == 0 and len(list(store.glob("out/sweep/mine-facets-1-*-0"))) == 2
 
 
 def test_a_mask_is_embedded_anew_where_it_is_another(store, run):
@@ -52,7 +55,8 @@ def test_a_mask_is_embedded_anew_where_it_is_another(store, run):
     meta = json.loads((store / "data/embeddings/sweep/mine-mask-causal/meta.json").read_text())
     assert meta["llm"]["positions"] == "causal"
     for value, positions in (("decoupled", "restart"), ("causal", "causal")):
-        config = json.loads((store / f"out/sweep/mine-mask-{value}-0/config.json").read_text())
+        checkpoint, = store.glob(f"out/sweep/mine-mask-{value}-*-0")
+        config = json.loads((checkpoint / "config.json").read_text())
         assert config["llm"]["positions"] == positions
     own = np.load(store / "data/embeddings/mine/embeddings.npy")
     causal = np.load(store / "data/embeddings/sweep/mine-mask-causal/embeddings.npy")

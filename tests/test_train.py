@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this fi
 import data.pictures
 import flame
 import train
-from data import memory
+from data import memory, released
 from data.pictures import DRAWS, Batches, crop_box, find_pictures, open_picture, random_crop
 from data.show import plots
 
@@ -391,6 +391,29 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
             assert (picture - torch.tensor(COLORS[small[1][store.keys[row]]])).abs().max() < 15
         seen += rows
     assert sorted(seen) == list(range(24))
+
+
+@pytest.mark.parametrize("room", [0.001, 1.0])
+def test_what_a_step_sees_does_not_depend_on_what_was_read_before(tmp_path, room):
+    """Large JPEGs, which are read at half their size where there is no cache, and one that is soon full."""
+    pictures = dict.fromkeys([f"k{i}" for i in range(6)], "red")
+    store = flame.open_store(make_store(tmp_path / "data/store", pictures))
+    rng = np.random.default_rng(0)
+    for key in pictures:
+        noise = Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8))
+        noise.save(tmp_path / f"data/{key}.png", "JPEG")
+    settings = settings_for(batch=2, cache=room)
+    from_start, resumed = (Batches(store, [0, 1, 2], find_pictures(store), settings, 6) for _ in range(2))
+    seen = [from_start[step][0][0] for step in range(6)]
+    assert all(resumed[step][0][0].equal(seen[step]) for step in (4, 5))
+
+
+def test_a_rank_that_reads_no_picture_has_log_sums():
+    """torchrun, where all pictures of a rank's share are damaged."""
+    flat = unit(12, 8).float()
+    for slots in (1, 3):
+        rows, columns = train.log_sums(torch.zeros(0, 8), flat, [slice(0, 6), slice(6, 12)], slots)
+        assert rows.shape == (0, slots) and (columns == -math.inf).all()
 
 
 def test_columns_of_a_smaller_store_get_their_own_projection(tmp_path):
@@ -1024,6 +1047,28 @@ def test_plan_says_what_it_takes_and_makes_nothing(run, small, tmp_path):
         millions = sum(p.numel() for p in part.parameters()) / 1e6
         assert f"{name}: {millions:.1f} M parameters" in done.stdout
     assert "all 5:" in done.stdout and "4 x H100" in done.stdout and "--accumulate 1 on 80 GB" in done.stdout
+    one_line(fit(run, small[0], "--plan 5"), "--plan 5", "batch of 12")
+
+
+def test_what_is_computed_again_counts():
+    """train.py --plan: encoding in chunks, and checkpointing, repeat the forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+    text, facets = unit(12, 3, 24).float(), torch.zeros(12, 3, dtype=torch.long)
+    counted = {}
+    for chunks, checkpointing in itertools.product((1, 3), (False, True)):
+        s = settings_for(batch=12, accumulate=chunks, gradient_checkpointing=checkpointing, loss="sigmoid")
+        names = ("image_size", "patch_size", "width", "layers", "heads", "pool_first")
+        config = {name: s[name] for name in names} | {"projector_hidden": 24, "text_dim": 24, "text_rank": 0}
+        model = flame.Flame(config)
+        model.visual.gradient_checkpointing = checkpointing
+        batch = torch.zeros(12, 3, s["image_size"], s["image_size"], dtype=torch.uint8), text, facets, \
+            torch.ones(12, dtype=torch.bool), None
+        with FlopCounterMode(display=False) as counter:
+            train.forward_backward(model, model, batch, s, torch.device("cpu"))
+        counted[memory.passes(s, chunks)] = counter.get_total_flops()
+    assert sorted(counted) == [3, 4, 5]
+    for passes, flops in counted.items():
+        assert flops / counted[3] == pytest.approx(passes / 3, rel=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -1044,14 +1089,40 @@ def test_training_starts_from_open_clips_image_tower(run, small, tmp_path, open_
         torch.save({"state_dict": theirs | others}, file)
     else:
         save_file(theirs | others, file)
-    flags = f"--image-tower {file} --steps 2"
-    assert fit(run, small[0], f"{flags} --lock-image 2 --name locked").returncode == 0
-    assert fit(run, small[0], f"{flags} --lock-image 1 --name free").returncode == 0
+    def start(flags):
+        flags = f"--preset demo --batch 12 --workers 0 --steps 2 --image-tower {file} {flags}"
+        return run("train.py", "--embeddings", small[0], *flags.split())
+    one_line(start("--layers 6"), "--layers: ", "has 2")
+    train.STOP.append(True)  # after the first step, and the same command goes on, though AdamW has no moments
+    assert start("--lock-image 2 --name locked").returncode == 0
+    train.STOP.clear()
+    assert start("--lock-image 2 --name locked").returncode == 0
+    assert [entry["step"] for entry in entries(tmp_path / "out/locked")] == [0, 1]
+    assert start("--lock-image 1 --name free").returncode == 0
     locked, free = (flame.load(tmp_path / "out" / name) for name in ("locked", "free"))
     assert locked.config["width"] == 128 and locked.config["heads"] == 2 and locked.config["image_size"] == 24
     for name, tensor in locked.visual.state_dict().items():
         assert tensor.equal(theirs[f"visual.{name}"]), name
     assert not free.visual.conv1.weight.equal(locked.visual.conv1.weight)
+
+
+def test_the_largest_towers_have_wider_heads(tmp_path):
+    """open_clip's ViT-H-14, here with one block."""
+    from open_clip.transformer import VisionTransformer
+    theirs = VisionTransformer(28, 14, 1280, 1, 16, mlp_ratio=4, output_dim=16, output_tokens=True).eval()
+    save_file({f"visual.{n}": t for n, t in theirs.state_dict().items()}, tmp_path / "h.safetensors")
+    sizes, tensors = released.image_tower(tmp_path / "h.safetensors")
+    assert sizes["heads"] == 16
+    theirs.ln_post = torch.nn.Identity()
+    ours = flame.VisionTransformer(*sizes.values()).eval()
+    ours.load_state_dict(tensors)
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels)[:, 1:], theirs(pixels)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_random_tower_is_not_locked(run, small):
+    one_line(fit(run, small[0], "--lock-image 1 --steps 2"), "--lock-image", "--image-tower")
 
 
 @pytest.mark.parametrize("what", ["empty", "other", "missing"])

@@ -2,6 +2,7 @@
 import torch
 
 from data import memory
+from flame import InputError
 
 GPU = "H100"
 ROOM = 80e9    # bytes of its memory
@@ -11,6 +12,8 @@ DECODED = 500  # JPEGs of 512 pixels a second and core (tests/RESULTS.md)
 
 def print_training(model, s, gpus):
     """model: flame.Flame, on the meta device will do; s: train.py's settings, filled in for the store."""
+    if s["batch"] % gpus:
+        raise InputError(f"--plan {gpus}: a batch of {s['batch']} does not divide among them; give a divisor")
     config = model.config
     cuda = torch.device("cuda")
     parts = {"image tower": model.visual, "projector": model.mm, "maps of texts": model.text}
@@ -33,7 +36,7 @@ def print_training(model, s, gpus):
     print(f"    {activations:,.0f} GB of activations of {images:,} images: --accumulate {chunks} on 80 GB")
 
     forward = memory.flops_per_image(config, s["patch_dropout"])
-    flops = 3 * forward * s["batch"]
+    flops = memory.passes(s, chunks) * forward * s["batch"]
     reached = gpus * SHARE * memory.PEAK[GPU]  # FLOP/s
     seconds = flops / reached                  # a step
     hours = s["steps"] * seconds / 3600
