@@ -184,8 +184,8 @@ def classification(image, classes, labels, ci95=False, names=None):
 
     image [M, D], classes [C, D], labels int [M]. Classes without a picture can be guessed, but have no mean
     of their own. names, C of them: classes of the very same name have one vector, and no model could tell
-    them apart. They do not tie, which would be no failure of the model: the first one listed ranks first, as
-    argmax has it, and a picture of the second is right at top 2 at best. ci95=True adds intervals under that
+    them apart, so that their tie does not count against it: the first one listed ranks first, as argmax has
+    it, and a picture of the second is right at top 2 at best. ci95=True adds intervals under that
     key: over pictures for top1 and top5, over classes for mean_per_class (the wider and for unseen classes
     the honest one, as pictures of one object succeed and fail together).
 
@@ -563,7 +563,8 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     seen = objects_of_split(towers, objects, "seen")
     unseen = objects_of_split(towers, objects, "unseen")
     parts["seen"], _ = score_names(towers, raw, *seen, names["en"], DEMO_TEMPLATE)
-    parts["unseen"] = score_galleries(towers, raw, *unseen, galleries(unseen[1], names["en"]), DEMO_TEMPLATE)
+    parts["unseen"] = score_galleries(towers, raw, *unseen, galleries_of(unseen[1], names["en"]),
+                                      DEMO_TEMPLATE)
     parts["multilingual"] = score_galleries(towers, raw, *seen, names)
     parts["synonyms"] = score_galleries(towers, raw, *seen, synonyms)
     parts["multilingual"]["languages"] = parts["multilingual"].pop("galleries")
@@ -579,7 +580,7 @@ def objects_of_split(towers, objects, split):
     return image, [own[i][1] for i in kept]
 
 
-def galleries(things, names):
+def galleries_of(things, names):
     """Things in the order of their pictures, {thing: name} -> {number: {thing: name}}, about GALLERY in each.
 
     They take turns, so that every gallery has some of each kind, as related things are listed together.
@@ -869,7 +870,7 @@ def open_towers(args):
     source = model.config["llm"]
     llm = flame.llm_folder(args.llm or find_llm(source.get("path")))
     fingerprint = None if args.probe else flame.llm_fingerprint(llm)    # a probe asks no text
-    if not args.probe and source["fingerprint"] not in (None, fingerprint):  # the authors' says nothing
+    if not args.probe and source.get("fingerprint") not in (None, fingerprint):  # the authors' says nothing
         raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source['name']}) than "
                          f"{llm}; name that one with --llm")
     check_prompts(args, model, checkpoint)

@@ -175,7 +175,7 @@ def fingerprint(paths):
     for path in paths:
         for file in source_files(path):
             digests.append(_digest(file))
-            if file.suffix == ".txt":  # of a folder, where its path is key and image
+            if os.path.isdir(path) and file.suffix == ".txt":  # its path is key and image
                 digests.append(str(file.relative_to(path)))
     if len(digests) == 1:
         return digests[0]

@@ -268,7 +268,7 @@ def figure(args):
         ax.set(xlim=(0, None), ylim=(0, None))
         chance = 0.2 * int(recall.removeprefix("R@"))
         ax.axhline(chance, color="grey", linewidth=1, linestyle=":", label="chance")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="center right")
     fig.savefig(args.out / "clip.png", dpi=120)
     print(f"-> {args.out / 'clip.png'}")
 

@@ -309,9 +309,9 @@ def test_unseen_objects_are_asked_for_in_galleries(monkeypatch):
     """Few names to choose from, of each kind some: things listed together go to different galleries."""
     monkeypatch.setattr(evaluate, "GALLERY", 2)
     names = {thing: thing.upper() for thing in "abcde"}
-    got = evaluate.galleries(list("aabbccddee"), names)
+    got = evaluate.galleries_of(list("aabbccddee"), names)
     assert got == {0: {"a": "A", "c": "C", "e": "E"}, 1: {"b": "B", "d": "D"}}
-    assert evaluate.galleries(list("aab"), names) == {0: {"a": "A", "b": "B"}}
+    assert evaluate.galleries_of(list("aab"), names) == {0: {"a": "A", "b": "B"}}
     # Scored as a loop would: a picture is right if no other name of its gallery is as near.
     rng = np.random.default_rng(0)
     vectors = {name: rng.standard_normal(4) for name in names.values()}
