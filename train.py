@@ -268,7 +268,7 @@ def train(args, s):
             return
         with memory_errors(s, device, ranks()):
             model, average, optimizer = build(store, columns, s, device, earlier, tower)
-            start = checkpoint.restore(out, s["steps"], model, average, optimizer) if earlier else 0
+            start = checkpoint.restore(out, s, model, average, optimizer) if earlier else 0
             encode = distribute(model, s["compile"])
             going_on = f", going on from step {start}" * (start > 0)
             if earlier and earlier["training"]["steps"] < s["steps"]:

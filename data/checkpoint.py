@@ -87,15 +87,15 @@ def earlier_run(out, store, fixed):
     return old
 
 
-def restore(out, steps, model, average, optimizer):
+def restore(out, s, model, average, optimizer):
     """Loads training.pt, or where that is damaged training-previous.pt; -> the step to go on from."""
     reasons = []
     for name in ("training.pt", "training-previous.pt"):
         path = out / name
         try:
-            step = load_training(path, model, average, optimizer)
-            if not 1 <= step <= steps:
-                raise ValueError(f"step {step} of {steps}")
+            step = load_training(path, s, model, average, optimizer)
+            if not 1 <= step <= s["steps"]:
+                raise ValueError(f"step {step} of {s['steps']}")
         except Exception as e:  # a damaged file can raise nearly anything
             reasons.append(f"{path}: cannot be gone on from ({type(e).__name__}: {files.said(e)})")
             continue
@@ -105,7 +105,7 @@ def restore(out, steps, model, average, optimizer):
     raise InputError(f"{'; '.join(reasons)}; {ANEW}")
 
 
-def load_training(path, model, average, optimizer):
+def load_training(path, s, model, average, optimizer):
     if not path.is_file():  # a pipe would be waited for without end
         raise FileNotFoundError("no such file")
     saved = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -113,10 +113,11 @@ def load_training(path, model, average, optimizer):
     average.load_state_dict(saved["average"])
     groups = optimizer.state_dict()["param_groups"]  # what the settings say stays
     optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-    for p in model.parameters():
-        state = optimizer.state.get(p)
-        if state is None:  # a ViT that --lock-image still leaves as it is
+    locked = saved["step"] <= s["lock_image"]
+    for name, p in model.named_parameters():
+        if locked and name.startswith("visual."):  # AdamW has not seen it yet
             continue
+        state = optimizer.state[p]
         if state["step"].ndim or state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
             raise ValueError("AdamW's moments are another model's")
     return saved["step"]

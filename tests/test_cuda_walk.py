@@ -177,7 +177,11 @@ def test_a_store_made_on_the_gpu(here, gpu, float32, make_random_llm, monkeypatc
 def test_a_mistake_in_stage_1_is_found(here, gpu, float32, tiny_llm, monkeypatch):
     expected = embed_on("cpu", tiny_llm)
     monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda self: None)
-    assert embed_on("cuda", tiny_llm) != expected
+    try:
+        found = embed_on("cuda", tiny_llm)
+    except SystemExit:  # what lies there before the copy may be no number, and is refused
+        found = None
+    assert found != expected
     monkeypatch.setattr(flame, "move", lambda x, device: x)
     with pytest.raises(RuntimeError, match="same device"):
         embed_on("cuda", tiny_llm, "--overwrite")

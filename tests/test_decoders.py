@@ -148,8 +148,8 @@ def test_caption_longer_than_the_sliding_window_is_cut_to_where_it_changes_nothi
 
 
 def test_context_too_short_for_the_prompt_and_foreign_tokenizer_are_refused(make_random_llm):
-    with pytest.raises(flame.InputError, match="context of 50 tokens cannot hold the long prompts"):
-        flame.TextEncoder(make_random_llm(max_position_embeddings=50)).encode(["A fox."], "long")
+    with pytest.raises(flame.InputError, match="context of 30 tokens cannot hold the long prompts"):
+        flame.TextEncoder(make_random_llm(max_position_embeddings=30)).encode(["A fox."], "long")
     with pytest.raises(flame.InputError, match="weights have 1000"):
         flame.TextEncoder(make_random_llm(vocab_size=1000)).encode(["A fox."], "long")
 
