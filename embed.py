@@ -326,6 +326,8 @@ def chosen():
     args.questions = flame.read_json(args.prompts_file) if args.prompts_file else {}
     if args.questions:
         flame.use_prompts(args.questions, args.prompts_file)
+    elif args.prompts_file:
+        raise flame.InputError(f"{args.prompts_file}: no prompt set is in it; give raw, short or long")
     args.join = dict(args.join)
     args.prompts = args.prompts or (["long"] if args.draw is not None else list(flame.PROMPTS))
     if args.merge:

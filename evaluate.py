@@ -185,9 +185,9 @@ def classification(image, classes, labels, ci95=False, names=None):
     image [M, D], classes [C, D], labels int [M]. Classes without a picture can be guessed, but have no mean
     of their own. names, C of them: classes of the very same name have one vector, and no model could tell
     them apart, so that their tie does not count against it: the first one listed ranks first, as argmax has
-    it, and a picture of the second is right at top 2 at best. ci95=True adds intervals under that
-    key: over pictures for top1 and top5, over classes for mean_per_class (the wider and for unseen classes
-    the honest one, as pictures of one object succeed and fail together).
+    it, and a picture of the second is right at top 2 at best. ci95=True adds intervals under that key: over
+    pictures for top1 and top5, over classes for mean_per_class (the wider and for unseen classes the honest
+    one, as pictures of one object succeed and fail together).
 
     Raises flame.InputError if a value is NaN or infinite, ValueError if shapes or indices do not fit.
     """

@@ -1140,7 +1140,7 @@ def test_own_questions_are_asked_and_remembered(tmp_path, tiny_llm, run, refused
     '{"long": {"prefix": "no place", "facets": ["a"]}}', '{"long": {"prefix": "{}", "facets": []}}',
     '{"long": {"prefix": "{}", "facets": [3]}}', '{"other": {"prefix": "{}", "facets": ["a"]}}',
     '{"long": {"prefix": "\\ud800 {}", "facets": ["a"]}}',
-    '{"long": 3}', "[]"])
+    '{"long": 3}', "[]", "{}"])
 def test_bad_questions_are_refused_before_anything_is_made(tmp_path, tiny_llm, run, refused, questions):
     write_tsv(tmp_path / "mine.tsv", ROWS[:2])
     (tmp_path / "mine.json").write_text(questions)
