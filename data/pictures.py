@@ -247,8 +247,6 @@ class Batches(torch.utils.data.Dataset):
         self.steps = steps
         self.batch = settings["batch"]
         self.mine = slice(rank * self.batch // world, (rank + 1) * self.batch // world)
-        self.cache = {}
-        self.room = settings["cache"] * 2 ** 30
 
     def __len__(self):
         return self.steps
@@ -275,37 +273,34 @@ class Batches(torch.utils.data.Dataset):
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
         columns = self.columns[self.some(rng, len(self.columns), s["positives"])]
+        kept = patches_kept(s)
         patches = (size // s["patch_size"]) ** 2
-        kept = max(1, round(patches * (1 - s["patch_dropout"])))
         kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
         chosen = self.pictures(step)[self.mine]
         pixels = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
         readable = torch.ones(len(chosen), dtype=torch.bool)
-        bad = []
+        failed = []
         for i, n in enumerate(chosen.tolist()):
             try:
-                pixels[i] = random_crop(self.image(n), size, s["crop_scale"], draws[i])
+                pixels[i] = random_crop(self.open(n), size, s["crop_scale"], draws[i])
             except Exception as error:  # decoders raise nearly anything on a stranger's bytes
                 readable[i] = False
-                bad.append((self.store.keys[self.rows[n]], reason(error)))
+                failed.append((self.store.keys[self.rows[n]], reason(error)))
         facets = self.store.read(self.rows[chosen], columns).half()
-        return (pixels, facets, torch.from_numpy(columns), readable, kept), bad
+        return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 
     def some(self, rng, n, k):
         """k of n for each picture of this rank, without replacement."""
         return rng.random((self.batch, n)).argsort(1)[self.mine, :k]
 
-    def image(self, n):
-        """PIL image, only opened; where there is a cache, decoded whole, kept or not: what a step sees must
-        not depend on what was read before, and a JPEG that is read at half its size has other pixels.
-        """
-        image = self.cache.get(n) or open_picture(self.files, self.places[n])
-        if self.settings["cache"] and n not in self.cache:
-            image = image.convert("RGB")
-            if self.room > 0:
-                self.cache[n] = image
-                self.room -= 4 * image.width * image.height  # bytes, as Pillow keeps it
-        return image
+    def open(self, n):
+        return open_picture(self.files, self.places[n])
+
+
+def patches_kept(settings):
+    """How many patches of a picture a step looks at."""
+    patches = (settings["image_size"] // settings["patch_size"]) ** 2
+    return max(1, round(patches * (1 - settings["patch_dropout"])))
 
 
 def reason(error):
