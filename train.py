@@ -265,7 +265,7 @@ def settle(s, images, columns, D):
     if s["batch"] > images:
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
-        raise flame.InputError(f"--batch: {s['batch']} of {images} images do not divide among {ranks()} ranks")
+        raise flame.InputError(f"--batch: {s['batch']} of {images} images, not a multiple of {ranks()} ranks")
     s["positives"] = min(s["positives"], columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))
@@ -280,20 +280,38 @@ def build(store, columns, s, device, fit, tower=None):
     rank 0's. tower: tensors that the image tower starts from.
     """
     torch.manual_seed(s["seed"])
-    names = ("image_size", "patch_size", "width", "layers", "heads", "init", "projector_hidden", "pool_first")
-    columns = [flame.COLUMNS[c] for c in columns]
-    config = {name: s[name] for name in names} | {"text_dim": store.meta["D"], "columns": columns}
-    config |= shape_of_text_projection(s["text_projection"], store.meta["D"], columns)
-    model = flame.Flame(config | {"init_logit_scale": math.log(s["init_scale"])})
+    sizes = ("image_size", "patch_size", "width", "layers", "heads", "projector_hidden", "pool_first")
+    config = {name: s[name] for name in sizes} | {"text_dim": store.meta["D"]}
+    config["columns"] = [flame.COLUMNS[c] for c in columns]
+    config |= shape_of_text_projection(s["text_projection"], store.meta["D"], config["columns"])
+    model = flame.Flame(config)
+    initialise(model.visual, s)
+    torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
     if fit and rank() == 0:
         fit_text_projection(model.text, store, s["text_projection"], device)
     if tower:
-        with flame.reading(s["image_tower"], "give CLIP's image tower, a ViT's"):
+        with flame.reading(s["image_tower"], "give a CLIP's, a ViT"):
             model.visual.load_state_dict(tower)
     model.to(device)
     decayed = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": s["weight_decay"]}
     spared = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}  # biases ...
     return model, torch.optim.AdamW([decayed, spared], lr=s["lr"], betas=(0.9, 0.95), fused=True)
+
+
+def initialise(visual, s):
+    """The blocks' first weights: CLIP's, whose residual branches shrink with depth, or as the released code
+    leaves them, nn.Linear's and nn.MultiheadAttention's.
+    """
+    std = s["width"] ** -0.5
+    for block in visual.transformer.resblocks:
+        if s["init"] == "clip":
+            torch.nn.init.normal_(block.attn.in_proj_weight, std=std)
+            torch.nn.init.normal_(block.mlp.c_fc.weight, std=std * 2 ** -0.5)
+            for last in (block.attn.out_proj, block.mlp.c_proj):
+                torch.nn.init.normal_(last.weight, std=std * (2 * s["layers"]) ** -0.5)
+        else:
+            torch.nn.init.xavier_uniform_(block.attn.in_proj_weight)
+            torch.nn.init.zeros_(block.attn.out_proj.bias)
 
 
 def chunk_that_fits(model, s, device):
@@ -342,7 +360,7 @@ def distribute(model, compiled):
 def take_steps(run, start, board=None):
     """The loop: a batch, a step, a line in the log, now and then a checkpoint."""
     s, out = run.s, run.out
-    lines = checkpoint.lines_of(out / "log.jsonl")[:start]  # a line a step
+    lines = checkpoint.earlier_log(out, start)
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
@@ -592,8 +610,8 @@ def main(argv=None):
         try:
             train(args, s)
         except torch.OutOfMemoryError:
-            raise flame.InputError(f"out of memory on the GPU; give a --chunk below {s['chunk']} (the gradient "
-                                   f"stays the same) or a --batch below {s['batch']}") from None
+            raise flame.InputError(f"out of memory on the GPU; give a --chunk below {s['chunk']} (the same "
+                                   f"gradient) or a --batch below {s['batch']}") from None
         if ranks() > 1:
             dist.destroy_process_group()
     return command.run("train.py", body, "the same command goes on (without --overwrite)")

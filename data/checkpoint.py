@@ -10,8 +10,10 @@ goes on.
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,9 +28,9 @@ ANEW = "choose another --name, or start anew with --overwrite"
 
 def identity(store):
     """A store's content in a word: everything that fixes its bytes, and not where it or its captions lie."""
-    meta = {key: value for key, value in store.meta.items() if key != "versions"}
-    meta["captions"] = meta["captions"]["sha256"]
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    with flame.reading(store.path / "meta.json", "make it anew with embed.py"):
+        meta = store.meta | {"captions": store.meta["captions"]["sha256"], "versions": None}
+        return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def save(out, step, s, store, images, model, optimizer):
@@ -38,9 +40,8 @@ def save(out, step, s, store, images, model, optimizer):
         raise InputError(f"{out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
                          "last checkpoint is kept")
     training = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    of_store = {"path": str(store.path), "identity": identity(store), "N": len(store),
-                "columns": store.meta["columns"]}
-    record = {"model": model.config, "llm": store.meta["llm"], "training": s, "step": step, "store": of_store,
+    record = {"model": model.config, "llm": store.meta["llm"], "training": s, "step": step,
+              "store": {"path": str(store.path), "identity": identity(store)},
               "images": images and os.path.abspath(images)}
     files.write(out / "training.pt", functools.partial(torch.save, training))
     files.write(out / "model.safetensors", functools.partial(save_file, model.state_dict()))
@@ -77,18 +78,27 @@ def restore(out, model, optimizer):
         return int(saved["step"])
 
 
+def earlier_log(out, start):
+    """The lines of log.jsonl that are of steps before `start`; a damaged one only the curve misses."""
+    lines = []
+    for line in lines_of(out / "log.jsonl"):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            entry = json.loads(line)
+            if entry["step"] < start and math.isfinite(entry["loss"]):
+                lines.append(line)
+    return lines
+
+
+def lines_of(path):
+    return path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+
+
 def begin(out, start, lines):
     """After the first step: log.jsonl holds `lines`; what a run from `start` on does not need is gone."""
     with files.disk_errors(out):
         for name in ("config.json", "training.pt", "model.safetensors", "skipped.txt") if not start else ():
             (out / name).unlink(missing_ok=True)
     files.write_text(out / "log.jsonl", "".join(lines))
-
-
-def lines_of(path):
-    """The whole lines of a text file of ours; of none where there is no such file."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def note_skipped(out, failed):

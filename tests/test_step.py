@@ -76,12 +76,16 @@ def make_store(folder, colors, D=24, llm="tiny"):
 
 
 def write_store(folder, keys, x, llm="tiny"):
-    np.save(folder / "embeddings.npy", (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float16))
-    (folder / "keys.txt").write_text("".join(f"{key}\n" for key in keys))
-    (folder / "images.txt").write_text("".join(f"{key}.png\n" for key in keys))
-    llm = {"name": llm, "fingerprint": "f", "layer": 3, "positions": "restart"}
+    """A finished store of vectors x [N, 11, D], in windows of 16 rows."""
+    x = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float16)
+    for n in range(0, len(x), 16):
+        np.save(folder / f"{n // 16:06d}.npy", x[n:n + 16])
+    rows = [f"{key}\t{key}.png\tA thing.\tA thing.\tA thing.\n" for key in keys]
+    (folder / "captions.tsv").write_text("key\timage\traw\tshort\tlong\n" + "".join(rows))
+    llm = {"name": llm, "path": llm, "fingerprint": "f", "layer": 3, "positions": "restart"}
     captions = {"path": str(folder.parent / "captions.tsv"), "sha256": ""}
-    meta = {"llm": llm, "N": len(keys), "D": x.shape[-1], "columns": flame.COLUMNS, "captions": captions}
+    meta = {"llm": llm | {"questions": flame.questions()}, "captions": captions, "N": len(keys),
+            "D": x.shape[-1], "columns": flame.COLUMNS, "window": 16}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -276,6 +280,7 @@ def test_a_chunk_is_halved_until_it_fits(monkeypatch):
     torch.manual_seed(0)
     sizes = TOWER | dict(image_size=32, patch_size=4, text_rank=0, width=16)
     assert train.chunk_that_fits(flame.Flame(sizes), s, torch.device("cpu")) == 30
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
     shim = Gpus()
     patch_driver(monkeypatch, shim)
     patch_tensors(monkeypatch, shim)
@@ -508,7 +513,8 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     assert [e["step"] for e in log if "held_out_R@1" in e] == [19, 39, 59]
     model = flame.load(tmp_path / "out/colors")
     assert model.config["llm"]["fingerprint"] == "f" and not model.training
-    image = model.encode_image([store.parent / f"{key}.png" for key in colors])
+    files = [store.parent / f"{key}.png" for key in colors]
+    image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in files]))
     text = model.encode_text(flame.open_store(store).read(range(24), range(4, 11)), "long")
     best = flame.similarity(image, text).argmax(1)
     names = list(colors.values())
@@ -540,7 +546,8 @@ def test_held_out_recall_is_that_of_evaluate(store):
     run = train.Run({}, None, None, batches, find_pictures(store), torch.device("cpu"), model, model, None)
     ours, failed = train.held_out_recall(run)
     rows, files, _ = run.held_out
-    image = model.encode_image(files).numpy()
+    pixels = [model.preprocess(Image.open(file)) for file in files]
+    image = model.encode_image(torch.stack(pixels)).numpy()
     text = store.read(rows, range(4, 11)).mean(1).numpy()
     theirs = evaluate.retrieval(text, image, np.arange(24))["text_to_image"]["R@1"]
     assert ours["held_out_R@1"] == pytest.approx(theirs, abs=0.01) and not failed
@@ -676,7 +683,7 @@ def test_torchrun_learns_the_same_and_goes_on_after_sigterm(run, small, tmp_path
     a, b = (dict(flame.load(tmp_path / "out" / name).text.named_buffers()) for name in ("one", "two"))
     assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
     done = subprocess.run([*command, "--overwrite", "--batch", "13"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "train.py: --batch: 13 of 24 images do not divide" in done.stderr
+    assert done.returncode != 0 and "train.py: --batch: 13 of 24 images, not a multiple" in done.stderr
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_where_it_was(run, small, tmp_path):
