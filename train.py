@@ -11,9 +11,8 @@ after a crash the same command goes on as if nothing had been.
 """
 import argparse
 import contextlib
-import datetime
 import functools
-import json
+import importlib.util
 import math
 import os
 import signal
@@ -30,11 +29,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import flame
-from data import checkpoint, command, files
-from data.pictures import Batches, find_pictures, open_picture, patches_kept, reason
-from data.projection import fit_text_projection, parse_projection, shape_of_text_projection
+from data import checkpoint, command, files, progress
+from data.pictures import Batches, find_pictures, patches_kept, places_of
+from data.projection import fit_text_projection, parse_projection, text_config
+from data.ranks import gather, rank, ranks, say, start_ranks, wait_for_all
 from data.released import image_tower
-from data.show import plots
 
 # ---------------------------------------------------------------------------------------------------------
 # Losses of this rank's images [b, D] and all ranks' texts [B, P, D], all unit vectors. Texts from index
@@ -91,35 +90,6 @@ def in_blocks(function, image, text):
     return [recomputed(function, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
 
 
-class Gather(torch.autograd.Function):
-    """[b, ...] of this rank -> [ranks, b, ...], all ranks'; backward the sum of what they say of this one."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(ranks())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[rank()]
-
-
-def gather(x):
-    return Gather.apply(x) if ranks() > 1 else x[None]
-
-
-def rank():
-    """torchrun says which of how many processes this is."""
-    return int(os.environ.get("RANK", 0))
-
-
-def ranks():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Every setting: its value for the demo and for CC3M, the values it may have, what it is. Each is also a flag.
 # cc3m is the paper's recipe for CC3M with ViT-B/16 (appendix and released training script). yfcc15m is the
@@ -158,7 +128,7 @@ SETTINGS = {
     "patch_dropout":    (0.5,       0.0,         real(0, 0.999),       "share of patches a step leaves out"),
     "compile":          (False,     False,       bool,                 "torch.compile the ViT"),
     "holdout":          (0,         0,           count(0, 10**9),      "images for the curve of Recall@1"),
-    "eval_every":       (100,       1000,        count(0, 10**9),      "steps between its points; 0: none"),
+    "eval_every":       (100,       1000,        count(0, 10**9),      "steps; 0: only at the end"),
     "checkpoint_every": (200,       1000,        count(0, 10**9),      "steps; 0: only at the end"),
     "workers":          (1,         8,           count(0, 1024),       "loader processes of a rank"),
     "seed":             (0,         0,           count(0, 2**63 - 1),  "of weights, order, crops, positives"),
@@ -166,7 +136,6 @@ SETTINGS = {
 # An interrupted run may go on with others of these: they change a gradient in its last bits, or not at all.
 FREE = ("chunk", "eval_every", "checkpoint_every", "workers")
 MAX_LOGIT_SCALE = math.log(100)
-PEAK = {"H100": 989e12, "A100": 312e12}  # bfloat16 FLOP/s, dense, SXM (Nvidia's data sheets)
 STOP = []  # not empty once SIGTERM has come: save and leave
 
 
@@ -179,7 +148,7 @@ class Run(NamedTuple):
     out: Path                # the checkpoint's folder
     images: str              # root of the pictures, None: where the captions lie
     batches: Batches         # of the store's rows that are trained on, a step's each (data/pictures.py)
-    held_out: tuple          # for the curve of Recall@1: rows of the store [n], files, places [n, 3]
+    held_out: tuple          # for the curve of Recall@1: rows of the store [n], places [n]
     device: torch.device
     model: flame.Flame
     encode: torch.nn.Module  # the model itself, or DistributedDataParallel around it
@@ -212,51 +181,28 @@ def train(args, s):
         say("  ".join(f"{name}={value}" for name, value in s.items()))
         batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
         run = Run(s, out, args.images, batches, held_out, device, model, encode, optimizer)
-        take_steps(run, start, open_board(out) if args.tensorboard and rank() == 0 else None)
-
-
-def start_ranks(name):
-    """-> this rank's device; where torchrun has started several, they meet."""
-    if ranks() > 1 and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = command.usable_device(name)
-    if ranks() > 1:  # rank 0 alone indexes tars and fits the text projection, for minutes
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    return device
-
-
-def wait_for_all():
-    if ranks() > 1:
-        dist.barrier()
-
-
-def say(text):
-    if rank() == 0:
-        print(text)
+        take_steps(run, start, args.tensorboard)
 
 
 def chosen_columns(names):
     """Those of flame.COLUMNS to train on, by number."""
-    names = [name.strip() for name in names.split(",")] if names else flame.COLUMNS
+    names = names.split(",") if names else flame.COLUMNS
     for name in names:
-        if name not in flame.COLUMNS or names.count(name) > 1:
-            raise flame.InputError(f"--columns: {name!r} twice, or not among {','.join(flame.COLUMNS)}")
-    return [flame.COLUMNS.index(name) for name in names]
+        if name not in flame.COLUMNS:
+            raise flame.InputError(f"--columns: {name!r} is not among {','.join(flame.COLUMNS)}")
+    return [c for c, name in enumerate(flame.COLUMNS) if name in names]
 
 
 def split_pictures(store, folder, out, s):
-    """-> the pictures to train on, those held out for the curve; each (rows [n], files, places [n, 3])."""
+    """-> the pictures to train on, (rows [n], files, places [n, 3]); those held out for the curve."""
     if rank() > 0:
         wait_for_all()  # rank 0 writes the index of the tars, the others read it
     rows, paths, places = find_pictures(store, folder, out / "tars.npz")
     if rank() == 0:
         wait_for_all()
-    if 2 * s["holdout"] > len(rows):
-        raise flame.InputError(f"--holdout {s['holdout']}: hold out at most half of the {len(rows)} images")
     order = np.random.default_rng([s["seed"], 3]).permutation(len(rows))
-    held, trained = np.sort(order[:s["holdout"]]), np.sort(order[s["holdout"]:])
-    return (rows[trained], paths, places[trained]), (rows[held], paths, places[held])
+    held, trained = map(np.sort, np.split(order, [s["holdout"]]))
+    return (rows[trained], paths, places[trained]), (rows[held], places_of(paths, places[held]))
 
 
 def settle(s, images, columns, D):
@@ -265,7 +211,8 @@ def settle(s, images, columns, D):
     if s["batch"] > images:
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
-        raise flame.InputError(f"--batch: {s['batch']} of {images} images, not a multiple of {ranks()} ranks")
+        raise flame.InputError(f"--batch {s['batch']} of {images} images, --holdout {s['holdout']} more: "
+                               f"give a multiple of {ranks()} ranks")
     s["positives"] = min(s["positives"], columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))
@@ -281,9 +228,8 @@ def build(store, columns, s, device, fit, tower=None):
     """
     torch.manual_seed(s["seed"])
     sizes = ("image_size", "patch_size", "width", "layers", "heads", "projector_hidden", "pool_first")
-    config = {name: s[name] for name in sizes} | {"text_dim": store.meta["D"]}
-    config["columns"] = [flame.COLUMNS[c] for c in columns]
-    config |= shape_of_text_projection(s["text_projection"], store.meta["D"], config["columns"])
+    config = {name: s[name] for name in sizes}
+    config |= text_config(s["text_projection"], store.meta["D"], [flame.COLUMNS[c] for c in columns])
     model = flame.Flame(config)
     initialise(model.visual, s)
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
@@ -302,43 +248,39 @@ def initialise(visual, s):
     """The blocks' first weights: CLIP's, whose residual branches shrink with depth, or as the released code
     leaves them, nn.Linear's and nn.MultiheadAttention's.
     """
-    std = s["width"] ** -0.5
     for block in visual.transformer.resblocks:
-        if s["init"] == "clip":
-            torch.nn.init.normal_(block.attn.in_proj_weight, std=std)
-            torch.nn.init.normal_(block.mlp.c_fc.weight, std=std * 2 ** -0.5)
-            for last in (block.attn.out_proj, block.mlp.c_proj):
-                torch.nn.init.normal_(last.weight, std=std * (2 * s["layers"]) ** -0.5)
-        else:
-            torch.nn.init.xavier_uniform_(block.attn.in_proj_weight)
-            torch.nn.init.zeros_(block.attn.out_proj.bias)
+        attention, mlp, depth = block.attn, block.mlp, 2 * s["layers"]
+        if s["init"] == "published":
+            torch.nn.init.xavier_uniform_(attention.in_proj_weight)
+            torch.nn.init.zeros_(attention.out_proj.bias)
+            continue
+        for weight, of_width in ((attention.in_proj_weight, 1), (mlp.c_fc.weight, 2),
+                                 (attention.out_proj.weight, depth), (mlp.c_proj.weight, depth)):
+            torch.nn.init.normal_(weight, std=(of_width * s["width"]) ** -0.5)
 
 
 def chunk_that_fits(model, s, device):
     """How many images a rank encodes at once: --chunk, halved until a GPU has the memory for a forward and
-    backward pass beside what else a step holds. The gradient is the whole batch's, whatever the chunk.
+    backward pass of a fourth more; that leaves room for AdamW's moments and the texts. The gradient is the
+    whole batch's, whatever the chunk.
 
     On a CPU nothing is tried: a system that is short of memory swaps or kills, it does not say so.
     """
     chunk = min(s["chunk"], s["batch"] // ranks())
-    if device.type == "cpu":
-        return chunk
-    held = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]  # AdamW's moments, buckets
-    texts = s["batch"], s["positives"], model.config["text_dim"]
-    held += [torch.empty(texts, device=device) for _ in range(4)]  # on their way through map and loss
-    while True:
+    while device.type == "cuda":
         try:
-            pixels = torch.rand(chunk, 3, s["image_size"], s["image_size"], device=device)
-            kept = torch.arange(patches_kept(s), device=device).expand(chunk, -1)
+            pixels = torch.rand(chunk + chunk // 4, 3, s["image_size"], s["image_size"], device=device)
+            kept = torch.arange(patches_kept(s), device=device).expand(len(pixels), -1)
             with half_precision(device):
                 model(pixels, kept).sum().backward()
-            return chunk
+            break
         except torch.OutOfMemoryError:
             if chunk == 1:
                 raise
-            chunk = (chunk + 1) // 2
+            chunk //= 2
         finally:
             model.zero_grad(set_to_none=True)
+    return chunk
 
 
 def half_precision(device):
@@ -357,15 +299,18 @@ def distribute(model, compiled):
     return encode
 
 
-def take_steps(run, start, board=None):
+def take_steps(run, start, tensorboard=False):
     """The loop: a batch, a step, a line in the log, now and then a checkpoint."""
     s, out = run.s, run.out
-    lines = checkpoint.earlier_log(out, start)
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
     if start == s["steps"] and rank() == 0:  # killed between training.pt and the rest of its last checkpoint
-        save(run, start)
+        checkpoint.save(run, start)
+    board = None
+    if tensorboard and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out / "tensorboard")
     waited, stop = 0.0, False
     begun = clock = time.time()
     with tqdm(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
@@ -375,20 +320,23 @@ def take_steps(run, start, board=None):
             loss, stop = take_step(run, step, batch, failed)
             if step == start:
                 if rank() == 0:
-                    checkpoint.begin(out, start, lines)
+                    checkpoint.begin(out, start)
                 wait_for_all()
-            checkpoint.note_skipped(out, failed)
+            progress.note_skipped(out, failed)
             if rank() == 0:
                 spent = time.time() - begun
                 rate = (step + 1 - start) * s["batch"] / spent
-                log_step(run, step, loss, rate, waited / spent, bar, board)
+                entry = {"step": step, "loss": loss, "lr": learning_rate(step, s), "images_per_s": rate,
+                         "waited": waited / spent}
+                held_out = s["holdout"] and due(s, "eval_every", step)
+                progress.log_step(run, entry, held_out, bar, board)
                 if stop or due(s, "checkpoint_every", step):
-                    save(run, step + 1)
+                    checkpoint.save(run, step + 1)
             if stop:
                 break
             clock = time.time()
     if rank() == 0:
-        checkpoint.tell_skipped(out)
+        progress.tell_skipped(out)
         stopped = "; stopped, the same command goes on from here (without --overwrite)" * stop
         print(f"{out}: {bar.n} steps, {bar.postfix or 'nothing left to do'}{stopped}")
 
@@ -402,9 +350,7 @@ def take_step(run, step, batch, failed):
         raise flame.InputError(f"{run.out}: no picture of step {step}'s batch could be read "
                                f"(first: key {': '.join(failed[0])}); give the right --images DIR")
     status = torch.stack([loss, torch.tensor(float(len(STOP)), device=run.device)])
-    if ranks() > 1:
-        dist.all_reduce(status)
-    loss, stop = (status / ranks()).tolist()
+    loss, stop = gather(status).mean(0).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
         keys = [batches.store.keys[row] for row in batches.rows[batches.pictures(step)]]
         files.write_text(run.out / "nan-batch.txt", "\n".join(keys))
@@ -480,81 +426,9 @@ def due(s, every, step):
     return step + 1 == s["steps"] or s[every] > 0 and (step + 1) % s[every] == 0
 
 
-def save(run, step):
-    checkpoint.save(run.out, step, run.s, run.batches.store, run.images, run.model, run.optimizer)
-
-
 def outlive_sigterm(worker):
     """Clusters tell a whole process group to end: a rank saves and leaves, and its loaders with it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What is told
-
-def log_step(run, step, loss, rate, waited, bar, board):
-    """A line in log.jsonl and on the bar; where it is due, Recall@1 of the held-out pictures and the curve.
-
-    rate: images a second. waited: the share of the time that went into waiting for data.
-    """
-    s = run.s
-    scale = run.model.logit_scale.exp().item()
-    bias = run.model.logit_bias.item()
-    entry = {"step": step, "loss": round(loss, 5), "scale": round(scale, 3), "bias": round(bias, 3),
-             "lr": learning_rate(step, s), "images_per_s": round(rate, 1), "waited": round(waited, 4)}
-    if s["holdout"] and s["eval_every"] and due(s, "eval_every", step):
-        recall, failed = held_out_recall(run)
-        checkpoint.note_skipped(run.out, failed)
-        entry |= recall
-        bar.write(f"step {step}, {s['holdout']} held-out pictures: {recall or 'none can be read'}")
-    files.append(run.out / "log.jsonl", json.dumps(entry) + "\n")
-    if "held_out_R@1" in entry or step + 1 == s["steps"]:
-        plots.draw_curve(run.out)
-    for name, value in entry.items() if board else ():
-        board.add_scalar(name, value, step)
-    shown = f"loss {loss:.3f}, scale {scale:.1f}, {rate:.0f} images/s, {waited:.1%} waiting for data"
-    # Model FLOPs utilisation: 6 a parameter and token; attention's own products, 4% in a ViT-B/16, left out.
-    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (run.model.visual, run.model.mm)]
-    tokens = 1 + patches_kept(s)
-    flops = 6 * (sizes[0] * tokens + sizes[1] * (1 if s["pool_first"] else tokens)) * rate / ranks()
-    shown += "".join(f", MFU {flops / peak:.1%}" for name, peak in PEAK.items() if name in gpu)
-    bar.set_postfix_str(shown, refresh=False)
-    bar.update()
-
-
-@torch.no_grad()
-def held_out_recall(run):
-    """-> {"held_out_R@1": text to image, percent}, or {} where no held-out picture can be read; [(key, why)].
-
-    By the long facets where they are trained on. Ties count as misses.
-    """
-    store, columns = run.batches.store, run.batches.columns
-    columns = [c for c in columns if flame.COLUMNS[c].startswith("long")] or columns
-    rows, paths, places = run.held_out
-    images = {}
-    failed = []
-    for row, place in zip(rows.tolist(), places):
-        try:
-            images[row] = run.model.preprocess(open_picture(paths, place))
-        except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-            failed.append((store.keys[row], reason(error)))
-    if not images:
-        return {}, failed
-    parts = torch.stack([*images.values()]).split(64)
-    image = torch.cat([run.model.encode_image(part.to(run.device)) for part in parts])
-    text = run.model.text(store.read([*images], columns).to(run.device), columns)
-    score = flame.similarity(image, text)
-    right = (score >= score.diagonal()[:, None]).sum(1) == 1
-    return {"held_out_R@1": round(100 * right.float().mean().item(), 2)}, failed
-
-
-def open_board(out):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise flame.InputError("--tensorboard: not installed; pip install tensorboard") from None
-    return SummaryWriter(str(out / "tensorboard"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -585,13 +459,15 @@ def read_arguments(argv):
     args.preset = args.preset or ("demo" if len(flame.open_store(args.embeddings)) < FEW else "cc3m")
     s = {name: row[args.preset != "demo"] for name, row in SETTINGS.items()}
     s |= YFCC15M if args.preset == "yfcc15m" else {}
-    s |= {name: getattr(args, name) for name in s if getattr(args, name) is not None}
+    s |= {name: value for name, value in vars(args).items() if name in s and value is not None}
     for part, size in (("heads", "width"), ("patch_size", "image_size")):
         if s[size] % s[part]:
             raise flame.InputError(f"--{part} {s[part]} must divide --{size} {s[size]}".replace("_", "-"))
     if s["lock_image"] and not s["image_tower"]:
         raise flame.InputError("--lock-image: a ViT of random weights would stay so; give --image-tower too")
     parse_projection(s["text_projection"])
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise flame.InputError("--tensorboard: not installed; pip install tensorboard")
     return args, s
 
 

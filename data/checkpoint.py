@@ -1,8 +1,9 @@
-"""A run's folder, out/<name>: its checkpoint, its log, and going on from them.
+"""A run's folder, out/<name>, and going on from it.
 
     training.pt                         weights, AdamW's moments and the step
     model.safetensors, config.json      what flame.load reads; config.json comes last and vouches for these
-    log.jsonl, skipped.txt              a line for each step, a line for each picture that cannot be read
+    log.jsonl, skipped.txt              a line for each step, a line for each picture that cannot be read:
+                                        data/progress.py
 
 Whenever a run is killed or the disk is full, each file is whole or not there at all, and the same command
 goes on.
@@ -10,17 +11,14 @@ goes on.
 import functools
 import hashlib
 import json
-import math
 import os
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import flame
-from data import files
+from data import files, progress
 from flame import InputError
 
 ANEW = "choose another --name, or start anew with --overwrite"
@@ -33,19 +31,19 @@ def identity(store):
         return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def save(out, step, s, store, images, model, optimizer):
-    """s: the settings. images: root of the pictures, or None. Raises InputError where a weight is no number.
-    """
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise InputError(f"{out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
+def save(run, step):
+    """run: train.Run. Raises InputError where a weight is no number."""
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise InputError(f"{run.out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
                          "last checkpoint is kept")
-    training = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    record = {"model": model.config, "llm": store.meta["llm"], "training": s, "step": step,
+    weights, store = run.model.state_dict(), run.batches.store
+    training = {"step": step, "model": weights, "optimizer": run.optimizer.state_dict()}
+    record = {"model": run.model.config, "llm": store.meta["llm"], "training": run.s, "step": step,
               "store": {"path": str(store.path), "identity": identity(store)},
-              "images": images and os.path.abspath(images)}
-    files.write(out / "training.pt", functools.partial(torch.save, training))
-    files.write(out / "model.safetensors", functools.partial(save_file, model.state_dict()))
-    files.write_json(out / "config.json", record)
+              "images": run.images and os.path.abspath(run.images)}
+    files.write(run.out / "training.pt", functools.partial(torch.save, training))
+    files.write(run.out / "model.safetensors", functools.partial(save_file, weights))
+    files.write_json(run.out / "config.json", record)
 
 
 def earlier_run(out, store, fixed):
@@ -78,43 +76,14 @@ def restore(out, model, optimizer):
         return int(saved["step"])
 
 
-def earlier_log(out, start):
-    """The lines of log.jsonl that are of steps before `start`; a damaged one only the curve misses."""
-    lines = []
-    for line in lines_of(out / "log.jsonl"):
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            entry = json.loads(line)
-            if entry["step"] < start and math.isfinite(entry["loss"]):
-                lines.append(line)
-    return lines
-
-
-def lines_of(path):
-    return path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
-
-
-def begin(out, start, lines):
-    """After the first step: log.jsonl holds `lines`; what a run from `start` on does not need is gone."""
+def begin(out, start):
+    """After the first step: log.jsonl holds the steps before `start`; what a run from there does not need is
+    gone."""
+    lines = progress.earlier_log(out, start)
     with files.disk_errors(out):
         for name in ("config.json", "training.pt", "model.safetensors", "skipped.txt") if not start else ():
             (out / name).unlink(missing_ok=True)
     files.write_text(out / "log.jsonl", "".join(lines))
-
-
-def note_skipped(out, failed):
-    """[(key, why)] -> a line each in skipped.txt, once, whichever rank and epoch met it."""
-    path = out / "skipped.txt"
-    if failed:
-        known = {line.split("\t")[0] for line in lines_of(path)}
-        files.append(path, "".join(f"{key}\t{why}\n" for key, why in failed if key not in known))
-
-
-def tell_skipped(out):
-    skipped = lines_of(out / "skipped.txt")
-    if skipped:
-        pictures = "pictures" if len(skipped) > 1 else "picture"
-        print(f"skipped {len(skipped)} unreadable {pictures}, listed in {out}/skipped.txt: "
-              f"{', '.join(skipped[0].split(chr(9))).strip()} ...", file=sys.stderr)
 
 
 def newest_checkpoint(folder=Path("out")):

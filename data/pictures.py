@@ -277,15 +277,17 @@ class Batches(torch.utils.data.Dataset):
         patches = (size // s["patch_size"]) ** 2
         kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
         chosen = self.pictures(step)[self.mine]
+
+        def look(i, image):
+            return random_crop(image, size, s["crop_scale"], draws[i])
+
+        crops, failed = read_pictures(places_of(self.files, self.places[chosen]), look)
         pixels = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
-        readable = torch.ones(len(chosen), dtype=torch.bool)
-        failed = []
-        for i, n in enumerate(chosen.tolist()):
-            try:
-                pixels[i] = random_crop(self.open(n), size, s["crop_scale"], draws[i])
-            except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-                readable[i] = False
-                failed.append((self.store.keys[self.rows[n]], reason(error)))
+        readable = torch.zeros(len(chosen), dtype=torch.bool)
+        for i, crop in crops.items():
+            pixels[i] = crop
+            readable[i] = True
+        failed = [(self.store.keys[self.rows[chosen[i]]], why) for i, why in failed]
         facets = self.store.read(self.rows[chosen], columns).half()
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 
@@ -293,8 +295,22 @@ class Batches(torch.utils.data.Dataset):
         """k of n for each picture of this rank, without replacement."""
         return rng.random((self.batch, n)).argsort(1)[self.mine, :k]
 
-    def open(self, n):
-        return open_picture(self.files, self.places[n])
+
+def read_pictures(places, look):
+    """-> {n: look(n, PIL image)} of the places' pictures that can be read, [(n, why)] of the others."""
+    seen = {}
+    failed = []
+    for n, place in enumerate(places):
+        try:
+            seen[n] = look(n, open_picture(*place))
+        except Exception as error:  # decoders raise nearly anything on a stranger's bytes
+            failed.append((n, reason(error)))
+    return seen, failed
+
+
+def places_of(files, places):
+    """int64 [n, 3] -> [n] of what open_picture takes."""
+    return [(files, place) for place in places]
 
 
 def patches_kept(settings):

@@ -31,12 +31,12 @@ def parse_projection(spec):
     return kind, int(rank or 0) if linear else None
 
 
-def shape_of_text_projection(spec, D, columns):
-    """-> what flame.Flame's config says of it. columns: names of those that are trained on."""
+def text_config(spec, D, columns):
+    """-> what flame.Flame's config says of texts. columns: names of those that are trained on."""
     kind, map_rank = parse_projection(spec)
     mapped = [] if map_rank is None else [name for name in columns if not name.startswith("raw")]
-    return {"text_rank": 0 if kind == "none" else min(RANK, D), "text_mapped": mapped,
-            "text_map_rank": map_rank or 0}
+    return {"text_dim": D, "columns": columns, "text_rank": 0 if kind == "none" else min(RANK, D),
+            "text_mapped": mapped, "text_map_rank": map_rank or 0}
 
 
 def fit_text_projection(projection, store, spec, device="cpu"):

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this fi
 import flame
 import train
 from cuda_shim import Gpus, patch_driver, patch_tensors
-from data import pictures, projection, released
+from data import pictures, progress, projection, released
 from data.pictures import DRAWS, Batches, crop_box, find_pictures, random_crop
 from data.show import plots
 
@@ -209,20 +209,15 @@ def test_a_loss_in_blocks_is_the_dense_one(monkeypatch, kind, logits):
 
 # --- ranks and chunks: a step in float32, whole, against the same in two processes, in chunks and in blocks
 
-TOWER = dict(image_size=16, patch_size=8, width=32, layers=2, heads=2, projector_hidden=40, pool_first=False,
-             text_dim=24, columns=flame.COLUMNS)
+TOWER = dict(image_size=16, patch_size=8, width=32, layers=2, heads=2, projector_hidden=40, pool_first=False)
 CASES = list(itertools.product(train.LOSSES, ("none+linear:8", "agree+linear"), (12, 4), (0, 1)))
 
 
 def one_step(store, kind, projected, chunk, step, rank=0, world=1, device="cpu"):
     """-> {parameter: its gradient}, and the loss, of a step on 12 of 24 pictures; some cannot be read."""
     batches = batches_of(store, rank=(rank, world), batch=12)
-    torch.manual_seed(3)
-    shape = projection.shape_of_text_projection(projected, 24, flame.COLUMNS)
-    model = flame.Flame(TOWER | shape)
-    projection.fit_text_projection(model.text, store, projected)
-    model.to(device)
-    s = batches.settings | {"loss": kind, "chunk": chunk}
+    s = settings_for(loss=kind, text_projection=projected, chunk=chunk, **TOWER)
+    model, _ = train.build(store, EVERY, s, torch.device(device), fit=True)
     encode = train.distribute(model, compiled=False)
     loss = train.forward_backward(model, encode, batches[step][0], s, torch.device(device))
     return {name: p.grad.cpu() for name, p in model.named_parameters()} | {"loss": loss.cpu()}
@@ -277,8 +272,7 @@ def test_gpu_takes_the_same_step(store, monkeypatch, case):
 def test_a_chunk_is_halved_until_it_fits(monkeypatch):
     """On the shim, where only so large a tensor fits; on a CPU nothing is tried."""
     s = settings_for(batch=40, chunk=30, image_size=32, patch_size=4)
-    torch.manual_seed(0)
-    sizes = TOWER | dict(image_size=32, patch_size=4, text_rank=0, width=16)
+    sizes = TOWER | dict(image_size=32, patch_size=4, width=16) | projection.text_config("none", 24, ["raw.0"])
     assert train.chunk_that_fits(flame.Flame(sizes), s, torch.device("cpu")) == 30
     monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
     shim = Gpus()
@@ -286,7 +280,7 @@ def test_a_chunk_is_halved_until_it_fits(monkeypatch):
     patch_tensors(monkeypatch, shim)
     with shim:
         model = flame.Flame(sizes).to("cuda")
-        for chunk, room in ((30, 1e9), (15, 20 * 4096 * 3), (8, 10 * 4096 * 3)):  # of pixels
+        for chunk, room in ((30, 1e9), (15, 20 * 4096 * 3), (7, 10 * 4096 * 3)):  # pixels of so many
             shim.room = room
             assert train.chunk_that_fits(model, s, torch.device("cuda")) == chunk
         assert all(p.grad is None for p in model.parameters())
@@ -409,7 +403,7 @@ def test_tars_are_read_nearly_in_order(store, monkeypatch):
 
 def projected(store, spec, column):
     """-> float64 numpy [N, D]: a column's vectors, and what its fitted projection makes of them."""
-    shape = projection.shape_of_text_projection(spec, store.meta["D"], flame.COLUMNS)
+    shape = projection.text_config(spec, store.meta["D"], flame.COLUMNS)
     mapped = [flame.COLUMNS.index(name) for name in shape["text_mapped"]]
     text = flame.TextProjection(store.meta["D"], shape["text_rank"], mapped, shape["text_map_rank"])
     projection.fit_text_projection(text, store, spec)
@@ -483,8 +477,8 @@ def test_agreement_keeps_what_captions_share_and_drops_their_wording(tmp_path):
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_trained_map_follows_the_closed_form(rank):
     """Text = normalise(u + u M), u the closed form's; M is zero at first, is learnt, and raw has none."""
-    shape = projection.shape_of_text_projection("whiten+linear" + f":{rank}" * bool(rank), 24, flame.COLUMNS)
-    assert shape == {"text_rank": 24, "text_mapped": flame.COLUMNS[1:], "text_map_rank": rank}
+    shape = projection.text_config("whiten+linear" + f":{rank}" * bool(rank), 24, flame.COLUMNS)
+    assert (shape["text_rank"], shape["text_mapped"], shape["text_map_rank"]) == (24, flame.COLUMNS[1:], rank)
     torch.manual_seed(0)
     mapped, plain = flame.TextProjection(24, 24, EVERY[1:], rank), flame.TextProjection(24, 24)
     for name, buffer in plain.named_buffers():
@@ -507,7 +501,7 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     store, colors = small
     done = fit(run, store, "--steps 60 --name colors --holdout 2 --eval-every 20 --lr 3e-3")
     assert done.returncode == 0 and "22 images" in done.stdout, done.stderr
-    assert done.stdout.count("2 held-out pictures: ") == 3
+    assert done.stdout.count("held-out Recall@1: ") == 3
     log = entries(tmp_path / "out/colors")
     assert [e["step"] for e in log] == list(range(60)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
     assert [e["step"] for e in log if "held_out_R@1" in e] == [19, 39, 59]
@@ -534,18 +528,18 @@ def test_every_option_trains(run, small, tmp_path, flags):
     assert done.returncode == 0, done.stderr
     log = entries(tmp_path / "out/store")
     assert log[-1]["loss"] < log[0]["loss"]
-    columns = ["long.3", "raw.0"] if "--columns" in flags else flame.COLUMNS
+    columns = ["raw.0", "long.3"] if "--columns" in flags else flame.COLUMNS
     assert flame.load(tmp_path / "out/store").config["columns"] == columns
 
 
 def test_held_out_recall_is_that_of_evaluate(store):
     import evaluate
-    torch.manual_seed(0)
-    model = flame.Flame(TOWER | {"text_rank": 0}).eval()
+    model, _ = train.build(store, EVERY, settings_for(text_projection="none", **TOWER), torch.device("cpu"), True)
     batches = batches_of(store)
-    run = train.Run({}, None, None, batches, find_pictures(store), torch.device("cpu"), model, model, None)
-    ours, failed = train.held_out_recall(run)
-    rows, files, _ = run.held_out
+    rows, files, places = find_pictures(store)
+    held_out = rows, pictures.places_of(files, places)
+    run = train.Run({}, None, None, batches, held_out, torch.device("cpu"), model, model, None)
+    ours, failed = progress.held_out_recall(run)
     pixels = [model.preprocess(Image.open(file)) for file in files]
     image = model.encode_image(torch.stack(pixels)).numpy()
     text = store.read(rows, range(4, 11)).mean(1).numpy()
@@ -765,7 +759,7 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
     assert "UnidentifiedImageError" in skipped[sorted(bad)[1]]
     (tmp_path / "data" / f"p{held[1]:03d}.png").write_text("not a picture")
     done = fit(run, small[0], "--steps 4 --holdout 2 --eval-every 2 --name none")
-    assert done.returncode == 0 and "2 held-out pictures: none can be read" in done.stdout
+    assert done.returncode == 0 and "held-out Recall@1: no picture read" in done.stdout
     assert not any("held_out_R@1" in entry for entry in entries(tmp_path / "out/none"))
 
 
@@ -801,8 +795,8 @@ REFUSED = {
     "--lr": "nan -1 inf much", "--epochs": "inf -1", "--steps": "-1 1e3", "--init-scale": "0", "--seed": "1.0",
     "--heads": "0 5", "--width": "0", "--layers": "0 100000000", "--patch-size": "0 64", "--image-size": "65",
     "--positives": "0 12", "--batch": "0 -3", "--chunk": "0", "--crop-scale": "0 1.1", "--patch-dropout": "nan",
-    "--holdout": "-1 13", "--workers": "-1", "--loss": "hinge infonce-slots", "--init": "random",
-    "--text-projection": "sharpen center agree:0.1 whiten+linear:-1 raw=agree", "--columns": "raw.1 raw.0,raw.0",
+    "--holdout": "-1 24", "--workers": "-1", "--loss": "hinge infonce-slots", "--init": "random",
+    "--text-projection": "sharpen center agree:0.1 whiten+linear:-1 raw=agree", "--columns": "raw.1",
     "--pool-first": "y", "--preset": "cc12m", "--device": "foo cuda:99", "--lock-image": "1",
     "--image-tower": "none.safetensors empty.safetensors other.safetensors", "--images": "none",
     "--embeddings": "none data", "--no-such": "1"}
