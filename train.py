@@ -175,7 +175,7 @@ def train(args, s):
             return
         model, optimizer = build(store, columns, s, device, not earlier, tower)
         start = checkpoint.restore(out, model, optimizer) if earlier else 0
-        s["chunk"] = chunk_that_fits(model, s, device)
+        fit_chunk(model, s, device)
         encode = distribute(model, s["compile"])
         say(f"{s['images']} images x {len(columns)} embeddings -> {out}, {ranks()} ranks, from step {start}")
         say("  ".join(f"{name}={value}" for name, value in s.items()))
@@ -211,8 +211,8 @@ def settle(s, images, columns, D):
     if s["batch"] > images:
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
-        raise flame.InputError(f"--batch {s['batch']} of {images} images, --holdout {s['holdout']} more: "
-                               f"give a multiple of {ranks()} ranks")
+        raise flame.InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, of {images} images "
+                               f"(--holdout {s['holdout']} left these)")
     s["positives"] = min(s["positives"], columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))
@@ -259,28 +259,28 @@ def initialise(visual, s):
             torch.nn.init.normal_(weight, std=(of_width * s["width"]) ** -0.5)
 
 
-def chunk_that_fits(model, s, device):
-    """How many images a rank encodes at once: --chunk, halved until a GPU has the memory for a forward and
+def fit_chunk(model, s, device):
+    """Halves s["chunk"], the images that a rank encodes at once, until a GPU has the memory for a forward and
     backward pass of a fourth more; that leaves room for AdamW's moments and the texts. The gradient is the
     whole batch's, whatever the chunk.
 
     On a CPU nothing is tried: a system that is short of memory swaps or kills, it does not say so.
     """
-    chunk = min(s["chunk"], s["batch"] // ranks())
+    s["chunk"] = min(s["chunk"], s["batch"] // ranks())
     while device.type == "cuda":
         try:
-            pixels = torch.rand(chunk + chunk // 4, 3, s["image_size"], s["image_size"], device=device)
-            kept = torch.arange(patches_kept(s), device=device).expand(len(pixels), -1)
+            size = s["chunk"] + s["chunk"] // 4
+            pixels = torch.rand(size, 3, s["image_size"], s["image_size"], device=device)
+            kept = torch.arange(patches_kept(s), device=device).expand(size, -1)
             with half_precision(device):
                 model(pixels, kept).sum().backward()
             break
         except torch.OutOfMemoryError:
-            if chunk == 1:
+            if s["chunk"] == 1:
                 raise
-            chunk //= 2
+            s["chunk"] //= 2
         finally:
             model.zero_grad(set_to_none=True)
-    return chunk
 
 
 def half_precision(device):
@@ -486,8 +486,8 @@ def main(argv=None):
         try:
             train(args, s)
         except torch.OutOfMemoryError:
-            raise flame.InputError(f"out of memory on the GPU; give a --chunk below {s['chunk']} (the same "
-                                   f"gradient) or a --batch below {s['batch']}") from None
+            raise flame.InputError(f"out of memory on the GPU with --chunk {s['chunk']} (any gives the same "
+                                   f"gradient) and --batch {s['batch']}; lower one of these") from None
         if ranks() > 1:
             dist.destroy_process_group()
     return command.run("train.py", body, "the same command goes on (without --overwrite)")
