@@ -54,8 +54,8 @@ MEMORY = "4GB"            # DuckDB's; what does not fit goes to the disk
 
 # White space but the space itself; a caption is one line with single spaces, a name has no tab or line break.
 ODD = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-CAPTION = (f"CASE WHEN regexp_matches({{0}}, '[{ODD}]|  |^ | $') "
-           f"THEN trim(regexp_replace({{0}}, '[ {ODD}]+', ' ', 'g')) ELSE {{0}} END AS {{0}}")
+CAPTION = (f"nullif(CASE WHEN regexp_matches({{0}}, '[{ODD}]|  |^ | $') "
+           f"THEN trim(regexp_replace({{0}}, '[ {ODD}]+', ' ', 'g')) ELSE {{0}} END, '') AS {{0}}")
 NAME = r"regexp_replace({0}, '[\x00\t\r\n]', ' ', 'g') AS {0}"
 NOTHING = "''"
 TSV = "delim='\t', quote='', escape=''"
@@ -112,7 +112,7 @@ def write_table(path, captions, joins):
 def choose_rows(database, captions, joins, skipped):
     """Makes the table `kept` of the rows that have a caption, the first of each key. -> how many they are"""
     pairs = "".join(f" LEFT JOIN pair_{name} USING (row)" for name in joins)
-    there = {name: f"({name} IS NOT NULL{f' OR pair_{name}.at IS NOT NULL' * (name in joins)})"
+    there = {name: f"({name} IS NOT NULL{f' OR pair_{name}.place IS NOT NULL' * (name in joins)})"
              for name in PROMPTS}
     database.execute(f"CREATE TABLE captioned AS SELECT row, key FROM keyed{pairs} "
                      f"WHERE {' OR '.join(there.values())}")
@@ -128,7 +128,7 @@ def choose_rows(database, captions, joins, skipped):
     print(f"{captions}: {total} rows")
     for name, count in zip(PROMPTS, own):
         if count < total:
-            print(f"{name} asks another caption, the best there is, in {total - count} of {total} rows")
+            print(f"no {name} caption in {total - count} of {total} rows: their best one is asked")
     return total
 
 
@@ -137,7 +137,7 @@ def copy_table(database, path, joins):
     texts = {name: f"coalesce(text_{name}.text, {name})" if name in joins else name for name in PROMPTS}
     best = f"coalesce({texts['long']}, {texts['short']}, {texts['raw']})"
     columns = ", ".join(f"coalesce({text}, {best}) AS {name}" for name, text in texts.items())
-    joined = "".join(f" LEFT JOIN (SELECT row, text FROM pair_{name} JOIN joined_{name} j ON j.rowid = at) "
+    joined = "".join(f" LEFT JOIN (SELECT row, text FROM pair_{name} JOIN joined_{name} j ON j.rowid = place) "
                      f"text_{name} USING (row)" for name in joins)
     database.execute(f"COPY (SELECT key, coalesce(image, '') AS image, {columns} "
                      f"FROM kept JOIN keyed USING (row){joined} ORDER BY row) "
@@ -148,27 +148,26 @@ def copy_table(database, path, joins):
 # Captions of one prompt set in files of their own
 
 def join(database, scratch, captions, name, sources, skipped):
-    """Makes pair_<set> (row, at): which row of joined_<set> has the caption of a row, the first of its key."""
+    """Makes pair_<set> (row, place): where in joined_<set> a row's caption is, the first of its key."""
     for source in sources:
         load(database, scratch, f"joined_{name}", source, ("key", "url", name), skipped)
-    joined = f"(SELECT rowid AS at, * FROM joined_{name} WHERE text IS NOT NULL)"
-    by_key = f"SELECT row, at FROM keyed k JOIN {joined} j ON k.key = j.key"
-    by_url = f"SELECT row, at FROM keyed k JOIN {joined} j ON k.url = j.url WHERE j.key IS NULL"
-    database.execute(f"CREATE TABLE pair_{name} AS SELECT row, min(at) AS at FROM ({by_key} UNION ALL {by_url}) "
-                     "GROUP BY row")
-    total, used = database.execute(f"SELECT (SELECT count(*) FROM {joined}), count(DISTINCT at) "
+    joined = f"(SELECT rowid AS place, * FROM joined_{name} WHERE text IS NOT NULL)"
+    by_key = f"SELECT row, place FROM keyed k JOIN {joined} j ON k.key = j.key"
+    by_url = f"SELECT row, place FROM keyed k JOIN {joined} j ON k.url = j.url WHERE j.key IS NULL"
+    database.execute(f"CREATE TABLE pair_{name} AS SELECT row, min(place) AS place "
+                     f"FROM ({by_key} UNION ALL {by_url}) GROUP BY row")
+    total, used = database.execute(f"SELECT (SELECT count(*) FROM {joined}), count(DISTINCT place) "
                                    f"FROM pair_{name}").fetchone()
     files = ", ".join(map(str, sources))
     if not used:
         raise InputError(f"{files}: none of its {total} rows with a {name} caption has a key or URL that is in "
                          f"{captions}; give --captions the files that it goes with")
-    print(f"{files}: {total} captions, {total - used} of them of no row in {captions}")
-    rows = database.execute(
-        f"SELECT key, coalesce(raw, short, long, ''), text FROM (SELECT * FROM pair_{name} ORDER BY row LIMIT "
-        f"{ALIKE}) p JOIN keyed USING (row) JOIN joined_{name} j ON j.rowid = at ORDER BY row".replace(
-            "SELECT key", "SELECT keyed.key")).fetchall()
+    print(f"{files}: {total} {name} captions, {total - used} of them of no row in {captions}")
+    rows = database.execute(f"SELECT k.key, coalesce(k.raw, k.short, k.long, ''), j.text "
+                            f"FROM (SELECT * FROM pair_{name} ORDER BY row LIMIT {ALIKE}) "
+                            f"JOIN keyed k USING (row) JOIN {joined} j USING (place) ORDER BY row").fetchall()
     for key, raw, text in rows[:5]:
-        print(f"  {key}: {raw[:80]!r} {name}: {text[:80]!r}")
+        print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
     check_join(captions, name, files, [(raw, text) for _, raw, text in rows if raw])
 
 
@@ -322,8 +321,9 @@ def insert(database, table, relation, columns, fields, joined):
     if "conversations" in columns:  # LLaVA's and ShareGPT4V's: the first answer is a long caption, "id" the key
         answer = (f"list_filter(TRY_CAST(to_json({columns['conversations'][0]}) AS JSON[]), "
                   "lambda turn: turn->>'from' = 'gpt')[1]->>'value'")
-        columns = {"long": (answer, "VARCHAR"), "key": columns.get("id", ("NULL", "VARCHAR"))} | columns
-    found = {field: [columns[name] for name in NAMES[field] if name in columns] for field in fields}
+        columns = {"long": (answer, "VARCHAR")} | columns
+    names = NAMES | {"key": (*NAMES["key"], *(["id"] if "conversations" in columns else []))}
+    found = {field: [columns[name] for name in names[field] if name in columns] for field in fields}
     if joined and not found[fields[-1]]:
         found[fields[-1]] = [column for name, column in columns.items() if name not in NO_CAPTION]
     inner = []
