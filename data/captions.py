@@ -107,8 +107,8 @@ def copy(database, captions, joins, path, skipped):
     """Writes the rows that have a caption, the first of each key, in the source's order. -> how many"""
     texts = "".join(f", coalesce(j_{name}.text, {name}) AS {name}" if name in joins else f", {name}"
                     for name in PROMPTS)
-    joined = "".join(f" LEFT JOIN (SELECT row, text FROM pair_{name} JOIN joined_{name} j ON j.rowid = place) "
-                     f"j_{name} USING (row)" for name in joins)
+    joined = "".join(f" LEFT JOIN (SELECT row, text FROM pair_{name} JOIN joined_{name} j ON j.rowid = place)"
+                     f" j_{name} USING (row)" for name in joins)
     database.execute(f"CREATE TABLE every AS SELECT row, key, image{texts} FROM {KEYED}{joined}")
     best = "coalesce(long, short, raw)"
     database.execute(f"CREATE TABLE kept AS SELECT min(row) AS row FROM every WHERE {best} IS NOT NULL "
@@ -154,8 +154,8 @@ def join(database, captions, name, files):
                          f"in {captions}; give --captions the files that it goes with")
     print(f"{files}: {total} {name} captions, {total - used} of them of no row in {captions}")
     pairs = database.execute(
-        f"SELECT k.key, coalesce(k.raw, k.short, k.long), j.text FROM (SELECT * FROM pair_{name} ORDER BY row "
-        f"LIMIT {ALIKE}) JOIN {KEYED} k USING (row) JOIN {joined} j USING (place) ORDER BY row").fetchall()
+        f"SELECT k.key, coalesce(k.raw, k.short, k.long), j.text FROM (SELECT * FROM pair_{name} ORDER BY row"
+        f" LIMIT {ALIKE}) JOIN {KEYED} k USING (row) JOIN {joined} j USING (place) ORDER BY row").fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {(raw or '')[:60]!r} | {text[:60]!r}")
     # A recaption shares words of four letters and more with its picture's own caption, more than with another
@@ -254,7 +254,7 @@ def load(database, scratch, table, source, fields, skipped):
 def insert(database, table, relation, columns, fields, joined):
     """Selects our fields among a relation's columns, {name: (SQL, its type)}, into a table."""
     names = dict(NAMES)
-    if "conversations" in columns:  # LLaVA's and ShareGPT4V's: the first answer is a long caption, "id" the key
+    if "conversations" in columns:  # LLaVA's, ShareGPT4V's: the first answer is a long caption, "id" the key
         answer = (f"list_filter(TRY_CAST(to_json({columns['conversations'][0]}) AS JSON[]), "
                   "lambda turn: turn->>'from' = 'gpt')[1]->>'value'")
         columns = {"long": (answer, "VARCHAR")} | columns
