@@ -197,7 +197,8 @@ def split_pictures(store, folder, out, s):
     """-> the pictures to train on, (rows [n], files, places [n, 3]); those held out for the curve."""
     if rank() > 0:
         wait_for_all()  # rank 0 writes the index of the tars, the others read it
-    rows, paths, places = find_pictures(store, folder, out / "tars.npz")
+    captions = store.meta["captions"]["path"]
+    rows, paths, places = find_pictures(store.keys, store.images, captions, folder, out / "tars.npz")
     if rank() == 0:
         wait_for_all()
     order = np.random.default_rng([s["seed"], 3]).permutation(len(rows))
@@ -472,10 +473,10 @@ def read_arguments(argv):
 
 
 def newest_store():
-    stores = sorted(Path("data/embeddings").glob("*/meta.json"), key=os.path.getmtime)
-    if not stores:
-        raise flame.InputError("data/embeddings: no finished store; make one with embed.py")
-    return stores[-1].parent
+    for meta in sorted(Path("data/embeddings").glob("*/meta.json"), key=os.path.getmtime, reverse=True):
+        with contextlib.suppress(flame.InputError):  # it is being made
+            return flame.open_store(meta.parent).path
+    raise flame.InputError("data/embeddings: no finished store; make one with embed.py")
 
 
 def main(argv=None):

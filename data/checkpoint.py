@@ -27,7 +27,8 @@ ANEW = "choose another --name, or start anew with --overwrite"
 def identity(store):
     """A store's content in a word: everything that fixes its bytes, and not where it or its captions lie."""
     with flame.reading(store.path / "meta.json", "make it anew with embed.py"):
-        meta = store.meta | {"captions": store.meta["captions"]["sha256"], "versions": None}
+        meta = store.meta | {"captions": store.meta["captions"]["sha256"]}
+        meta["llm"] = {key: value for key, value in meta["llm"].items() if key not in ("name", "path")}
         return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 

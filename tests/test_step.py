@@ -80,7 +80,7 @@ def write_store(folder, keys, x, llm="tiny"):
         np.save(folder / f"{n // 16:06d}.npy", x[n:n + 16])
     rows = [f"{key}\t{key}.png\tA thing.\tA thing.\tA thing.\n" for key in keys]
     (folder / "captions.tsv").write_text("key\timage\traw\tshort\tlong\n" + "".join(rows))
-    llm = {"name": llm, "path": llm, "fingerprint": "f", "layer": 3, "positions": "restart"}
+    llm = {"name": llm, "path": llm, "fingerprint": llm, "layer": 3, "positions": "restart"}
     captions = {"path": str(folder.parent / "captions.tsv"), "sha256": ""}
     meta = {"llm": llm | {"questions": flame.questions()}, "captions": captions, "N": len(keys),
             "D": x.shape[-1], "columns": flame.COLUMNS, "window": 16}
@@ -158,7 +158,11 @@ def settings_for(**changes):
 
 
 def batches_of(store, columns=EVERY, rank=(), steps=6, **changes):
-    return Batches(store, columns, find_pictures(store), settings_for(**changes), steps, *rank)
+    return Batches(store, columns, found(store), settings_for(**changes), steps, *rank)
+
+
+def found(store):
+    return find_pictures(store.keys, store.images, store.meta["captions"]["path"])
 
 
 # --- losses
@@ -288,7 +292,7 @@ def test_a_chunk_is_halved_until_it_fits(run, small, monkeypatch):
             assert fitted["chunk"] == chunk
         assert all(p.grad is None for p in model.parameters())
         shim.room = 20_000
-        one_line(fit(run, small[0], "--device cuda"), "out of memory", "--chunk 1 ", "--batch 12")
+        one_line(fit(run, small[0], "--device cuda"), "out of memory", "--chunk", "--batch 12")
 
 
 def test_batches_that_ranks_cannot_share_are_refused(monkeypatch):
@@ -489,7 +493,7 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     assert [e["step"] for e in log] == list(range(60)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
     assert [e["step"] for e in log if "held_out_R@1" in e] == [19, 39, 59]
     model = flame.load(tmp_path / "out/colors")
-    assert model.config["llm"]["fingerprint"] == "f" and not model.training
+    assert model.config["llm"]["fingerprint"] == "tiny" and not model.training
     files = [store.parent / f"{key}.png" for key in colors]
     image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in files]))
     text = model.encode_text(flame.open_store(store).read(range(24), range(4, 11)), "long")
@@ -520,7 +524,7 @@ def test_held_out_recall_is_that_of_evaluate(store):
     s = settings_for(text_projection="none", **TOWER)
     model, _ = train.build(store, EVERY, s, torch.device("cpu"), fit=True)
     batches = batches_of(store)
-    rows, files, places = find_pictures(store)
+    rows, files, places = found(store)
     held_out = rows, pictures.places_of(files, places)
     run = train.Run({}, None, None, batches, held_out, torch.device("cpu"), model, model, None)
     ours, failed = progress.held_out_recall(run)
