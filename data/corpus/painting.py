@@ -44,7 +44,7 @@ def night(draw, horizon, rng):
     x = rng.uniform(20, CANVAS - 20)
     y = rng.uniform(16, 34)
     draw.circle((x, y), 12, "#fff5be")
-    draw.circle((x + 6, y - 3), 11, SKIES["night"][0])  # what remains of the disc is a crescent
+    draw.circle((x + 6, y - 3), 11, "#080a2d")  # the sky's colour: what remains of the disc is a crescent
     draw.ellipse((-60, horizon, CANVAS + 60, CANVAS * 1.6), fill="#0f1423")
 
 

