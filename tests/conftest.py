@@ -1,4 +1,4 @@
-"""What several test files need: the demo's real LLM, small random LLMs, and the command line."""
+"""What several test files need: the demo's real LLM, small random LLMs, oracles, and the command line."""
 import json
 import os
 import subprocess
@@ -9,6 +9,42 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+CAPTIONS = [
+    "A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat.", "",
+    'He said "(hello)" to the dog?', '"Quoted"', "5 × 3 = 15?", "一只红色的风筝在海上飞。",
+    "Une très longue promenade " * 12, "a\u0301 🦊\tand  two  spaces", "A cat."]
+
+
+def centered_error(ours, reference):
+    """Largest error relative to the largest value, the mean over texts (dim 0) subtracted.
+
+    One dimension carries 0.8 of an LLM state's norm and is nearly the same for all texts: it hides all else.
+    """
+    mean = reference.mean(0)
+    return ((ours - reference).abs().max() / (reference - mean).abs().max()).item()
+
+
+def centered_cosine(ours, reference):
+    """[N, K], the cosines of [N, K, D] after the reference's mean over texts is subtracted from both."""
+    mean = reference.mean(0)
+    return torch.cosine_similarity(ours - mean, reference - mean, dim=-1)
+
+
+MEMORY = """
+import re, torch, flame
+from data import released
+def peak():  # ru_maxrss would begin at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+"""
+
+
+def memory_grown(prepare, work, also="0", **environment):
+    """-> (bytes that a new process takes for `work`, what it says of the number `also`)."""
+    script = f"{MEMORY}{prepare}\nbefore = peak()\n{work}\nprint(peak() - before, {also})"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return map(int, done.stdout.split())
 
 
 @pytest.fixture(scope="session")
