@@ -110,6 +110,52 @@ def byte_llm(tmp_path_factory):
 
 
 @pytest.fixture
+def released_checkpoint(tmp_path):
+    """make(prefix, **tensors) -> (file, image tower, projector): random weights, saved as FLAME's authors do.
+
+    Keys have a prefix, LLM and optimizer are there. tensors: more, or in a tensor's place; None leaves it out.
+    """
+    import numpy as np
+    from open_clip.transformer import VisionTransformer
+
+    def make(prefix="module.", **tensors):
+        torch.manual_seed(0)
+        visual = VisionTransformer(image_size=32, patch_size=8, width=128, layers=3, heads=2, mlp_ratio=4,
+                                   output_dim=16, pool_type="avg", output_tokens=True).eval()
+        mm = torch.nn.Sequential(
+            torch.nn.Linear(128, 40), torch.nn.GELU(), torch.nn.Linear(40, 48), torch.nn.LayerNorm(48))
+        for p in [*visual.parameters(), *mm.parameters()]:
+            torch.nn.init.normal_(p, std=0.3)
+        weights = {f"visual.{name}": x for name, x in visual.state_dict().items()}
+        weights |= {f"mm.{name}": x for name, x in mm.state_dict().items()}
+        weights |= {"logit_scale": torch.tensor(3.0), "logit_bias": torch.tensor(-9.0),
+                    "text.lm_head.weight": torch.randn(8, 8).half()}
+        weights = {prefix + name: x for name, x in weights.items()} | tensors
+        group = {"lr": np.float64(5e-4), "betas": (0.9, 0.95), "params": [0]}  # as cosine_lr sets it
+        torch.save({
+            "epoch": 32, "name": "flame", "scaler": {"scale": 65536.0},
+            "state_dict": {name: x for name, x in weights.items() if x is not None},
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [group]},
+        }, tmp_path / "epoch_32.pt")
+        visual.ln_post = torch.nn.Identity()  # there, but never used
+        return tmp_path / "epoch_32.pt", visual, mm
+    return make
+
+
+@pytest.fixture
+def small_clip(tmp_path):
+    """A random open_clip model of a size of its own, its weights in a file -> "MODEL:FILE"."""
+    import open_clip
+    config = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
+    (tmp_path / "tests-small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tests-small.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tests-small").state_dict(), tmp_path / "small.pt")
+    return f"tests-small:{tmp_path / 'small.pt'}"
+
+
+@pytest.fixture
 def run(tmp_path):
     """run("embed.py", "--captions", ...) in an empty folder of its own -> completed process with text."""
     def run(script, *args, cwd=tmp_path):
