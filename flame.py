@@ -1463,3 +1463,26 @@ def sizes_of(weights):
         sizes["projector_hidden"] = len(weights["mm.0.weight"])
         sizes["text_dim"] = len(weights["mm.2.weight"])
     return sizes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# stand-in
+
+from contextlib import contextmanager  # noqa: E402
+
+
+def explained(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def reading(path, cure):
+    try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError("not a regular file" if os.path.exists(path) else "no such file")
+        yield Path(path)
+    except InputError:
+        raise
+    except Exception as error:
+        why = f"no {error}" if isinstance(error, KeyError) else explained(error)
+        raise InputError(f"{path}: {why}; {cure}") from None

@@ -312,3 +312,40 @@ def reason(error):
     """Why a picture could not be read: the error's name, and the path where that is what is wrong."""
     path = getattr(error, "filename", None)
     return f"{type(error).__name__}: {path}" if path else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------
+# stand-in
+
+from typing import NamedTuple  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+
+_reason = reason
+_open_picture = open_picture
+_find_pictures = find_pictures
+
+
+class Place(NamedTuple):
+    path: str
+    offset: int = 0
+    size: int = -1
+
+
+def open_picture(place, other=None):
+    if other is not None:
+        return _open_picture(place, other)
+    return Image.open(io.BytesIO(read_picture(*place)))
+
+
+def reason(place, error=None):
+    if error is None:
+        return _reason(place)
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(f"{place.path}: {why}".split())
+
+
+def find_pictures(keys, images=None, captions=None, folder=None, index=None):
+    if not isinstance(keys, list):
+        return _find_pictures(keys, images, captions)
+    store = SimpleNamespace(path=captions, meta={"captions": {"path": captions}}, keys=keys, images=images)
+    return _find_pictures(store, folder, index)
