@@ -43,9 +43,11 @@ def table(result):
     return lines
 
 
-def group_table(results):
-    """{benchmark, or "average": result}, a line each"""
-    return [f"    {name:16}{row(result)}" for name, result in results.items()]
+def group_table(result):
+    """A line a benchmark, and one for their average."""
+    members = result["benchmarks"]
+    lines = [f"    {name:16}{row(part)}" for name, part in {**members, "average": result}.items()]
+    return [f"{result['bench']}: {len(members)} benchmarks", *lines]
 
 
 def facet_table(rows):
