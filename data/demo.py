@@ -36,7 +36,7 @@ sys.path.insert(0, str(REPOSITORY))
 from data import command, files
 from data.corpus.llm import make_llm
 from data.corpus.scenes import make_corpus
-from data.show.report import cell
+from data.show.table import table
 from flame import InputError
 
 
@@ -87,30 +87,6 @@ def run_stage(argv, source, product, root, done):
     return made
 
 
-def results_table(result):
-    """evaluate.py's JSON of the demo -> lines of text: each part's figures in percent, with 95% intervals."""
-    lines = [f"{'':34} {'among':>6} {'chance':>6}   {'R@1 or top-1':20} {'R@5 or top-5':20} R@10"]
-
-    def add(what, among, part, direction=None):
-        scores = part[direction] if direction else part
-        keys = [key for key in ("R@1", "R@5", "R@10", "top1", "top5") if key in scores]
-        figures = " ".join(cell(part, key, direction) for key in keys)
-        lines.append(f"{what:34} {among:6} {100 / among:6.1f}   {figures.rstrip()}")
-
-    for name, part in result["parts"].items():
-        if "text_to_image" in part:
-            add(f"{name} captions, text to image", part["n_images"], part, "text_to_image")
-            add(f"{name} captions, image to text", part["n_texts"], part, "image_to_text")
-        if "n_classes" in part:
-            what = "seen objects by synonym" if name == "synonyms" else f"{name} objects by English name"
-            add(what, part["n_classes"], part)
-        if "languages" in part:
-            for language, row in part["languages"].items():
-                add(f"seen objects by name in {language}", row["n_classes"], row)
-            add(f"mean of {len(part['languages'])} languages", row["n_classes"], part)
-    return lines
-
-
 def run_stages(root, corpus, quick):
     """embed.py, train.py and evaluate.py on the corpus; prints their results, time, memory and pictures."""
     llm = Path("data/demo/llm")
@@ -131,7 +107,7 @@ def run_stages(root, corpus, quick):
         took.append(run_stage(line.split(), source, product, root, root / corpus / "done"))
         source = product
     result = json.loads((root / results / "demo.json").read_text(encoding="utf-8"))
-    print("\n" + "\n".join(results_table(result)) + "\n")
+    print("\n" + "\n".join(table(result)) + "\n")
     for made in took:
         print(f"{made['command'][0]:12} {made['seconds']:6.0f} s   peak memory {made['peak_gib']:.2f} GiB")
     print(f"{'together':12} {sum(made['seconds'] for made in took):6.0f} s")
