@@ -81,7 +81,7 @@ def urban1k(root):
     root = next((path.parent for path in sorted(root.rglob("image"))), root)    # in the archive's own folders
     names = sorted({path.stem for path in [*root.glob("image/*"), *root.glob("caption/*.txt")]})
     texts = [root / f"caption/{name}.txt" for name in names]
-    captions = [lines_of(path)[:1] if path.exists() else [""] for path in texts]
+    captions = [(lines_of(path) if path.exists() else [])[:1] or [""] for path in texts]
     return [root / f"image/{name}.jpg" for name in names], {"": captions}
 
 

@@ -105,7 +105,7 @@ def encode_images(towers, places, least=2):
     said = f"{len(bad)} of {len(places)} pictures cannot be read"
     said += f", the first is {places[bad[0]].path}" if len(bad) else ""
     if len(places) - len(bad) < least:
-        raise InputError(f"{said}; at least {least} are needed; {benchmarks.CURE}")
+        raise InputError(f"{said}; at least {least} are needed; data/README.md says where they must lie")
     if len(bad):
         print(f"{said}; they are left out", file=sys.stderr)
     kept = np.delete(np.arange(len(places)), bad)
