@@ -630,30 +630,3 @@ class Joined:
 
     def __len__(self):
         return self.database.execute("SELECT count(DISTINCT key) FROM captions").fetchone()[0]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# stand-in
-
-class TableRow(NamedTuple):
-    key: str
-    image: str
-    raw: str
-    short: str
-    long: str
-
-
-def write_table(path, captions, joins=None):
-    skipped = {}
-    lines = ["key\timage\traw\tshort\tlong\n"]
-    for row in read_captions(captions, skipped):
-        lines.append("\t".join([row.key, row.image, *(row.captions[name] for name in PROMPTS)]) + "\n")
-    report_skipped(captions, skipped)
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
-
-
-def read_table(path):
-    with open(path, encoding="utf-8", newline="\n") as file:
-        next(file)
-        for line in file:
-            yield TableRow(*line.rstrip("\n").split("\t"))

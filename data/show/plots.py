@@ -52,14 +52,7 @@ def finish(axes, words, **legend):
     axes.legend(frameon=False, **legend)
 
 
-def draw_facets(rows, path):
-    figure = draw_facets_(rows)
-    if figure:
-        files.write(path, figure.savefig)
-    return figure
-
-
-def draw_facets_(rows):
+def draw_facets(rows):
     """What evaluate.ablation returns -> Figure: R@1 over the number of facets; each facet alone, and all but
     it.
 

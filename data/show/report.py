@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from data import files
-from data.pictures import open_picture, reason
+from data.benchmarks import InTar
+from data.pictures import read_picture
 from data.show.fonts import draw_text, printable, wrapped
 from data.show.plots import draw_facets, facet_names
 
@@ -28,6 +29,23 @@ RED = "#d83040"
 DARK_RED = "#b00020"
 INK = "#202020"
 GREY = "#d0d0d0"
+
+
+def open_picture(picture):
+    """Path, InTar, or uint8 array [H, W] or [H, W, 3] -> PIL image, to be closed"""
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture)
+    place = (picture.tar, picture.offset, picture.size) if isinstance(picture, InTar) else (picture,)
+    return Image.open(io.BytesIO(read_picture(*place)))
+
+
+def reason(picture, error):
+    """Why a picture cannot be read, in one line that names it."""
+    name = "a picture" if isinstance(picture, np.ndarray) else picture
+    if isinstance(picture, InTar):
+        name = f"{picture.tar}:{picture.name}"
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(f"{name}: {why}".split())
 
 
 def thumbnail(picture, side):

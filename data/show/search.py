@@ -1,14 +1,25 @@
 """evaluate.py --search: the pictures under a folder, ranked by texts or by a picture."""
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
-from data import files
-from data.pictures import Place
+from data import benchmarks, files
 from data.show import fonts, report
+from flame import InputError
 
 LONG = 15  # words; a longer text is asked the long set's questions
+
+
+def pictures_under(folder):
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name another")
+    pictures = benchmarks.pictures_in(folder, deep=True)
+    if not pictures:
+        suffixes = " ".join(sorted(benchmarks.IMAGE_SUFFIXES))
+        raise InputError(f"{folder}: no pictures, {suffixes}; name another folder")
+    return pictures
 
 
 def prompts_of(args, query):
@@ -37,7 +48,7 @@ def search(args, pictures, towers, encode_images, encode_texts):
     rows = []
     for query in args.search or typed():
         if os.path.isfile(query):   # a text may be too long for a file's name
-            vector, _ = encode_images(towers, [Place(query)], least=1)
+            vector, _ = encode_images(towers, [Path(query)], least=1)
         else:
             vector = encode_texts(towers, [query], prompts_of(args, query))
         nothing = np.array([-1])    # is the right answer to what nobody knows
@@ -45,7 +56,7 @@ def search(args, pictures, towers, encode_images, encode_texts):
         rows.append(report.found_for(shown, 0, best=args.top))
         print(f"{fonts.printable(query)}: the best of {len(image)} pictures")
         for place, tile in enumerate(rows[-1]["found"], 1):
-            print(f"{place:3}  {tile['score']:.4f}  {fonts.printable(pictures[tile['picture']].path)}")
+            print(f"{place:3}  {tile['score']:.4f}  {fonts.printable(pictures[tile['picture']])}")
         files.write(path, report.draw_sheet(rows, pictures, named=True).save)
     if rows:
         print(f"-> {path}")

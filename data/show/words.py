@@ -6,7 +6,6 @@ from PIL import ImageDraw, ImageOps
 
 import flame
 from data import files
-from data.pictures import Place, open_picture, reason
 from data.show import fonts, report
 from flame import InputError
 
@@ -48,11 +47,11 @@ def patch_states(model, pixels):
 def show(args, model, llm):
     """Prints, and draws over the picture, the word that the LLM's unembedding finds nearest to each patch."""
     try:
-        with open_picture(Place(str(args.words))) as image:
+        with report.open_picture(args.words) as image:
             pixels = model.preprocess(image)
             image = image.convert("RGB")
     except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-        raise InputError(f"{reason(Place(str(args.words)), error)}; --words wants a picture") from None
+        raise InputError(f"{report.reason(args.words, error)}; --words wants a picture") from None
 
     norm, unembedding = flame.load_unembedding(llm)
     if len(norm) != model.config["text_dim"]:
