@@ -170,7 +170,7 @@ def samples(parts, resamples=RESAMPLES):
 
 
 def intervals(rows):
-    """What samples() gives, or a difference -> [(mean, low, high)], 95%. Draws without a query do not count."""
+    """What samples() gives, or a difference -> [(mean, low, high)], 95%, of draws that had a query."""
     return list(zip(rows[0].tolist(), *np.nanpercentile(rows[1:], [2.5, 97.5], axis=0).tolist()))
 
 
@@ -363,7 +363,8 @@ BENCHMARKS = {
 # 3. The command line
 
 def command_line():
-    parser = Parser(width=80, usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search ...",
+    usage = "evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT"
+    parser = Parser(width=80, usage=usage,
                     description="Scores a checkpoint; writes <out>/<bench>.json, .npz and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     what = parser.add_mutually_exclusive_group(required=True).add_argument

@@ -28,6 +28,7 @@ from data.pictures import Place, open_picture
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0),
            "white": (255, 255, 255)}
 NAMES = list(COLOURS)
+FINISHED = {"step": 3, "training": {"steps": 3}}     # of a checkpoint, its config.json
 FOREIGN = dict(zip(NAMES, ("rouge", "vert", "bleu", "jaune", "blanc")))
 
 
@@ -207,7 +208,7 @@ def colours(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "IMAGENET", tmp_path / "names")
     monkeypatch.setattr(towers, "BATCH", 2)
     put(tmp_path / "names/classnames.txt", "\n".join(NAMES))
-    put(tmp_path / "out/run/config.json", "{}")
+    put(tmp_path / "out/run/config.json", json.dumps(FINISHED))
     put(tmp_path / "out/run/model.safetensors", "")
 
     def run(bench, *more):
@@ -269,7 +270,8 @@ def test_tars_are_read_as_clip_benchmark_reads_them(bench, tmp_path):
         texts = [[text for text, i in zip(*data[""]) if i == n] for n in range(len(pictures))]
     else:
         pictures, texts, names, templates = benchmarks.read(bench, tmp_path)
-        assert names == theirs.classes and templates == [line.replace("{c}", "{}") for line in theirs.templates]
+        assert names == theirs.classes
+        assert templates == [line.replace("{c}", "{}") for line in theirs.templates]
     ours = [np.array(open_picture(place).convert("RGB")) for place in pictures]
     for (image, text), our_image, our_text in zip(theirs, ours, texts, strict=True):
         assert np.array_equal(image, our_image) and text == our_text
@@ -323,18 +325,6 @@ def test_a_perfect_model_scores_100(bench, colours, tmp_path, capsys):
         files.add(f"{bench}.png")
     assert {path.name for path in (tmp_path / "results").iterdir()} == files
     assert "100.0 [100.0, 100.0]" in capsys.readouterr().out
-
-
-def test_all_captions_count_where_they_are_asked_for(colours, tmp_path):
-    for bench, count in (("coco", 35), ("xm3600", 15)):
-        TREES[bench](tmp_path / "data" / bench)
-        result = colours(bench, "--all-captions")[1]
-        assert (result["n_texts"], result["captions_per_image"]) == (count, "all")
-
-
-def test_archives_may_have_folders_of_their_own(colours, tmp_path):
-    tree_urban1k(tmp_path / "data/urban1k/Urban1k/Urban1k")
-    assert colours("urban1k")[1]["text_to_image"]["R@1"] == 100
 
 
 def test_bad_pictures_and_captions_shift_nothing(colours, tmp_path, capsys):
@@ -401,10 +391,10 @@ def pipe(name):
     ("food101", lambda root: (root / "test").rename(root / "train"), "test: not found"),
     ("coco", pipe("test/0.tar"), "0.tar: "),
     ("coco", write("test/0.tar", "no tar"), "0.tar: "),
-    ("coco", lambda root: [(root / f"test/{n}.tar").unlink() or tarfile.open(root / f"test/{n}.tar", "w").close()
-                           for n in (0, 1)], "no sample of its tars has a picture and .txt"),
+    ("coco", lambda root: [tarfile.open(root / f"test/{n}.tar", "w").close() for n in (0, 1)],
+     "no sample of its tars has a picture and .txt"),
     ("demo", write("test.tsv", "key\timage\n1\t2\t3\n"), "test.tsv: ")])
-def test_another_layout_is_one_line_and_nothing_is_written(bench, break_it, message, colours, tmp_path, capsys):
+def test_another_layout_is_one_line(bench, break_it, message, colours, tmp_path, capsys):
     TREES[bench](tmp_path / "data" / bench)
     break_it(tmp_path / "data" / bench)
     assert colours(bench) == (2, None)
@@ -430,12 +420,15 @@ def test_a_group_scores_each_as_alone_and_averages(colours, tmp_path, monkeypatc
     for bench in ("coco", "flickr30k"):
         assert colours(bench, "--data-root", f"elsewhere/{bench}")[1] == group["benchmarks"][bench]
     each = [group["benchmarks"][bench]["text_to_image"]["R@1"] for bench in ("coco", "flickr30k")]
-    assert each == [80, pytest.approx(200 / 3)] and group["text_to_image"]["R@1"] == pytest.approx(np.mean(each))
+    assert each == [80, pytest.approx(200 / 3)]
+    assert group["text_to_image"]["R@1"] == pytest.approx(np.mean(each))
     low, high = group["ci95"]["text_to_image"]["R@1"]
     assert 30 <= low < 73 < high <= 100
     rows = printed.split("short: 2 benchmarks\n")[1].splitlines()
     assert [row.split()[0] for row in rows[:3]] == ["coco", "flickr30k", "average"]
-    assert colours("short", "--data-root", "elsewhere")[1] == group
+    code, group = colours("short", "--data-root", "elsewhere", "--all-captions")
+    coco = group["benchmarks"]["coco"]
+    assert (coco["n_texts"], coco["captions_per_image"]) == (35, "all")
     short = tmp_path / "results/short.json"
     assert colours("compared", "--compare", short, short)[0] == 0   # a group, too
     assert "text_to_image" in capsys.readouterr().out
