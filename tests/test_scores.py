@@ -191,7 +191,7 @@ def test_bootstrap_equals_its_loop():
 
 
 def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, monkeypatch, capsys):
-    """Runs of 60 texts: one errs on red, the other on none; the difference is that of the texts that differ."""
+    """Five texts; one run errs on red, the other on none: the difference is that of the text that differs."""
     def corpus(count):
         rows = []
         for n in range(count):
@@ -465,7 +465,9 @@ def real(byte_llm, tmp_path_factory):
     llm = {"name": "tiny", "fingerprint": flame.llm_fingerprint(byte_llm), "layer": 2,
            "positions": "restart", "questions": flame.questions()}
     model = flame.Flame(config | {"llm": llm})
-    model.text.mean.copy_(0.1 * torch.randn_like(model.text.mean))  # a projection that differs between columns
+    for parameter in model.visual.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.text.mean.copy_(0.1 * torch.randn_like(model.text.mean))  # a projection: each column has its own
     (folder / "out/tiny").mkdir(parents=True)
     save_file(model.state_dict(), folder / "out/tiny/model.safetensors")
     put(folder / "out/tiny/config.json", json.dumps({"model": config, "llm": llm}))
@@ -492,7 +494,8 @@ def test_main_equals_one_picture_and_one_text_at_a_time(bench, real, byte_llm, t
 
         if "top1" not in result:
             for language, (texts, owner) in data[0].items():
-                scores = [[flame.similarity(image, facets(text)).item() for image in images] for text in texts]
+                scores = [[flame.similarity(image, facets(text)).item() for image in images]
+                          for text in texts]
                 got = result["languages"][language] if language else result
                 assert {way: got[way] for way in evaluate.WAYS} == slow_retrieval(scores, owner)
             return
@@ -533,7 +536,7 @@ def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, byte_llm, tmp_path
 def test_another_llm_is_refused(real, byte_llm, tiny_llm, tmp_path, capsys):
     tree_urban1k(tmp_path / "data")
     known = ["--bench", "urban1k", "--data-root", tmp_path / "data", "--out", tmp_path / "out"]
-    for fingerprint, message in (("else", "trained with another LLM (tiny)"), (None, "its states have 48 dim")):
+    for fingerprint, message in (("else", "with another LLM (tiny)"), (None, "its states have 48 dimensions")):
         checkpoint = tmp_path / str(fingerprint)
         shutil.copytree(real / "out/tiny", checkpoint)
         config = json.loads((checkpoint / "config.json").read_text())
