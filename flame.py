@@ -11,6 +11,7 @@ Below the line are files: an LLM's folder, tokenizers, the embedding store, chec
 The stages embed.py, train.py and evaluate.py import this file; README.md shows how to use it from Python.
 """
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -1081,6 +1082,75 @@ def keep_freed_memory():
 
 # ------------------------------------------------------------------------------------------------------------
 # The embedding store, written by embed.py, read by train.py
+
+class Store:
+    """A finished store: captions.tsv (key, image, raw, short, long), meta.json, and 000000.npy, 000001.npy
+    ..., windows of its rows, float16 [window, 11, D] of unit vectors.
+
+    Raises InputError where the folder is none, is unfinished, or was made with other questions.
+    """
+    columns = range(len(COLUMNS))  # every store has them all
+
+    def __init__(self, path):
+        self.path = Path(path)
+        cure = "make a store with embed.py"
+        meta = self.path / "meta.json"
+        self.meta = read_json(meta, cure)
+        with reading(meta, cure):
+            self.N, self.D, self.window = (int(self.meta[name]) for name in ("N", "D", "window"))
+            check_questions(self.meta["llm"]["questions"], meta)
+            there = set(os.listdir(self.path))
+            wanted = [f"{w:06d}.npy" for w in range(-(-self.N // self.window))]
+            missing = [name for name in ["captions.tsv", *wanted] if name not in there]
+        if missing:
+            raise InputError(f"{self.path}: {missing[0]} and {len(missing) - 1} other files are missing; "
+                             "run the same embed.py command again")
+        self.vectors = functools.lru_cache(8192)(self.open_window)  # a process may map 65,000 files
+
+    def __len__(self):
+        return self.N
+
+    def __reduce__(self):  # pickled as its path: a loader's process maps the vectors, it gets no copy of them
+        return Store, (self.path,)
+
+    def open_window(self, w):
+        """[rows, 11, D], mapped"""
+        with reading(self.path / f"{w:06d}.npy", "delete it and run the same embed.py command again") as path:
+            return np.asarray(np.load(path, mmap_mode="r")).reshape(-1, len(COLUMNS), self.D)
+
+    @functools.cached_property
+    def names(self):
+        with open(self.path / "captions.tsv", encoding="utf-8", newline="\n") as file:
+            next(file)
+            return [line.split("\t", 2)[:2] for line in file]
+
+    @functools.cached_property
+    def keys(self):
+        return [key for key, _ in self.names]
+
+    @functools.cached_property
+    def images(self):
+        """Paths as the captions' source gives them, or "" """
+        return [image for _, image in self.names]
+
+    def read(self, rows, columns):
+        """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors
+
+        Raises IndexError where there is no such row or column.
+        """
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        columns = np.atleast_2d(np.asarray(columns, np.int64))
+        columns = np.broadcast_to(columns, (len(rows), columns.shape[1]))
+        if (rows < 0).any() or (rows >= self.N).any() or (columns < 0).any():
+            raise IndexError(f"rows {rows}, columns {columns}: the store has {self.N} x {len(COLUMNS)}")
+        out = np.empty((*columns.shape, self.D), np.float16)
+        for i, (w, row) in enumerate(zip(*(part.tolist() for part in np.divmod(rows, self.window)))):
+            out[i] = self.vectors(w)[row, columns[i]]
+        vectors = torch.from_numpy(out).float()
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
+
+
+open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
 
 
 # ------------------------------------------------------------------------------------------------------------
