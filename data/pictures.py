@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -178,10 +179,16 @@ def report_tars(folder, tars, skipped, strangers, store):
 # ------------------------------------------------------------------------------------------------------------
 # What a training step sees
 
-def open_picture(files, place):
+class Place(NamedTuple):
+    """Where a picture's bytes are: a file, or a part of a tar."""
+    path: str
+    offset: int = 0
+    size: int = -1
+
+
+def open_picture(place):
     """PIL image, its header read, not yet decoded. Raises nearly anything on a stranger's bytes."""
-    file, offset, size = place.tolist()
-    return Image.open(io.BytesIO(read_picture(files[file], offset, size)))
+    return Image.open(io.BytesIO(read_picture(*place)))
 
 
 def read_picture(path, offset=0, size=-1):
