@@ -1463,3 +1463,22 @@ def sizes_of(weights):
         sizes["projector_hidden"] = len(weights["mm.0.weight"])
         sizes["text_dim"] = len(weights["mm.2.weight"])
     return sizes
+
+
+from contextlib import contextmanager  # noqa: E402
+
+
+@contextmanager
+def reading(path, cure):
+    try:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; {cure}")
+        yield path
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {explained(error)}; {cure}") from None
+
+
+def explained(error):
+    return " ".join((str(error) or type(error).__name__).split())[:200]
