@@ -188,19 +188,23 @@ def picture(forest, decode, title):
     decode: list of token ids -> text. Raises InputError without matplotlib.
     """
     T = len(forest.tokens)
-    side = max(7, 0.13 * T)     # inches
-    figure = new_figure(side, side)
+    words = [decode([token]).replace("\n", "\\n") or "?" for token in forest.tokens.tolist()]
+    side = max(7, 0.13 * T)     # of the mask, inches
+    margin = 0.2 + 0.06 * max(map(len, words))
+    figure = new_figure(side + margin, side + margin + 0.4)
     if figure is None:
         raise InputError("--draw: it takes matplotlib; pip install matplotlib")
     colours = [PALETTE[s % len(PALETTE)] for s in range(len(forest.lengths))]
     of_tokens = np.repeat(colours, forest.lengths)
     rgb = np.array([[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in of_tokens])     # [T, 3]
-    axes = figure.add_subplot()
+    width, height = figure.get_size_inches()
+    figure.set_layout_engine("none")    # to measure all those labels takes many seconds
+    axes = figure.add_axes((margin / width, 0.05 / height, (side - 0.05) / width, side / height))
     axes.imshow(np.where(mask_of(forest)[..., None], rgb, 255))
-    axes.barh(forest.answers, forest.answers + 1, 1, -0.5, fill=False)  # the facet states' rows are framed
+    # The rows that the facet states are read in are framed.
+    axes.barh(forest.answers, forest.answers + 1, 1, -0.5, fill=False, zorder=3, clip_on=False)
     axes.set_title(title, loc="left", fontsize=6 + side / 2)
 
-    words = [decode([token]).replace("\n", "\\n") or "?" for token in forest.tokens.tolist()]
     axes.xaxis.tick_top()
     axes.set_xticks(range(T), words, rotation=90, fontsize=7)
     axes.set_yticks(range(T), words, fontsize=7)
