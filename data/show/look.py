@@ -147,7 +147,7 @@ def inspect(args):
 
 PALETTE = ("#64748b", "#2563eb", "#dc2626", "#d97706", "#059669", "#7c3aed",
            "#db2777", "#0891b2", "#65a30d", "#9333ea", "#ea580c", "#0d9488")
-TOKENS = 1024   # that a picture can show
+TOKENS = 512   # that a picture can show
 
 
 def draw(args):
@@ -191,16 +191,15 @@ def picture(forest, decode, title):
     words = [decode([token]).replace("\n", "\\n") or "?" for token in forest.tokens.tolist()]
     side = max(7, 0.13 * T)     # of the mask, inches
     margin = 0.2 + 0.06 * max(map(len, words))
-    figure = new_figure(side + margin, side + margin + 0.4)
+    width, height = side + margin, side + margin + 0.4
+    figure = new_figure(width, height, None)    # to measure all those labels would take many seconds
     if figure is None:
         raise InputError("--draw: it takes matplotlib; pip install matplotlib")
     colours = [PALETTE[s % len(PALETTE)] for s in range(len(forest.lengths))]
     of_tokens = np.repeat(colours, forest.lengths)
-    rgb = np.array([[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in of_tokens])     # [T, 3]
-    width, height = figure.get_size_inches()
-    figure.set_layout_engine("none")    # to measure all those labels takes many seconds
+    rgb = np.array([[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in of_tokens], np.uint8)
     axes = figure.add_axes((margin / width, 0.05 / height, (side - 0.05) / width, side / height))
-    axes.imshow(np.where(mask_of(forest)[..., None], rgb, 255))
+    axes.imshow(np.where(mask_of(forest)[..., None], rgb, np.uint8(255)), interpolation="none")
     # The rows that the facet states are read in are framed.
     axes.barh(forest.answers, forest.answers + 1, 1, -0.5, fill=False, zorder=3, clip_on=False)
     axes.set_title(title, loc="left", fontsize=6 + side / 2)

@@ -20,13 +20,13 @@ def facet_names():
     return FACETS
 
 
-def new_figure(width, height):
+def new_figure(width, height, layout="constrained"):
     """An empty Figure, sizes in inches of 100 pixels; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no plot is drawn: pip install matplotlib", file=sys.stderr)
-    return Figure((width, height), dpi=100, layout="constrained")
+    return Figure((width, height), dpi=100, layout=layout)
 
 
 def draw_facets(rows, path):
