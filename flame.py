@@ -10,22 +10,23 @@ Cao, Wei, Ma: "FLAME: Frozen Large Language Models Enable Data-Efficient Languag
 Below the line are files: an LLM's folder, tokenizers, the embedding store, checkpoints.
 The stages embed.py, train.py and evaluate.py import this file; README.md shows how to use it from Python.
 """
-import base64
 import ctypes
-import functools
 import hashlib
 import json
 import os
 import re
+import warnings
+from bisect import bisect_right
 from collections import OrderedDict
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 try:
     import flame_ext  # the C++/CUDA extension in ext/; every line that uses it has a PyTorch twin beside it
@@ -52,7 +53,7 @@ class PromptSet(NamedTuple):
 
 
 FACETS = (
-    'this image description means in just one word:"',  # the whole
+    'this image description means in just one word:"',  # all of it
     # entity level
     'the category of the main object in this image means in just one word:"',
     'the prominent characteristic or pattern of the main object in this image means in just one word:"',
@@ -64,13 +65,14 @@ FACETS = (
     'the overall atmosphere or emotion of this image means in just one word:"',
 )
 PREFIX = 'Image description : "{}" . After thinking step by step ,'
+# To ask questions of your own, edit them here: stores and checkpoints record theirs, and are refused by a
+# flame.py that asks others.
 PROMPTS = {
     "raw": PromptSet(PREFIX, FACETS[:1]),
     "short": PromptSet(PREFIX, FACETS[:3]),
     "long": PromptSet("Detailed " + PREFIX, FACETS),
 }
-# The columns of a store and of the text projection, always in this order: raw 1, short 3, long 7. Questions
-# of one's own (use_prompts) are put in place of these, before anything is opened.
+# The columns of a store and of the text projection, always in this order: raw 1, short 3, long 7.
 COLUMNS = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(prompt.facets))]
 
 
@@ -133,12 +135,12 @@ def build_forest(sequences, positions=None):
     lengths = np.array(lengths, np.int32)
     parents = np.array(parents, np.int32)
     if positions is None:
-        where = token_depths(lengths, parents)
+        numbers = token_depths(lengths, parents)
     else:
-        where = np.array([position for _, position in packed], np.int64)
+        numbers = np.array([position for _, position in packed], np.int64)
         packed = [token for token, _ in packed]
     tokens = torch.tensor(packed, dtype=torch.int64)
-    return Forest(tokens, torch.from_numpy(where), lengths, parents, torch.from_numpy(answers))
+    return Forest(tokens, torch.from_numpy(numbers), lengths, parents, torch.from_numpy(answers))
 
 
 def shared_prefix(a, b):
@@ -163,30 +165,28 @@ def token_depths(lengths, parents):
     return np.arange(lengths.sum()) + np.repeat(end[:-1] - stops, lengths)
 
 
-def visible(forest):
-    """The rule, as a boolean mask [T, T]: row q, column k."""
-    S = len(forest.lengths)
+def visible(lengths, parents, first=0):
+    """The rule, as a boolean mask [T - first, T]: row q, from query `first` on, column k."""
+    S = len(lengths)
     lineage = np.zeros((S, S), bool)  # a segment, itself and its ancestors
-    for s, parent in enumerate(forest.parents.tolist()):
+    for s, parent in enumerate(parents.tolist()):
         if parent >= 0:
             lineage[s] = lineage[parent]
         lineage[s, s] = True
-    segment = np.repeat(np.arange(S), forest.lengths)      # [T]
-    depth = token_depths(forest.lengths, forest.parents)   # [T]
-    return lineage[segment][:, segment] & (depth <= depth[:, None])
+    segment = np.repeat(np.arange(S), lengths)  # [T]
+    depth = token_depths(lengths, parents)      # [T]
+    return lineage[segment[first:]][:, segment] & (depth <= depth[first:, None])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. The frozen decoder (Llama, Mistral, Qwen), hand-written: RMSNorm, RoPE, grouped-query attention, SwiGLU
 
 class Decoder(NamedTuple):
-    config: dict             # config.json as llm_config() fills it in
-    embedding: torch.Tensor  # [vocabulary, D]
-    blocks: list[dict]       # the kept blocks only
-    inv_freq: torch.Tensor   # [head_dim / 2] float32, RoPE's angular frequencies
-
-
-NATIVE = (torch.float32, torch.bfloat16)  # what the extension's kernels know; float16 takes the PyTorch path
+    config: dict               # config.json as llm_config() fills it in
+    embedding: torch.Tensor    # [vocabulary, D]
+    blocks: list[dict]         # the kept blocks only
+    inv_freq: torch.Tensor     # [head_dim / 2] float32, RoPE's angular frequencies
+    kernels: ModuleType | None = None  # flame_ext; None: the PyTorch twins
 
 
 @torch.inference_mode()
@@ -200,84 +200,96 @@ def decode(decoder, forest):
     kv_heads = decoder.config["num_key_value_heads"]
     head_dim = decoder.config["head_dim"]
     eps = decoder.config["rms_norm_eps"]
+    kernels = decoder.kernels
     device = decoder.embedding.device
     dtype = decoder.embedding.dtype
-    attend = attention_over(forest, device, dtype, heads // kv_heads)
-    angle = torch.outer(move(forest.positions.float(), device), decoder.inv_freq)  # [T, head_dim / 2]
+    over = forest_attention if kernels else attention_in_stretches
+    attend = over(forest, device, heads // kv_heads)
+    angle = torch.outer(to_device(forest.positions.float(), device), decoder.inv_freq)  # [T, head_dim / 2]
     cos = angle.cos()
     sin = angle.sin()
-    answers = move(forest.answers, device)
+    answers = to_device(forest.answers, device)
 
-    x = decoder.embedding[move(forest.tokens, device)].float()  # [T, D], the residual stream
-    update = None                                            # what the last sublayer adds to it
+    x = decoder.embedding[to_device(forest.tokens, device)].float()  # [T, D], the residual stream
+    update = None                                                    # what the last sublayer adds to it
     for block in decoder.blocks:
-        h = add_and_norm(x, update, block["attention_norm"], eps, dtype)
+        h = add_and_norm(kernels, x, update, block["attention_norm"], eps, dtype)
         qkv = F.linear(h, block["wqkv"], block["bqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
         if block["qk_norm"] is not None:
             norm_heads(qkv, block["qk_norm"], eps)
-        rope(qkv, cos, sin, heads + kv_heads)
+        rope(kernels, qkv, cos, sin, heads + kv_heads)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
         mixed = attend(q, k, v).flatten(1)
         if block is decoder.blocks[-1]:  # from here on nobody reads any other token
             mixed = mixed[answers]
             x = x[answers]
-        h = add_and_norm(x, F.linear(mixed, block["wo"]), block["mlp_norm"], eps, dtype)
-        update = F.linear(swiglu(F.linear(h, block["w_gate_up"])), block["w_down"])
+        h = add_and_norm(kernels, x, F.linear(mixed, block["wo"]), block["mlp_norm"], eps, dtype)
+        update = F.linear(swiglu(kernels, F.linear(h, block["w_gate_up"])), block["w_down"])
     return x + update
 
 
-def move(x, device):
-    """x on the device. To a GPU the copy is queued behind its work; the CPU does not wait for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+def forest_attention(forest, device, share):
+    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule, natively.
 
-
-def native(device, dtype):
-    """Do the extension's kernels run there?"""
-    kernels = flame_ext and (device.type == "cpu" or device.type == "cuda" and flame_ext.cuda)
-    return bool(kernels) and dtype in NATIVE
-
-
-def stream_of(device):
-    """The handle of a GPU's stream, where the extension's kernels take their turn."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def attention_over(forest, device, dtype, share):
-    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule.
-
-    share: query heads a key head, H / Hkv. Here the rule is a mask of all pairs. The extension visits only
-    the pairs that are visible, and reads every ancestor's keys and values in place.
+    share: query heads a key head, H / Hkv. Every ancestor's keys and values are read where they lie.
     """
-    if native(device, dtype):
-        return native_attention(forest, device, share)
-    mask = torch.from_numpy(visible(forest)).to(device)
-
-    def attend(q, k, v):
-        k = k.repeat_interleave(share, dim=1)  # a key head serves its group
-        v = v.repeat_interleave(share, dim=1)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, d]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
-    return attend
-
-
-def native_attention(forest, device, share):
-    gpu = device.type == "cuda"
-    tile = max(1, 64 // share) if gpu else 64  # queries that are worked on together
+    tile = max(1, 64 // share) if device.type == "cuda" else 64  # queries that are worked on together
     layout = flame_ext.layout(forest.lengths, forest.parents, tile)
-    plan = move(torch.tensor(layout.plan), device) if gpu else None
+    plan = to_device(torch.tensor(layout.plan), device) if device.type == "cuda" else None
 
     def attend(q, k, v):
         out = torch.empty(q.shape, dtype=q.dtype, device=device)
-        flame_ext.attention(q, k, v, out, layout, q.shape[-1] ** -0.5, plan, stream_of(device))
+        call(flame_ext.attention, q, q, k, v, out, layout, q.shape[-1] ** -0.5, plan)
         return out
     return attend
 
 
-def add_and_norm(x, update, weight, eps, dtype):
+STRETCH = {"cpu": 64, "cuda": 512}  # queries; on a GPU more, so that launches are few
+
+
+def attention_in_stretches(forest, device, share):
+    """The twin of forest_attention: a stretch of neighbours at a time, which share most of what they see.
+
+    A stretch's keys are its segments' tokens and their ancestors'. These are a forest themselves, whose last
+    tokens are the stretch, so that its mask is the rule's last rows.
+    """
+    segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)  # [T]
+    starts = np.cumsum(forest.lengths) - forest.lengths
+    parents = forest.parents.tolist()
+    stretches = []
+    size = STRETCH.get(device.type, 512)
+    for first in range(0, len(segment), size):
+        last = min(first + size, len(segment))
+        needed = set()
+        for s in np.unique(segment[first:last]).tolist():
+            while s >= 0 and s not in needed:
+                needed.add(s)
+                s = parents[s]
+        needed = np.array(sorted(needed))
+        lengths = np.minimum(forest.lengths[needed], last - starts[needed])  # no query sees what lies behind
+        heads = forest.parents[needed]
+        places = np.where(heads < 0, -1, np.searchsorted(needed, heads))
+        keys = np.concatenate([np.arange(a, a + n) for a, n in zip(starts[needed], lengths)])
+        mask = visible(lengths, places, len(keys) - (last - first))
+        operands = [to_device(torch.from_numpy(x), device) for x in (keys, mask)]
+        stretches.append((slice(first, last), *operands))
+
+    def attend(q, k, v):
+        out = torch.empty_like(q)
+        k = k.repeat_interleave(share, dim=1)  # a key head serves its group
+        v = v.repeat_interleave(share, dim=1)
+        for queries, keys, mask in stretches:
+            rows = [x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])]  # [1, H, n, d]
+            out[queries] = F.scaled_dot_product_attention(*rows, attn_mask=mask)[0].transpose(0, 1)
+        return out
+    return attend
+
+
+def add_and_norm(kernels, x, update, weight, eps, dtype):
     """x float32 [T, D] += update, in place; -> RMSNorm(x) * weight [T, D] in dtype."""
-    if native(x.device, dtype):
+    if kernels:
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        flame_ext.rmsnorm(x, weight, out, eps, update, stream_of(x.device))
+        call(kernels.rmsnorm, x, x, weight, out, eps, update)
         return out
     if update is not None:
         x += update
@@ -291,10 +303,10 @@ def norm_heads(qkv, weight, eps):
     qkv[:, :len(weight)] = (x * scale * weight).to(qkv.dtype)
 
 
-def rope(qkv, cos, sin, heads):
+def rope(kernels, qkv, cos, sin, heads):
     """Rotates the first `heads` heads of [T, heads + others, d] in place; the pairs are (i, i + d/2)."""
-    if native(qkv.device, qkv.dtype):
-        flame_ext.rope(qkv, cos, sin, heads, stream_of(qkv.device))
+    if kernels:
+        call(kernels.rope, qkv, qkv, cos, sin, heads)
         return
     a, b = qkv[:, :heads].float().chunk(2, dim=-1)
     cos = cos[:, None]
@@ -302,11 +314,11 @@ def rope(qkv, cos, sin, heads):
     qkv[:, :heads] = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
 
 
-def swiglu(gate_up):
+def swiglu(kernels, gate_up):
     """[T, 2F] -> [T, F], silu(gate) * up."""
-    if native(gate_up.device, gate_up.dtype):
+    if kernels:
         out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        flame_ext.swiglu(gate_up, out, stream_of(gate_up.device))
+        call(kernels.swiglu, gate_up, gate_up, out)
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -314,21 +326,6 @@ def swiglu(gate_up):
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. The text tower: tokenizer + forest + decoder
-
-def tokenize(tokenizer, captions, prompts):
-    """-> ([N] prefix ids, [N][K] facet ids); together the ids of the whole string `prefix(c) + " " + facet`.
-    """
-    prefix = prompt_set(prompts).prefix
-    texts = [prefix.replace("{}", clean(caption)) for caption in captions]
-    return tokenize_texts(tokenizer, texts, prompts, tokenize_whole)
-
-
-def tokenize_whole(tokenizer, text, facets):
-    """K whole strings, tokenized -> (what they share with the prefix alone, the K remainders)."""
-    prefix, *strings = tokenizer.encode_batch([text] + [f"{text} {facet}" for facet in facets])
-    cut = min(shared_prefix(prefix, string) for string in strings)
-    return prefix[:cut], [string[cut:] for string in strings]
-
 
 def caption_forest(prefixes, suffixes, positions="restart"):
     """[N] prefix ids, [N][K] facet ids -> the Forest of all N * K strings, its answers in that order.
@@ -348,8 +345,7 @@ def caption_forest(prefixes, suffixes, positions="restart"):
     return build_forest(sequences, consecutive or None)
 
 
-# Tokens in one packed row. On CPU its activations stay in cache; a mask of all pairs should not be larger.
-BUDGET = {"cpu": 2048, "cuda": 16384}
+BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row; on CPU its activations stay in cache
 POSITIONS = ("restart", "sequential", "causal")
 
 
@@ -358,41 +354,35 @@ class TextEncoder:
 
     llm_dir    Hugging Face checkpoint folder (config.json, safetensors, and a tokenizer), or its id there
     layer      how many blocks to keep; the paper takes the output of all but the last
-    positions  "restart": every facet's RoPE positions go on from the caption: its string fixes an embedding;
-               "sequential": consecutive over all K facets, as in the released code;
-               "causal": consecutive too, and a facet sees those before it: no facet-decoupled attention,
-               to compare with
+    positions  "restart": every facet's RoPE positions go on from the caption; "sequential": consecutive over
+               all K facets, as released; "causal": and a facet sees those before it, to compare with
     budget     tokens in one packed row, up to a caption more (default: BUDGET)
-    tokenize   (tokenizer, captions, prompts) -> ids; data/released.py has the released code's
     """
 
     def __init__(self, llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart",
-                 budget=None, tokenize=tokenize):
+                 budget=None):
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {positions!r}")
         device = torch.device(device)
         if device.type == "cpu":
             keep_freed_memory()
-        llm_dir = llm_folder(llm_dir)
-        self.llm_dir = llm_dir
-        self.tokenizer = load_tokenizer(llm_dir)
-        self.decoder = load_decoder(llm_dir, layer, device, dtype)
+        self.llm_dir = llm_folder(llm_dir)
+        self.tokenizer = load_tokenizer(self.llm_dir)
+        self.decoder = load_decoder(self.llm_dir, layer, device, dtype)
         self.layer = len(self.decoder.blocks)
         self.positions = positions
-        self.tokenize = tokenize
+        self.tokenize = tokenize  # data/released.py puts the released code's in its place
         self.dim = self.decoder.config["hidden_size"]
         self.context = self.decoder.config["context"]
-        self.budget = budget or BUDGET[device.type]
+        self.budget = budget or BUDGET.get(device.type, 2048)
         self.truncated = 0  # captions cut so far because the model's context is shorter
 
     def encode(self, captions, prompts="long"):
-        """list[str], or one str -> float32 [N, K, D] on the CPU: the states at the facets' last tokens.
-
-        They are not normalised. Raises ValueError for anything else, and for prompts that are none of
-        PROMPTS.
+        """list[str] -> float32 [N, K, D] on the CPU: the states at the facets' last tokens, not normalised.
         """
-        captions = listed(captions)
-        out = torch.empty(len(captions), len(prompt_set(prompts).facets), self.dim)
+        if isinstance(captions, str):
+            raise ValueError("captions must be a list of str, not one str")
+        out = torch.empty(len(captions), len(PROMPTS[prompts].facets), self.dim)
         for rows, facets in self.encode_batches(captions, prompts):
             out[rows] = facets
         return out
@@ -400,21 +390,21 @@ class TextEncoder:
     def encode_batches(self, captions, prompts="long"):
         """Yields (rows, facets float32 [n, K, D]) a packed row at a time; every caption is in one."""
         for rows, forest in self.pack(captions, prompts):
-            yield rows, self.run(forest, len(rows))
+            yield rows, decode(self.decoder, forest).cpu().view(len(rows), -1, self.dim)
 
     def pack(self, captions, prompts="long"):
-        """Yields (rows, Forest of their strings), each a packed row; a thread may run ahead of `run`.
+        """Yields (rows, Forest of their strings), each a packed row; a thread may run ahead of the decoder.
 
         Captions are sorted by length, so that progress and memory are steady; none is padded. The packed rows
         are as few as the budget allows and about equally long: filled to the brim they would leave a short
         last one, which is slow.
         """
-        captions = listed(captions)
         prefixes, suffixes = self.tokenize(self.tokenizer, captions, prompts)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
-            if self.longest_string(prefix, facets) > self.context:
-                prefixes[i], suffixes[i] = self.longest_beginning(captions[i], prompts)
-        sizes = [token_count(prefix, facets) for prefix, facets in zip(prefixes, suffixes)]
+            if longest_string(prefix, facets, self.positions) > self.context:
+                prefixes[i], suffixes[i] = longest_beginning(self, captions[i], prompts)
+                self.truncated += 1
+        sizes = [len(prefix) + sum(map(len, facets)) for prefix, facets in zip(prefixes, suffixes)]
         total = sum(sizes)
         packed_rows = -(-total // self.budget)
         made = 0
@@ -423,57 +413,16 @@ class TextEncoder:
         for i in sorted(range(len(captions)), key=sizes.__getitem__):
             batch.append(i)
             tokens += sizes[i]
-            due = tokens * packed_rows // total  # as many rows should be there by now
+            due = tokens * packed_rows // total  # as many rows should be made by now
             if due > made:
                 chosen = [prefixes[j] for j in batch], [suffixes[j] for j in batch]
                 forest = caption_forest(*chosen, self.positions)
-                self.check_vocabulary(forest.tokens)
+                if forest.tokens.max() >= len(self.decoder.embedding):
+                    raise InputError(f"{self.llm_dir}: its tokenizer knows more tokens than its weights; "
+                                     "they belong to different models")
                 yield batch, forest
                 made = due
                 batch = []
-
-    def run(self, forest, n):
-        """The n captions' facet states, float32 [n, K, D] on the CPU, of a Forest that `pack` made."""
-        return decode(self.decoder, forest).cpu().view(n, -1, self.dim)
-
-    def longest_string(self, prefix, facets):
-        """Tokens that the context must hold; only in "restart" is each facet's string one of its own."""
-        together = max if self.positions == "restart" else sum
-        return len(prefix) + together(map(len, facets))
-
-    def check_vocabulary(self, tokens):
-        token = tokens.max().item()
-        vocabulary = len(self.decoder.embedding)
-        if token >= vocabulary:
-            raise InputError(f"{self.llm_dir}: its tokenizer says {token}, its weights have {vocabulary} "
-                             "tokens; they belong to different models")
-
-    def longest_beginning(self, caption, prompts):
-        """(prefix ids, facet ids) of as much of a caption as fits into the context; the prompt is never cut.
-        """
-        def ids_of(characters):
-            (prefix,), (facets,) = self.tokenize(self.tokenizer, [caption[:characters]], prompts)
-            return prefix, facets
-
-        low = 0
-        high = len(caption)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.longest_string(*ids_of(middle)) <= self.context:
-                low = middle
-            else:
-                high = middle - 1
-        best = ids_of(low)
-        if self.longest_string(*best) > self.context:
-            raise InputError(f"{self.llm_dir}: its context of {self.context} tokens cannot hold the "
-                             f"{prompts} prompts; choose another LLM or fewer prompts")
-        self.truncated += 1
-        return best
-
-
-def token_count(prefix, facets):
-    """Tokens of one caption in a packed row, at most: openings that facets share are counted each time."""
-    return len(prefix) + sum(len(facet) for facet in facets)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -519,13 +468,11 @@ class VisionTransformer(nn.Module):
     """CLIP's ViT up to the last block's raw output: FLAME uses neither ln_post nor proj.
 
     Published config (ViT-B/16): image 224, patch 16, width 768, 12 blocks, 12 heads; LayerNorm eps 1e-5,
-    exact GELU. init: the blocks' initial weights, "clip" as OpenAI's CLIP has them, "published" as the
-    released FLAME code.
+    exact GELU. The initial weights are train.py's affair.
     """
 
-    def __init__(self, image_size, patch_size, width, layers, heads, init="clip"):
+    def __init__(self, image_size, patch_size, width, layers, heads):
         super().__init__()
-        self.gradient_checkpointing = False  # recompute each block backward: less memory, a third more work
         patches = (image_size // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
@@ -533,15 +480,6 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        for block in self.transformer.resblocks:
-            if init == "clip":  # residual branches shrink with depth
-                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * (2 * layers) ** -0.5)
-            else:  # what nn.Linear and nn.MultiheadAttention begin with
-                nn.init.xavier_uniform_(block.attn.in_proj_weight)
-                nn.init.zeros_(block.attn.out_proj.bias)
 
     def forward(self, pixels, kept=None):
         """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token.
@@ -558,10 +496,7 @@ class VisionTransformer(nn.Module):
         x = torch.cat([class_token.expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x)
         for block in self.transformer.resblocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # nothing is random
-            else:
-                x = block(x)
+            x = block(x)
         return x
 
 
@@ -592,14 +527,12 @@ class TextProjection(nn.Module):
         x = F.normalize(facets.float(), dim=-1) - self.mean[columns]
         out = torch.empty_like(x)
         for c in columns.unique().tolist():  # one product a column, not one small matrix a vector
-            own = x[columns == c]
-            along = own @ self.basis[c] * self.gain[c]
-            own = self.rest[c] * own + along @ self.basis[c].T
+            u = x[columns == c]
+            u = self.rest[c] * u + (u @ self.basis[c] * self.gain[c]) @ self.basis[c].T
             if c in self.mapped:
                 m = self.mapped.index(c)
-                seen = own @ self.down[m] if hasattr(self, "down") else own
-                own = own + seen @ self.up[m]
-            out[columns == c] = own
+                u = u + (u @ self.down[m] if hasattr(self, "down") else u) @ self.up[m]
+            out[columns == c] = u
         return F.normalize(out, dim=-1)
 
 
@@ -608,7 +541,7 @@ class Flame(nn.Module):
 
     config: image_size, patch_size, width, layers, heads; text_dim (D), projector_hidden, pool_first;
     text_rank, text_mapped, text_map_rank (shape of the text projection); columns (names of the store columns
-    it is trained on); llm (which LLM the texts came from); init and init_logit_scale in training only.
+    it is trained on); llm (which LLM the texts came from).
     """
 
     def __init__(self, config):
@@ -617,7 +550,7 @@ class Flame(nn.Module):
         sizes = [config[name] for name in ("image_size", "patch_size", "width", "layers", "heads")]
         hidden = config["projector_hidden"]
         D = config["text_dim"]
-        self.visual = VisionTransformer(*sizes, config.get("init", "clip"))
+        self.visual = VisionTransformer(*sizes)
         self.mm = nn.Sequential(
             nn.Linear(config["width"], hidden),
             nn.GELU(),
@@ -626,48 +559,36 @@ class Flame(nn.Module):
         )
         mapped = [COLUMNS.index(name) for name in config.get("text_mapped", ())]
         self.text = TextProjection(D, config["text_rank"], mapped, config.get("text_map_rank", 0))
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.get("init_logit_scale", np.log(10)))))
+        self.logit_scale = nn.Parameter(torch.tensor(float(np.log(10))))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # used by the sigmoid loss alone
 
     def forward(self, pixels, kept=None):  # what DistributedDataParallel calls
         """[B, 3, H, W] -> [B, D], L2-normalised: every patch token projected, then averaged; no class token.
 
         pool_first averages before projecting: near the same accuracy on small towers at about half the time.
-        kept: int64 [B, n], the only patches to look at, in training.
         """
         patches = self.visual(pixels, kept)[:, 1:]
         x = self.mm(patches.mean(1)) if self.config["pool_first"] else self.mm(patches).mean(1)
         return F.normalize(x.float(), dim=-1)
 
-    def encode_image(self, images, kept=None):
-        """[B, 3, H, W], or a PIL image, a path, or a list of any of these -> [B, D], L2-normalised.
+    @torch.inference_mode()
+    def encode_image(self, pixels):
+        """[B, 3, H, W] normalised pixels, as `preprocess` makes them -> [B, D], L2-normalised."""
+        return self(pixels.to(self.visual.conv1.weight))
 
-        In eval mode without gradient. Raises ValueError for anything else.
-        """
-        pixels = pixels_of(images, self.config["image_size"]).to(self.visual.conv1.weight)
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return self(pixels, kept)
-
+    @torch.inference_mode()
     def encode_text(self, facets, prompts="long"):
-        """[N, K, D] facet states of a prompt set -> [N, K, D], its text projection applied, L2-normalised.
-
-        In eval mode without gradient. Raises ValueError where the shape or the prompt set is another.
-        """
-        K = len(prompt_set(prompts).facets)
-        D = self.config["text_dim"]
-        if not isinstance(facets, torch.Tensor) or facets.ndim != 3 or facets.shape[1:] != (K, D):
-            found = list(facets.shape) if isinstance(facets, torch.Tensor) else type(facets).__name__
-            raise ValueError(f"facets must be a tensor [N, {K}, {D}] for prompts {prompts!r}, not {found}")
+        """[N, K, D] facet states of a prompt set -> [N, K, D], its text projection applied, L2-normalised."""
         columns = [i for i, name in enumerate(COLUMNS) if name.startswith(f"{prompts}.")]
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return self.text(facets.to(self.text.mean.device), columns)
+        if facets.shape[1:] != (len(columns), self.config["text_dim"]):
+            wanted = [len(columns), self.config["text_dim"]]
+            raise ValueError(f"facets of the {prompts} prompts are [N, *{wanted}], not {list(facets.shape)}")
+        return self.text(facets.to(self.text.mean.device), columns)
 
     def preprocess(self, image):
-        """PIL image, or a picture's path -> [3, size, size]: RGB, shortest side to size (bicubic), centre
-        crop, normalise.
+        """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise.
 
-        Raises OSError where the path cannot be read as a picture, ValueError for anything else than these
-        two.
+        Raises ValueError where a side is more than 100 times the other: scaled up it would fill the memory.
         """
         return preprocess(image, self.config["image_size"])
 
@@ -676,104 +597,65 @@ class Flame(nn.Module):
 # 6. The two meet
 
 def similarity(image, facets):
-    """[M, D], [N, K, D] -> [N, M], mean over facets of the cosine. Raises ValueError for other shapes."""
-    if image.ndim != 2 or facets.ndim != 3 or image.shape[1] != facets.shape[2]:
-        raise ValueError("similarity wants images [M, D] and facets [N, K, D], "
-                         f"not {list(image.shape)} and {list(facets.shape)}")
+    """[M, D], [N, K, D] -> [N, M], mean over facets of the cosine."""
     return F.normalize(facets, dim=-1).mean(1) @ F.normalize(image, dim=-1).T
 
 
 # ============================================================================================================
-# That was the method. From here on files are read: JSON and arrays, an LLM's folder, tokenizers, the store,
-# checkpoints.
+# That was the method. From here on files are read: an LLM's folder, tokenizers, the store, checkpoints.
 # ============================================================================================================
 
-def read_json(path, wanted=None, cure="download or write it anew"):
-    """The object in a JSON file that others may have written.
-
-    wanted: {key: type, tuple of types, or for an object such a dict again}. A key may be missing where None's
-    type is among them; an int is a float too, a bool is neither. Raises InputError, which names file, key and
-    cure, where anything is not as wanted.
-    """
-    path = regular_file(path, cure)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror}); {cure}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON ({e}); {cure}") from None
-    if not isinstance(entries, dict):
-        raise InputError(f"{path}: holds a {type(entries).__name__}, not an object; {cure}")
-    check_keys(path, entries, wanted or {}, cure)
-    return entries
+ANEW = "download or write it anew"
 
 
-def check_keys(path, entries, wanted, cure, inside=""):
-    """Raises InputError where entries, from the file, are not as wanted (see read_json)."""
-    for key, types in wanted.items():
-        value = entries.get(key)
-        name = repr(inside + key)
-        nested = types if isinstance(types, dict) else None
-        types = dict if nested else types
-        types = types if isinstance(types, tuple) else (types,)
-        if key not in entries and type(None) not in types:
-            raise InputError(f"{path}: no {name}; {cure}")
-        fits = isinstance(value, types) or float in types and isinstance(value, int)
-        if not fits or isinstance(value, bool) and bool not in types:
-            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise InputError(f"{path}: {name} is {json.dumps(value)[:50]}, not a {names}; {cure}")
-        if nested:
-            check_keys(path, value, nested, cure, f"{inside}{key}.")
+@contextmanager
+def reading(path, cure=ANEW):
+    """The boundary to what others wrote: whatever goes wrong inside becomes one line of file, fault and cure.
 
-
-def check_range(path, entries, key, low, high, cure):
-    """Raises InputError where a number is not from low to high; a missing one and null are not looked at."""
-    value = entries.get(key)
-    if value is not None and not low <= value <= high:  # NaN is not either
-        raise InputError(f"{path}: {key!r} is {json.dumps(value)[:50]}, not from {low} to {high}; {cure}")
-
-
-def regular_file(path, cure):
-    """The path itself. Raises InputError where no file is there, or a pipe, which would be waited for without
-    end.
+    -> the path. Parsers raise nearly anything on a damaged file, so read, and coerce the values, inside.
+    Raises InputError, also where no regular file is there: a pipe would be waited for without end.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'not a regular' if path.exists() else 'no such'} file; {cure}")
-    return path
-
-
-def read_array(path, dtype, shape, cure="download or write it anew"):
-    """Maps a .npy file that others may have written: exactly this dtype and shape, rows first. Nothing is
-    unpickled.
-
-    Raises InputError, which names file and cure, where anything is not as wanted.
-    """
-    path = regular_file(path, cure)
     try:
-        array = np.load(path, mmap_mode="r")  # allow_pickle is off
-    except Exception as e:  # numpy raises nearly anything on a broken file
-        why = " ".join(str(e).split())[:100]
-        raise InputError(f"{path}: not a .npy file of numbers ({why}); {cure}") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: an archive of arrays, not one .npy array; {cure}")
-    if array.dtype != np.dtype(dtype) or array.shape != tuple(shape) or not array.flags.c_contiguous:
-        order = "" if array.flags.c_contiguous else ", columns first"
-        raise InputError(f"{path}: {array.dtype} {list(array.shape)}{order}, "
-                         f"where {np.dtype(dtype)} {list(shape)} is wanted; {cure}")
-    return array
+        yield path
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {explained(error)}; {cure}") from None
 
 
-def read_lines(path, count, cure):
-    """A text file's lines, one a row of the store. Raises InputError where there are not `count` of them."""
-    path = regular_file(path, cure)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({e}); {cure}") from None
-    if len(lines) != count:
-        raise InputError(f"{path}: {len(lines)} lines, where {count} are wanted; {cure}")
-    return lines
+def explained(error):
+    """What an exception says, in one line of at most 200 characters."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        text = f"no {text}"
+    elif isinstance(error, OSError):
+        text = error.strerror or text
+    elif not text or not isinstance(error, (ValueError, RuntimeError)):
+        text = f"{type(error).__name__} {text}"
+    return " ".join(text.split())[:200]
+
+
+def read_json(path, cure=ANEW):
+    """The object in a JSON file, a dict."""
+    with reading(path, cure):
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError(f"a JSON {type(entries).__name__}, not an object")
+    return entries
+
+
+def questions():
+    """PROMPTS as stores and checkpoints record them."""
+    return {name: {"prefix": prefix, "facets": list(facets)} for name, (prefix, facets) in PROMPTS.items()}
+
+
+def check_questions(recorded, path):
+    """Raises InputError where the file records other questions than PROMPTS."""
+    if recorded != questions():
+        raise InputError(f"{path}: made with other questions than flame.PROMPTS; edit these, or make it anew")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -781,12 +663,8 @@ def read_lines(path, count, cure):
 
 # model_type: Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5; Qwen3
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LLM_CURE = ("--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer; "
-            "download it anew")
-UNQUANTISED = "download the bfloat16 or float16 checkpoint, the one without FP8, GPTQ, AWQ or bnb in its name"
-ANEW = "download it anew"
-NONE = type(None)  # among the types of what a file may leave out
-UNLIMITED = 1 << 20
+LLM_CURE = ("--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer, "
+            "not quantised; download it anew")
 
 
 def llm_folder(name):
@@ -797,143 +675,111 @@ def llm_folder(name):
     """
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
-    read = ["config.json", "*.safetensors", "model.safetensors.index.json",
-            "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json"]
+    names = ["config.json", "*.safetensors", "model.safetensors.index.json",
+             "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
     try:
         from huggingface_hub import snapshot_download
         twice = ["consolidated*", "*/*"]  # the same weights once more, as Mistral's own code reads them
-        return Path(snapshot_download(str(name), allow_patterns=read, ignore_patterns=twice))
-    except Exception as e:  # offline, gated, no such model, a full disk
-        why = " ".join(str(e).split())[:200]
+        return Path(snapshot_download(str(name), allow_patterns=names, ignore_patterns=twice))
+    except Exception as error:  # offline, gated, no such model, a full disk
         raise InputError(f"{name}: no such folder, and as a Hugging Face id it is out of reach "
-                         f"({type(e).__name__}: {why}); download it, and give its folder") from None
+                         f"({explained(error)}); download it, and give its folder") from None
 
 
 def llm_config(llm_dir):
-    """What decides an LLM's states in its config.json, and no more: checked, with what may be left to
-    defaults filled in.
+    """What decides an LLM's states in its config.json, and no more, defaults filled in.
 
     Two entries are ours: "inv_freq" and "context", how many tokens a string may have: the positions that the
     model knows, or its sliding window where that is shorter, since up to there a window changes nothing.
     """
-    path = Path(llm_dir) / "config.json"
-    family = read_json(path, {"model_type": str}, LLM_CURE)["model_type"]
-    if family not in FAMILIES:
-        raise InputError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    sizes = {"num_hidden_layers": int, "hidden_size": int, "intermediate_size": int, "vocab_size": int,
-             "num_attention_heads": int, "num_key_value_heads": (int, NONE), "head_dim": (int, NONE)}
-    context = {"max_position_embeddings": (int, NONE), "sliding_window": (int, NONE)}
-    others = {"rms_norm_eps": float, "hidden_act": (str, NONE), "use_sliding_window": (bool, NONE),
-              "rope_theta": (float, NONE), "rope_parameters": (dict, NONE), "rope_scaling": (dict, NONE)}
-    entries = read_json(path, sizes | context | others, LLM_CURE)
-    for key in sizes | context:
-        check_range(path, entries, key, 1, 1 << 24, LLM_CURE)
-    check_range(path, entries, "rms_norm_eps", 0, 1, LLM_CURE)
-    for key in ("quantization_config", "compression_config"):
-        if method := entries.get(key):
-            method = method.get("quant_method", key) if isinstance(method, dict) else method
-            raise InputError(f"{path}: {key!r} says that the weights are quantised ({method}); {UNQUANTISED}")
-    if entries.get("hidden_act") not in (None, "silu"):
-        raise InputError(f"{path}: hidden_act {entries['hidden_act']!r} is not supported; supported: silu")
-
-    config = {key: entries.get(key) for key in ("model_type", "rms_norm_eps", *sizes)}
-    heads = config["num_attention_heads"]
-    kv_heads = config["num_key_value_heads"] or heads
-    head_dim = config["head_dim"] or max(1, config["hidden_size"] // heads)
-    if heads % kv_heads:
-        raise InputError(f"{path}: 'num_attention_heads' is {heads}, no multiple of 'num_key_value_heads', "
-                         f"{kv_heads}; {LLM_CURE}")
-    if head_dim % 2:
-        raise InputError(f"{path}: 'head_dim' is {head_dim}, but RoPE turns pairs; {LLM_CURE}")
-    windowed = entries.get("use_sliding_window", family == "mistral")
-    window = entries.get("sliding_window", 4096) if windowed else None
-    config["num_key_value_heads"] = kv_heads
-    config["head_dim"] = head_dim
-    config["inv_freq"] = rope_frequencies(path, entries, head_dim)
-    config["context"] = min(entries.get("max_position_embeddings") or UNLIMITED, window or UNLIMITED)
+    with reading(Path(llm_dir) / "config.json", LLM_CURE) as path:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        family = entries["model_type"]
+        if family not in FAMILIES:
+            raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        if entries.get("quantization_config") or entries.get("compression_config"):
+            raise ValueError("the weights are quantised")
+        if entries.get("hidden_act") not in (None, "silu"):
+            raise ValueError(f"hidden_act {entries['hidden_act']!r} is not supported; supported: silu")
+        config = {"model_type": family, "rms_norm_eps": float(entries["rms_norm_eps"])}
+        for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
+                     "num_attention_heads"):
+            config[size] = int(entries[size])
+        heads = config["num_attention_heads"]
+        kv_heads = int(entries.get("num_key_value_heads") or heads)
+        head_dim = int(entries.get("head_dim") or config["hidden_size"] // heads)
+        if heads % kv_heads or head_dim % 2 or not 0 < head_dim <= 4096:
+            raise ValueError(f"{heads} heads of {head_dim} do not go with {kv_heads} key heads, or with RoPE")
+        window = int(entries.get("sliding_window", 4096) or 0)
+        if not entries.get("use_sliding_window", family == "mistral"):
+            window = 0
+        config["num_key_value_heads"] = kv_heads
+        config["head_dim"] = head_dim
+        config["inv_freq"] = rope_frequencies(entries, head_dim)
+        unlimited = 1 << 20
+        config["context"] = min(int(entries.get("max_position_embeddings") or unlimited), window or unlimited)
     return config
 
 
-# What config.json must say of each kind of RoPE.
-ROPE = {
-    "default": ("rope_theta",),
-    "linear": ("rope_theta", "factor"),
-    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-               "original_max_position_embeddings"),
-}
-
-
-def rope_frequencies(path, entries, head_dim):
+def rope_frequencies(entries, head_dim):
     """-> float64 [head_dim / 2]. Scaling slows them down, so that far positions look like the near ones of
     training.
     """
     # transformers 5 and 4 name it differently
     rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE:
-        raise InputError(f"{path}: 'rope_type' {kind!r}: RoPE scaling that is not supported; "
-                         f"supported: {', '.join(ROPE)}")
-    theta = entries.get("rope_theta")
-    rope = {"rope_theta": 10000.0 if theta is None else theta} | rope
-    check_keys(path, rope, dict.fromkeys(ROPE[kind], float), LLM_CURE)
-    for key in ROPE[kind]:
-        check_range(path, rope, key, 1e-6, 1e12, LLM_CURE)
-    freq = float(rope["rope_theta"]) ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    theta = float(rope.get("rope_theta") or entries.get("rope_theta") or 10000)
+    freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if kind == "default":
         return freq
+    factor = float(rope["factor"])
     if kind == "linear":
-        return freq / rope["factor"]
+        return freq / factor
     # What turns often within the first training's context is kept, what turns seldom slowed, in between a
     # blend.
-    low = rope["low_freq_factor"]
-    high = rope["high_freq_factor"]
-    check_range(path, rope, "high_freq_factor", low + 1e-6, 1e12, LLM_CURE)
-    turns = freq * rope["original_max_position_embeddings"] / (2 * np.pi)
+    low = float(rope["low_freq_factor"])
+    high = float(rope["high_freq_factor"])
+    turns = freq * float(rope["original_max_position_embeddings"]) / (2 * np.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return freq * (kept + (1 - kept) / rope["factor"])
+    return freq * (kept + (1 - kept) / factor)
 
 
 def weight_files(llm_dir):
     """The safetensors files that are read: those of the index, else model.safetensors, else all there are."""
     llm_dir = Path(llm_dir)
     index = llm_dir / "model.safetensors.index.json"
-    whole = llm_dir / "model.safetensors"
     if index.exists():
-        names = list(read_json(index, {"weight_map": dict}, ANEW)["weight_map"].values())
-        if not names:
-            raise InputError(f"{index}: 'weight_map' is empty; {ANEW}")
-        for name in names:
-            if not isinstance(name, str) or not name or Path(name).name != name or name == "..":
-                raise InputError(f"{index}: 'weight_map' holds {json.dumps(name)[:200]}, "
-                                 f"no file's name, or one in another folder; {ANEW}")
-        return sorted({llm_dir / name for name in names})
-    files = [whole] if whole.exists() else sorted(llm_dir.glob("*.safetensors"))
+        with reading(index, LLM_CURE):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if any(Path(name).name != name for name in names):
+                raise ValueError("names a file in another folder")
+        return sorted(llm_dir / name for name in names)
+    single = llm_dir / "model.safetensors"
+    files = [single] if single.exists() else sorted(llm_dir.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{llm_dir}: no *.safetensors; download the model's weights into this folder")
+        raise InputError(f"{llm_dir}: no *.safetensors; {LLM_CURE}")
     return files
 
 
 def weights_reader(llm_dir):
-    """(read(name) -> tensor, names) over the files of weight_files. Raises InputError where one is broken or
-    quantised.
-    """
-    from safetensors import SafetensorError, safe_open
-    where = {}
+    """(read(name) -> tensor, names) over the files of weight_files."""
+    from safetensors import safe_open
+    files = {}
     for file in weight_files(llm_dir):
-        try:
-            with safe_open(regular_file(file, ANEW), framework="pt") as opened:
-                kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{file}: cannot be read ({e}); {ANEW}") from None
-        for name, kind in kinds.items():
-            if name.startswith(("model.", "lm_head.")) and kind not in ("F32", "F16", "BF16", "F64"):
-                raise InputError(f"{file}: tensor {name} is {kind}, of a quantised checkpoint; {UNQUANTISED}")
-            where[name] = file
+        with reading(file, LLM_CURE), safe_open(file, framework="pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
 
     def read(name):  # a mapping of its own for every tensor: what was copied elsewhere leaves memory at once
-        with safe_open(where[name], framework="pt") as opened:
-            return opened.get_tensor(name)
-    return read, where.keys()
+        if name not in files:
+            raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; {LLM_CURE}")
+        with reading(files[name], LLM_CURE), safe_open(files[name], framework="pt") as opened:
+            tensor = opened.get_tensor(name)
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise ValueError(f"tensor {name} is {tensor.dtype}, of a quantised checkpoint")
+            return tensor
+    return read, files.keys()
 
 
 def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
@@ -944,17 +790,14 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     not match its config.
     """
     config = llm_config(llm_dir)
-    n_layers = config["num_hidden_layers"]
-    layer = n_layers - 1 if layer is None else layer
-    if not 1 <= layer <= n_layers:
-        raise InputError(f"{llm_dir}: layer {layer} asked for, but the model has {n_layers} blocks; "
-                         f"choose 1 to {n_layers}")
+    blocks = config["num_hidden_layers"]
+    layer = blocks - 1 if layer is None else layer
+    if not 1 <= layer <= blocks:
+        raise InputError(f"{llm_dir}: layer {layer} asked for, but the model has {blocks} blocks; "
+                         f"choose 1 to {blocks}")
     read, names = weights_reader(llm_dir)
 
     def weight(name, *shape, to=dtype):
-        if name not in names:
-            raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; "
-                             f"the folder is not a whole {config['model_type']} checkpoint")
         tensor = read(name)
         if tuple(tensor.shape) != shape:
             raise InputError(f"{llm_dir}: tensor {name} has shape {list(tensor.shape)} where config.json "
@@ -963,7 +806,8 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
 
     embedding = weight("model.embed_tokens.weight", config["vocab_size"], config["hidden_size"])
     blocks = [load_block(llm_dir, config, weight, names, f"model.layers.{i}.") for i in range(layer)]
-    return Decoder(config, embedding, blocks, config["inv_freq"].float().to(device))
+    decoder = Decoder(config, embedding, blocks, config["inv_freq"].float().to(device))
+    return decoder._replace(kernels=usable_kernels(decoder))
 
 
 def load_block(llm_dir, config, weight, names, prefix):
@@ -982,7 +826,7 @@ def load_block(llm_dir, config, weight, names, prefix):
     norms = [f"{attention}{x}_norm.weight" for x in "qk"] if family == "qwen3" else []
     for name in sorted(names):
         odd = name.startswith(prefix) and name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
-        if odd and name not in biases + norms:
+        if odd and name not in biases + norms:  # to leave it out would give other states
             raise InputError(f"{llm_dir}: tensor {name} is not supported in a {family} checkpoint; "
                              "use one without it")
     bias = [weight(name, n * head_dim) for name, n in zip(biases, heads.values())]
@@ -999,49 +843,27 @@ def load_block(llm_dir, config, weight, names, prefix):
     }
 
 
-def load_unembedding(llm_dir):
-    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: what turns a state into
-    next-token scores.
-    """
-    llm_config(llm_dir)  # refuses what is quantised
-    read, names = weights_reader(llm_dir)
-    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
-    for name in ("model.norm.weight", head):
-        if name not in names:
-            raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; {ANEW}")
-    return read("model.norm.weight").float(), read(head).float()
-
-
 def llm_fingerprint(llm_dir):
-    """Names an LLM by what is read of it: "2-" and 16 hexadecimal digits of a SHA-256.
+    """Names an LLM by what is read of it: "3-" and 16 hexadecimal digits of a SHA-256.
 
     Over what llm_config takes of config.json, the tokenizer's file, and each safetensors file's name, size,
-    header and 16 samples: milliseconds for a 24-GB model, and still a fine-tune and its base are told apart.
-    Raises InputError where the folder cannot be read or is not supported.
+    and 17 pieces evenly spaced from its start on: milliseconds for a 24-GB model, and still a fine-tune and
+    its base are told apart.
     """
     config = llm_config(llm_dir)
-    tokenizer = tokenizer_file(llm_dir)
-    weights_reader(llm_dir)  # complains of what is broken or quantised
     config["inv_freq"] = config["inv_freq"].float().tolist()
+    tokenizer = tokenizer_file(llm_dir)
     bos = tokenizer.name == "tokenizer.model" and adds_bos(tokenizer)
     digest = hashlib.sha256(repr((sorted(config.items()), tokenizer.name, bos)).encode())
     digest.update(tokenizer.read_bytes())
-    sample_files(digest, weight_files(llm_dir))
-    return "2-" + digest.hexdigest()[:16]
-
-
-def sample_files(digest, files):
-    """Adds each file's name, size, and 17 pieces evenly spaced from its start on."""
-    for path in files:
-        try:
-            size = path.stat().st_size
+    for path in weight_files(llm_dir):
+        with reading(path, LLM_CURE), open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
             digest.update(f"{path.name} {size}\n".encode())
-            with open(path, "rb") as f:
-                for k in range(17):
-                    f.seek(size * k // 17)
-                    digest.update(f.read(65536))
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror}); {LLM_CURE}") from None
+            for k in range(17):
+                file.seek(size * k // 17)
+                digest.update(file.read(65536))
+    return "3-" + digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1054,35 +876,20 @@ class Tokenizer(NamedTuple):
 
 
 def tokenizer_file(llm_dir):
-    """A checkpoint folder's tokenizer.json, else tokenizer.model (sentencepiece), else tekken.json
-    (tiktoken).
-    """
-    for name in ("tokenizer.json", "tokenizer.model", "tekken.json"):
-        if (Path(llm_dir) / name).exists():
-            return regular_file(Path(llm_dir) / name, ANEW)
-    raise InputError(f"{llm_dir}: no tokenizer.json, tokenizer.model or tekken.json; "
-                     "download the model's tokenizer into this folder")
+    """A checkpoint folder's tokenizer.json, else tokenizer.model (sentencepiece)."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (Path(llm_dir) / name).is_file():
+            return Path(llm_dir) / name
+    raise InputError(f"{llm_dir}: no tokenizer.json or tokenizer.model; {LLM_CURE}")
 
 
 def load_tokenizer(llm_dir):
     """-> Tokenizer. Raises InputError where the folder has none, or one that cannot be read."""
-    path = tokenizer_file(llm_dir)
-    read = {
-        "tokenizer.json": read_tokenizer_json,
-        "tokenizer.model": read_sentencepiece,
-        "tekken.json": read_tekken,
-    }
-    try:
-        tokenizer = read[path.name](path)
+    with reading(tokenizer_file(llm_dir), LLM_CURE) as path:
+        tokenizer = read_tokenizer_json(path) if path.suffix == ".json" else read_sentencepiece(path)
         if not tokenizer.encode("A cat."):
-            raise ValueError("it makes no token of a text")
-    except InputError:
-        raise
-    except ImportError as e:
-        raise InputError(f"{path}: reading it needs {e.name}; pip install {e.name}") from None
-    except Exception as e:  # the libraries raise bare exceptions of their own on a broken file
-        raise InputError(f"{path}: not a tokenizer ({' '.join(str(e).split())}); {ANEW}") from None
-    return tokenizer
+            raise ValueError("makes no token of a text")
+        return tokenizer
 
 
 def read_tokenizer_json(path):
@@ -1095,14 +902,26 @@ def read_tokenizer_json(path):
         return published.encode(text).ids
 
     def encode_batch(texts):
-        return [encoding.ids for encoding in published.encode_batch(texts)]
+        return [encoding.ids for encoding in published.encode_batch_fast(texts)]
     return Tokenizer(encode, encode_batch, published.decode)
 
 
 def read_sentencepiece(path):
+    """With BOS in front where the model wants it. As every published tokenizer.json does, it takes a literal
+    <s> in a text for BOS.
+    """
     from sentencepiece import SentencePieceProcessor
     pieces = SentencePieceProcessor(model_file=str(path))
-    return with_bos(pieces.encode, pieces.decode, pieces.bos_id(), adds_bos(path))
+    bos = [pieces.bos_id()]
+    start = bos if adds_bos(path) else []
+
+    def encode(text):
+        first, *rest = pieces.encode(text.split("<s>"))
+        return start + first + [token for part in rest for token in bos + part]
+
+    def encode_batch(texts):
+        return [encode(text) for text in texts]
+    return Tokenizer(encode, encode_batch, pieces.decode)
 
 
 def adds_bos(path):
@@ -1110,113 +929,59 @@ def adds_bos(path):
     LlamaTokenizer's default.
     """
     settings = path.with_name("tokenizer_config.json")
-    if not settings.exists():
-        return True
-    return bool(read_json(settings, {"add_bos_token": (bool, NONE)}).get("add_bos_token", True))
+    return bool(read_json(settings, LLM_CURE).get("add_bos_token", True)) if settings.exists() else True
 
 
-def read_tekken(path):
-    from tiktoken import Encoding
-    tekken = read_json(path, {"config": dict, "vocab": list}, ANEW)
-    config = tekken["config"]
-    wanted = {"default_num_special_tokens": int, "default_vocab_size": int, "pattern": str}
-    check_keys(path, config, wanted, ANEW)
-    special = config["default_num_special_tokens"]  # these ids come first; <s> is 1
-    vocabulary = tekken["vocab"][:config["default_vocab_size"] - special]
-    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in vocabulary}
-    pieces = Encoding(path.name, pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={})
+def tokenize(tokenizer, captions, prompts):
+    """-> ([N] prefix ids, [N][K] facet ids); together the ids of each string `prefix(c) + " " + facet`.
 
-    def encode(text):
-        return [i + special for i in pieces.encode(text)]
-
-    def decode(ids):
-        return pieces.decode([i - special for i in ids if i >= special])
-    return with_bos(encode, decode, 1, True)
-
-
-def with_bos(encode, decode, bos, add_bos):
-    """A Tokenizer that puts BOS in front and, as every published tokenizer.json does, takes a literal <s> in
-    a text for it.
+    The strings are tokenized as one: a tokenizer may merge what a caption ends with and what follows.
     """
-    def whole(text):
-        first, *rest = [encode(part) for part in text.split("<s>")]
-        ids = [bos] + first if add_bos else first
-        for part in rest:
-            ids = ids + [bos] + part
-        return ids
-
-    def batch(texts):
-        return [whole(text) for text in texts]
-    return Tokenizer(whole, batch, decode)
-
-
-def tokenize_texts(tokenizer, texts, prompts, whole):
-    """[N] prefixes -> what whole(tokenizer, text, facets) gives of each; piece by piece where the ids are the
-    same.
-    """
-    same_for_all = facet_ids(tokenizer, prompts, whole)
-    if same_for_all:
-        return tokenizer.encode_batch(texts), [same_for_all] * len(texts)
-    pairs = [whole(tokenizer, text, PROMPTS[prompts].facets) for text in texts]
-    return [shared for shared, _ in pairs], [rest for _, rest in pairs]
+    template, facets = PROMPTS[prompts]
+    texts = [template.replace("{}", clean(caption)) for caption in captions]
+    ends = ["", *(f" {facet}" for facet in facets)]
+    ids = iter(tokenizer.encode_batch([text + end for text in texts for end in ends]))
+    prefixes = []
+    suffixes = []
+    for prefix in ids:
+        rows = [next(ids) for _ in facets]
+        cut = min(shared_prefix(prefix, row) for row in rows)
+        prefixes.append(prefix[:cut])
+        suffixes.append([row[cut:] for row in rows])
+    return prefixes, suffixes
 
 
-# Captions whose last characters could merge with what follows, if a tokenizer's tokens went that far.
-PROBES = ("A cat.", "", " ", "'(", '"', "1 2", "\u732b", "\u0301", "\U0001f98a", "a\n\n", "x" * 99)
+def longest_string(prefix, facets, positions):
+    """Tokens that the context must hold; only in "restart" is each facet's string one by itself."""
+    together = max if positions == "restart" else sum
+    return len(prefix) + together(map(len, facets))
 
 
-@functools.lru_cache
-def facet_ids(tokenizer, prompts, whole):
-    """Facets' ids where they may be tokenized once for all captions, which the tokenizer itself is asked;
-    else None.
-    """
-    prefix, facets = PROMPTS[prompts]
-    texts = [prefix.replace("{}", probe) for probe in PROBES]
-    found = [whole(tokenizer, text, facets) for text in texts]
-    ids = found[0][1]
-    apart = [(tokenizer.encode(text), ids) for text in texts]
-    return ids if found == apart else None
+def longest_beginning(encoder, caption, prompts):
+    """(prefix ids, facet ids) of as much of a caption as fits into the context; the prompt is never cut."""
+    def ids_of(characters):
+        (prefix,), (facets,) = encoder.tokenize(encoder.tokenizer, [caption[:characters]], prompts)
+        return prefix, facets
+
+    def tokens(characters):
+        return longest_string(*ids_of(characters), encoder.positions)
+
+    fitting = bisect_right(range(len(caption) + 1), encoder.context, key=tokens) - 1
+    if fitting < 0:
+        raise InputError(f"{encoder.llm_dir}: its context of {encoder.context} tokens cannot hold the "
+                         f"{prompts} prompts; choose another LLM")
+    return ids_of(fitting)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What people pass
-
-def prompt_set(name):
-    """-> its PromptSet. Raises ValueError where there is none of that name."""
-    if not isinstance(name, str) or name not in PROMPTS:
-        raise ValueError(f"prompts {name!r}: there is no such set; choose among {', '.join(PROMPTS)}")
-    return PROMPTS[name]
-
-
-def listed(captions):
-    """A list or tuple of str as it is; a str alone is one caption. Raises ValueError for anything else."""
-    if isinstance(captions, str):
-        return [captions]
-    if not isinstance(captions, (list, tuple)):
-        raise ValueError(f"captions must be a list of str, or one str, not {type(captions).__name__}")
-    for i, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise ValueError(f"captions must be a list of str, but captions[{i}] is {type(caption).__name__}")
-        if not is_unicode(caption):
-            raise ValueError(f"captions[{i}] holds half a surrogate pair, which is no Unicode text")
-    return captions
-
-
-def is_unicode(*texts):
-    """False where UTF-8 cannot write one: for half a pair of surrogates, or what stands for a bad byte."""
-    return all(text.isascii() or not re.search("[\ud800-\udfff]", text) for text in texts)
-
+# Pictures
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_pixels(image):
-    """PIL image or uint8 tensor [..., 3, H, W] -> float32 [..., 3, H, W], normalised by CLIP's mean and
-    deviation.
-    """
-    if not isinstance(image, torch.Tensor):
-        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """uint8 [..., 3, H, W] -> float32, normalised by CLIP's mean and deviation."""
     mean = torch.tensor(CLIP_MEAN, device=image.device)[:, None, None]
     std = torch.tensor(CLIP_STD, device=image.device)[:, None, None]
     return image.contiguous().float().div_(255).sub_(mean).div_(std)
@@ -1225,45 +990,71 @@ def to_pixels(image):
 def preprocess(image, size):
     """See Flame.preprocess."""
     from PIL import Image
-    if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as opened:
-                return preprocess(opened, size)
-        except Image.DecompressionBombError as error:
-            raise OSError(f"{image}: {error}") from None
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"a picture must be a PIL image or a path, not {type(image).__name__}")
     w, h = image.size
-    if not min(w, h) or max(w, h) > 100 * min(w, h):  # scaled up, a thin one might fill the memory
+    if not min(w, h) or max(w, h) > 100 * min(w, h):
         raise ValueError(f"a picture of {w} x {h} pixels is too thin")
     w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
     left = round((w - size) / 2)
     top = round((h - size) / 2)
     resized = image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
-    return to_pixels(resized.crop((left, top, left + size, top + size)))
-
-
-def pixels_of(images, size):
-    """Whatever Flame.encode_image takes -> [B, 3, size, size]."""
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise ValueError("pictures: the list is empty")
-        return torch.cat([pixels_of(image, size) for image in images])
-    pixels = images if isinstance(images, torch.Tensor) else preprocess(images, size)
-    pixels = pixels[None] if pixels.ndim == 3 else pixels
-    if not pixels.is_floating_point() or pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-        raise ValueError(f"pixels must be floats [B, 3, {size}, {size}], as preprocess makes them, "
-                         f"not {pixels.dtype} {list(pixels.shape)}")
-    return pixels
+    square = resized.crop((left, top, left + size, top + size))
+    return to_pixels(torch.from_numpy(np.array(square)).permute(2, 0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The machine
 
+def usable_kernels(decoder):
+    """flame_ext where its kernels may run the decoder, else None, and where that was not to be expected a
+    warning says why.
+
+    No GPU has run them yet. So on a GPU they are used only after the first two blocks over a small forest
+    gave what the PyTorch twins give.
+    """
+    at = decoder.embedding
+    if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16) or not (at.is_cuda or at.is_cpu):
+        return None
+    if at.is_cpu:
+        return flame_ext
+    refusal = "flame_ext was built without CUDA" if not flame_ext.cuda else None
+    capability = torch.cuda.get_device_capability(at.device)
+    if capability < (8, 0):
+        refusal = "compute capability {}.{} is below 8.0".format(*capability)
+    if not refusal:
+        try:
+            random = np.random.default_rng(0)
+            rows = random.integers(len(at), size=(40, 60)).tolist()
+            forest = build_forest([rows[0] + rows[n % 5 + 1][:n] + rows[n] for n in range(6, 40)])
+            trial = decoder._replace(blocks=decoder.blocks[:2])
+            twin = decode(trial, forest)
+            error = (decode(trial._replace(kernels=flame_ext), forest) - twin).norm()
+            share = (error / (twin - twin.mean(0)).norm()).item()
+            limit = 0.05 if at.dtype == torch.bfloat16 else 1e-3
+            refusal = None if share < limit else f"its kernels differ from their PyTorch twins by {share:.1%}"
+        except Exception as error:
+            refusal = f"its kernels fail: {explained(error)}"
+    if refusal:
+        warnings.warn(f"{at.device}: the PyTorch twins run in place of flame_ext: {refusal}", stacklevel=2)
+    return None if refusal else flame_ext
+
+
+def to_device(x, device):
+    """x on the device. To a GPU the copy is queued behind its work; the CPU does not wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def call(kernel, at, *operands):
+    """Runs one of the extension's kernels where the tensor `at` lies; on a GPU in its stream's turn."""
+    with torch.cuda.device_of(at):  # does nothing on the CPU
+        kernel(*operands, stream=torch.cuda.current_stream(at.device).cuda_stream if at.is_cuda else 0)
+
+
 def default_dtype(device):
-    """bfloat16 where matrix products in it are fast, else float32."""
-    slow = torch.device(device).type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return torch.float32 if slow else torch.bfloat16
+    """bfloat16 where matrix products in it are fast; on older GPUs float16, on older CPUs float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def keep_freed_memory():
@@ -1277,115 +1068,7 @@ def keep_freed_memory():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Questions of one's own
-
-ASKED = []  # what use_prompts was given first; all stores and checkpoints of a process must ask the same
-
-
-def use_prompts(questions, source):
-    """Replaces prompt sets: {"long": {"prefix": 'A photo : "{}" .', "facets": ["in one word it means:\\""]}}.
-
-    What is left out stays the paper's. Stores and checkpoints remember their questions and pass them here
-    when they are opened. source: who says so. Raises InputError if these are no prompt sets, or others than
-    this process asks already: PROMPTS and COLUMNS are shared by all that it has opened.
-    """
-    cure = "give an object with raw, short or long, each with a prefix that holds {} and a list of facets"
-    check_keys(source, questions, {name: {"prefix": str, "facets": list} for name in questions}, cure)
-    for name, own in questions.items():
-        facets = own["facets"]
-        text = all(isinstance(facet, str) and facet.strip() for facet in facets)
-        text = text and is_unicode(own["prefix"], *facets)
-        if name not in PROMPTS or "{}" not in own["prefix"] or not text or not 1 <= len(facets) <= 99:
-            raise InputError(f"{source}: {name!r} is no prompt set; {cure}")
-    if ASKED and ASKED != [questions]:
-        raise InputError(f"{source}: its questions are others than of what was opened before; open it in a "
-                         "process of its own")
-    ASKED[:] = [questions]
-    for name, own in questions.items():
-        PROMPTS[name] = PromptSet(own["prefix"], tuple(own["facets"]))
-    facet_ids.cache_clear()  # it goes by the set's name
-    COLUMNS[:] = [f"{name}.{k}" for name, prompt in PROMPTS.items() for k in range(len(prompt.facets))]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The embedding store, written by embed.py, read by train.py
-
-class Store:
-    """A finished store folder: embeddings.npy [N, M, D] of unit vectors, keys.txt, images.txt, meta.json.
-
-    float16; or int8 with statistics.npy [2, M, D] (each column's mean and deviation per dimension) and
-    scales.npy [N, M]: a vector is mean + deviation * scale * its 8-bit integers. Raises InputError where the
-    folder is none, is unfinished, or does not hold together.
-    """
-
-    META = {"N": int, "D": int, "columns": list, "store": (str, NONE),
-            "captions": {"path": str, "sha256": str},
-            "llm": {"name": str, "fingerprint": str, "layer": int, "positions": str,
-                    "questions": (dict, NONE)}}
-    CURE = "run embed.py --overwrite"
-
-    def __init__(self, path):
-        self.path = Path(path)
-        meta = self.path / "meta.json"
-        if not meta.exists():
-            state = "is not an embedding store; make one with embed.py"
-            if (self.path / "journal.json").exists():
-                state = "is not finished; run the same embed.py command again"
-            raise InputError(f"{self.path}: {state}")
-        self.meta = read_json(meta, self.META, self.CURE)
-        use_prompts(self.meta["llm"].get("questions") or {}, meta)
-        N = self.meta["N"]
-        D = self.meta["D"]
-        columns = self.meta["columns"]
-        if N < 1 or D < 1 or not columns or columns != [c for c in COLUMNS if c in columns]:
-            raise InputError(f"{meta}: N, D and columns must be above 0, and columns among "
-                             f"{' '.join(COLUMNS)}; {self.CURE}")
-        dtype = self.meta.get("store", "float16")
-        if dtype not in ("float16", "int8"):
-            raise InputError(f"{meta}: 'store' is {dtype!r}, neither float16 nor int8; {self.CURE}")
-        M = len(columns)
-        self.columns = [COLUMNS.index(column) for column in columns]
-        self.vectors = read_array(self.path / "embeddings.npy", dtype, (N, M, D), self.CURE)
-        self.scales = self.statistics = None
-        if dtype == "int8":
-            self.scales = read_array(self.path / "scales.npy", np.float32, (N, M), self.CURE)
-            statistics = read_array(self.path / "statistics.npy", np.float32, (2, M, D), self.CURE)
-            self.statistics = np.array(statistics)
-        self.keys = read_lines(self.path / "keys.txt", N, self.CURE)
-        self.images = read_lines(self.path / "images.txt", N, self.CURE)
-
-    def __len__(self):
-        return len(self.keys)
-
-    def __reduce__(self):  # pickled as its path: a loader's process maps the vectors, it gets no copy of them
-        return Store, (self.path,)
-
-    def read(self, rows, columns):
-        """int [n] rows -> float32 [n, m, D] of unit vectors.
-
-        columns: places in COLUMNS (not in this store's own list), [m] for all rows or [n, m]. Raises
-        ValueError where there is no such row or column.
-        """
-        N, M, D = self.vectors.shape
-        rows = np.atleast_1d(rows)
-        rows = rows if rows.size else rows.astype(np.int64)
-        columns = np.atleast_2d(columns)
-        if not np.isin(columns, self.columns).all():
-            raise ValueError(f"columns {columns.tolist()}: the store has {self.columns}")
-        place = np.searchsorted(self.columns, columns)  # where they lie in the store
-        index = np.ravel_multi_index((rows[:, None], place), (N, M))
-        if flame_ext:  # one pass over memory that knows nothing of what lies between
-            out = torch.empty(*index.shape, D)
-            flame_ext.unit_vectors(self.vectors, index.ravel(), out.view(-1, D), self.scales, self.statistics)
-            return out
-        out = torch.from_numpy(self.vectors.reshape(N * M, D)[index]).float()
-        if self.scales is not None:
-            mean, deviation = torch.from_numpy(self.statistics[:, index % M])
-            out = mean + deviation * out * torch.from_numpy(self.scales.reshape(N * M, 1)[index])
-        return out.div_(torch.linalg.vector_norm(out, dim=-1, keepdim=True).clamp_min_(1e-12))
-
-
-open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1395,90 +1078,15 @@ def load(checkpoint):
     """Checkpoint folder written by train.py -> Flame in eval mode.
 
     In its config: "columns", names of the store columns it was trained on; "llm", the text tower's name,
-    fingerprint, layer and positions. Raises InputError where the checkpoint is missing or does not fit.
+    path, fingerprint, layer, positions and questions. Raises InputError where it is missing or does not fit.
     """
-    from safetensors import SafetensorError
-    path = Path(checkpoint)
-    try:
-        config, weights = read_checkpoint(path)
-        model = Flame(config)
-        model.load_state_dict(weights)
-    except (SafetensorError, OSError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        why = " ".join(str(e).split())[:300]
-        raise InputError(f"{path}: model.safetensors and config.json do not make a model ({why}); "
-                         "train or download it anew") from None
-    return model.eval()
-
-
-def read_checkpoint(path):
-    """A folder that train.py wrote -> (config, weights). What both say of the model's sizes must agree."""
     from safetensors.torch import load_file
-    cure = "make a checkpoint with train.py"
-    maybe = (str, NONE)
-    llm = {"name": maybe, "path": maybe, "fingerprint": maybe, "layer": (int, NONE), "positions": maybe,
-           "questions": (dict, NONE)}
-    wanted = {"model": {"heads": int, "pool_first": bool}, "llm": llm, "store": (dict, NONE)}
-    saved = read_json(path / "config.json", wanted, cure)
-    use_prompts(saved["llm"].get("questions") or {}, path / "config.json")
-    trained_on = (saved.get("store") or {}).get("columns", COLUMNS)
-    config = {"columns": trained_on} | saved["model"]
-    weights = load_file(regular_file(path / "model.safetensors", cure))
-    sizes = sizes_of(weights) | {"text_rank": weights["text.basis"].shape[-1]}
-    for name, size in sizes.items():
-        if config.get(name) != size:
-            raise ValueError(f"{name} is {config.get(name)} in config.json, {size} in the weights")
-    if config["heads"] < 1 or config["width"] % config["heads"]:
-        raise ValueError(f"{config['heads']} heads do not divide width {config['width']}")
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{name} holds what is no finite float")
-    layer = saved["llm"].get("layer")
-    if layer is not None and layer < 1:
-        raise ValueError(f"layer {layer}")
-    if saved["llm"].get("positions") not in (None, *POSITIONS):
-        raise ValueError(f"positions {saved['llm']['positions']}")
-    for names in (config["columns"], config.get("text_mapped", COLUMNS[:1])):
-        if not isinstance(names, list) or not all(name in COLUMNS for name in names):
-            raise ValueError(f"columns {names}")
-    if not config["columns"]:
-        raise ValueError("columns []")
-    return config | {"llm": dict.fromkeys(llm) | {"positions": "restart"} | saved["llm"]}, weights
-
-
-def sizes_of(weights):
-    """What an image tower's tensors, and a projector's if they are there, tell of their config.
-
-    LookupError or ValueError where they are none.
-    """
-    width, _, patch_size, _ = weights["visual.conv1.weight"].shape
-    patches = len(weights["visual.positional_embedding"]) - 1
-    blocks = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}
-    sizes = {
-        "image_size": patch_size * round(patches ** 0.5),
-        "patch_size": patch_size,
-        "width": width,
-        "layers": len(blocks),
-    }
-    if "mm.0.weight" in weights:
-        sizes["projector_hidden"] = len(weights["mm.0.weight"])
-        sizes["text_dim"] = len(weights["mm.2.weight"])
-    return sizes
-
-
-from contextlib import contextmanager  # noqa: E402
-
-
-@contextmanager
-def reading(path, cure):
-    try:
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; {cure}")
-        yield path
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: {explained(error)}; {cure}") from None
-
-
-def explained(error):
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    cure = "train or download it anew"
+    saved = read_json(Path(checkpoint, "config.json"), cure)
+    with reading(Path(checkpoint, "model.safetensors"), cure) as path:
+        weights = load_file(path)
+        with torch.device("meta"):  # nothing is allocated by what config.json says
+            model = Flame(saved["model"] | {"llm": saved["llm"]})
+        model.load_state_dict(weights, assign=True)
+        check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
+    return model.eval()
