@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 import flame
 from data import captions, files, released
 from data.show.plots import new_figure
+from data.show.words import load_unembedding
 from flame import COLUMNS, PROMPTS, InputError
 
 # -----------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def measured_speed(args, config, layer, texts):
     rows, forest = next(encoder.pack(texts, "long"))
     for _ in range(2):  # once to warm up
         started = time.time()
-        encoder.run(forest, len(rows))
+        flame.decode(encoder.decoder, forest)
     return flops(config, layer, forest) / (time.time() - started)
 
 
@@ -131,7 +132,7 @@ def inspect(args):
     if llm["fingerprint"] != flame.llm_fingerprint(args.llm):
         raise InputError(f"{args.llm}: another LLM than the store's ({llm['name']}); "
                          "give that one with --llm to see the one-word answers")
-    norm, unembedding = flame.load_unembedding(args.llm)
+    norm, unembedding = load_unembedding(args.llm)
     tokenizer = flame.load_tokenizer(args.llm)
     print("\nthe words that set each facet apart: the LLM's unembedding of its state, less the corpus mean's")
     for n, row in enumerate(islice(captions.read_table(folder / "captions.tsv"), 3)):

@@ -46,13 +46,21 @@ def patch_states(model, pixels):
     return states.reshape(side, side, -1)
 
 
+def load_unembedding(llm):
+    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: what turns a state into scores of
+    the next token."""
+    read, names = flame.weights_reader(llm)
+    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
+    return read("model.norm.weight").float(), read(head).float()
+
+
 @functools.lru_cache(1)
 def vocabulary(llm):
     """-> (whole words [V], what a state is multiplied with to score them [V, D]).
 
     Whole words are the tokens that begin with a space and have letters only: parts of words say little.
     """
-    norm, unembedding = flame.load_unembedding(llm)
+    norm, unembedding = load_unembedding(llm)
     tokenizer = flame.load_tokenizer(llm)
     texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
     tokens = [token for token, text in enumerate(texts)
