@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import flame
-from data.files import said
+from flame import explained as said
 from flame import InputError
 
 CAPTION_TOKENS = 1024  # BOS included
