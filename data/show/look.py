@@ -3,6 +3,7 @@
 What a run would take, before any hours are spent; what is in a store, and is it whole; a caption's forest as
 a picture.
 """
+import json
 import tempfile
 import time
 import warnings
@@ -39,27 +40,22 @@ def plan(args):
         total = sum(1 for _ in captions.read_table(table))
         wanted = set(np.linspace(0, total - 1, SAMPLE).astype(int).tolist())
         sample = [row for n, row in enumerate(captions.read_table(table)) if n in wanted]
-    N = args.plan or total
-    here = measured_speed(args, config, layer, [row.long for row in sample])
-    print(f"{args.captions}: {total} captions, planned as {N}; tokens from a sample of {len(sample)}")
-    print("          tokens a caption   shared   hours here   hours on an H100, at 40% of its peak")
     tokenizer = flame.load_tokenizer(args.llm)
-    sums = np.zeros(3)
+    costs = []
     for prompts in PROMPTS:
         forest, apart = forest_of(args, tokenizer, [getattr(row, prompts) for row in sample], prompts)
-        costs = np.array([apart, len(forest.tokens), flops(config, layer, forest)]) / len(sample)
-        sums += costs
-        print_cost(prompts, costs, N, here)
-    print_cost("together", sums, N, here)
-    D = config["hidden_size"]
-    print(f"store: [{N}, {len(COLUMNS)}, {D}] in float16, {2e-9 * N * len(COLUMNS) * D:.1f} GB")
-
-
-def print_cost(name, costs, N, here):
-    """costs: of one caption, the tokens of its strings, those left when shared ones count once, and FLOPs."""
-    apart, shared, work = costs
-    hours = N * work / 3600 / np.array([here, H100])
-    print(f"{name:10}{apart:16.0f}{shared:9.0f}{hours[0]:13.2f}{hours[1]:19.2f}")
+        costs.append([apart, len(forest.tokens), flops(config, layer, forest)])
+    apart, shared, work = np.sum(costs, 0) / len(sample)
+    here = measured_speed(args, config, layer, [row.long for row in sample])
+    N = args.plan or total
+    hours = [f"{N * work / speed / 3600:.2f}" for speed in (here, H100)]
+    size = 2e-9 * N * len(COLUMNS) * config["hidden_size"]
+    print(f"{args.captions}: {total} captions, planned as {N}; tokens from a sample of {len(sample)}")
+    print(f"a caption's {len(COLUMNS)} questions: {apart:.0f} tokens, {shared:.0f} where shared ones count once, "
+          f"{work / 1e9:.3g} GFLOP")
+    print(f"{layer} blocks of width {config['hidden_size']}: {hours[0]} hours here, by one packed row, "
+          f"{hours[1]} on an H100 at 40% of its peak")
+    print(f"store: [{N}, {len(COLUMNS)}, {config['hidden_size']}] in float16, {size:.1f} GB")
 
 
 def forest_of(args, tokenizer, texts, prompts):
@@ -102,45 +98,41 @@ def measured_speed(args, config, layer, texts):
 # --inspect
 
 def inspect(args):
-    """Prints whether a store is whole, how distinct its facets are, and the words nearest to them.
+    """Prints whether a store is whole, how alike its facets are, and the words nearest to them.
 
     Raises InputError where the store is none or not finished, or --llm is not the one it was made with.
     """
-    folder = Path(args.inspect)
-    store = flame.open_store(folder)
-    N, D, llm = store.meta["N"], store.meta["D"], store.meta["llm"]
-    print(f"{folder}: [{N}, {len(COLUMNS)}, {D}], {N - store.images.count('')} with a picture's path")
-    print("\n".join(f"  {name}: {value}" for name, value in store.meta.items()))
+    store = flame.open_store(args.inspect)
+    meta = store.meta
+    every = range(len(COLUMNS))
+    print(f"{args.inspect}: {json.dumps(meta, indent=1)}")
     wrong = []
-    for start in range(0, N, 1024):     # the store may be larger than memory
-        rows = np.arange(start, min(N, start + 1024))
-        norms = store.read(rows, range(len(COLUMNS))).norm(dim=-1)
-        wrong += rows[~((norms - 1).abs() < 0.01).all(1).numpy()].tolist()      # NaN is wrong, too
-    first = f", the first: {store.keys[wrong[0]]}" if wrong else ""
-    print(f"rows with a vector that is not of unit length: {len(wrong)}{first}")
+    for start in range(0, len(store), 1024):    # the store may be larger than memory
+        rows = np.arange(start, min(len(store), start + 1024))
+        norms = store.read(rows, every).norm(dim=-1)
+        wrong += rows[~((norms - 1).abs() < 0.01).all(1).numpy()].tolist()  # NaN is less than nothing
+    first = [store.keys[row] for row in wrong[:5]]
+    print(f"rows with a vector that is not of unit length: {len(wrong)}", *first)
 
     # Facets of 2,000 rows, evenly spaced, say as much as all of them.
-    states = store.read(np.unique(np.linspace(0, N - 1, 2000).astype(int)), range(len(COLUMNS)))
+    states = store.read(np.unique(np.linspace(0, len(store) - 1, 2000).astype(int)), every)
     mean = states.mean(0)
-    for prompts in PROMPTS:
-        columns = [k for k, column in enumerate(COLUMNS) if column.startswith(prompts)]
-        facets = normalize(states - mean, dim=-1)[:, columns]
-        print(f"\nmean cosine of one caption's {prompts} facets, corpus mean subtracted")
-        for line in torch.einsum("nad,nbd->ab", facets, facets) / len(facets):
-            print(" ", *(f"{cosine:6.2f}" for cosine in line))
+    units = normalize(states - mean, dim=-1)
+    print("\nmean cosine of one caption's facets, the corpus mean subtracted: raw, short, long")
+    for line in torch.einsum("nad,nbd->ab", units, units) / len(units):
+        print(" ", *(f"{cosine:6.2f}" for cosine in line))
 
-    if llm["fingerprint"] != flame.llm_fingerprint(args.llm):
-        raise InputError(f"{args.llm}: another LLM than the store's ({llm['name']}); "
+    if meta["llm"]["fingerprint"] != flame.llm_fingerprint(args.llm):
+        raise InputError(f"{args.llm}: another LLM than the store's ({meta['llm']['name']}); "
                          "give that one with --llm to see the one-word answers")
     norm, unembedding = load_unembedding(args.llm)
     tokenizer = flame.load_tokenizer(args.llm)
     print("\nthe words that set each facet apart: the LLM's unembedding of its state, less the corpus mean's")
-    for n, row in enumerate(islice(captions.read_table(folder / "captions.tsv"), 3)):
+    for n, row in enumerate(islice(captions.read_table(Path(args.inspect, "captions.tsv")), 3)):
         print(f"{row.key}: {row.long[:150]}")
-        # The scores are linear in a unit vector, so that the mean's can be subtracted before.
-        scores = (store.read([n], range(len(COLUMNS)))[0] - mean) * norm @ unembedding.T    # [11, vocabulary]
+        scores = (store.read([n], every)[0] - mean) * norm @ unembedding.T      # [11, vocabulary]
         for column, tokens in zip(COLUMNS, scores.topk(4).indices.tolist()):
-            print(f"  {column:8}", *(repr(tokenizer.decode([token]).strip()) for token in tokens))
+            print(f"  {column:8}", *(tokenizer.decode([token]).strip() for token in tokens))
 
 
 # -----------------------------------------------------------------------------
@@ -169,20 +161,6 @@ def draw(args):
     print(f"{path}: {T} tokens, {len(forest.lengths)} segments")
 
 
-def mask_of(forest):
-    """Which keys each query sees, bool [T, T].
-
-    It is the extension's mask, so that what is drawn is what runs; without it flame.visible says the same.
-    """
-    T = len(forest.tokens)
-    if not flame.flame_ext:
-        return flame.visible(forest)
-    mask = torch.empty(T, T, dtype=torch.bool)
-    layout = flame.flame_ext.layout(forest.lengths, forest.parents)
-    flame.flame_ext.mask(layout, mask)
-    return mask.numpy()
-
-
 def picture(forest, decode, title):
     """-> Figure: rows are queries, columns the keys that they see, a token in its segment's colour.
 
@@ -200,9 +178,11 @@ def picture(forest, decode, title):
     of_tokens = np.repeat(colours, forest.lengths)
     rgb = np.array([[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in of_tokens], np.uint8)
     axes = figure.add_axes((margin / width, 0.05 / height, (side - 0.05) / width, side / height))
-    axes.imshow(np.where(mask_of(forest)[..., None], rgb, np.uint8(255)), interpolation="none")
+    mask = flame.visible(forest.lengths, forest.parents)[..., None]
+    axes.imshow(np.where(mask, rgb, np.uint8(255)), interpolation="none")
     # The rows that the facet states are read in are framed.
-    axes.barh(forest.answers, forest.answers + 1, 1, -0.5, fill=False, zorder=3, clip_on=False)
+    answers = forest.answers.numpy()
+    axes.barh(answers, answers + 1, 1, -0.5, fill=False, zorder=3, clip_on=False)
     axes.set_title(title, loc="left", fontsize=6 + side / 2)
 
     axes.xaxis.tick_top()

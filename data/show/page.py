@@ -55,7 +55,7 @@ def serve(args, places, image, towers, encode_images, encode_texts, wait=True):
         style += f"#facets label:nth-of-type({k}) {{ --facet: {colour}; }}\n"
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(server_name="127.0.0.1", inbrowser=wait and sys.stdout.isatty(), prevent_thread_lock=True,
-                  quiet=True, share=False, ssr_mode=False, run_history=False, footer_links=[],
+                  quiet=True, show_error=True, share=False, ssr_mode=False, run_history=False, footer_links=[],
                   max_file_size="50mb", theme=theme, css=style)
     print(f"{len(image)} pictures to search: {blocks.local_url}   (Ctrl-C ends it)", flush=True)
     if wait:

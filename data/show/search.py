@@ -3,12 +3,15 @@ import os
 
 from data.pictures import Place
 from data.show import page, sheet
+from flame import InputError
 
 def search(args, places, towers, encode_images, encode_texts):
     """Prints and draws the args.top best of each query in args.search; without any it serves the page.
 
     args: the command line; towers, encode_images, encode_texts: evaluate.py's. places: pictures to search.
     """
+    if not places:
+        raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
     image, kept = encode_images(towers, places, least=1)
     places = [places[i] for i in kept]
     if not args.search:

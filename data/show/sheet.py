@@ -18,13 +18,13 @@ QUERIES = 8
 
 # Pixels: the column of texts, their size and line; a picture, its frame, a picture with all around it, how
 # many stand side by side.
-TEXT = 420
+TEXT = 400
 SIZE = 14
 LINE = 18
 SIDE = 128
 FRAME = 6
-CELL = SIDE + 2 * FRAME + 10
-ACROSS = 5
+CELL = SIDE + 2 * FRAME + 14
+ACROSS = 6
 
 
 class Shown(NamedTuple):
@@ -47,39 +47,38 @@ def best_of(image, text, most=None):
 def draw_sheet(shown, ranks, path):
     """Writes eight of the texts and the five best pictures of each, the right one in green.
 
-    ranks int [N]: 0 where a right picture is first. Where none is among the five, the best one stands apart.
+    ranks int [N]: 0 where a right picture is first. Where none is among the five, the best one is the sixth.
     """
     rows = []
     for query in np.sort(np.random.default_rng(0).permutation(len(ranks))[:QUERIES]):
         _, order = best_of(shown.image, shown.text[query])
         right = shown.image_ids == shown.text_ids[query]
-        tiles = [(shown.pictures[i], GREEN if right[i] else GREY, "") for i in order[:ACROSS]]
-        missed = [] if right[order[:ACROSS]].any() else order[right[order]][:1]
+        best = order[:ACROSS - 1].tolist()
+        if not right[best].any():
+            best += order[right[order]][:1].tolist()
+        tiles = [(shown.pictures[i], GREEN if right[i] else GREY, "") for i in best]
         head = f"the right picture is number {ranks[query] + 1} of {len(order)}"
-        colour = DARK_RED if ranks[query] else DARK_GREEN
-        apart = [(shown.pictures[i], GREEN, "") for i in missed]
-        rows.append(draw_row(head, colour, shown.texts[query], tiles, apart))
+        rows.append(draw_row(head, DARK_RED if ranks[query] else DARK_GREEN, shown.texts[query], tiles))
     write_rows(rows, path)
 
 
-def draw_row(head, colour, text, tiles, apart=()):
-    """-> uint8 [height, width, 3]: a coloured line above a text; behind them tiles, (Place, colour of the
+def draw_row(head, colour, text, tiles):
+    """-> uint8 [height, width, 3]: a coloured line above a text; beside them tiles, (Place, colour of the
     frame, words below)."""
+    text = printable(text)[:2000]
     font = font_of(text)
-    letter = font.getlength(text[:400]) / max(1, len(text[:400]))
-    lines = textwrap.wrap(printable(text)[:2000], max(8, int(0.9 * (TEXT - 32) / max(1, letter))),
-                          max_lines=14, placeholder=" ...")
-    tall = CELL + 16 * any(words for _, _, words in tiles)
-    height = max(tall * -(-len(tiles) // ACROSS) + 4, LINE * (len(lines) + 2) + 14)
-    row = Image.new("RGB", (TEXT + (ACROSS + 1) * CELL + 10, height), "white")
+    letters = 0.9 * TEXT * len(text) / max(len(text), font.getlength(text))     # in a line
+    lines = textwrap.wrap(text, max(8, int(letters)), max_lines=14, placeholder=" ...")
+    height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 3))
+    row = Image.new("RGB", (TEXT + ACROSS * CELL, height), "white")
     pen = ImageDraw.Draw(row)
     pen.text((0, 0), head, colour, font_of(""))
     pen.multiline_text((0, LINE + 4), "\n".join(lines), INK, font, spacing=4)
-    places = [(TEXT + n % ACROSS * CELL, n // ACROSS * tall) for n in range(len(tiles))]
-    for (left, top), (place, frame, words) in zip([*places, (row.width - CELL, 0)], [*tiles, *apart]):
+    for n, (place, frame, words) in enumerate(tiles):
+        left, top = TEXT + n % ACROSS * CELL, n // ACROSS * CELL
         picture = ImageOps.pad(thumbnail(place, SIDE), (SIDE, SIDE), color="white")
         row.paste(ImageOps.expand(picture, FRAME, frame), (left, top))
-        pen.text((left, top + CELL - 9), printable(words), INK, font_of(words, 11))
+        pen.text((left, top + SIDE + 2 * FRAME), printable(words), INK, font_of(words, 11))
     return np.array(row)
 
 
@@ -104,22 +103,21 @@ def printable(text):
 
 @functools.cache
 def font_of(text, size=SIZE):
-    """Pillow's own font, which has little beyond ASCII; for other texts the font here that has most of one."""
-    try:
-        from matplotlib import font_manager
-    except ImportError:
-        font_manager = None
-    if text.isascii() or not font_manager:
+    """Pillow's own font, which has little beyond ASCII; else the one here that has most of a text."""
+    if text.isascii():
         return ImageFont.load_default(size)
 
-    def letters(path):
+    def letters(font):
         try:
-            return len(set(map(ord, text)) & font_manager.get_font(path).get_charmap().keys())
+            return len(set(map(ord, text)) & font_manager.get_font(font.fname).get_charmap().keys())
         except Exception:  # a damaged font, or one of a kind that cannot be drawn
             return 0
 
-    def rank(path):  # of those that have as much
-        return "Sans" not in path, "Mono" in path
-    plain = [font.fname for font in font_manager.fontManager.ttflist
-             if (font.style, str(font.weight)) == ("normal", "400") and "LastResort" not in font.fname]
-    return ImageFont.truetype(max(sorted(plain, key=rank), key=letters), size)
+    try:
+        from matplotlib import font_manager
+        plain = [font for font in font_manager.fontManager.ttflist
+                 if (font.style, str(font.weight)) == ("normal", "400") and "Last Resort" not in font.name]
+        plain.sort(key=lambda font: ("Sans" not in font.name, len(font.name)))  # DejaVu Sans before its Mono
+        return ImageFont.truetype(max(plain, key=letters).fname, size)
+    except (ImportError, OSError):
+        return ImageFont.load_default(size)

@@ -47,8 +47,7 @@ def patch_states(model, pixels):
 
 
 def load_unembedding(llm):
-    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: what turns a state into scores of
-    the next token."""
+    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: they score the next token."""
     read, names = flame.weights_reader(llm)
     head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
     return read("model.norm.weight").float(), read(head).float()
