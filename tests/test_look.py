@@ -326,7 +326,8 @@ def test_plan_counts_what_pytorch_counts(tiny_llm, tmp_path, capsys):
         flame.decode(encoder.decoder, forest)
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     config = encoder.decoder.config
-    attention = 4 * config["num_attention_heads"] * config["head_dim"] * 3 * flame.visible(forest.lengths, forest.parents).sum()
+    seen = 3 * flame.visible(forest.lengths, forest.parents).sum()
+    attention = 4 * config["num_attention_heads"] * config["head_dim"] * seen
     assert look.flops(config, 3, forest) == products + attention
 
 

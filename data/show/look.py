@@ -51,8 +51,8 @@ def plan(args):
     hours = [f"{N * work / speed / 3600:.2f}" for speed in (here, H100)]
     size = 2e-9 * N * len(COLUMNS) * config["hidden_size"]
     print(f"{args.captions}: {total} captions, planned as {N}; tokens from a sample of {len(sample)}")
-    print(f"a caption's {len(COLUMNS)} questions: {apart:.0f} tokens, {shared:.0f} where shared ones count once, "
-          f"{work / 1e9:.3g} GFLOP")
+    print(f"a caption's {len(COLUMNS)} questions: {apart:.0f} tokens, {shared:.0f} where shared ones count "
+          f"once, {work / 1e9:.3g} GFLOP")
     print(f"{layer} blocks of width {config['hidden_size']}: {hours[0]} hours here, by one packed row, "
           f"{hours[1]} on an H100 at 40% of its peak")
     print(f"store: [{N}, {len(COLUMNS)}, {config['hidden_size']}] in float16, {size:.1f} GB")

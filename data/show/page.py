@@ -55,7 +55,7 @@ def serve(args, places, image, towers, encode_images, encode_texts, wait=True):
         style += f"#facets label:nth-of-type({k}) {{ --facet: {colour}; }}\n"
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(server_name="127.0.0.1", inbrowser=wait and sys.stdout.isatty(), prevent_thread_lock=True,
-                  quiet=True, show_error=True, share=False, ssr_mode=False, run_history=False, footer_links=[],
+                  quiet=True, share=False, ssr_mode=False, run_history=False, footer_links=[],
                   max_file_size="50mb", theme=theme, css=style)
     print(f"{len(image)} pictures to search: {blocks.local_url}   (Ctrl-C ends it)", flush=True)
     if wait:
@@ -69,14 +69,14 @@ def build(gradio, args, places, image, towers, encode_images, encode_texts):
     draw_tile = functools.lru_cache(4096)(lambda i: tile_of(i, places[i]))
 
     def gallery_of(vector=None, facets=()):
-        """What a vector [D] finds, as HTML; with the facets [K, D] that it is the mean of, a bar for each."""
-        order = range(len(image))
-        scores = bars = None
-        if vector is not None:
-            scores, order = best_of(image, vector)
-            bars = image @ np.reshape(facets, (-1, len(vector))).T      # [M, K]: from the mean to the best
-            bars = (bars - bars.mean(0)) / np.maximum(1e-6, bars.max(0) - bars.mean(0))
-        tiles = [draw_tile(i).format(drawn_score(i, scores, bars)) for i in order[:max(TILES, args.top)]]
+        """What a vector [D] finds, as HTML; with a bar for each of its facets [K, D]."""
+        if vector is None:
+            tiles = [draw_tile(i).format("<hr><p>") for i in range(len(image))[:max(TILES, args.top)]]
+            return f'<div class="tiles">{"".join(tiles)}</div>'
+        scores, best = best_of(image, vector, max(TILES, args.top))
+        bars = image @ np.reshape(facets, (-1, len(vector))).T      # [M, K]: from the mean to the best
+        bars = (bars - bars.mean(0)) / np.maximum(1e-6, bars.max(0) - bars.mean(0))
+        tiles = [draw_tile(i).format(drawn_score(scores[i], scores.max(), bars[i])) for i in best]
         return f'<div class="tiles">{"".join(tiles)}</div>'
 
     def by_text(text, chosen=None):
@@ -101,22 +101,8 @@ def build(gradio, args, places, image, towers, encode_images, encode_texts):
             grid = words_of(towers.model, towers.encoder().llm_dir, picture)
             return picture_with_words(picture, grid, place)
 
-    with gradio.Blocks(title="FLAME", analytics_enabled=False, fill_width=True,
-                       delete_cache=(3600, 3600)) as blocks:
-        gradio.HTML(f"<b>FLAME</b> {len(image):,} pictures of {escape(printable(args.images))}",
-                    elem_id="head")
-        with gradio.Row(elem_id="ask"):
-            text = gradio.Textbox(placeholder="a fox in the snow · ein Fuchs im Schnee · 雪の中の狐", lines=1,
-                                  max_lines=6, container=False, autofocus=True, submit_btn=True, scale=4,
-                                  label="a text to search for", elem_id="text")
-            picture = gradio.Image(type="filepath", sources=["upload"], height=80, scale=1, show_label=False,
-                                   label="a picture to search for", placeholder="or drop a picture",
-                                   buttons=[], elem_id="picture")
-        facets = gradio.CheckboxGroup(label="What each question finds", visible=False, elem_id="facets")
-        with gradio.Row(elem_id="answer"):
-            words = gradio.HTML(elem_id="words", apply_default_css=False)
-            gallery = gradio.HTML(gallery_of(), elem_id="gallery", js_on_load=CLICK, apply_default_css=False)
-
+    with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(3600, 3600)) as blocks:
+        text, picture, facets, words, gallery = lay_out(gradio, args, len(image), gallery_of())
         each = {"show_progress": "minimal", "concurrency_id": "towers"}     # one at a time
         text.submit(by_text, text, [gallery, facets, picture], api_name="text", **each)
         facets.input(by_text, [text, facets], [gallery, facets, picture], api_name="facets", **each)
@@ -125,6 +111,30 @@ def build(gradio, args, places, image, towers, encode_images, encode_texts):
         if hasattr(towers.model, "mm"):     # open_clip's has no LLM to find words in
             gallery.click(by_click, None, words, api_name="words", **each).then(None, js=LOOK)
     return blocks
+
+
+def lay_out(gradio, args, count, first):
+    """-> the page's parts; the gallery shows `first`."""
+    class Picture(gradio.Image):
+        """Its own decodes first what is uploaded, and is long-winded where that is damaged."""
+        is_template = True
+
+        def preprocess(self, payload):
+            return payload and payload.path
+
+    gradio.HTML(f"<b>FLAME</b> {count:,} pictures of {escape(printable(args.images))}", elem_id="head")
+    with gradio.Row(elem_id="ask"):
+        text = gradio.Textbox(label="a text to search for", lines=1, max_lines=6, container=False, scale=4,
+                              placeholder="a fox in the snow, ein Fuchs im Schnee, un renard dans la neige",
+                              autofocus=True, submit_btn=True, elem_id="text")
+        picture = Picture(type="filepath", sources=["upload"], height=80, scale=1, show_label=False,
+                          label="a picture to search for", placeholder="or drop a picture", buttons=[],
+                          elem_id="picture")
+    facets = gradio.CheckboxGroup(label="What each question finds", visible=False, elem_id="facets")
+    with gradio.Row(elem_id="answer"):
+        words = gradio.HTML(elem_id="words", apply_default_css=False)
+        gallery = gradio.HTML(first, elem_id="gallery", js_on_load=CLICK, apply_default_css=False)
+    return text, picture, facets, words, gallery
 
 
 @contextmanager
@@ -164,13 +174,10 @@ def tile_of(i, place):
             f"<small>{name_of(place)}</small></p></button>")
 
 
-def drawn_score(i, scores, bars):
-    if scores is None:
-        return "<hr><p>"
-    drawn = [f'<i style="height: {bar:.0%}; --facet: {colour}"></i>' for bar, colour in zip(bars[i], COLOURS)]
-    share = max(0, scores[i] / max(1e-6, scores.max()))
+def drawn_score(score, best, bars):
+    drawn = [f'<i style="height: {bar:.0%}; --facet: {colour}"></i>' for bar, colour in zip(bars, COLOURS)]
     several = "".join(drawn) if len(drawn) > 1 else ""
-    return f'<hr style="width: {share:.0%}"><p><b>{scores[i]:.3f}</b><span>{several}</span>'
+    return f'<hr style="width: {max(0, score / max(1e-6, best)):.0%}"><p><b>{score:.3f}</b><span>{several}</span>'
 
 
 def picture_with_words(picture, grid, place):
