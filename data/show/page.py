@@ -143,7 +143,8 @@ def told(gradio):
     try:
         yield
     except Exception as error:
-        raise gradio.Error(explained(error), print_exception=False) from None
+        text = str(error) if isinstance(error, InputError) else explained(error)
+        raise gradio.Error(text, print_exception=False) from None
 
 
 def ask_facets(towers, encode_texts, text, prompts):
@@ -177,7 +178,8 @@ def tile_of(i, place):
 def drawn_score(score, best, bars):
     drawn = [f'<i style="height: {bar:.0%}; --facet: {colour}"></i>' for bar, colour in zip(bars, COLOURS)]
     several = "".join(drawn) if len(drawn) > 1 else ""
-    return f'<hr style="width: {max(0, score / max(1e-6, best)):.0%}"><p><b>{score:.3f}</b><span>{several}</span>'
+    share = max(0, score / max(1e-6, best))
+    return f'<hr style="width: {share:.0%}"><p><b>{score:.3f}</b><span>{several}</span>'
 
 
 def picture_with_words(picture, grid, place):

@@ -132,6 +132,16 @@ def lay_out(gradio, args, count, first):
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
 
     gradio.HTML(f"<b>FLAME</b> {count:,} pictures of {escape(printable(args.images))}", elem_id="head")
     with gradio.Row(elem_id="ask"):
