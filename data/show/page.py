@@ -115,21 +115,16 @@ def build(gradio, args, places, image, towers, encode_images, encode_texts):
 
 def lay_out(gradio, args, count, first):
     """-> the page's parts; the gallery shows `first`."""
-    class Picture(gradio.Image):
-        """Its own decodes first what is uploaded, and is long-winded where that is damaged."""
-        is_template = True
-
-        def preprocess(self, payload):
-            return payload and payload.path
-
     gradio.HTML(f"<b>FLAME</b> {count:,} pictures of {escape(printable(args.images))}", elem_id="head")
     with gradio.Row(elem_id="ask"):
         text = gradio.Textbox(label="a text to search for", lines=1, max_lines=6, container=False, scale=4,
                               placeholder="a fox in the snow, ein Fuchs im Schnee, un renard dans la neige",
                               autofocus=True, submit_btn=True, elem_id="text")
-        picture = Picture(type="filepath", sources=["upload"], height=80, scale=1, show_label=False,
-                          label="a picture to search for", placeholder="or drop a picture", buttons=[],
-                          elem_id="picture")
+        picture = gradio.Image(type="filepath", sources=["upload"], height=80, scale=1, show_label=False,
+                               label="a picture to search for", placeholder="or drop a picture", buttons=[],
+                               elem_id="picture")
+        # Its own would decode the picture first, and is long-winded where that is damaged.
+        picture.preprocess = lambda upload: upload and upload.path
     facets = gradio.CheckboxGroup(label="What each question finds", visible=False, elem_id="facets")
     with gradio.Row(elem_id="answer"):
         words = gradio.HTML(elem_id="words", apply_default_css=False)
