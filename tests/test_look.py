@@ -15,15 +15,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from gradio_client import Client, handle_file
 from PIL import Image
 
-#import evaluate
+import evaluate
 import flame
 from data.pictures import Place, open_picture
 from data.show import look, page, plots, search, sheet, words
+from data.towers import Towers, encode_images, encode_texts
 from flame import COLUMNS, InputError
 
 LONG = "a red kite flies over the beach while two dogs run after it and a child laughs at them all"
@@ -40,30 +43,6 @@ def tiny_model(side=4, **config):
     return model.eval()
 
 
-@torch.inference_mode()
-def encode_images(towers, places, least=1):
-    """evaluate.py's, plainly."""
-    vectors = {}
-    for i, place in enumerate(places):
-        try:
-            with open_picture(place) as image:
-                vectors[i] = towers.model.encode_image(towers.model.preprocess(image)[None])[0].numpy()
-        except Exception as error:
-            reason = f"{place.path}: {error}"
-    if len(vectors) < least:
-        raise InputError(reason)
-    return np.stack(list(vectors.values())), list(vectors)
-
-
-@torch.inference_mode()
-def encode_texts(towers, texts, prompts, by_facet=False):
-    """evaluate.py's, plainly."""
-    columns = [column for column in COLUMNS if column.startswith(f"{prompts}.")]
-    trained = [k for k, column in enumerate(columns) if column in towers.model.config["columns"]]
-    facets = towers.model.encode_text(towers.encoder().encode(texts, prompts), prompts)[:, trained].numpy()
-    return facets if by_facet else facets.mean(1)
-
-
 @pytest.fixture(scope="module")
 def world(tiny_llm, tmp_path_factory):
     """args, places, towers: a dozen pictures, one with a hostile name, and random towers."""
@@ -73,21 +52,22 @@ def world(tiny_llm, tmp_path_factory):
         name = f"{n}.png" if n else "<img src=x onerror=alert(1)> {0}.png"
         Image.fromarray(random.integers(0, 256, (2, 3, 3), np.uint8)).resize((60, 40)).save(folder / name)
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
-    towers = SimpleNamespace(model=tiny_model(columns=["raw.0", "long.0", "long.3", "long.5"]),
-                             encoder=lambda: encoder)
     args = SimpleNamespace(search=[], top=3, prompts=None, images=folder, out=folder.parent / "results")
     args.out.mkdir()
+    model = tiny_model(columns=["raw.0", "long.0", "long.3", "long.5"])
+    towers = Towers(model, lambda: encoder, "cosine", "cpu", args.out / "cache", "image tower", "text tower")
     return args, [Place(str(path)) for path in sorted(folder.iterdir())], towers
 
 
 def ranked(world, vector):
-    """[(index, similarity)] by sorting all of them."""
-    _, places, towers = world
-    image, _ = encode_images(towers, places)
+    """[(index, similarity)], by sorting all of them."""
+    image, _ = encode_images(world[2], world[1])
     return sorted(enumerate((image @ vector).tolist()), key=lambda pair: -pair[1])
 
 
-# ---------------------------------------------------------------- --search
+def same(expected):
+    return [(i, pytest.approx(score, abs=1e-3)) for i, score in expected]
+
 
 def test_search_ranks_as_sorting_does_and_writes_a_sheet(world, capsys):
     args, places, towers = world
@@ -95,7 +75,7 @@ def test_search_ranks_as_sorting_does_and_writes_a_sheet(world, capsys):
     search.search(args, places, towers, encode_images, encode_texts)
     lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     vectors = [encode_texts(towers, ["a red kite"], "raw")[0], encode_texts(towers, [LONG], "long")[0],
-               encode_images(towers, [places[4]])[0][0]]
+               encode_images(towers, [places[4]], least=1)[0][0]]
     expected = [pair for vector in vectors for pair in ranked(world, vector)[:3]]
     assert [(path, float(score)) for _, score, path in lines] == [
         (places[i].path, pytest.approx(score, abs=1e-4)) for i, score in expected]
@@ -106,12 +86,9 @@ def test_search_ranks_as_sorting_does_and_writes_a_sheet(world, capsys):
         search.search(args, [], towers, encode_images, encode_texts)
 
 
-# ---------------------------------------------------------------- the page
-
 @pytest.fixture(scope="module")
 def client(world):
     """gradio's client of the page, which is served in this process."""
-    from gradio_client import Client
     args, places, towers = world
     image, _ = encode_images(towers, places)
     blocks = page.serve(args, places, image, towers, encode_images, encode_texts, wait=False)
@@ -127,14 +104,10 @@ def tiles(html):
 def test_the_page_finds_what_sorting_finds(world, client):
     _, places, towers = world
     html, switches, _ = client.predict("ein roter Drachen", api_name="/text")
-    vector = encode_texts(towers, ["ein roter Drachen"], "raw")[0]
-    assert tiles(html) == [(i, pytest.approx(score, abs=1e-3)) for i, score in ranked(world, vector)]
+    assert tiles(html) == same(ranked(world, encode_texts(towers, ["ein roter Drachen"], "raw")[0]))
     assert not switches["visible"]      # of one question there is nothing to choose
-
-    html, _, _ = client.predict({"path": places[7].path, "meta": {"_type": "gradio.FileData"}},
-                                api_name="/picture")
-    vector = encode_images(towers, [places[7]])[0][0]
-    assert tiles(html) == [(i, pytest.approx(score, abs=1e-3)) for i, score in ranked(world, vector)]
+    html, _, _ = client.predict(handle_file(places[7].path), api_name="/picture")
+    assert tiles(html) == same(ranked(world, encode_images(towers, [places[7]], least=1)[0][0]))
     assert tiles(client.predict("  ", api_name="/text")[0]) == []   # the gallery as it is, without scores
 
 
@@ -148,15 +121,12 @@ def test_a_switch_a_facet_shows_what_each_question_finds(world, client):
     for k, name in enumerate(names):
         html, switches, _ = client.predict(LONG, [name], api_name="/facets")
         assert switches["value"] == [name]
-        found = tiles(html)
-        assert found == [(i, pytest.approx(score, abs=1e-3)) for i, score in ranked(world, facets[k])]
-        bars = re.findall(r"height: (-?\d+)%", html)
-        assert len(bars) == 3 * len(found) and bars[k] == "100"
+        assert tiles(html) == same(ranked(world, facets[k]))
+        assert re.findall(r"height: (-?\d+)%", html)[k] == "100"
 
 
 def clicked(client, picture):
     """What a click on a picture of the gallery gives: gradio's client has none, its protocol does."""
-    import httpx
     number = next(each["id"] for each in client.config["dependencies"] if each["api_name"] == "words")
     event = {"data": [], "fn_index": number, "session_hash": "test", "event_data": {"picture": picture}}
     httpx.post(f"{client.src}gradio_api/queue/join", json=event).raise_for_status()
@@ -181,8 +151,7 @@ def test_what_is_damaged_is_told_and_the_page_goes_on(world, client, tmp_path):
     Image.new("RGB", (20000, 20)).save(tmp_path / "thin.png")
     for name in ("bad.png", "thin.png"):
         with pytest.raises(Exception, match=name):
-            client.predict({"path": str(tmp_path / name), "meta": {"_type": "gradio.FileData"}},
-                           api_name="/picture")
+            client.predict(handle_file(str(tmp_path / name)), api_name="/picture")
     content = Path(places[3].path).read_bytes()
     Path(places[3].path).write_bytes(content[:60])
     assert "error" in clicked(client, 3)
@@ -192,7 +161,6 @@ def test_what_is_damaged_is_told_and_the_page_goes_on(world, client, tmp_path):
 
 
 def test_the_page_is_of_this_machine_alone_and_names_are_no_markup(client):
-    import httpx
     assert client.src.startswith("http://127.0.0.1:")
     style = httpx.get(f"{client.src}theme.css").text
     assert "system-ui" in style and "@import" not in style
@@ -200,8 +168,6 @@ def test_the_page_is_of_this_machine_alone_and_names_are_no_markup(client):
     html = client.predict("red", api_name="/text")[0]
     assert "&lt;img src=x" in html and "<img src=x" not in html
 
-
-# ---------------------------------------------------------------- words
 
 @pytest.mark.parametrize("side, pool_first, linear", [(4, True, True), (4, False, False), (5, True, False)])
 def test_patch_states_undo_the_text_projection(side, pool_first, linear):
@@ -233,8 +199,7 @@ def test_patch_states_of_a_projection_that_erases():
     model = tiny_model(text_rank=48)
     c, text, pixels = COLUMNS.index("long.0"), model.text, torch.randn(3, 32, 32)
     plain = words.patch_states(model, pixels)
-    text.rest[c] = 0
-    text.basis[c] = torch.linalg.qr(torch.randn(48, 48))[0]
+    text.basis[c], text.rest[c] = torch.linalg.qr(torch.randn(48, 48))[0], 0
     text.gain[c, :3] = torch.tensor([1, 0.5, 0.1])
     A = text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
     torch.testing.assert_close(words.patch_states(model, pixels), plain @ A)
@@ -242,27 +207,26 @@ def test_patch_states_of_a_projection_that_erases():
 
 def test_words_of_a_picture(world, tiny_llm, tmp_path, capsys):
     """The best of all tokens that are whole words, looked for one by one; and over the picture."""
-    args, places, towers = world
+    _, places, towers = world
     norm, unembedding = words.load_unembedding(tiny_llm)
     tokenizer = flame.load_tokenizer(tiny_llm)
     names = {i: tokenizer.decode([i]) for i in range(len(unembedding))}
     names = {i: name[1:] for i, name in names.items() if re.fullmatch(r" [^\W\d_]{3,}", name)}
-    words.show(SimpleNamespace(words=places[2].path, out=tmp_path), towers.model, tiny_llm)
+    args = SimpleNamespace(words=places[2].path, out=tmp_path)
+    words.show(args, towers.model, tiny_llm)
     with open_picture(places[2]) as image:
         states = words.patch_states(towers.model, towers.model.preprocess(image)).flatten(0, 1)
-    scores = states * norm @ unembedding.T
-    best = [max(names, key=row.__getitem__) for row in scores.tolist()]
+    best = [max(names, key=row.__getitem__) for row in (states * norm @ unembedding.T).tolist()]
     assert capsys.readouterr().out.split("->")[0].split() == [names[i] for i in best]
     with Image.open(tmp_path / "words.png") as drawn:
         assert drawn.size == (720, 720)
+    args.words = tmp_path / "bad.png"
+    args.words.write_bytes(b"text")
     with pytest.raises(InputError, match="bad.png.*wants a picture"):
-        (tmp_path / "bad.png").write_bytes(b"text")
-        words.show(SimpleNamespace(words=tmp_path / "bad.png", out=tmp_path), towers.model, tiny_llm)
+        words.show(args, towers.model, tiny_llm)
     with pytest.raises(InputError, match="48 dimensions.*trained for 12"):
         words.words_of(tiny_model(text_dim=12), tiny_llm, Image.new("RGB", (9, 9)))
 
-
-# ---------------------------------------------------------------- the contact sheet and the figures
 
 def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
     """Among the five best, then apart, behind them; a picture that is gone is grey; texts of any script."""
@@ -285,41 +249,35 @@ def test_the_facet_figure_shows_every_subset(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(6)
     facets, image = rng.standard_normal((30, 4, 8)), rng.standard_normal((30, 8))
     rows = evaluate.ablation(facets, image, np.arange(30), "cosine", numbers=[1, 2, 4, 6])
-    figures = []
-    monkeypatch.setattr(plots, "new_figure", lambda *size, make=plots.new_figure:
-                        figures.append(make(*size)) or figures[-1])
+    figure = plots.new_figure(11.6, 4.4)
+    monkeypatch.setattr(plots, "new_figure", lambda *size: figure)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)     # its state is global
     assert plots.draw_facets(rows, tmp_path / "facets.png") == tmp_path / "facets.png"
-    several, single = figures[0].axes
-    assert [label.get_text() for label in several.get_xticklabels()] == ["1", "2", "3", "4"]
-    names = [label.get_text().replace("\n", " ") for label in single.get_xticklabels()]
-    assert names == ["the whole", "main object", "minor object", "action"] and len(single.patches) == 8
-    with Image.open(tmp_path / "facets.png") as drawn:
-        assert drawn.size == (1160, 440)
+    labels = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert labels == [["1", "2", "3", "4"], ["the\nwhole", "main\nobject", "minor\nobject", "action"]]
+    assert len(figure.axes[1].patches) == 8 and Image.open(tmp_path / "facets.png").size == (1160, 440)
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plots.draw_facets(rows, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
     assert "pip install matplotlib" in capsys.readouterr().err
 
-
-# ---------------------------------------------------------------- --plan, --inspect, --draw
 
 def embed_args(llm, **more):
     settings = {"layer": None, "positions": "restart", "dtype": "float32", "device": "cpu", "join": {}}
     return SimpleNamespace(llm=llm, **settings, **more)
 
 
-def captions_file(path, rows=23):
-    lines = [f"k{n}\tthing {n % 4}\tA thing number {n}.\tThere is one thing, and it is number {n}.\n"
-             for n in range(rows)]
-    path.write_text("key\traw\tshort\tlong\n" + "".join(lines))
+def captions_file(path):
+    rows = [f"k{n}\tthing {n % 4}\tA thing, number {n}.\tThere is a thing, number {n}." for n in range(23)]
+    path.write_text("\n".join(["key\traw\tshort\tlong", *rows]))
     return str(path)
 
 
 def test_plan_counts_what_pytorch_counts(tiny_llm, tmp_path, capsys):
     from torch.utils.flop_counter import FlopCounterMode
     look.plan(embed_args(tiny_llm, captions=captions_file(tmp_path / "c.tsv"), plan=1_000_000))
-    printed = capsys.readouterr().out
-    assert "23 captions, planned as 1000000" in printed and "[1000000, 11, 48] in float16, 1.1 GB" in printed
+    assert "23 captions, planned as 1000000" in (printed := capsys.readouterr().out)
+    assert "[1000000, 11, 48] in float16, 1.1 GB" in printed
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
     rows, forest = next(encoder.pack(["A thing.", "There is another thing."], "long"))
     with FlopCounterMode(display=False) as counter:
@@ -335,16 +293,17 @@ def test_inspect_finds_what_is_wrong(tiny_llm, make_random_llm, tmp_path, capsys
     import embed
     monkeypatch.chdir(tmp_path)
     captions_file(tmp_path / "c.tsv")
-    command = ["--captions", "c.tsv", "--llm", str(tiny_llm), "--out", "store", "--device", "cpu"]
-    assert not embed.main(command)
+    command = ["embed.py", "--captions", "c.tsv", "--llm", str(tiny_llm), "--out", "store", "--window", "8"]
+    monkeypatch.setattr(sys, "argv", command)
+    embed.main()
     look.inspect(embed_args(tiny_llm, inspect="store"))
     printed = capsys.readouterr().out
-    assert "not of unit length: 0\n" in printed and "k0: There is one thing, and it is number 0." in printed
-    window = np.load("store/000000.npy")
-    window[5, 2], window[7, 0, 0], window[9] = 0, np.nan, 2 * window[9]
-    np.save("store/000000.npy", window)
+    assert "not of unit length: 0\n" in printed and "k0: There is a thing, number 0." in printed
+    window = np.load("store/000001.npy")
+    window[1, 2], window[3, 0, 0], window[5] = 0, np.nan, 2 * window[5]
+    np.save("store/000001.npy", window)
     look.inspect(embed_args(tiny_llm, inspect="store"))
-    assert "not of unit length: 3 k5 k7 k9\n" in capsys.readouterr().out
+    assert "not of unit length: 3 k9 k11 k13\n" in capsys.readouterr().out
     with pytest.raises(InputError, match="another LLM"):
         look.inspect(embed_args(make_random_llm(seed=3), inspect="store"))
 

@@ -107,10 +107,11 @@ def inspect(args):
     every = range(len(COLUMNS))
     print(f"{args.inspect}: {json.dumps(meta, indent=1)}")
     wrong = []
-    for start in range(0, len(store), 1024):    # the store may be larger than memory
-        rows = np.arange(start, min(len(store), start + 1024))
-        norms = store.read(rows, every).norm(dim=-1)
-        wrong += rows[~((norms - 1).abs() < 0.01).all(1).numpy()].tolist()  # NaN is less than nothing
+    for n, file in enumerate(sorted(Path(args.inspect).glob("[0-9]*.npy"))):
+        with flame.reading(file, "delete it, and run the same command of embed.py again") as path:
+            norms = np.linalg.norm(np.load(path).astype(np.float32), axis=-1)   # [window, 11]
+        bad = ~(np.abs(norms - 1) < 0.01).all(1)    # NaN is less than nothing
+        wrong += (np.flatnonzero(bad) + n * meta["window"]).tolist()
     first = [store.keys[row] for row in wrong[:5]]
     print(f"rows with a vector that is not of unit length: {len(wrong)}", *first)
 

@@ -19,7 +19,8 @@ from data.pictures import Place, open_picture
 from data.show.plots import facet_names
 from data.show.sheet import best_of, printable, thumbnail
 from data.show.words import words_of
-from flame import COLUMNS, InputError, explained
+from data.towers import trained_facets
+from flame import InputError, explained
 
 LONG = 15     # words; a longer text is asked the long set's questions
 TILES = 24    # pictures shown at once, or --top
@@ -70,13 +71,15 @@ def build(gradio, args, places, image, towers, encode_images, encode_texts):
 
     def gallery_of(vector=None, facets=()):
         """What a vector [D] finds, as HTML; with a bar for each of its facets [K, D]."""
+        shown = range(len(image))[:max(TILES, args.top)]
         if vector is None:
-            tiles = [draw_tile(i).format("<hr><p>") for i in range(len(image))[:max(TILES, args.top)]]
-            return f'<div class="tiles">{"".join(tiles)}</div>'
-        scores, best = best_of(image, vector, max(TILES, args.top))
-        bars = image @ np.reshape(facets, (-1, len(vector))).T      # [M, K]: from the mean to the best
-        bars = (bars - bars.mean(0)) / np.maximum(1e-6, bars.max(0) - bars.mean(0))
-        tiles = [draw_tile(i).format(drawn_score(scores[i], scores.max(), bars[i])) for i in best]
+            drawn = ["<hr><p>" for _ in shown]
+        else:
+            scores, shown = best_of(image, vector, len(shown))
+            bars = image @ np.reshape(facets, (-1, len(vector))).T      # [M, K]: from the mean to the best
+            bars = (bars - bars.mean(0)) / np.maximum(1e-6, bars.max(0) - bars.mean(0))
+            drawn = [drawn_score(scores[i], scores.max(), bars[i]) for i in shown]
+        tiles = [f"{draw_tile(i)}{score}{name_of(places[i])}</button>" for i, score in zip(shown, drawn)]
         return f'<div class="tiles">{"".join(tiles)}</div>'
 
     def by_text(text, chosen=None):
@@ -145,8 +148,7 @@ def told(gradio):
 def ask_facets(towers, encode_texts, text, prompts):
     """-> (names of a prompt set's facets that were trained, their unit vectors [K, D])"""
     vectors = encode_texts(towers, [text], prompts, by_facet=True)[0]
-    trained = [column.split(".") for column in COLUMNS if column in towers.model.config["columns"]]
-    names = [facet_names()[int(k)] for own, k in trained if own == prompts]
+    names = [facet_names()[k] for k in trained_facets(towers.model, prompts)]
     return names, vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
@@ -160,14 +162,12 @@ def data_url(picture):
 
 
 def name_of(place):
-    return escape(printable(os.path.basename(place.path)).replace("{", "(").replace("}", ")"))
+    return f"<small>{escape(printable(os.path.basename(place.path)))}</small></p>"
 
 
 def tile_of(i, place):
-    """Picture i of the gallery, {} where its score goes."""
-    return (f'<button data-picture="{i}" title="{name_of(place)}">'
-            f'<img src="{data_url(thumbnail(place, SIDE))}" alt="">{{}}'
-            f"<small>{name_of(place)}</small></p></button>")
+    """Picture i of the gallery, up to its score."""
+    return f'<button data-picture="{i}"><img src="{data_url(thumbnail(place, SIDE))}" alt="">'
 
 
 def drawn_score(score, best, bars):
@@ -183,4 +183,4 @@ def picture_with_words(picture, grid, place):
                     for row in grid for word in row)
     url = data_url(ImageOps.fit(picture.convert("RGB"), (512, 512)))
     return (f'<div class="patches" style="--side: {len(grid)}"><img src="{url}" alt=""><p>{cells}</p></div>'
-            f"<small>{name_of(place)}: what each patch says, in the LLM's own words</small>")
+            f"<p>{name_of(place)}<small>What each patch says, in the LLM's own words</small>")
