@@ -1089,19 +1089,15 @@ class Store:
 
     Raises InputError where the folder is none, is unfinished, or was made with other questions.
     """
-    columns = range(len(COLUMNS))  # every store has them all
 
     def __init__(self, path):
         self.path = Path(path)
-        cure = "make a store with embed.py"
-        meta = self.path / "meta.json"
-        self.meta = read_json(meta, cure)
-        with reading(meta, cure):
+        with reading(self.path / "meta.json", "make a store with embed.py") as meta:
+            self.meta = json.loads(meta.read_text(encoding="utf-8"))
             self.N, self.D, self.window = (int(self.meta[name]) for name in ("N", "D", "window"))
             check_questions(self.meta["llm"]["questions"], meta)
-            there = set(os.listdir(self.path))
-            wanted = [f"{w:06d}.npy" for w in range(-(-self.N // self.window))]
-            missing = [name for name in ["captions.tsv", *wanted] if name not in there]
+            names = ["captions.tsv", *(f"{w:06d}.npy" for w in range(-(-self.N // self.window)))]
+        missing = sorted(set(names) - set(os.listdir(self.path)))
         if missing:
             raise InputError(f"{self.path}: {missing[0]} and {len(missing) - 1} other files are missing; "
                              "run the same embed.py command again")
@@ -1119,33 +1115,25 @@ class Store:
             return np.asarray(np.load(path, mmap_mode="r")).reshape(-1, len(COLUMNS), self.D)
 
     @functools.cached_property
-    def names(self):
+    def table(self):
+        """[N] of [key, the picture's path as the captions' source gives it, or ""]"""
         with open(self.path / "captions.tsv", encoding="utf-8", newline="\n") as file:
-            next(file)
-            return [line.split("\t", 2)[:2] for line in file]
+            return [line.split("\t", 2)[:2] for line in file][1:]
 
     @functools.cached_property
     def keys(self):
-        return [key for key, _ in self.names]
+        return [key for key, _ in self.table]
 
     @functools.cached_property
     def images(self):
-        """Paths as the captions' source gives them, or "" """
-        return [image for _, image in self.names]
+        return [image for _, image in self.table]
 
     def read(self, rows, columns):
-        """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors
-
-        Raises IndexError where there is no such row or column.
-        """
-        rows = np.asarray(rows, np.int64).reshape(-1)
-        columns = np.atleast_2d(np.asarray(columns, np.int64))
-        columns = np.broadcast_to(columns, (len(rows), columns.shape[1]))
-        if (rows < 0).any() or (rows >= self.N).any() or (columns < 0).any():
-            raise IndexError(f"rows {rows}, columns {columns}: the store has {self.N} x {len(COLUMNS)}")
+        """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors"""
+        columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
         out = np.empty((*columns.shape, self.D), np.float16)
-        for i, (w, row) in enumerate(zip(*(part.tolist() for part in np.divmod(rows, self.window)))):
-            out[i] = self.vectors(w)[row, columns[i]]
+        for i, (w, row) in enumerate(zip(*np.divmod(rows, self.window))):
+            out[i] = self.vectors(int(w))[row, columns[i]]
         vectors = torch.from_numpy(out).float()
         return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
 
