@@ -98,7 +98,8 @@ setup(
     description="FLAME: language-image pre-training with a frozen LLM as text tower",
     python_requires=">=3.11",  # hashlib.file_digest
     py_modules=["flame"],
-    install_requires=["torch>=2.6", "numpy", "sentencepiece", "tqdm", "pillow", "safetensors", "tokenizers"],
+    install_requires=["torch>=2.6", "numpy", "sentencepiece", "tqdm", "pillow", "safetensors", "tokenizers",
+                      "duckdb>=1.3"],
     extras_require={
         "demo": DEMO,
         "app": APP,

@@ -1,27 +1,326 @@
-"""stand-in"""
+"""The pictures of a table's rows: where they lie, and training's batches of them.
+
+They are files that the captions name, or files or tars whose names are the keys (data/README.md).
+"""
+import functools
+import hashlib
 import io
+import json
+import math
 import os
 import stat
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
+from data.captions import DAMAGED, PICTURES, report_skipped, sample_name, skip, source_files, tar_files
+from data.files import write
+from flame import InputError
+
+LARGEST = 1 << 30  # bytes of a picture's file
+LOOKED_AT = 1000   # pictures that stand for all of them where it is asked whether they are there
+SHUFFLE = 50_000   # pictures are put off at most: several tars are mixed, each is still read nearly in order
+DRAWS = 22         # numbers that fix a crop: two for its place, two for each of ten tries to fit it in
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where they lie
 
 class Place(NamedTuple):
     """Where a picture's bytes are: a file, or a part of a tar."""
     path: str
     offset: int = 0
-    size: int = -1
+    size: int = -1  # to the end
 
 
 def open_picture(place):
     """PIL image, its header read, not yet decoded. Raises nearly anything on a stranger's bytes."""
-    return Image.open(io.BytesIO(read_picture(*place)))
+    about = os.stat(place.path)
+    if not stat.S_ISREG(about.st_mode) or place.size < 0 and about.st_size > LARGEST:  # a pipe is waited for
+        raise OSError(0, "not a regular file, or too large", place.path)
+    with open(place.path, "rb", buffering=0) as file:
+        file.seek(place.offset)
+        return Image.open(io.BytesIO(file.read(place.size)))
 
 
-def read_picture(path, offset=0, size=-1):
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(0, "not a regular file", path)
-    with open(path, "rb", buffering=0) as f:
-        f.seek(offset)
-        return f.read(size)
+def reason(place, error):
+    """Why a picture could not be read, and where it lies."""
+    return f"{type(error).__name__}: {place.path}" + f", byte {place.offset}" * (place.offset > 0)
+
+
+def find_pictures(keys, images, captions, folder=None, index=None):
+    """-> (rows int64 [n] that have a picture, files [str], places int64 [n, 3]), in the disk's order.
+
+    A place is (which of files, first byte, bytes; -1: to the end). keys, images: of a table that was made of
+    the source `captions`. folder: where the images' paths start, or where files or tars (*.tar, as
+    img2dataset and webdataset write them; never unpacked) lie by key. Without one these are the tars that
+    were captioned, else beside the captions. index: file (.npz) that keeps what was found in the tars. Raises
+    InputError where no row has a picture, or none that the captions name is there.
+    """
+    captions = Path(captions)
+    named = {row: image for row, image in enumerate(images) if image}
+    tars = []
+    if folder:
+        root = Path(folder)
+        tars = sorted(map(str, root.glob("*.tar")))
+    elif named:
+        root = start_of_paths(captions)
+    else:
+        root, tars = where_keys_lie(captions)
+    looked, missing = missing_pictures([os.path.join(root, image) for image in named.values()])
+    if tars and looked == len(missing):  # else the tars are others that lie there too
+        rows, places = index_tars(keys, tars, index)
+        files = tars
+    elif named and looked == len(missing):
+        raise InputError(f"{missing[0]}: no such picture, nor any other of {looked} looked for; {captions} "
+                         f"names it {named[min(named)]}; give --images DIR where that starts")
+    else:
+        found = {row: os.path.join(root, image) for row, image in named.items()}
+        if not named:
+            found, _ = first_of_each_row(folder_pictures(root), keys)
+        rows = np.array(sorted(found), np.int64)
+        files = [found[row] for row in rows.tolist()]
+        places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
+    if not len(rows):
+        raise InputError(f"{root}: none of the {len(keys)} keys of {captions} has a picture there, such as "
+                         f"{keys[0]}.jpg; give --images DIR")
+    return rows, files, places
+
+
+def start_of_paths(captions):
+    """Where the paths in captions start: the folder that is captioned, or that the file lies in."""
+    return captions if captions.is_dir() else captions.parent
+
+
+def where_keys_lie(captions):
+    """Of pictures that the captions do not name -> folder, tars: the captioned ones, else those in a folder
+    named as the captions, or in images/ beside them.
+    """
+    if captions.suffix == ".tar":
+        return captions.parent, list(map(str, source_files(captions)))
+    for root in (captions.with_name(captions.name.split(".")[0]), captions.with_name("images")):
+        if root.is_dir():
+            return root, sorted(map(str, root.glob("*.tar")))
+    raise InputError(f"{captions}: names no pictures, and there is no folder {root} nor one of its own name; "
+                     "give --images DIR with files or tars named by key")
+
+
+def missing_pictures(paths):
+    """An evenly spaced sample of the paths -> (how many it has, those of them that are no regular files)."""
+    sample = paths[::1 + len(paths) // LOOKED_AT]
+    return len(sample), [path for path in sample if not os.path.isfile(path)]
+
+
+def warn_of_missing_pictures(captions, images):
+    """Says on stderr, before hours are spent, how many of these pictures are not there."""
+    root = start_of_paths(Path(captions))
+    looked, missing = missing_pictures([root / image for image in images if image])
+    if missing:
+        print(f"{captions}: {len(missing)} of the first {looked} pictures that it names are not there "
+              f"(first: {missing[0]}); train.py leaves them out, unless --images DIR says where they are",
+              file=sys.stderr)
+
+
+def folder_pictures(root):
+    """Yields (key, suffix, path) of the pictures in a folder and its subfolders."""
+    for folder, folders, names in os.walk(root):
+        folders.sort()  # the walk goes on in this order
+        for name in sorted(names):
+            _, key, suffix = sample_name(name)
+            if f".{suffix}".endswith(PICTURES):
+                yield key, suffix, os.path.join(folder, name)
+
+
+def tar_pictures(tars, skipped):
+    """Yields (key, suffix, place) of the pictures in tars."""
+    for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars")):
+        for _, key, suffix, offset, size in tar_files(path, skipped):
+            if not f".{suffix}".endswith(PICTURES):
+                continue
+            if size > LARGEST:
+                skip(skipped, "file too large for a picture", f"{path}:{key}.{suffix}")
+            else:
+                yield key, suffix, (number, offset, size)
+
+
+def first_of_each_row(pictures, keys):
+    """-> {row: place}, pictures left out. Of a row's, "a.jpg" goes before "a.mask.jpg", then the first."""
+    row_of = {key: row for row, key in enumerate(keys)}
+    plain = {}
+    other = {}
+    seen = 0
+    for seen, (key, suffix, place) in enumerate(pictures, 1):
+        if key in row_of:
+            found = other if "." in suffix else plain
+            found.setdefault(row_of[key], place)
+    found = other | plain
+    return found, seen - len(found)
+
+
+def index_tars(keys, tars, index):
+    """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
+    about = [(tar, os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
+    stamp = json.dumps([hashlib.sha256("\n".join(keys).encode()).hexdigest(), *about])
+    try:
+        if index and os.path.isfile(index):  # to open a pipe is to wait without end
+            with np.load(index) as saved:
+                if str(saved["stamp"]) == stamp:
+                    return saved["rows"], saved["places"]
+    except Exception:  # damaged in one of many ways: made anew
+        pass
+    skipped = {}
+    found, strangers = first_of_each_row(tar_pictures(tars, skipped), keys)
+    folder = os.path.dirname(tars[0])
+    if strangers:
+        print(f"{folder}: {strangers} pictures left out whose key no caption has, or came before",
+              file=sys.stderr)
+    if DAMAGED in skipped:
+        print(f"{folder}: {skipped[DAMAGED][0]} of {len(tars)} tars are used as far as they go",
+              file=sys.stderr)
+    report_skipped(folder, skipped)
+    rows = sorted(found, key=found.get)
+    places = np.array([found[row] for row in rows], np.int64).reshape(-1, 3)
+    rows = np.array(rows, np.int64)
+    if index:
+        write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
+    return rows, places
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a training step sees
+
+def crop_box(width, height, smallest, draw):
+    """A random resized crop, distributed as torchvision's -> (left, top, width, height) in whole pixels.
+
+    Its area is a share from `smallest` to 1 of the picture's, its ratio 3/4 to 4/3. What does not fit is
+    drawn again; where no try fits, the box is the largest in the middle that has such a ratio.
+    draw: numbers from [0, 1), two for the place and two for each try.
+    """
+    for share, slant in draw[2:].reshape(-1, 2).tolist():
+        area = width * height * (smallest + (1 - smallest) * share)
+        ratio = (4 / 3) ** (2 * slant - 1)  # as often wide as high
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw[0] * (width - w + 1)), int(draw[1] * (height - h + 1)), w, h
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_crop(image, size, smallest, draw):
+    """Random resized crop (see `crop_box`), bicubic -> uint8 tensor [3, size, size], RGB.
+
+    A JPEG that is only opened is decoded at 1/2, 1/4 or 1/8 of its size where the box stays as large as the
+    result. The resizing is torch's, as exact as Pillow's and three times as fast.
+    """
+    width, height = image.size
+    left, top, w, h = crop_box(width, height, smallest, draw)
+    least = (math.ceil(width * size / w), math.ceil(height * size / h))
+    reduced = image.draft(None, least)  # None: not a JPEG
+    x = reduced[1][2] / width if reduced else 1.0
+    pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))  # [h, w, 3]
+    bottom = max(1, math.ceil((top + h) * x))
+    right = max(1, math.ceil((left + w) * x))
+    box = pixels[round(top * x):bottom, round(left * x):right].permute(2, 0, 1)
+    return F.interpolate(box[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item t is this rank's slice of the batch of step t, a pure function of the seed and t.
+
+    -> (pixels uint8 [b, 3, S, S], facets float16 [b, P, D], their columns int64 [b, P], readable bool [b],
+    patches to keep int64 [b, n] or None), [(key, why it could not be read)].
+    An unreadable picture's pixels are 0.
+    """
+
+    def __init__(self, store, columns, pictures, settings, steps, rank=0, world=1):
+        self.store = store
+        self.columns = np.array(columns)
+        self.rows, self.files, self.places = pictures
+        self.settings = settings
+        self.steps = steps
+        self.batch = settings["batch"]
+        self.mine = slice(rank * self.batch // world, (rank + 1) * self.batch // world)
+
+    def __len__(self):
+        return self.steps
+
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch):
+        """Files (pictures, tars) in random order; then each picture comes up to SHUFFLE places later: tars
+        are mixed, and each is still read nearly in order.
+        """
+        rng = np.random.default_rng([self.settings["seed"], 1, epoch])
+        turn = rng.permutation(len(self.files))
+        line = np.argsort(turn[self.places[:, 0]], kind="stable")
+        put_off = np.arange(len(line)) + SHUFFLE * rng.random(len(line))
+        return line[np.argsort(put_off, kind="stable")]
+
+    def pictures(self, step):
+        """The whole batch of a step: indices into rows."""
+        epoch, at = divmod(step, len(self.rows) // self.batch)  # the few over are left out, others each epoch
+        return self.order(epoch)[at * self.batch:(at + 1) * self.batch]
+
+    def __getitem__(self, step):
+        s = self.settings
+        size = s["image_size"]
+        rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
+        draws = rng.random((self.batch, DRAWS))[self.mine]
+        columns = self.columns[self.some(rng, len(self.columns), s["positives"])]
+        kept = patches_kept(s)
+        patches = (size // s["patch_size"]) ** 2
+        kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
+        chosen = self.pictures(step)[self.mine]
+
+        def look(i, image):
+            return random_crop(image, size, s["crop_scale"], draws[i])
+
+        crops, failed = read_pictures(places_of(self.files, self.places[chosen]), look)
+        pixels = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
+        readable = torch.zeros(len(chosen), dtype=torch.bool)
+        for i, crop in crops.items():
+            pixels[i] = crop
+            readable[i] = True
+        failed = [(self.store.keys[self.rows[chosen[i]]], why) for i, why in failed]
+        facets = self.store.read(self.rows[chosen], columns).half()
+        return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
+
+    def some(self, rng, n, k):
+        """k of n for each picture of this rank, without replacement."""
+        return rng.random((self.batch, n)).argsort(1)[self.mine, :k]
+
+
+def read_pictures(places, look):
+    """-> {n: look(n, PIL image)} of the places' pictures that can be read, [(n, why)] of the others."""
+    seen = {}
+    failed = []
+    for n, place in enumerate(places):
+        try:
+            seen[n] = look(n, open_picture(place))
+        except Exception as error:  # decoders raise nearly anything on a stranger's bytes
+            failed.append((n, reason(place, error)))
+    return seen, failed
+
+
+def places_of(files, places):
+    """int64 [n, 3] -> [Place]"""
+    return [Place(files[file], offset, size) for file, offset, size in places.tolist()]
+
+
+def patches_kept(settings):
+    """How many patches of a picture a step looks at."""
+    patches = (settings["image_size"] // settings["patch_size"]) ** 2
+    return max(1, round(patches * (1 - settings["patch_dropout"])))
+
+
+def patches_kept(settings):
+    """How many patches of a picture a step looks at."""
+    patches = (settings["image_size"] // settings["patch_size"]) ** 2
+    return max(1, round(patches * (1 - settings["patch_dropout"])))
