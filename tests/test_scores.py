@@ -1,4 +1,4 @@
-"""evaluate.py and data/towers.py: metrics, caches, scorers, comparison, the command line. What is promised:
+"""evaluate.py, data/intervals.py and data/towers.py. What is promised:
 
 * retrieval() and classification() are what a slow sort says, ties against the model, and what clip_benchmark
   says; a constant model scores at most chance, without the whole matrix in memory
@@ -32,7 +32,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 import evaluate
 import flame
-from data import towers
+from data import intervals, towers
 from data.pictures import open_picture
 from test_benchmarks import (
     FINISHED, NAMES, TREES, ColourModel, ColourWords, colours, picture, put, refusal, tree_demo,  # noqa: F401
@@ -171,23 +171,23 @@ def interval(hits, groups=None):
     """(mean, low, high) of hits [N]; groups: what is resampled, the hits themselves without any."""
     groups = np.unique(np.arange(len(hits)) if groups is None else groups, return_inverse=True)[1]
     part = evaluate.Hits(np.asarray(hits)[:, None], groups, groups.max() + 1)
-    return evaluate.intervals(evaluate.samples([part]))[0]
+    return intervals.intervals(intervals.samples([part]))[0]
 
 
 def test_bootstrap_equals_its_loop():
     rng = np.random.default_rng(5)
     groups, hits = rng.integers(0, 30, 200), rng.random((200, 3)) < 0.3
-    draws, means = np.random.default_rng(evaluate.SEED), []
-    for _ in range(evaluate.RESAMPLES):
+    draws, means = np.random.default_rng(intervals.SEED), []
+    for _ in range(intervals.RESAMPLES):
         rows = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(30, size=30)])
         means.append(100 * hits[rows].mean(0))
-    got = evaluate.samples([evaluate.Hits(hits, groups, 30)])
+    got = intervals.samples([evaluate.Hits(hits, groups, 30)])
     assert got[0] == pytest.approx(100 * hits.mean(0)) and got[1:] == pytest.approx(np.array(means))
     ends = np.percentile(means, [2.5, 97.5], axis=0).T
-    assert [row[1:] for row in evaluate.intervals(got)] == [pytest.approx(tuple(row)) for row in ends]
+    assert [row[1:] for row in intervals.intervals(got)] == [pytest.approx(tuple(row)) for row in ends]
     # Of several parts on the same groups it is the mean, draw by draw.
-    other = evaluate.Hits(~hits, groups, 30)
-    assert evaluate.samples([evaluate.Hits(hits, groups, 30), other]) == pytest.approx(np.full((1001, 3), 50))
+    parts = [evaluate.Hits(some, groups, 30) for some in (hits, ~hits)]
+    assert intervals.samples(parts) == pytest.approx(np.full((1001, 3), 50))
 
 
 def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, monkeypatch, capsys):
@@ -536,7 +536,7 @@ def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, byte_llm, tmp_path
 def test_another_llm_is_refused(real, byte_llm, tiny_llm, tmp_path, capsys):
     tree_urban1k(tmp_path / "data")
     known = ["--bench", "urban1k", "--data-root", tmp_path / "data", "--out", tmp_path / "out"]
-    for fingerprint, message in (("else", "with another LLM (tiny)"), (None, "its states have 48 dimensions")):
+    for fingerprint, message in (("x", "with another LLM (tiny)"), (None, "its states have 48 dimensions")):
         checkpoint = tmp_path / str(fingerprint)
         shutil.copytree(real / "out/tiny", checkpoint)
         config = json.loads((checkpoint / "config.json").read_text())
