@@ -585,7 +585,7 @@ def test_an_open_clip_model_is_scored_alike(tmp_path, monkeypatch, capsys):
     (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
     (["--bench", "imagenet", "--facets"], "--facets wants captions"),
     (["--bench", "coco", "--facets", "--open-clip", "ViT-B-32"], "--facets wants captions"),
-    (["--words", "x.png", "--open-clip", "ViT-B-32"], "a checkpoint of FLAME's"),
+    (["--words", "x.png", "--open-clip", "ViT-B-32"], "a checkpoint, not --open-clip"),
     (["--search", "red"], "--search TEXT and --images DIR go together"),
     (["--bench", "coco", "--nonsense"], "--nonsense"),
     (["--compare", "a.json", "b.json"], "a.npz: no")])
