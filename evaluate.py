@@ -334,7 +334,7 @@ def settings(argv):
     if args.search is not None and not args.images:
         parser.error("--search TEXT and --images DIR go together")
     if args.facets and args.how.score == score_classes or args.open_clip and (args.facets or args.words):
-        parser.error("--facets wants captions, and like --words a checkpoint of FLAME's")
+        parser.error("--facets wants captions, and like --words a checkpoint, not --open-clip")
     usable_device(args.device)
     args.asked = [args.prompts or prompts for prompts in args.how.prompts.split()]
     if args.all_captions:
