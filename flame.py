@@ -11,6 +11,7 @@ Below the line are files: an LLM's folder, tokenizers, the embedding store, chec
 The stages embed.py, train.py and evaluate.py import this file; README.md shows how to use it from Python.
 """
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 try:
-    import flame_ext  # the C++/CUDA extension in ext/; every line that uses it has a PyTorch twin beside it
+    import flame_ext  # the C++/CUDA extension in ext/; all that it does has a PyTorch twin here
 except ImportError:
     flame_ext = None
 
@@ -186,7 +186,16 @@ class Decoder(NamedTuple):
     embedding: torch.Tensor    # [vocabulary, D]
     blocks: list[dict]         # the kept blocks only
     inv_freq: torch.Tensor     # [head_dim / 2] float32, RoPE's angular frequencies
-    kernels: ModuleType | None = None  # flame_ext; None: the PyTorch twins
+    kernels: "Kernels"         # what runs attention and the element-wise steps: TWINS or NATIVE
+
+
+class Kernels(NamedTuple):
+    """The steps of a block that are no matrix product, in PyTorch (TWINS) or in flame_ext (NATIVE, below)."""
+    name: str
+    attention: Callable     # (forest, device, share) -> attend(q [T, H, d], k, v [T, H / share, d])
+    add_and_norm: Callable  # (x float32 [T, D], update, weight, eps, dtype) -> RMSNorm(x += update) * weight
+    rope: Callable          # (qkv [T, heads + others, d], cos, sin, heads) rotates the first heads in place
+    swiglu: Callable        # (gate_up [T, 2F]) -> silu(gate) * up [T, F]
 
 
 @torch.inference_mode()
@@ -203,8 +212,7 @@ def decode(decoder, forest):
     kernels = decoder.kernels
     device = decoder.embedding.device
     dtype = decoder.embedding.dtype
-    over = forest_attention if kernels else attention_in_stretches
-    attend = over(forest, device, heads // kv_heads)
+    attend = kernels.attention(forest, device, heads // kv_heads)
     angle = torch.outer(to_device(forest.positions.float(), device), decoder.inv_freq)  # [T, head_dim / 2]
     cos = angle.cos()
     sin = angle.sin()
@@ -213,42 +221,26 @@ def decode(decoder, forest):
     x = decoder.embedding[to_device(forest.tokens, device)].float()  # [T, D], the residual stream
     update = None                                                    # what the last sublayer adds to it
     for block in decoder.blocks:
-        h = add_and_norm(kernels, x, update, block["attention_norm"], eps, dtype)
+        h = kernels.add_and_norm(x, update, block["attention_norm"], eps, dtype)
         qkv = F.linear(h, block["wqkv"], block["bqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
         if block["qk_norm"] is not None:
             norm_heads(qkv, block["qk_norm"], eps)
-        rope(kernels, qkv, cos, sin, heads + kv_heads)
+        kernels.rope(qkv, cos, sin, heads + kv_heads)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
         mixed = attend(q, k, v).flatten(1)
         if block is decoder.blocks[-1]:  # from here on nobody reads any other token
             mixed = mixed[answers]
             x = x[answers]
-        h = add_and_norm(kernels, x, F.linear(mixed, block["wo"]), block["mlp_norm"], eps, dtype)
-        update = F.linear(swiglu(kernels, F.linear(h, block["w_gate_up"])), block["w_down"])
+        h = kernels.add_and_norm(x, F.linear(mixed, block["wo"]), block["mlp_norm"], eps, dtype)
+        update = F.linear(kernels.swiglu(F.linear(h, block["w_gate_up"])), block["w_down"])
     return x + update
-
-
-def forest_attention(forest, device, share):
-    """-> attend(q [T, H, d], k [T, Hkv, d], v [T, Hkv, d]) -> [T, H, d]: attention by the rule, natively.
-
-    share: query heads a key head, H / Hkv. Every ancestor's keys and values are read where they lie.
-    """
-    tile = max(1, 64 // share) if device.type == "cuda" else 64  # queries that are worked on together
-    layout = flame_ext.layout(forest.lengths, forest.parents, tile)
-    plan = to_device(torch.tensor(layout.plan), device) if device.type == "cuda" else None
-
-    def attend(q, k, v):
-        out = torch.empty(q.shape, dtype=q.dtype, device=device)
-        call(flame_ext.attention, q, q, k, v, out, layout, q.shape[-1] ** -0.5, plan)
-        return out
-    return attend
 
 
 STRETCH = {"cpu": 64, "cuda": 512}  # queries; on a GPU more, so that launches are few
 
 
 def attention_in_stretches(forest, device, share):
-    """The twin of forest_attention: a stretch of neighbours at a time, which share most of what they see.
+    """Attention by the rule, a stretch of neighbours at a time, which share most of what they see.
 
     A stretch's keys are its segments' tokens and their ancestors'. These are a forest themselves, whose last
     tokens are the stretch, so that its mask is the rule's last rows.
@@ -285,12 +277,7 @@ def attention_in_stretches(forest, device, share):
     return attend
 
 
-def add_and_norm(kernels, x, update, weight, eps, dtype):
-    """x float32 [T, D] += update, in place; -> RMSNorm(x) * weight [T, D] in dtype."""
-    if kernels:
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        call(kernels.rmsnorm, x, x, weight, out, eps, update)
-        return out
+def add_and_norm(x, update, weight, eps, dtype):
     if update is not None:
         x += update
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
@@ -303,25 +290,19 @@ def norm_heads(qkv, weight, eps):
     qkv[:, :len(weight)] = (x * scale * weight).to(qkv.dtype)
 
 
-def rope(kernels, qkv, cos, sin, heads):
-    """Rotates the first `heads` heads of [T, heads + others, d] in place; the pairs are (i, i + d/2)."""
-    if kernels:
-        call(kernels.rope, qkv, qkv, cos, sin, heads)
-        return
+def rope(qkv, cos, sin, heads):  # the pairs are (i, i + d/2)
     a, b = qkv[:, :heads].float().chunk(2, dim=-1)
     cos = cos[:, None]
     sin = sin[:, None]
     qkv[:, :heads] = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
 
 
-def swiglu(kernels, gate_up):
-    """[T, 2F] -> [T, F], silu(gate) * up."""
-    if kernels:
-        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        call(kernels.swiglu, gate_up, gate_up, out)
-        return out
+def swiglu(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+TWINS = Kernels("PyTorch", attention_in_stretches, add_and_norm, rope, swiglu)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -369,6 +350,7 @@ class TextEncoder:
         self.llm_dir = llm_folder(llm_dir)
         self.tokenizer = load_tokenizer(self.llm_dir)
         self.decoder = load_decoder(self.llm_dir, layer, device, dtype)
+        self.kernels = self.decoder.kernels.name
         self.layer = len(self.decoder.blocks)
         self.positions = positions
         self.tokenize = tokenize  # data/released.py puts the released code's in its place
@@ -806,7 +788,7 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
 
     embedding = weight("model.embed_tokens.weight", config["vocab_size"], config["hidden_size"])
     blocks = [load_block(llm_dir, config, weight, names, f"model.layers.{i}.") for i in range(layer)]
-    decoder = Decoder(config, embedding, blocks, config["inv_freq"].float().to(device))
+    decoder = Decoder(config, embedding, blocks, config["inv_freq"].float().to(device), TWINS)
     return decoder._replace(kernels=usable_kernels(decoder))
 
 
@@ -844,7 +826,7 @@ def load_block(llm_dir, config, weight, names, prefix):
 
 
 def llm_fingerprint(llm_dir):
-    """Names an LLM by what is read of it: "4-" and 16 hexadecimal digits of a SHA-256.
+    """Names an LLM by what is read of it: 16 hexadecimal digits of a SHA-256.
 
     Over what llm_config takes of config.json, the tokenizer's file, and each safetensors file's name, header
     and every tensor's first 4 KiB: under a second for a 24-GB model, and a fine-tune of few tensors and its
@@ -865,7 +847,7 @@ def llm_fingerprint(llm_dir):
                 if name != "__metadata__":
                     file.seek(start + entry["data_offsets"][0])
                     digest.update(file.read(4096))
-    return "4-" + digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1006,49 +988,78 @@ def preprocess(image, size):
 # ------------------------------------------------------------------------------------------------------------
 # The machine
 
-def usable_kernels(decoder):
-    """flame_ext where its kernels may run the decoder, else None, and where that was not to be expected a
-    warning says why.
+def native_attention(forest, device, share):
+    """Reads every ancestor's keys and values where they lie."""
+    tile = max(1, 64 // share) if device.type == "cuda" else 64  # queries that are worked on together
+    layout = flame_ext.layout(forest.lengths, forest.parents, tile)
+    plan = to_device(torch.tensor(layout.plan), device) if device.type == "cuda" else None
 
-    No GPU has run them yet. So on a GPU they are used only after the first two blocks over a small forest
-    gave what the PyTorch twins give.
-    """
-    at = decoder.embedding
-    if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16) or not (at.is_cuda or at.is_cpu):
-        return None
-    if at.is_cpu:
-        return flame_ext
-    refusal = "flame_ext was built without CUDA" if not flame_ext.cuda else None
-    capability = torch.cuda.get_device_capability(at.device)
-    if capability < (8, 0):
-        refusal = "compute capability {}.{} is below 8.0".format(*capability)
-    if not refusal:
-        try:
-            random = np.random.default_rng(0)
-            rows = random.integers(len(at), size=(40, 60)).tolist()
-            forest = build_forest([rows[0] + rows[n % 5 + 1][:n] + rows[n] for n in range(6, 40)])
-            trial = decoder._replace(blocks=decoder.blocks[:2])
-            twin = decode(trial, forest)
-            error = (decode(trial._replace(kernels=flame_ext), forest) - twin).norm(dim=1)
-            share = (error / (twin - twin.mean(0)).norm(dim=1)).max().item()  # of the worst state
-            limit = 0.05 if at.dtype == torch.bfloat16 else 1e-3
-            refusal = None if share < limit else f"its kernels differ from their PyTorch twins by {share:.1%}"
-        except Exception as error:
-            refusal = f"its kernels fail: {explained(error)}"
-    if refusal:
-        warnings.warn(f"{at.device}: the PyTorch twins run in place of flame_ext: {refusal}", stacklevel=2)
-    return None if refusal else flame_ext
+    def attend(q, k, v):
+        out = torch.empty(q.shape, dtype=q.dtype, device=device)
+        call(flame_ext.attention, q, q, k, v, out, layout, q.shape[-1] ** -0.5, plan)
+        return out
+    return attend
 
 
-def to_device(x, device):
-    """x on the device. To a GPU the copy is queued behind its work; the CPU does not wait for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def native_add_and_norm(x, update, weight, eps, dtype):
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    call(flame_ext.rmsnorm, x, x, weight, out, eps, update)
+    return out
+
+
+def native_rope(qkv, cos, sin, heads):
+    call(flame_ext.rope, qkv, qkv, cos, sin, heads)
+
+
+def native_swiglu(gate_up):
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    call(flame_ext.swiglu, gate_up, gate_up, out)
+    return out
+
+
+NATIVE = Kernels("flame_ext", native_attention, native_add_and_norm, native_rope, native_swiglu)
 
 
 def call(kernel, at, *operands):
     """Runs one of the extension's kernels where the tensor `at` lies; on a GPU in its stream's turn."""
     with torch.cuda.device_of(at):  # does nothing on the CPU
         kernel(*operands, stream=torch.cuda.current_stream(at.device).cuda_stream if at.is_cuda else 0)
+
+
+def usable_kernels(decoder):
+    """NATIVE where flame_ext may run this decoder, else TWINS; on a GPU a warning says why not.
+
+    No GPU has run its kernels yet. So on a GPU they are used only after they gave what the twins give: the
+    first two blocks' states of a small forest, the mean subtracted.
+    """
+    at = decoder.embedding
+    if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16) or not (at.is_cuda or at.is_cpu):
+        return TWINS
+    if at.is_cpu:
+        return NATIVE
+    limit = 0.05 if at.dtype == torch.bfloat16 else 1e-3
+    try:
+        if not flame_ext.cuda:
+            raise RuntimeError("it was built without CUDA")
+        if torch.cuda.get_device_capability(at.device) < (8, 0):
+            raise RuntimeError("compute capability below 8.0")
+        rows = np.random.default_rng(0).integers(len(at), size=(40, 60)).tolist()
+        forest = build_forest([rows[0] + rows[n % 5 + 1][:n] + rows[n] for n in range(6, 40)])
+        trial = decoder._replace(blocks=decoder.blocks[:2], kernels=TWINS)
+        twin = decode(trial, forest)
+        error = (decode(trial._replace(kernels=NATIVE), forest) - twin).norm(dim=1)
+        worst = (error / (twin - twin.mean(0)).norm(dim=1)).max()
+        if not worst < limit:  # nor NaN
+            raise RuntimeError(f"its states differ from the twins' by {worst:.1%}")
+    except Exception as error:
+        warnings.warn(f"{at.device}: PyTorch runs in place of flame_ext: {explained(error)}", stacklevel=2)
+        return TWINS
+    return NATIVE
+
+
+def to_device(x, device):
+    """x on the device. To a GPU the copy is queued behind its work; the CPU does not wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def default_dtype(device):
@@ -1071,6 +1082,75 @@ def keep_freed_memory():
 
 # ------------------------------------------------------------------------------------------------------------
 # The embedding store, written by embed.py, read by train.py
+
+class Store:
+    """A finished store: captions.tsv (key, image, raw, short, long), meta.json, and 000000.npy, 000001.npy
+    ..., windows of its rows, float16 [window, 11, D] of unit vectors.
+
+    Raises InputError where the folder is none, is unfinished, or was made with other questions.
+    """
+    columns = range(len(COLUMNS))  # every store has them all
+
+    def __init__(self, path):
+        self.path = Path(path)
+        cure = "make a store with embed.py"
+        meta = self.path / "meta.json"
+        self.meta = read_json(meta, cure)
+        with reading(meta, cure):
+            self.N, self.D, self.window = (int(self.meta[name]) for name in ("N", "D", "window"))
+            check_questions(self.meta["llm"]["questions"], meta)
+            there = set(os.listdir(self.path))
+            wanted = [f"{w:06d}.npy" for w in range(-(-self.N // self.window))]
+            missing = [name for name in ["captions.tsv", *wanted] if name not in there]
+        if missing:
+            raise InputError(f"{self.path}: {missing[0]} and {len(missing) - 1} other files are missing; "
+                             "run the same embed.py command again")
+        self.vectors = functools.lru_cache(8192)(self.open_window)  # a process may map 65,000 files
+
+    def __len__(self):
+        return self.N
+
+    def __reduce__(self):  # pickled as its path: a loader's process maps the vectors, it gets no copy of them
+        return Store, (self.path,)
+
+    def open_window(self, w):
+        """[rows, 11, D], mapped"""
+        with reading(self.path / f"{w:06d}.npy", "delete it and run the same embed.py command again") as path:
+            return np.asarray(np.load(path, mmap_mode="r")).reshape(-1, len(COLUMNS), self.D)
+
+    @functools.cached_property
+    def names(self):
+        with open(self.path / "captions.tsv", encoding="utf-8", newline="\n") as file:
+            next(file)
+            return [line.split("\t", 2)[:2] for line in file]
+
+    @functools.cached_property
+    def keys(self):
+        return [key for key, _ in self.names]
+
+    @functools.cached_property
+    def images(self):
+        """Paths as the captions' source gives them, or "" """
+        return [image for _, image in self.names]
+
+    def read(self, rows, columns):
+        """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors
+
+        Raises IndexError where there is no such row or column.
+        """
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        columns = np.atleast_2d(np.asarray(columns, np.int64))
+        columns = np.broadcast_to(columns, (len(rows), columns.shape[1]))
+        if (rows < 0).any() or (rows >= self.N).any() or (columns < 0).any():
+            raise IndexError(f"rows {rows}, columns {columns}: the store has {self.N} x {len(COLUMNS)}")
+        out = np.empty((*columns.shape, self.D), np.float16)
+        for i, (w, row) in enumerate(zip(*(part.tolist() for part in np.divmod(rows, self.window)))):
+            out[i] = self.vectors(w)[row, columns[i]]
+        vectors = torch.from_numpy(out).float()
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
+
+
+open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
 
 
 # ------------------------------------------------------------------------------------------------------------

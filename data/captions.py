@@ -1,405 +1,439 @@
-"""How captions lie on disk: every source becomes rows of (key, image, captions), one at a time, in its order.
+"""Captions: every source becomes one table, captions.tsv, which is all that the rest of the house reads.
 
-    TSV with a header among `key image raw short long` (other columns are ignored)
-    the official Conceptual Captions files: no header, caption<TAB>url (CC3M) or url<TAB>caption (CC12M)
-    CSV with such a header, or open_clip's `filepath title`
-    JSON (a list of objects) or JSONL (one object a line) with those same fields, or LLaVA's conversations
-    COCO's captions JSON, and DreamLIP's CSV, whose pictures are URLs
-    webdataset / img2dataset tars, never unpacked: one, a folder of them, or a range, "cc3m-{0000..0575}.tar"
-    a folder of pictures, each with its caption beside it (a.jpg, a.txt), subfolders too; or with all captions
-    in one metadata.jsonl or metadata.csv (`file_name text`, Hugging Face's imagefolder)
+    TSV, CSV              a header among `key image raw short long`, open_clip's `filepath title`, DreamLIP's
+                          columns; or the official Conceptual Captions, caption<TAB>url without a header
+    JSON, JSONL, Parquet  the same fields; COCO's captions, LLaVA's and ShareGPT4V's conversations
+    tars                  webdataset's and img2dataset's, never unpacked
+    a folder              of tars, of Parquet, of pictures with a .txt each, or with metadata.jsonl or .csv
 
-All but tars may be gzipped. Where there is no key, the row's number padded to nine digits is it, as in
-img2dataset. A bad row is skipped and counted, never fatal; its row number is not given to another.
+A source is a file (gzip, zstd too), several by a range or a glob ("cc3m/{0000..0575}.tar", "x-*.parquet"),
+or a folder. DuckDB reads, joins and sorts out of core. Tars and folders are read by generators, and TSV by a
+loop, since where there is no key the row's number in the file is it, nine digits, as img2dataset names its
+samples. A bad row is skipped, counted and named, never fatal; of rows with one key the first counts.
 """
 import csv
+import glob
 import gzip
 import hashlib
 import io
 import json
 import os
 import re
-import sqlite3
 import sys
 import tarfile
-import zlib
-from contextlib import suppress
-from itertools import chain, groupby, islice
+import tempfile
+from itertools import chain, groupby
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import disk_errors, write
-from flame import InputError, PROMPTS, is_unicode
+import duckdb
 
-FIELDS = ("key", "image", *PROMPTS)
-# others' names for these fields and the picture's URL; the first that is there counts. Of the recaptions by
-# three models that DreamLIP gives, those of ShareGPT4V.
-ALIASES = {"__key__": "key", "filepath": "image", "file_name": "image", "filename": "image",
-           "Image Path": "url", "downloadurl": "url",
-           "title": "raw", "caption": "raw", "txt": "raw", "text": "raw", "blip_caption": "raw",
-           "raw_caption": "raw", "shortSV_captions": "short", "longSV_captions": "long"}
-NO_CAPTION = {"key", "image", "url", "id", "image_id", "license"}
-NO_CAPTION |= {theirs for theirs, ours in ALIASES.items() if ours in NO_CAPTION}
+from flame import InputError, PROMPTS, explained, reading
+
+# Our fields and the picture's URL by others' names; the first that is there counts. Of the recaptions by
+# three models that DreamLIP gives, ShareGPT4V's.
+NAMES = {
+    "key": ["key", "__key__"],
+    "image": ["image", "filepath", "file_name", "filename"],
+    "url": ["url", "Image Path", "downloadurl"],
+    "raw": ["raw", "title", "caption", "txt", "text", "blip_caption", "raw_caption"],
+    "short": ["short", "shortSV_captions"],
+    "long": ["long", "longSV_captions"],
+}
+NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "id", "image_id", "license"}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-HEADER = f"give it a header among `{' '.join(FIELDS)}`, or caption<TAB>url"
-WANTED = "give a TSV, CSV, JSON or JSONL file, webdataset tars, or a folder of pictures with a .txt each"
+FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "metadata.parquet", "**/*.txt", "**/*.parquet")
+WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, tars, or a folder of pictures with a .txt each"
 DAMAGED = "tar that is none, or damaged from there on"
-CHUNK = 1 << 20           # characters of a JSON list read at a time
-LARGEST_TEXT = 1 << 24    # bytes of a .txt or .json in a tar: no caption is as long
+LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
 LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
 ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
+DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count())}  # what does not fit goes to the disk
+
+# White space but the space itself; a caption is one line with single spaces, a name has no tab or line break.
+ODD = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+CAPTION = (f"nullif(CASE WHEN regexp_matches({{0}}, '[{ODD}]|  |^ | $') "
+           f"THEN trim(regexp_replace({{0}}, '[ {ODD}]+', ' ', 'g')) ELSE {{0}} END, '')")
+NAME = r"nullif(regexp_replace({0}, '[\x00\t\r\n]', ' ', 'g'), '')"
 
 
 class Row(NamedTuple):
     key: str
-    image: str       # the picture's path as the file gives it, or ""
-    captions: dict   # prompt set -> the caption that its questions are asked of: its own, else the best one
-    number: int      # of the row in its file, from 0
-    url: str         # the picture's, or ""; joined captions may go by it
+    image: str  # the picture's path as the source gives it, or ""
+    raw: str    # of each prompt set, the caption that its questions are asked of
+    short: str
+    long: str
 
 
-def read_captions(path, skipped=None, joins=None, keep_lines=False):
-    """Yields Row after Row. skipped: a dict to fill with {reason: [how many, the first five places]}.
+def read_table(path):
+    """Yields Row after Row of a captions.tsv that write_table wrote."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        next(file)
+        for line in file:
+            yield Row(*line[:-1].split("\t"))
 
-    joins: {prompt set: {key: caption}}, captions of that set from another file (`read_join`). keep_lines:
-    captions as they are, line breaks and spaces too, as the released code takes them; else each is one line.
-    Raises InputError where a file is missing, holds no caption column, or is not of a known form.
+
+def write_table(path, captions, joins):
+    """Makes captions.tsv of a source; says on the screen what was taken, on stderr what was skipped.
+
+    joins: {prompt set: [sources]}, captions of that set from files of their own, by key, or by the picture's
+    URL where these have no key. Where a row has no caption for a set, its best one is taken (long, else
+    short, else raw). Raises InputError where a file is missing or of no known form, where no row has a
+    caption, where a join's captions are of other pictures, or where the disk is full.
     """
-    count = 0
-    skipped = {} if skipped is None else skipped
-    for number, place, fields in _records(path, skipped):
-        key = fields.get("key")
-        key = f"{number:09d}" if key is None or key == "" else str(key)
-        image = str(fields.get("image") or "")
-        url = str(fields.get("url") or "")
-        texts = {name: one_line(fields[name], keep_lines) for name in PROMPTS if fields.get(name)}
-        for name, captions in (joins or {}).items():
-            text = joined_caption(captions, key, url)
-            if text:
-                texts[name] = text
-            else:
-                skip(skipped, f"key without a {name} caption in the joined file, kept with the best caption "
-                              "present", place)
-        best = texts.get("long") or texts.get("short") or texts.get("raw")
-        if not best:
-            skip(skipped, "no caption", place)
-        elif re.search("[\t\r\n]", key + image):
-            skip(skipped, "tab or line break in key or image", place)
-        elif not is_unicode(key, image, *texts.values()):
-            skip(skipped, "invalid UTF-8", place)
-        else:
-            count += 1
-            yield Row(key, image, {name: texts.get(name) or best for name in PROMPTS}, number, url)
-    if not count:
-        why = [f"{reason}: {n} rows, first {_where(places[0])}" for reason, (n, places) in skipped.items()]
-        raise InputError(f"{path}: no row with a caption ({'; '.join(why) or 'the file is empty'}); {HEADER}")
+    path = Path(path)
+    skipped = {}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".captions-") as scratch:
+        with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
+            columns = load(database, scratch, "source", captions, tuple(NAMES), skipped)
+            for name, sources in joins.items():
+                for source in sources:
+                    load(database, scratch, f"joined_{name}", source, ("key", "url", name), skipped)
+            try:
+                for name, sources in joins.items():
+                    join(database, captions, name, ", ".join(map(str, sources)))
+                total = copy(database, captions, joins, f"{scratch}/captions.tsv", skipped)
+            except duckdb.Error as error:
+                raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
+        report_skipped(captions, skipped)
+        if not total:
+            raise InputError(f"{captions}: no row with a caption; its columns are {', '.join(columns)}, "
+                             f"wanted are some of {', '.join(NAMES)}")
+        os.replace(f"{scratch}/captions.tsv", path)
 
 
-def first_rows(path, n):
-    """n of them, fewer where there are no more: none where all captions are in a file of their own."""
-    with suppress(InputError):
-        return list(islice(read_captions(path), n))
-    return []
-
-
-def one_line(text, keep_lines=False):
-    """A text without white space at the ends and with single spaces for any inside; "" for what is no text.
-
-    Of a list of captions the first. keep_lines: as it is, but "" where there is nothing but white space.
-    """
-    text = text[0] if isinstance(text, list) and text else text
-    if not isinstance(text, str):  # such as the NaN of a gap in a table
-        return ""
-    if keep_lines:
-        return text if text.strip() else ""
-    if text.isprintable() and "  " not in text and text == text.strip():  # most are: not worth taking apart
-        return text
-    return " ".join(text.split())
+def copy(database, captions, joins, path, skipped):
+    """Writes the rows that have a caption, the first of each key, in the source's order. -> how many"""
+    texts = "".join(f", coalesce(j_{name}.text, {name}) AS {name}" if name in joins else f", {name}"
+                    for name in PROMPTS)
+    joined = "".join(f" LEFT JOIN (SELECT row, text FROM pair_{name} JOIN joined_{name} j ON j.rowid = place)"
+                     f" j_{name} USING (row)" for name in joins)
+    database.execute(f"CREATE TABLE every AS SELECT row, key, image{texts} FROM {KEYED}{joined}")
+    best = "coalesce(long, short, raw)"
+    database.execute(f"CREATE TABLE kept AS SELECT min(row) AS row FROM every WHERE {best} IS NOT NULL "
+                     "GROUP BY key")
+    left_out = f"FROM every ANTI JOIN kept USING (row) WHERE {best} IS"
+    for reason, missing in {"no caption": "NULL", "key occurs before": "NOT NULL"}.items():
+        count, rows = database.execute(f"SELECT count(*), min(row, 5) {left_out} {missing}").fetchone()
+        if count:
+            skipped[reason] = [count, [f"row {row + 1}" for row in rows]]
+    kept = "FROM every SEMI JOIN kept USING (row)"
+    counts = ", ".join(f"count({name})" for name in PROMPTS)
+    total, *own = database.execute(f"SELECT count(*), {counts} {kept}").fetchone()
+    print(f"{captions}: {total} rows")
+    for name, count in zip(PROMPTS, own):
+        if count < total:
+            print(f"no {name} caption in {total - count} of {total} rows: their best one is asked")
+    columns = ", ".join(f"coalesce({name}, {best}) AS {name}" for name in PROMPTS)
+    database.execute(f"COPY (SELECT key, coalesce(image, '') AS image, {columns} {kept} ORDER BY row) "
+                     f"TO {quoted(path)} (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')")
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What is skipped
+# Captions of one prompt set in files of their own
 
-def skip(skipped, reason, place):
-    """Counts a bad row: skipped[reason] = [how many, the first five places (line numbers, or texts)]."""
-    entry = skipped.setdefault(reason, [0, []])
-    entry[0] += 1
-    if len(entry[1]) < 5:
-        entry[1].append(place if isinstance(place, int) else one_line(place))  # a name may hold line breaks
+KEYED = "(SELECT rowid AS row, * REPLACE (coalesce(key, format('{:09d}', rowid)) AS key) FROM source)"
 
 
-def report_skipped(path, skipped):
-    """Says on stderr what was skipped, a line a reason."""
-    for reason, (count, places) in skipped.items():
-        where = ", ".join(map(_where, places)) + ", ..." * (count > len(places))
-        print(f"{path}: skipped {count} row{'s' * (count > 1)}: {reason} ({where})", file=sys.stderr)
+def join(database, captions, name, files):
+    """Makes pair_<set> (row, place): where in joined_<set> a row's caption is, the first of its key.
 
-
-def _where(place):
-    return f"line {place}" if isinstance(place, int) else place
+    Five pairs are shown. Raises InputError where there is none, or where they are of different pictures.
+    """
+    joined = f"(SELECT rowid AS place, * FROM joined_{name} WHERE text IS NOT NULL)"
+    by_key = f"SELECT row, place FROM {KEYED} k JOIN {joined} j ON k.key = j.key"
+    by_url = f"SELECT row, place FROM {KEYED} k JOIN {joined} j ON k.url = j.url WHERE j.key IS NULL"
+    database.execute(f"CREATE TABLE pair_{name} AS SELECT row, min(place) AS place "
+                     f"FROM ({by_key} UNION ALL {by_url}) GROUP BY row")
+    total, used = database.execute(f"SELECT (SELECT count(*) FROM {joined}), count(DISTINCT place) "
+                                   f"FROM pair_{name}").fetchone()
+    if not used:
+        raise InputError(f"{files}: of its {total} rows with a {name} caption none has a key or URL that is "
+                         f"in {captions}; give --captions the files that it goes with")
+    print(f"{files}: {total} {name} captions, {total - used} of them of no row in {captions}")
+    pairs = database.execute(
+        f"SELECT k.key, coalesce(k.raw, k.short, k.long), j.text FROM (SELECT * FROM pair_{name} ORDER BY row"
+        f" LIMIT {ALIKE}) JOIN {KEYED} k USING (row) JOIN {joined} j USING (place) ORDER BY row").fetchall()
+    for key, raw, text in pairs[:5]:
+        print(f"  {key}: {(raw or '')[:60]!r} | {text[:60]!r}")
+    # A recaption shares words of four letters and more with its picture's own caption, more than with another
+    # picture's. Where they share none at all, since the languages differ, nothing can be said.
+    words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair[1:]] for pair in pairs if pair[1]]
+    shared = sum(len(raw & text) for raw, text in words)
+    chance = sum(len(raw & text) for (raw, _), (_, text) in zip(words, words[1:] + words[:1]))
+    if len(words) == ALIKE and chance > ALIKE / 10 and shared < 1.2 * chance:
+        raise InputError(
+            f"{files}: its {name} captions share no more words with the captions of the same keys in "
+            f"{captions} than with others: keys mean other pictures there. Recaptions go with the tars they "
+            "were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Files
 
 def source_files(path):
-    """The files that a captions argument names, sorted: one, a range "x-{0..9}.tar", or what a folder has."""
+    """The files that a source names, sorted: one, a range, a glob, or what a folder has."""
     path = Path(path)
-    if path.is_dir():
-        for pattern in ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt"):
-            files = sorted(path.glob(pattern))
-            if pattern == "**/*.txt":
-                files = [file for file in files if file.is_file()]  # of many, a pipe is passed over
-            if files:
-                return files
-        raise InputError(f"{path}: a folder without *.tar, metadata.jsonl or pictures with a .txt; {WANTED}")
     span = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
-    if not span:
-        return [path]
-    before, first, last, after = span.groups()
-    files = [Path(f"{before}{n:0{len(first)}d}{after}") for n in range(int(first), int(last) + 1)]
+    if path.is_dir():
+        paths = next(filter(None, (sorted(path.glob(pattern)) for pattern in FOLDERS)), [])
+    elif span:
+        numbers = range(int(span[2]), int(span[3]) + 1)
+        paths = (Path(f"{span[1]}{n:0{len(span[2])}d}{span[4]}") for n in numbers)
+    else:
+        paths = [path] if path.exists() else [Path(file) for file in sorted(glob.glob(str(path)))] or [path]
+    files = []
+    for file in paths:  # the first that is missing ends it, however long the range is
+        with reading(file, WANTED):
+            files.append(file)
     if not files:
-        raise InputError(f"{path}: its range of tars runs backwards; give {{{last}..{first}}}")
+        raise InputError(f"{path}: holds no captions; {WANTED}")
     return files
 
 
 def source_name(path):
     """cc3m.tsv.gz, cc3m/, cc3m-{0000..0575}.tar, or . in cc3m/ -> cc3m"""
-    return re.split(r"[.{]", Path(path).resolve().name)[0].rstrip("-_") or "captions"
+    return re.split(r"[.{*]", Path(path).resolve().name)[0].rstrip("-_") or "captions"
 
 
-def fingerprint(paths):
-    """SHA-256 of what captions come from, in hexadecimal."""
-    digests = []
-    for path in paths:
-        for file in source_files(path):
-            digests.append(_digest(file))
-            if os.path.isdir(path) and file.suffix == ".txt":  # its path is key and image
-                digests.append(str(file.relative_to(path)))
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256(os.fsencode(" ".join(digests))).hexdigest()
+def fingerprint(sources):
+    """SHA-256 of what captions come from, in hexadecimal; of a tar, gigabytes of pictures, name and size."""
+    digest = hashlib.sha256()
+    for source in sources:
+        for file in source_files(source):
+            name = file.relative_to(source) if os.path.isdir(source) else file.name
+            digest.update(os.fsencode(f"{name} {file.stat().st_size}\n"))
+            if file.suffix != ".tar":
+                with open(file, "rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
-def _digest(path):
-    """Of a file's bytes. A tar holds gigabytes of pictures: its name, size and 16 samples stand for them."""
-    with _opened(path) as file:
-        if path.suffix != ".tar":
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.seek(0, 2)
-        digest = hashlib.sha256(f"{path.name} {size}".encode())
-        for k in range(16):
-            file.seek(size * k // 16)
-            digest.update(file.read(4096))
-        return digest.hexdigest()
+# ------------------------------------------------------------------------------------------------------------
+# A source becomes a table of DuckDB: a SELECT a form
 
+def load(database, scratch, table, source, fields, skipped):
+    """Appends a source's rows to a table of DuckDB, in their order. -> the names of the source's columns
 
-def _opened(path):
-    """A regular file, opened for reading bytes; a pipe would be waited for without end."""
-    with disk_errors(path, WANTED):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(None, "not a regular file")
-        return open(path, "rb")
-
-
-def _records(path, skipped):
-    """Yields (row number from 0, place: line number from 1 or sample of a tar, dict of fields)."""
-    for number, (place, fields) in enumerate(_rows(path, skipped)):
-        if isinstance(fields, dict):
-            for theirs, ours in ALIASES.items():
-                if theirs in fields:
-                    fields.setdefault(ours, fields[theirs])
-            if "conversations" in fields:
-                fields |= _conversation(fields)
-            yield number, place, fields
-        elif fields:
-            skip(skipped, fields, place)
-
-
-def column_taken(path, name):
-    """Which of others' names stands for a prompt set in a source's first row, None where none does."""
-    _, _, fields = next(_records(path, {}), (None, None, {}))
-    for theirs, ours in ALIASES.items():
-        if ours == name and theirs in fields and fields[ours] is fields[theirs]:
-            return theirs
-    return None
-
-
-def _rows(path, skipped):
-    """Yields (place, fields) of each row, by the form of the file. In place of the fields of a bad row stands
-    a text that says what is wrong, or None if it is only empty.
+    fields: NAMES; for a join key, URL and the prompt set. Its caption is the column named as the set; without
+    one, the first text that is neither key nor picture, such as "minicpm" in the recaptioned releases.
     """
-    files = source_files(path)
-    name = files[0].name.removesuffix(".gz")
-    if name.endswith(".tar"):
-        yield from _tars(files, skipped)
-        return
-    if name.endswith(".txt") and os.path.isdir(path):
-        yield from _texts(Path(path), files)
-        return
-    if name.endswith(".parquet"):
-        raise InputError(f"{path}: Parquet is not read; write it as JSONL first, with pandas: "
-                         "read_parquet(...).to_json('captions.jsonl', orient='records', lines=True)")
-    path = files[0]
-    with _opened(path) as file:
-        try:
-            if file.peek(2)[:2] == b"\x1f\x8b":
-                file = gzip.open(file)
-            start = file.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            if name.endswith(".csv"):
-                yield from _table(file, path, csv.QUOTE_MINIMAL)
-            elif name.endswith(".tsv"):  # whatever its first caption begins with
-                yield from _table(file, path, csv.QUOTE_NONE)
-            elif start == b"[":
-                for number, entry in enumerate(json_entries(file, path), 1):
-                    yield number, _object(entry)
-            elif start == b"{":
-                yield from _json_lines(file)
-            else:
-                yield from _table(file, path, csv.QUOTE_NONE)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}: gzip data damaged or cut off ({error}); download it anew") from None
-
-
-def _lines(file):
-    """Yields a file's lines. A byte that is not UTF-8 becomes a surrogate, which marks its row as bad."""
-    for line in io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n"):
-        yield line.rstrip("\r\n").replace("\r", " ")  # to csv a lone \r is an error
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tables
-
-def _table(file, path, quoting):
-    """TSV; with QUOTE_MINIMAL CSV: quotes as in RFC 4180, and commas, or tabs where its header has them."""
-    rows = _fields(file, quoting)
-    line, header = next(rows)
-    links = [place for place, field in enumerate(header) if "://" in field]
-    if len(header) == 2 and links:  # caption<TAB>url or url<TAB>caption, no header
-        rows = chain([(line, header)], rows)
-        header = ["url", "raw"] if links[0] == 0 else ["raw", "url"]
-    elif header and not {ALIASES.get(name, name) for name in header} & set(PROMPTS):
-        raise InputError(f"{path}: line 1: no column raw, short or long, and not caption<TAB>url; {HEADER}")
-    for line, fields in rows:
-        if not fields:
-            fields = "empty line"
-        elif isinstance(fields, list):
-            few = len(fields) < len(header)
-            more = any(fields[len(header):])
-            wrong = "too few fields" * few or "too many fields: a tab or comma in a caption?" * more
-            fields = wrong or dict(zip(header, fields))
-        yield line, fields
-
-
-def _fields(file, quoting):
-    """Yields (number of a row's last line, its fields, or a text that says why it is no row)."""
-    lines = (f"{line}\n" for line in _lines(file))
-    first = next(lines, "")
-    delimiter = "\t"
-    if quoting != csv.QUOTE_NONE and "\t" not in first:
-        delimiter = ";" if ";" in first and "," not in first else ","  # as some countries' spreadsheets write
-    rows = csv.reader(chain([first], lines), delimiter=delimiter, quoting=quoting, strict=True)
-    while True:
-        try:
-            fields = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            fields = f"not CSV ({error})"
-        yield rows.line_num, fields
-
-
-# ------------------------------------------------------------------------------------------------------------
-# JSON
-
-def _object(value):
-    return value if isinstance(value, dict) else "not a JSON object"
-
-
-def _conversation(fields):
-    """LLaVA's and ShareGPT4V's entries: the first answer is a long caption, "id" the key."""
-    turns = fields["conversations"]
-    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    answers = [turn.get("value") for turn in turns if turn.get("from") == "gpt"]
-    found = {"long": answers[0] if answers else None, "key": fields.get("id")}
-    return {name: value for name, value in found.items() if value is not None and name not in fields}
-
-
-def _json_lines(file):
-    """One object a line. One with a list of annotations is COCO's, and whole in memory: 0.5 GB for COCO."""
-    lines = _lines(file)
-    first = next(lines, "")
-    if first.strip() == "{":  # one object over many lines
-        first += "".join(lines)
-    for line, text in enumerate(chain([first], lines), 1):
-        try:
-            fields = _object(json.loads(text)) if text else None
-        except (ValueError, RecursionError):
-            fields = "not JSON"
-        if isinstance(fields, dict) and isinstance(fields.get("annotations"), list):
-            yield from _coco(fields)
+    files = source_files(source)
+    kind = Path(files[0].name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    ours = ("key", "image", "url", *PROMPTS)
+    joined = len(fields) < len(ours)
+    with reading(files[0], WANTED):
+        if kind == ".tar":
+            relation, columns = spool(scratch, ours, tar_rows(files, skipped), skipped)
+        elif kind == ".txt" and os.path.isdir(source):
+            relation, columns = spool(scratch, ours, text_rows(Path(source), files, skipped), skipped)
+        elif kind == ".parquet":
+            relation, columns = parquet(database, files)
+        elif kind in (".json", ".jsonl"):
+            relation, columns = json_objects(database, files)
+        elif kind == ".csv" or files[0].suffix == ".zst":
+            relation, columns = csv_table(database, files, '"' if kind == ".csv" else "")
         else:
-            yield line, fields
+            names, rows = tsv_rows(files, joined, skipped)
+            relation, columns = spool(scratch, names, rows, skipped)
+        insert(database, table, relation, columns, fields, joined)
+        if "read_csv" in relation:
+            for reason, line in database.execute("SELECT DISTINCT lower(CAST(error_type AS VARCHAR)), line "
+                                                 "FROM reject_errors ORDER BY line").fetchall():
+                skip(skipped, reason, f"line {line}")
+            database.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
+    for name in set(PROMPTS) & set(fields):
+        taken = next((column for column in NAMES[name] if column in columns), name)
+        if taken != name:
+            print(f"{name} captions: {taken} of {source}")
+    return list(columns)
 
 
-def _coco(fields):
-    """Yields (place, fields) of each caption of COCO's captions_train2017.json: several a picture."""
-    images = fields.get("images")
-    images = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
-    name_of = {str(image.get("id")): image.get("file_name") for image in images}
-    for number, said in enumerate(map(_object, fields["annotations"]), 1):
-        if isinstance(said, dict):
-            said = {"key": said.get("id"), "image": name_of.get(str(said.get("image_id"))),
-                    "raw": said.get("caption")}
-        yield f"annotation {number}", said
+def insert(database, table, relation, columns, fields, joined):
+    """Selects our fields among a relation's columns, {name: (SQL, its type)}, into a table."""
+    names = dict(NAMES)
+    if "conversations" in columns:  # LLaVA's, ShareGPT4V's: the first answer is a long caption, "id" the key
+        answer = (f"list_filter(TRY_CAST(to_json({columns['conversations'][0]}) AS JSON[]), "
+                  "lambda turn: turn->>'from' = 'gpt')[1]->>'value'")
+        columns = {"long": (answer, "VARCHAR")} | columns
+        names["key"] = [*names["key"], "id"]
+    if joined and not any(name in columns for name in names[fields[-1]]):
+        names[fields[-1]] = [name for name in columns if name not in NO_CAPTION]
+    inner = []
+    outer = []
+    for field in fields:
+        found = [columns[name] for name in names[field] if name in columns]
+        found = [*map(text_of if field in PROMPTS else name_of, found), "CAST(NULL AS VARCHAR)"]
+        inner.append(f"coalesce({', '.join(found)}) AS {field}")
+        outer.append((CAPTION if field in PROMPTS else NAME).format(field))
+    own = [*fields[:-1], "text"] if joined else fields
+    database.execute(f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(f'{name} VARCHAR' for name in own)})")
+    database.execute(f"INSERT INTO {table} SELECT {', '.join(outer)} FROM "
+                     f"(SELECT {', '.join(inner)} FROM {relation})")
 
 
-def json_entries(file, path, cure="mend it, or write one object a line"):
-    """Yields the entries of a JSON list one after the other: a list of gigabytes is never in memory whole.
+def text_of(column):
+    """SQL of a caption: a text, or the first of a list of texts; numbers, NaN and objects are none."""
+    sql, kind = column
+    of_json = (f"CASE WHEN json_type({sql}) = 'VARCHAR' THEN {sql}->>'$' "
+               f"WHEN json_type({sql}, '$[0]') = 'VARCHAR' THEN {sql}->>'$[0]' END")
+    sql = {"VARCHAR": sql, "VARCHAR[]": f"{sql}[1]", "JSON": of_json}.get(kind, "NULL")
+    return f"nullif({sql}, '')"
 
-    file: opened for reading bytes. Raises InputError, which names path, entry and cure, where it is no list.
-    """
-    file = io.TextIOWrapper(file, "utf-8-sig")
-    decode = json.JSONDecoder().raw_decode
-    separator = re.compile(r"\s*([,\]])\s*")
-    number = 0
-    at = 0  # where the next entry begins in text
-    try:
-        text = file.read(CHUNK).lstrip()
-        if text[:1] != "[":
-            raise ValueError("no [ at its beginning")
-        text = text[1:].lstrip()
-        while True:
-            try:
-                entry, end = decode(text, at)
-                after = separator.match(text, end)  # a number may go on in what is not read yet
-                if not after:
-                    raise ValueError("no , or ] behind it")
-            except ValueError:
-                # As much again as is pending: a huge entry is parsed a few times, not once a chunk.
-                more = file.read(max(CHUNK, len(text) - at))
-                text = (text[at:] + more).lstrip()
-                at = 0
-                if number == 0 and text[:1] == "]":
-                    after = separator.match(text)
-                    break
-                if not more:
-                    raise
-                continue
-            yield entry
-            number += 1
-            at = after.end()
-            if after[1] == "]":
-                break
-        if text[after.end():] or file.read().strip():
-            raise ValueError("text after the list's end")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON list (entry {number + 1}: {error}); {cure}") from None
+
+def name_of(column):
+    """SQL of a key, path or URL, numbers too; of a picture as Hugging Face's datasets keep it its path."""
+    sql, kind = column
+    if kind == "JSON":
+        return f"{sql}->>'$.path', {sql}->>'$'"
+    if "BLOB" in kind:
+        return f"{sql}.path" if "path VARCHAR" in kind else "NULL"
+    return f"nullif(CAST({sql} AS VARCHAR), '')"
+
+
+def quoted(text, mark="'"):
+    return mark + str(text).replace(mark, 2 * mark) + mark
+
+
+def listed(files):
+    """SQL of a list of paths, which are no patterns."""
+    return "[" + ", ".join(quoted(glob.escape(str(file))) for file in files) + "]"
+
+
+def parquet(database, files):
+    relation = f"read_parquet({listed(files)}, union_by_name=true)"
+    kinds = database.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+    return relation, {name: (quoted(name, '"'), kind) for name, kind, *_ in kinds}
+
+
+def json_objects(database, files):
+    """A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB."""
+    failure = None
+    for form, largest in (("auto", 1 << 24), ("newline_delimited", 1 << 24), ("unstructured", 1 << 30)):
+        relation = (f"read_json_objects({listed(files)}, format='{form}', ignore_errors=true, "
+                    f"maximum_object_size={largest})")
+        try:
+            sample = database.execute(f"SELECT json_keys(json) FROM (SELECT json FROM {relation} LIMIT 1000) "
+                                      "WHERE json IS NOT NULL").fetchall()
+        except duckdb.Error as error:
+            failure = failure or error
+            continue
+        names = dict.fromkeys(chain.from_iterable(keys for keys, in sample))
+        if {"images", "annotations"} <= names.keys():  # each caption is a row
+            said = f"SELECT json->'$.annotations[*]' AS said FROM {relation}"
+            relation = (f"(SELECT said->>'id' AS key, said->'caption' AS raw, picture->>'file_name' AS image "
+                        f"FROM (SELECT unnest(said) AS said, unnest(range(len(said))) AS n FROM ({said})) "
+                        f"LEFT JOIN (SELECT unnest(json->'$.images[*]') AS picture FROM {relation}) "
+                        "ON picture->>'id' = said->>'image_id' ORDER BY n)")
+            return relation, dict(key=("key", "VARCHAR"), image=("image", "VARCHAR"), raw=("raw", "JSON"))
+        if names:
+            paths = {name: quoted(f'$."{name}"') for name in names if not re.search(r'["\\]', name)}
+            return relation, {name: (f"(json->{path})", "JSON") for name, path in paths.items()}
+    raise failure or ValueError("no JSON object is in it")
+
+
+def csv_table(database, files, quote):
+    """By commas, or by tabs or semicolons where the header has these."""
+    line, = database.execute(
+        f"SELECT * FROM read_csv({listed(files[:1])}, columns={{'line': 'VARCHAR'}}, delim='\x01', quote='', "
+        "header=false, auto_detect=false, strict_mode=false, ignore_errors=true) LIMIT 1").fetchone() or [""]
+    delimiter = "\t" if "\t" in line else ";" if ";" in line and "," not in line else ","
+    names = next(csv.reader([line], delimiter=delimiter), [])
+    return delimited(files, names, f"delim='{delimiter}', quote='{quote}', escape='{quote}', header=true")
+
+
+def delimited(files, names, options):
+    columns = ", ".join(f"'c{n}': 'VARCHAR'" for n in range(len(names)))
+    relation = (f"read_csv({listed(files)}, columns={{{columns}}}, {options}, comment='', auto_detect=false, "
+                "ignore_errors=true, store_rejects=true)")
+    return relation, {name: (f"c{n}", "VARCHAR") for n, name in enumerate(names)}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tars
+# What DuckDB does not read: generators of (place, fields), which become a table for it
+
+def spool(scratch, names, rows, skipped):
+    path = Path(scratch, "rows.tsv")
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for place, fields in rows:
+            try:
+                file.write("\t".join(re.sub("[\t\r\n]", " ", field) for field in fields) + "\n")
+            except UnicodeEncodeError:
+                skip(skipped, "invalid encoding", place)
+    return delimited([path], names, "delim='\t', quote='', escape='', header=false")
+
+
+def tsv_rows(files, joined, skipped):
+    """-> names, rows. Where none is the key, the row's number is; empty lines have none, bad rows do."""
+    def opened(path):
+        opener = gzip.open if path.suffix == ".gz" else open
+        return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+
+    with opened(files[0]) as file:
+        names = file.readline().rstrip("\r\n").split("\t")
+    links = ["://" in name for name in names]
+    headed = not (len(names) == 2 and any(links))  # else caption<TAB>url (CC3M) or url<TAB>caption (CC12M)
+    if not headed:
+        names = ["url", "raw"] if links[0] else ["raw", "url"]
+    width = len(names)
+
+    def rows():
+        number = 0
+        for path in files:
+            with opened(path) as file:
+                for line, text in enumerate(file, 1):
+                    fields = text.rstrip("\r\n").split("\t")
+                    if fields == [""] or headed and line == 1:
+                        continue
+                    place = f"{path.name} line {line}"
+                    if len(fields) < width or any(fields[width:]):
+                        skip(skipped, "missing columns" if len(fields) < width else "too many columns", place)
+                    else:
+                        yield place, [f"{number:09d}", *fields[:width]]
+                    number += 1
+    keyed = joined or not set(names).isdisjoint(NAMES["key"])
+    return ["" if keyed else "key", *names], rows()
+
+
+def tar_rows(files, skipped):
+    """Yields (place, our fields) of samples: .txt the raw caption, .json any by any known name."""
+    for path in files:
+        with open(path, "rb") as file:
+            for (folder, key), members in groupby(tar_files(path, skipped), itemgetter(0, 1)):
+                place = f"{path}:{folder}{key}"
+                places = {suffix: where for _, _, suffix, *where in members}
+                fields = {}
+                for suffix in ("json", "txt"):  # the last one's caption counts
+                    offset, size = places.get(suffix, (0, 0))
+                    file.seek(offset)
+                    try:
+                        if size > LARGEST_TEXT:
+                            raise ValueError
+                        text = file.read(size).decode("utf-8-sig")
+                        entries = json.loads(text or "{}") if suffix == "json" else {"raw": text}
+                        fields |= {field: entries[name] for field in ("url", *PROMPTS)
+                                   for name in reversed(NAMES[field]) if isinstance(entries.get(name), str)
+                                   and entries[name]}
+                    except (ValueError, AttributeError, RecursionError):
+                        skip(skipped, "no UTF-8 text, no JSON object, or too large", f"{place}.{suffix}")
+                yield place, [key, "", *(fields.get(field, "") for field in ("url", *PROMPTS))]
+
+
+def text_rows(folder, files, skipped):
+    """Yields (place, our fields) of each a.txt that has a picture beside it; its path is key and image."""
+    for here, texts in groupby(files, attrgetter("parent")):
+        beside = sorted(path for path in here.iterdir() if path.suffix.lower() in PICTURES)
+        pictures = {path.stem: path.relative_to(folder) for path in reversed(beside)}  # the first of a stem
+        for file in texts:
+            with open(file, encoding="utf-8-sig", errors="surrogateescape") as opened:
+                text = opened.read(LARGEST_TEXT)
+            if picture := pictures.get(file.stem):
+                yield str(file), [str(picture.with_suffix("")), str(picture), "", text, "", ""]
+            else:
+                skip(skipped, "text without a picture beside it", str(file))
+
 
 def sample_name(path):
     """-> folder, key, suffix: "a/", "b", "c.jpg" of "a/b.c.JPG". A key ends at its first dot (webdataset)."""
@@ -442,191 +476,28 @@ def tar_files(path, skipped):
                     yield folder, key, suffix, member.offset_data, member.size
                 else:
                     raise tarfile.ReadError(f"{member.name} is cut off")
+            # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
             file.seek(tar.offset)
-            if file.read(512) != bytes(512):  # a whole tar ends in empty blocks
+            blocks = iter(lambda: file.read(LARGEST_HEADER), b"")
+            if size < tar.offset + 512 or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
     except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too
-        skip(skipped, DAMAGED, f"{os.path.basename(path)}: {str(error) or type(error).__name__}")
-
-
-def tar_samples(path, skipped):
-    """Yields (folder, key, the opened tar, {suffix: (first byte, bytes)}) of its samples: files that share a
-    name up to its first dot. Raises InputError where it is no regular file.
-    """
-    with _opened(path) as file:
-        for (folder, key), members in groupby(tar_files(path, skipped), itemgetter(0, 1)):
-            yield folder, key, file, {suffix: place for _, _, suffix, *place in members}
-
-
-def _tars(files, skipped):
-    """Yields (place, fields) of the samples."""
-    for path in files:
-        for folder, key, file, places in tar_samples(path, skipped):
-            place = f"{path}:{folder}{key}"
-            fields = {"key": key} | _sample_fields(file, places, place, skipped)
-            outside = folder.startswith("/") or ".." in folder.split("/")
-            yield place, "path climbs out of the tar" if outside else fields
-
-
-def _sample_fields(file, places, place, skipped):
-    """A sample's files in a tar -> fields: .json's captions and URL by any known name; .txt is raw's."""
-    fields = {}
-    for suffix in ("json", "txt"):  # the last one's caption counts
-        if suffix not in places:
-            continue
-        offset, size = places[suffix]
-        if size > LARGEST_TEXT:
-            skip(skipped, "text too large for a caption", f"{place}.{suffix}")
-            continue
-        file.seek(offset)
-        try:
-            if suffix == "txt":
-                fields["raw"] = file.read(size).decode("utf-8-sig")
-            else:
-                entries = json.loads(file.read(size))
-                wanted = ("url", *PROMPTS)
-                fields |= {name: text for name, text in entries.items() if ALIASES.get(name, name) in wanted}
-        except (ValueError, AttributeError, RecursionError):
-            skip(skipped, "not UTF-8 text or not a JSON object", f"{place}.{suffix}")
-    return fields
+        skip(skipped, DAMAGED, f"{os.path.basename(path)}: {explained(error)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A folder of pictures with their texts
+# What is skipped
 
-def _texts(folder, files):
-    """Yields (place, fields) of each a.txt that has a picture beside it; its path is key and image."""
-    for here, texts in groupby(sorted(files, key=attrgetter("parent", "name")), attrgetter("parent")):
-        beside = sorted(path for path in here.iterdir() if path.suffix.lower() in PICTURES)
-        pictures = {path.stem: path.relative_to(folder) for path in reversed(beside)}  # the first of a stem
-        for file in texts:
-            picture = pictures.get(file.stem)
-            try:
-                with _opened(file) as opened:
-                    text = opened.read(LARGEST_TEXT).decode("utf-8-sig")
-            except ValueError:
-                yield str(file), "not UTF-8 text"
-                continue
-            if picture is None:
-                yield str(file), "text without a picture beside it"
-            else:
-                yield str(file), {"key": str(picture.with_suffix("")), "image": str(picture), "raw": text}
+def skip(skipped, reason, place):
+    """Counts what is left out: skipped[reason] = [how many, the first five places]."""
+    entry = skipped.setdefault(reason, [0, []])
+    entry[0] += 1
+    if len(entry[1]) < 5:
+        entry[1].append(" ".join(place.split()))  # a name may hold line breaks
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Captions of one prompt set in a file of their own
-
-def read_join(name, path, skipped, index=None, keep_lines=False):
-    """-> Joined {key: caption} of one prompt set from a file of its own; the last one of a key counts.
-
-    Where a row has no key, the picture's URL serves. The caption is the field named as the set; without one,
-    the first text that is neither key nor picture, such as "minicpm" in the recaptioned releases. index: the
-    database's file, for other processes to `open_join`; without one it is a temporary file. keep_lines: see
-    read_captions. Raises InputError where there is no caption, or the disk is full.
-    """
-    if index is None:
-        return Joined(_make_join("", name, path, skipped, keep_lines))
-
-    def save(temporary):
-        _make_join(temporary, name, path, skipped, keep_lines).close()
-
-    write(index, save)
-    return open_join(index)
-
-
-def check_join(captions, name, file, joined):
-    """Raises InputError where the joined captions are of other pictures, as keys of other tars make them.
-
-    A recaption shares words with its picture's own caption, more than with another picture's. Of a sample of
-    pairs, no more than by chance: then keys do not mean the same. Where they share none at all, since the
-    languages differ, nothing can be said.
-    """
-    pairs = []
-    for row in first_rows(captions, 10 * ALIKE):
-        text = joined_caption(joined, row.key, row.url)
-        if text:
-            pairs.append((_words(row.captions["raw"]), _words(text)))
-        if len(pairs) == ALIKE:
-            break
-    if len(pairs) < ALIKE:
-        return
-    of_another = [*pairs[1:], pairs[0]]
-    own = sum(len(raw & text) for raw, text in pairs)
-    chance = sum(len(raw & text) for (raw, _), (_, text) in zip(pairs, of_another))
-    if chance > ALIKE / 10 and own < 1.2 * chance:
-        raise InputError(
-            f"{file}: its {name} captions share no more words with the captions of the same keys in "
-            f"{captions} than with others: keys mean other pictures there. Recaptions go with the tars they "
-            "were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
-
-
-def joined_caption(captions, key, url):
-    """What a mapping that `read_join` made has for a row: by its key, else by its picture's URL. None or ""
-    where there is nothing.
-    """
-    return captions.get(key) or url and captions.get(url)
-
-
-def _words(text):
-    """What a caption is about: its words of four letters and more."""
-    return set(re.findall(r"\w{4,}", text.lower()))
-
-
-def open_join(index):
-    """What `read_join` wrote, for a process that only reads it."""
-    return Joined(_connect(f"{Path(index).absolute().as_uri()}?immutable=1"))
-
-
-def _connect(database):
-    return sqlite3.connect(database, uri=True, check_same_thread=False)  # the LLM's queue reads in a thread
-
-
-def _make_join(file, name, path, skipped, keep_lines):
-    try:
-        database = _connect(file)
-        database.execute("PRAGMA journal_mode = OFF")  # what is left half written is made anew
-        database.execute("PRAGMA synchronous = OFF")
-        database.execute("CREATE TABLE captions (key TEXT, caption TEXT)")
-        pairs = joined_rows(name, path, skipped, keep_lines)
-        rows = database.executemany("INSERT INTO captions VALUES (?, ?)", pairs)
-        database.execute("CREATE INDEX keys ON captions (key)")
-        database.commit()
-    except sqlite3.Error as error:
-        folder = os.path.dirname(file) or "the temporary folder"
-        raise InputError(f"{folder}: {error}; free space there for as much as {path} holds") from None
-    if rows.rowcount < 1:
-        raise InputError(f"{path}: no row with a key and a caption; --join wants a key and a {name} caption")
-    return database
-
-
-def joined_rows(name, path, skipped, keep_lines=False):
-    """Yields (key or URL, caption)."""
-    for _, place, fields in _records(path, skipped):
-        texts = [text for field, text in fields.items() if field not in NO_CAPTION and isinstance(text, str)]
-        texts = [fields[name]] if name in fields else texts  # where its own is empty, no other is meant
-        text = one_line(next(filter(None, texts), ""), keep_lines)
-        key = fields.get("key", fields.get("url"))
-        if key is None or not text or not is_unicode(str(key), text):
-            skip(skipped, "joined row without key or caption", place)
-        else:
-            yield str(key), text
-
-
-class Joined:
-    """{key: caption} in a database on disk: memory stays small, however many captions and processes."""
-
-    def __init__(self, database):
-        self.database = database
-
-    def get(self, key):
-        if not is_unicode(str(key)):  # nothing that sqlite could be asked for
-            return None
-        rows = self.database.execute("SELECT caption FROM captions WHERE key = ? ORDER BY rowid DESC", (key,))
-        found = rows.fetchone()
-        return found[0] if found else None
-
-    def __contains__(self, key):
-        return self.get(key) is not None
-
-    def __len__(self):
-        return self.database.execute("SELECT count(DISTINCT key) FROM captions").fetchone()[0]
+def report_skipped(source, skipped):
+    """Says on stderr what was skipped, a line a reason."""
+    for reason, (count, places) in skipped.items():
+        where = ", ".join(places) + ", ..." * (count > len(places))
+        print(f"{source}: skipped {count}: {reason} ({where})", file=sys.stderr)

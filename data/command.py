@@ -2,6 +2,7 @@
 import argparse
 import math
 import sys
+import warnings
 
 import torch
 
@@ -61,6 +62,7 @@ def run(script, body, again):
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    warnings.formatwarning = lambda message, *place: f"{script}: {message}\n"  # one line
     try:
         body()
     except InputError as error:
@@ -72,8 +74,8 @@ def run(script, body, again):
               file=sys.stderr)
         return 2
     except ConnectionError:  # by which a process hears that another has ended
-        print(f"{script}: a loader process was killed, likely for memory; give fewer --workers or a smaller "
-              "--cache", file=sys.stderr)
+        print(f"{script}: a loader process was killed, likely for memory; give fewer --workers",
+              file=sys.stderr)
         return 2
     except OSError as error:  # a file vanished, a folder may not be read
         print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; "

@@ -2,14 +2,14 @@
 import json
 import os
 import shutil
-import stat
+import socket
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from flame import InputError
+from flame import InputError, explained
 
 
 @contextmanager
@@ -44,19 +44,23 @@ def folder(path, *signs):
 
 
 @contextmanager
-def whole(path):
-    """Yields a temporary path beside `path`, and renames what was written there.
+def replacing(path):
+    """Yields a temporary path beside `path`; what was written there reaches the disk, then takes its name.
 
-    An error inside leaves `path` as it was. What a killed writer had not renamed yet is taken away.
+    An error inside leaves `path` as it was. What writers killed on this machine left behind is taken away.
     Raises InputError where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # libraries go by the ending
+    begins = f".{path.stem}.{socket.gethostname()}."
+    temporary = path.with_name(f"{begins}{os.getpid()}{path.suffix}")  # libraries go by the ending
     with disk_errors(path):
         try:
-            for old in path.parent.glob(f".{path.stem}.[0-9]*{path.suffix}"):  # a link too: none is followed
-                old.unlink()
+            for old in path.parent.glob(f"{begins}*{path.suffix}"):
+                if not is_running(old.name.removeprefix(begins).split(".")[0]):
+                    old.unlink(missing_ok=True)
             yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
             error.filename = path
@@ -65,18 +69,24 @@ def whole(path):
             temporary.unlink(missing_ok=True)
 
 
+def is_running(process):
+    """Is there a process of that number, a text?"""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write(path, save):
     """save(temporary path), then rename."""
-    with whole(path) as temporary:
+    with replacing(path) as temporary:
         try:
             save(temporary)
         except (RuntimeError, SafetensorError) as error:  # how these libraries say it
-            raise OSError(None, said(error), str(path)) from None
-
-
-def said(error):
-    """What a library's error says, in one line and not at length."""
-    return " ".join(str(error).split())[:200]
+            raise OSError(None, explained(error), str(path)) from None
 
 
 def write_text(path, text):
@@ -88,34 +98,7 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_marker(path):
-    """What a marker file says that its writer keeps for the next run; None where none can be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def open_own(path, mode):
-    """open() for a file of ours that may be there: never emptied, never through a link, never a pipe.
-
-    Raises InputError where it is one of these or cannot be opened.
-    """
-    def opener(name, flags):
-        return os.open(name, (flags & ~os.O_TRUNC) | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-    cure = "remove it or choose another place, then run the same command again"
-    if os.path.islink(path):
-        raise InputError(f"{path}: a symbolic link, which is not followed; {cure}")
-    with disk_errors(path):
-        file = open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise InputError(f"{path}: not a regular file; {cure}")
-    return file
-
-
 def append(path, text):
     """Adds text to a file of ours."""
-    with disk_errors(path), open_own(path, "a") as file:
+    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)

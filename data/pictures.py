@@ -1,4 +1,4 @@
-"""The pictures of a store's rows: where they lie, and training's batches of them.
+"""The pictures of a table's rows: where they lie, and training's batches of them.
 
 They are files that the captions name, or files or tars whose names are the keys (data/README.md).
 """
@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data.captions import DAMAGED, PICTURES, first_rows, report_skipped, sample_name, skip, tar_files
+from data.captions import DAMAGED, PICTURES, report_skipped, sample_name, skip, source_files, tar_files
 from data.files import write
 from flame import InputError
 
@@ -31,32 +32,64 @@ DRAWS = 22         # numbers that fix a crop: two for its place, two for each of
 # ------------------------------------------------------------------------------------------------------------
 # Where they lie
 
-def find_pictures(store, folder=None, index=None):
-    """-> (rows int64 [n] of the store that have a picture, files, places int64 [n, 3]), in the disk's order.
+class Place(NamedTuple):
+    """Where a picture's bytes are: a file, or a part of a tar."""
+    path: str
+    offset: int = 0
+    size: int = -1  # to the end
 
-    A place is (which of files, first byte, bytes; -1: to the end). folder: where the captions' paths start,
-    or where files or tars (*.tar, as img2dataset and webdataset write them; never unpacked) lie by key.
-    Without one it is beside the captions. index: file (.npz) that keeps what was found in the tars.
-    Raises InputError where fewer than two rows have a picture, or none that the captions name is there.
+
+def open_picture(place):
+    """PIL image, its header read, not yet decoded. Raises nearly anything on a stranger's bytes."""
+    about = os.stat(place.path)
+    if not stat.S_ISREG(about.st_mode) or place.size < 0 and about.st_size > LARGEST:  # a pipe is waited for
+        raise OSError(0, "not a regular file, or too large", place.path)
+    with open(place.path, "rb", buffering=0) as file:
+        file.seek(place.offset)
+        return Image.open(io.BytesIO(file.read(place.size)))
+
+
+def reason(place, error):
+    """Why a picture could not be read, and where it lies."""
+    return f"{type(error).__name__}: {place.path}" + f", byte {place.offset}" * (place.offset > 0)
+
+
+def find_pictures(keys, images, captions, folder=None, index=None):
+    """-> (rows int64 [n] that have a picture, files [str], places int64 [n, 3]), in the disk's order.
+
+    A place is (which of files, first byte, bytes; -1: to the end). keys, images: of a table that was made of
+    the source `captions`. folder: where the images' paths start, or where files or tars (*.tar, as
+    img2dataset and webdataset write them; never unpacked) lie by key. Without one these are the tars that
+    were captioned, else beside the captions. index: file (.npz) that keeps what was found in the tars. Raises
+    InputError where no row has a picture, or none that the captions name is there.
     """
-    captions = Path(store.meta["captions"]["path"])
-    named = any(store.images)
-    root = Path(folder) if folder else start_of_paths(captions) if named else folder_by_key(captions)
-    files = sorted(map(str, root.glob("*.tar"))) if folder or not named else []
-    there = any(image and os.path.isfile(root / image) for image in store.images[:LOOKED_AT])
-    if files and not there:  # else they are others that lie there too
-        rows, places = index_tars(store, files, index)
+    captions = Path(captions)
+    named = {row: image for row, image in enumerate(images) if image}
+    tars = []
+    if folder:
+        root = Path(folder)
+        tars = sorted(map(str, root.glob("*.tar")))
+    elif named:
+        root = start_of_paths(captions)
     else:
-        if named:
-            found = named_pictures(store, root)
-        else:
-            found, _ = first_of_each_row(folder_pictures(root), store.keys)
+        root, tars = where_keys_lie(captions)
+    looked, missing = missing_pictures([os.path.join(root, image) for image in named.values()])
+    if tars and looked == len(missing):  # else the tars are others that lie there too
+        rows, places = index_tars(keys, tars, index)
+        files = tars
+    elif named and looked == len(missing):
+        raise InputError(f"{missing[0]}: no such picture, nor any other of {looked} looked for; {captions} "
+                         f"names it {named[min(named)]}; give --images DIR where that starts")
+    else:
+        found = {row: os.path.join(root, image) for row, image in named.items()}
+        if not named:
+            found, _ = first_of_each_row(folder_pictures(root), keys)
         rows = np.array(sorted(found), np.int64)
         files = [found[row] for row in rows.tolist()]
         places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
-    if len(rows) < 2:
-        raise InputError(f"{root}: {len(rows)} of the {len(store.keys)} keys in {store.path} have a picture "
-                         f"there, such as {store.keys[0]}.jpg; give --images DIR with two at least")
+    if not len(rows):
+        raise InputError(f"{root}: none of the {len(keys)} keys of {captions} has a picture there, such as "
+                         f"{keys[0]}.jpg; give --images DIR")
     return rows, files, places
 
 
@@ -65,26 +98,17 @@ def start_of_paths(captions):
     return captions if captions.is_dir() else captions.parent
 
 
-def folder_by_key(captions):
-    """Where pictures lie that the captions do not name."""
-    own = captions.with_name(captions.name.split(".")[0])
-    shared = captions.with_name("images")
-    if not own.is_dir() and not shared.is_dir():
-        raise InputError(f"{captions}: names no pictures, and there is no folder {own} or {shared}; "
-                         "give --images DIR with files or tars named by key")
-    return own if own.is_dir() else shared
-
-
-def named_pictures(store, root):
-    """-> {row: path}. Raises InputError where none of a sample is there."""
-    found = {row: os.path.join(root, image) for row, image in enumerate(store.images) if image}
-    looked, missing = missing_pictures(list(found.values()))
-    if looked == len(missing):
-        image = store.images[min(found)]
-        raise InputError(f"{missing[0]}: no such picture, nor any other of {looked} looked for; "
-                         f"{store.meta['captions']['path']} names it {image}; "
-                         "give --images DIR where that starts")
-    return found
+def where_keys_lie(captions):
+    """Of pictures that the captions do not name -> folder, tars: the captioned ones, else those in a folder
+    named as the captions, or in images/ beside them.
+    """
+    if captions.suffix == ".tar":
+        return captions.parent, list(map(str, source_files(captions)))
+    for root in (captions.with_name(captions.name.split(".")[0]), captions.with_name("images")):
+        if root.is_dir():
+            return root, sorted(map(str, root.glob("*.tar")))
+    raise InputError(f"{captions}: names no pictures, and there is no folder {root} nor one of its own name; "
+                     "give --images DIR with files or tars named by key")
 
 
 def missing_pictures(paths):
@@ -93,11 +117,10 @@ def missing_pictures(paths):
     return len(sample), [path for path in sample if not os.path.isfile(path)]
 
 
-def warn_of_missing_pictures(captions):
-    """Says on stderr, before hours are spent, how many of the first captions' pictures are not there."""
+def warn_of_missing_pictures(captions, images):
+    """Says on stderr, before hours are spent, how many of these pictures are not there."""
     root = start_of_paths(Path(captions))
-    rows = first_rows(captions, LOOKED_AT)
-    looked, missing = missing_pictures([root / row.image for row in rows if row.image])
+    looked, missing = missing_pictures([root / image for image in images if image])
     if missing:
         print(f"{captions}: {len(missing)} of the first {looked} pictures that it names are not there "
               f"(first: {missing[0]}); train.py leaves them out, unless --images DIR says where they are",
@@ -116,7 +139,7 @@ def folder_pictures(root):
 
 def tar_pictures(tars, skipped):
     """Yields (key, suffix, place) of the pictures in tars."""
-    for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars", disable=not tars)):
+    for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars")):
         for _, key, suffix, offset, size in tar_files(path, skipped):
             if not f".{suffix}".endswith(PICTURES):
                 continue
@@ -140,21 +163,27 @@ def first_of_each_row(pictures, keys):
     return found, seen - len(found)
 
 
-def index_tars(store, tars, index):
+def index_tars(keys, tars, index):
     """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
-    keys = hashlib.sha256("\n".join(store.keys).encode()).hexdigest()
     about = [(tar, os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
-    stamp = json.dumps([keys, *about])
+    stamp = json.dumps([hashlib.sha256("\n".join(keys).encode()).hexdigest(), *about])
     try:
-        if os.path.isfile(index):  # to open a pipe is to wait without end
+        if index and os.path.isfile(index):  # to open a pipe is to wait without end
             with np.load(index) as saved:
                 if str(saved["stamp"]) == stamp:
                     return saved["rows"], saved["places"]
-    except Exception:  # damaged in one of many ways, or no index is wanted: made anew
+    except Exception:  # damaged in one of many ways: made anew
         pass
     skipped = {}
-    found, strangers = first_of_each_row(tar_pictures(tars, skipped), store.keys)
-    report_tars(os.path.dirname(tars[0]), len(tars), skipped, strangers, store)
+    found, strangers = first_of_each_row(tar_pictures(tars, skipped), keys)
+    folder = os.path.dirname(tars[0])
+    if strangers:
+        print(f"{folder}: {strangers} pictures left out whose key no caption has, or came before",
+              file=sys.stderr)
+    if DAMAGED in skipped:
+        print(f"{folder}: {skipped[DAMAGED][0]} of {len(tars)} tars are used as far as they go",
+              file=sys.stderr)
+    report_skipped(folder, skipped)
     rows = sorted(found, key=found.get)
     places = np.array([found[row] for row in rows], np.int64).reshape(-1, 3)
     rows = np.array(rows, np.int64)
@@ -163,36 +192,8 @@ def index_tars(store, tars, index):
     return rows, places
 
 
-def report_tars(folder, tars, skipped, strangers, store):
-    """Says on stderr what of a folder of tars is not used."""
-    count, damaged = skipped.pop(DAMAGED, (0, []))
-    if count:
-        print(f"{folder}: {count} of {tars} tars cut short or damaged, used as far as they go: "
-              f"{'; '.join(damaged)}{'; ...' * (count > len(damaged))}", file=sys.stderr)
-    if strangers:
-        print(f"{folder}: {strangers} pictures left out whose key is not in {store.path}, or came before",
-              file=sys.stderr)
-    report_skipped(folder, skipped)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What a training step sees
-
-def open_picture(files, place):
-    """PIL image, its header read, not yet decoded. Raises nearly anything on a stranger's bytes."""
-    file, offset, size = place.tolist()
-    return Image.open(io.BytesIO(read_picture(files[file], offset, size)))
-
-
-def read_picture(path, offset=0, size=-1):
-    """Bytes of a picture's file, or of its place in a tar. Raises OSError where that is no regular file."""
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode) or size < 0 and about.st_size > LARGEST:  # to open a pipe is to wait
-        raise OSError(0, "not a regular file, or too large", path)
-    with open(path, "rb", buffering=0) as f:
-        f.seek(offset)
-        return f.read(size)
-
 
 def crop_box(width, height, smallest, draw):
     """A random resized crop, distributed as torchvision's -> (left, top, width, height) in whole pixels.
@@ -247,8 +248,6 @@ class Batches(torch.utils.data.Dataset):
         self.steps = steps
         self.batch = settings["batch"]
         self.mine = slice(rank * self.batch // world, (rank + 1) * self.batch // world)
-        self.cache = {}
-        self.room = settings["cache"] * 2 ** 30
 
     def __len__(self):
         return self.steps
@@ -275,40 +274,53 @@ class Batches(torch.utils.data.Dataset):
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
         columns = self.columns[self.some(rng, len(self.columns), s["positives"])]
+        kept = patches_kept(s)
         patches = (size // s["patch_size"]) ** 2
-        kept = max(1, round(patches * (1 - s["patch_dropout"])))
         kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
         chosen = self.pictures(step)[self.mine]
+
+        def look(i, image):
+            return random_crop(image, size, s["crop_scale"], draws[i])
+
+        crops, failed = read_pictures(places_of(self.files, self.places[chosen]), look)
         pixels = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
-        readable = torch.ones(len(chosen), dtype=torch.bool)
-        bad = []
-        for i, n in enumerate(chosen.tolist()):
-            try:
-                pixels[i] = random_crop(self.image(n), size, s["crop_scale"], draws[i])
-            except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-                readable[i] = False
-                bad.append((self.store.keys[self.rows[n]], reason(error)))
+        readable = torch.zeros(len(chosen), dtype=torch.bool)
+        for i, crop in crops.items():
+            pixels[i] = crop
+            readable[i] = True
+        failed = [(self.store.keys[self.rows[chosen[i]]], why) for i, why in failed]
         facets = self.store.read(self.rows[chosen], columns).half()
-        return (pixels, facets, torch.from_numpy(columns), readable, kept), bad
+        return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 
     def some(self, rng, n, k):
         """k of n for each picture of this rank, without replacement."""
         return rng.random((self.batch, n)).argsort(1)[self.mine, :k]
 
-    def image(self, n):
-        """PIL image, only opened; where there is a cache, decoded whole, kept or not: what a step sees must
-        not depend on what was read before, and a JPEG that is read at half its size has other pixels.
-        """
-        image = self.cache.get(n) or open_picture(self.files, self.places[n])
-        if self.settings["cache"] and n not in self.cache:
-            image = image.convert("RGB")
-            if self.room > 0:
-                self.cache[n] = image
-                self.room -= 4 * image.width * image.height  # bytes, as Pillow keeps it
-        return image
+
+def read_pictures(places, look):
+    """-> {n: look(n, PIL image)} of the places' pictures that can be read, [(n, why)] of the others."""
+    seen = {}
+    failed = []
+    for n, place in enumerate(places):
+        try:
+            seen[n] = look(n, open_picture(place))
+        except Exception as error:  # decoders raise nearly anything on a stranger's bytes
+            failed.append((n, reason(place, error)))
+    return seen, failed
 
 
-def reason(error):
-    """Why a picture could not be read: the error's name, and the path where that is what is wrong."""
-    path = getattr(error, "filename", None)
-    return f"{type(error).__name__}: {path}" if path else type(error).__name__
+def places_of(files, places):
+    """int64 [n, 3] -> [Place]"""
+    return [Place(files[file], offset, size) for file, offset, size in places.tolist()]
+
+
+def patches_kept(settings):
+    """How many patches of a picture a step looks at."""
+    patches = (settings["image_size"] // settings["patch_size"]) ** 2
+    return max(1, round(patches * (1 - settings["patch_dropout"])))
+
+
+def patches_kept(settings):
+    """How many patches of a picture a step looks at."""
+    patches = (settings["image_size"] // settings["patch_size"]) ** 2
+    return max(1, round(patches * (1 - settings["patch_dropout"])))
