@@ -177,7 +177,7 @@ def ablate(what, encoder):
         return states[forest.answers.to(states.device)]
 
     if what in ("pytorch", "no extension", "no stretches"):
-        encoder.decoder = encoder.decoder._replace(kernels=None)
+        encoder.decoder = encoder.decoder._replace(kernels=flame.TWINS)
     if what == "no stretches":
         flame.STRETCH[encoder.decoder.embedding.device.type] = 1 << 30  # one, as long as the row
     if what == "no packing":
@@ -202,17 +202,6 @@ def peer(args, method, prefixes, suffixes, layer):
 
     def work(some):
         return run(model, prefixes[:some], suffixes[:some], args.device)
-    return work, tokens
-
-
-def ours(args, captions):
-    """-> work(number of captions), and the tokens that it runs."""
-    encoder = flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtypes))
-    ablate(args.one, encoder)
-    tokens = sum(len(forest.tokens) for _, forest in encoder.pack(captions, "long"))
-
-    def work(some):
-        return encoder.encode(captions[:some], "long")
     return work, tokens
 
 
@@ -242,12 +231,17 @@ def measure(args):
     if method in ("separate", "dense"):
         work, tokens = peer(args, method, prefixes, suffixes, layer)
     else:
-        work, tokens = ours(args, captions)
+        encoder = flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtypes))
+        ablate(args.one, encoder)
+        tokens = sum(len(forest.tokens) for _, forest in encoder.pack(captions, "long"))
+
+        def work(some):
+            return encoder.encode(captions[:some], "long")
     work(min(4, len(captions)))
     seconds, states = timed(lambda: work(len(captions)), args.device, args.seconds)
     profile = {}
     if args.one == "extension" and torch.device(args.device).type == "cpu":
-        profile = profiled(lambda: work(len(captions)))
+        profile = profiled(encoder, captions)
     pruned = method in ("pytorch", "extension") and args.one != "no pruning"
     flops = flops_per_token(config, layer, pruned) * tokens
     torch.save(states, args.states)
@@ -257,7 +251,7 @@ def measure(args):
         profile=profile)))
 
 
-def profiled(work):
+def profiled(encoder, captions):
     """Shares of the time of one run: matrix products, attention, element-wise operations, the rest."""
     spent = Counter()
 
@@ -272,15 +266,18 @@ def profiled(work):
     def attention(*args):
         return clocked("attention", layout(*args))
 
-    layout = clocked("layout and trie", flame.forest_attention)
-    kinds = {"add_and_norm": "element-wise", "rope": "element-wise", "swiglu": "element-wise",
-             "caption_forest": "layout and trie", "tokenize": "tokenizing"}
-    functions = {name: clocked(kind, getattr(flame, name)) for name, kind in kinds.items()}
+    steps = encoder.decoder.kernels
+    layout = clocked("layout and trie", steps.attention)
+    names = ("add_and_norm", "rope", "swiglu")
+    clocks = {name: clocked("element-wise", getattr(steps, name)) for name in names}
+    encoder.decoder = encoder.decoder._replace(kernels=steps._replace(attention=attention, **clocks))
+    encoder.tokenize = clocked("tokenizing", encoder.tokenize)
     linear = clocked("matrix products", torch.nn.functional.linear)
-    with mock.patch.multiple(flame, forest_attention=attention, **functions), \
+    caption_forest = clocked("layout and trie", flame.caption_forest)
+    with mock.patch.object(flame, "caption_forest", caption_forest), \
             mock.patch.object(torch.nn.functional, "linear", linear):
         started = time.perf_counter()
-        work()
+        encoder.encode(captions, "long")
         total = time.perf_counter() - started
     shares = {kind: seconds / total for kind, seconds in spent.items()}
     return shares | {"the rest": 1 - sum(shares.values())}
@@ -344,8 +341,7 @@ def count(llm, blocks=39):
           f"paper: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory "
           f"{BYTES / 1e12:.2f} TB/s")
     for label, (flops, spent) in (parts | {"together": (products + useful, seconds)}).items():
-        print(f"  {label:34}{flops / 1e12:9.2f} TFLOP{1e3 * spent:9.1f} ms{flops / spent / PEAK:8.1%} of peak")
-
+        print(f"  {label:32}{flops / 1e12:9.2f} TFLOP{1e3 * spent:9.1f} ms{flops / spent / PEAK:7.1%} of peak")
     print(f"the host meanwhile, ms on one core of this machine: tokenizing {tokenizing:.0f} and joining "
           f"{joining:.0f} by a thread, layout {laying_out:.0f}; the GPU has {1e3 * seconds:.0f} ms to do")
 
@@ -363,7 +359,7 @@ def one(args, method, dtype, words, captions, states):
 
 
 def whitened_cosine(states, reference):
-    """Mean cosine after the demo's whitening; of a column V diag(1 / (s + 0.01 s1)), s singular values."""
+    """Mean cosine after the demo's whitening: of a column V diag(1 / (s + 0.01 s1)), s singular values."""
     folder = ROOT / "data/embeddings/demo"
     store = flame.open_store(folder) if (folder / "meta.json").exists() else None
     if store is None or store.meta["D"] != states.shape[-1]:
