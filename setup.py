@@ -15,9 +15,8 @@ from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["ext/flame_ext.cpp", "ext/elementwise.cpp", "ext/forest.cpp", "ext/cpu.cpp"]
-HEADERS = ["ext/forest.h", "ext/tasks.h", "ext/cpu.h", "ext/view.h", "ext/kernels.inl", "ext/vector.inl",
-           "ext/products.inl", "ext/attention.inl", "ext/elementwise.inl"]
+SOURCES = ["ext/flame_ext.cpp", "ext/forest.cpp", "ext/cpu.cpp"]
+HEADERS = ["ext/forest.h", "ext/tasks.h", "ext/kernels.inl", "ext/products.inl", "ext/attention.inl"]
 CUDA_SOURCE = "ext/cuda.cu"
 # Machine code for A100 and H100; the PTX lets the driver compile for anything newer.
 CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]

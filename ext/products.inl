@@ -4,12 +4,10 @@
 #define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
 
 enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
-#if defined(AMX)
+#ifdef AMX
 constexpr Math BF16_MATH = TILES;
-#elif defined(BF16_DOT)
-constexpr Math BF16_MATH = PAIRS;
 #else
-constexpr Math BF16_MATH = FLOATS;
+constexpr Math BF16_MATH = WIDTH == 16 ? PAIRS : FLOATS;
 #endif
 
 constexpr int KEYS = 96;   // keys a block: with GROUP, a block's scores and operands stay in the L1 cache
@@ -30,21 +28,16 @@ struct Right {  // unit (s, j) is at[s * step + j]
   int64_t step;
 };
 
-// sum += a b, where a is one unit for all lanes. It may lie at an odd multiple of two bytes.
+// sum += a b, where a is one unit for all lanes.
 template <Math M>
 TARGET inline vec multiply_add(vec sum, const uint32_t* a, vec b) {
+#if WIDTH == 16
+  if (M == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
+#endif
   float value;
   std::memcpy(&value, a, 4);
   return sum + splat(value) * b;
 }
-#ifdef BF16_DOT
-template <>
-TARGET inline vec multiply_add<PAIRS>(vec sum, const uint32_t* a, vec b) {
-  int pair;
-  std::memcpy(&pair, a, 4);
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
-}
-#endif
 
 // c[STEP][V * WIDTH] = alpha c + a b; a null alpha starts from 0. Fewer vectors where fewer columns are left.
 template <Math M, int V>
@@ -103,8 +96,6 @@ TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* t
     for (int j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
 #endif
 }
-
-// ---- On AMX tiles -----------------------------------------------------------------------------------------
 
 template <Math M>
 struct TileRegisters {};  // in use while this lives
