@@ -140,7 +140,7 @@ struct Task {
     const T* v = (const T*)a.v + start * a.v_stride + kv_head * a.dim;
     const bool k_in_place = sizeof(T) * PER == 4 && a.dim == units * PER && a.k_stride % PER == 0;
     const bool v_in_place = sizeof(T) == 4 && a.dim == width;
-    Left keys{(const uint32_t*)k, a.k_stride, 1};
+    Left keys{(const uint32_t*)k, a.k_stride / PER, 1};
     Right values{(const uint32_t*)v, a.v_stride};
     if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is no memory
       for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k_stride, a.dim, k_copy + j * units, units);
