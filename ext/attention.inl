@@ -178,8 +178,8 @@ struct Task {
     keys.at += low * keys.row;
     values.at += low / PER * values.step;
     product<M>(high - low, lanes, keys, {q + r, padded}, units, scores, GROUP, nullptr);
-    for (int64_t key = start + low; masked && key < start + high; ++key)
-      hide(s + (key - start) * GROUP, q_first + r, q_depth + r, plan.first[key], plan.last[key], plan.depth[key]);
+    for (int64_t j = start + low; masked && j < start + high; ++j)
+      hide(s + (j - start) * GROUP, q_first + r, q_depth + r, plan.first[j], plan.last[j], plan.depth[j]);
     for (int i = 0; i < lanes; i += WIDTH)
       softmax<M>(scores + i, high - low, a.scale, weights + i, maximum + r + i, total + r + i, alpha + i);
     const int taken = std::min(lanes, rows - r), steps = (high - low + PER - 1) / PER;
@@ -196,9 +196,11 @@ struct Task {
 
 template <class T>
 TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_head, float* scratch) {
-  [[maybe_unused]] const TileRegisters<Task<T>::M> registers;
   const int32_t begin = plan.tile[tile], end = plan.tile[tile + 1];
   Task<T> task{a, plan, plan.query + begin, end - begin, kv_head, scratch};
+#ifdef AMX
+  configure_tiles();
+#endif
   task.begin();
   for (int32_t run = plan.run[tile]; run < plan.run[tile + 1]; ++run) {
     const bool masked = plan.before[run] >= plan.common[tile];
@@ -207,6 +209,9 @@ TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_he
       task.take_in(start, (int)std::min<int64_t>(KEYS, stop - start), masked);
   }
   task.end();
+#ifdef AMX
+  _tile_release();
+#endif
 }
 
 template <class T>

@@ -135,7 +135,7 @@ std::string simd(const std::string& name) {
     if (name == kernels->name) chosen = kernels;
   }
   const std::string used = chosen ? chosen.load()->name : "";
-  if (!name.empty() && name != used) throw std::invalid_argument("no " + name + "; this machine has:" + names);
+  if (!name.empty() && name != used) throw std::invalid_argument("no " + name + "; there are:" + names);
   return used;
 }
 

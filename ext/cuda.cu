@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+#include <utility>
 
 #define UNROLL _Pragma("unroll")  // or arrays that loops index leave the registers
 
@@ -365,10 +366,11 @@ void launch(const char* what, void (*kernel)(Task...), dim3 grid, int bytes, uin
   check(cudaGetLastError(), what);
 }
 
-// Rows of `stride` elements from p on are moved 16 bytes at once.
-void need_aligned(const void* p, int64_t stride) {
-  if ((uintptr_t)p % 16 || stride % N)
-    throw std::invalid_argument("on CUDA rows must begin at multiples of 16 bytes");
+// Arrays and the elements between their rows: 16 bytes are moved at once.
+void need_aligned(std::initializer_list<std::pair<const void*, int64_t>> arrays) {
+  for (const auto& [first_row, stride] : arrays)
+    if ((uintptr_t)first_row % 16 || stride % N)
+      throw std::invalid_argument("on CUDA rows must begin at multiples of 16 bytes");
 }
 
 }  // namespace
@@ -378,10 +380,7 @@ void cuda_attention(const Attention& a, const Plan& plan, int tile_size, uintptr
   if (tile_size * share > ROWS)
     throw std::invalid_argument(text("layout has tiles of ", tile_size, " queries, too many for ", share,
                                      " heads a KV head: tile must be at most ", ROWS / share));
-  need_aligned(a.q, a.q_stride);
-  need_aligned(a.k, a.k_stride);
-  need_aligned(a.v, a.v_stride);
-  need_aligned(a.out, a.out_stride);
+  need_aligned({{a.q, a.q_stride}, {a.k, a.k_stride}, {a.v, a.v_stride}, {a.out, a.out_stride}});
   const dim3 grid(plan.tiles, a.kv_heads);
   if (a.dim == 64) launch("attention", attend<64>, grid, sizeof(Shared<64>), stream, a, plan);
   else if (a.dim == 128) launch("attention", attend<128>, grid, sizeof(Shared<128>), stream, a, plan);
@@ -389,22 +388,16 @@ void cuda_attention(const Attention& a, const Plan& plan, int tile_size, uintptr
 }
 
 void cuda_rows(const Rope& r, int64_t rows, uintptr_t stream) {
-  need_aligned(r.qkv, r.stride);
-  need_aligned(r.cos, r.dim / 2);
-  need_aligned(r.sin, r.dim / 2);
+  need_aligned({{r.qkv, r.stride}, {r.cos, r.dim / 2}, {r.sin, r.dim / 2}});
   launch("rope", rotate, rows, 0, stream, r);
 }
 
 void cuda_rows(const RmsNorm& r, int64_t rows, uintptr_t stream) {
-  need_aligned(r.x, r.width);
-  need_aligned(r.delta, r.width);
-  need_aligned(r.weight, r.width);
-  need_aligned(r.out, r.width);
+  need_aligned({{r.x, r.width}, {r.delta, 0}, {r.weight, 0}, {r.out, 0}});
   launch("rmsnorm", normalize, rows, sizeof(float) * (r.width + THREADS / 32), stream, r);
 }
 
 void cuda_rows(const SwiGlu& g, int64_t rows, uintptr_t stream) {
-  need_aligned(g.gate_up, g.width);
-  need_aligned(g.out, g.width);
+  need_aligned({{g.gate_up, g.width}, {g.out, g.width}});
   launch("swiglu", gate, rows, 0, stream, g);
 }

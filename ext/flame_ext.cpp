@@ -49,9 +49,9 @@ struct View {  // of a tensor
       right &= shape[i] < 2 || strides[i] == step || (gaps && i == 0);
     }
     if (!right)
-      throw py::value_error(text(name, " is ", dtype, " ", shown(shape), ", strides ", shown(strides), ", on ",
-                                 device, "; expected ", dtypes, " ", shown(wanted), ", contiguous, on ",
-                                 !place.empty() ? place : CUDA ? "cpu or cuda" : "cpu"));
+      throw py::value_error(text(name, " is ", dtype, " ", shown(shape), ", strides ", shown(strides),
+                                 ", on ", device, "; expected ", dtypes, " ", shown(wanted),
+                                 ", contiguous, on ", !place.empty() ? place : CUDA ? "cpu or cuda" : "cpu"));
     if (!shape.empty()) stride = strides[0];
   }
 

@@ -53,7 +53,8 @@ constexpr bool CUDA = false;  // the functions are missing
 #endif
 constexpr int CUDA_ROWS = 64;  // queries x grouped heads a tile, at most
 
-// The plan lies on the device. std::invalid_argument: the kernel is not made for that; std::runtime_error: CUDA.
+// The plan lies on the device. Throw std::invalid_argument where no kernel is made for the task, and
+// std::runtime_error where CUDA fails.
 void cuda_attention(const Attention& a, const Plan& plan, int tile_size, uintptr_t stream);
 void cuda_rows(const Rope& r, int64_t rows, uintptr_t stream);
 void cuda_rows(const RmsNorm& r, int64_t rows, uintptr_t stream);

@@ -89,7 +89,7 @@ def assert_attention(out, q, k, v, visible, scale):
 
 @st.composite
 def forests(draw):
-    """lengths, parents: empty, one-token and block-sized segments; children lie anywhere after their parent."""
+    """lengths, parents: empty, one-token, block-sized segments; children lie anywhere after their parent."""
     n = draw(st.integers(1, 12))
     lengths = [draw(st.one_of(st.integers(0, 9), st.integers(60, 100))) for _ in range(n)]
     return lengths, [draw(st.integers(-1, s - 1)) for s in range(n)]
@@ -296,9 +296,9 @@ def attention(q=ZEROS, k=ZEROS[:, :2], v=None, out=None):
     (lambda: attention(*[torch.zeros(5, 2, 520)] * 2), ValueError, "at most 512"),
     (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 3), torch.zeros(5, 3), 1), ValueError, "qkv is"),
     (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 4), torch.zeros(5, 4), 5), ValueError, "heads is 5"),
-    (lambda: flame_ext.rope(ZEROS, ZEROS[:, 0, :4].double(), ZEROS[:, 0, :4], 1), ValueError, "cos is float64"),
+    (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 4).double(), ZEROS, 1), ValueError, "cos is float64"),
     (lambda: flame_ext.rmsnorm(ZEROS[0], torch.zeros(7), ZEROS[0], 0.1), ValueError, "weight is"),
-    (lambda: flame_ext.rmsnorm(ZEROS[0], torch.zeros(8), ZEROS[0], 0.1, ZEROS[:4, 0]), ValueError, "delta is"),
+    (lambda: flame_ext.rmsnorm(ZEROS[0], torch.zeros(8), ZEROS[0], 0.1, ZEROS), ValueError, "delta is"),
     (lambda: flame_ext.swiglu(torch.zeros(5, 7), torch.zeros(5, 3)), ValueError, "gate_up is"),
     (lambda: flame_ext.simd("sse9"), ValueError, "sse9"),
 ])
@@ -331,6 +331,7 @@ def emulated(folder, source, seed=0):
     subprocess.run([*command, objects[1], TESTS.parent / "ext/forest.cpp"], check=True)
     subprocess.run(["g++", "-shared", "-o", folder / "kernels.so", *objects], check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
+    library.error_left.restype = ctypes.c_bool
 
     def call(name, *args):
         kinds = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
@@ -461,8 +462,8 @@ def test_mistakes_in_elementwise_kernels_are_noticed(tmp_path):
 
 
 def test_the_cuda_kernels_compile_for_every_gpu_and_spill_no_register(tmp_path):
-    places = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"), os.environ["PATH"]
-    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    folders = os.environ.get("CUDA_HOME", "") + "/bin", os.environ["PATH"], "/usr/local/cuda/bin"
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if not nvcc:
         assert not flame_ext.cuda
         return
@@ -472,5 +473,5 @@ def test_the_cuda_kernels_compile_for_every_gpu_and_spill_no_register(tmp_path):
     command = [nvcc, "-std=c++17", "-O3", "--threads", "0", "-Xptxas", "-v", *targets, "-fatbin"]
     done = subprocess.run([*command, "-o", tmp_path / "cuda", CUDA_SOURCE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert spilled == [("0", "0", "0")] * 5 * len(codes)
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spilled == [("0", "0")] * 5 * len(codes)
