@@ -33,14 +33,14 @@ TARGET inline void store(bf16* p, vec x) {  // to nearest even; a NaN stays one
 template <class T>
 TARGET inline vec get(const T* p, int64_t n) {
   if (__builtin_expect(n >= WIDTH, true)) return load(p);
-  T x[WIDTH];
+  alignas(64) T x[WIDTH];
   for (int i = 0; i < WIDTH; ++i) x[i] = i < n ? p[i] : T{};  // a call of memcpy would empty the registers
   return load(x);
 }
 template <class T>
 TARGET inline void put(T* p, vec y, int64_t n) {
   if (__builtin_expect(n >= WIDTH, true)) return store(p, y);
-  T x[WIDTH];
+  alignas(64) T x[WIDTH];
   store(x, y);
   for (int i = 0; i < WIDTH; ++i)
     if (i < n) p[i] = x[i];
