@@ -41,7 +41,7 @@ NAMES = {
     "short": ["short", "shortSV_captions"],
     "long": ["long", "longSV_captions"],
 }
-NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "id", "image_id", "license"}
+NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "id", "image_id", "license", ""}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "metadata.parquet", "**/*.txt", "**/*.parquet")
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, tars, or a folder of pictures with a .txt each"
@@ -85,17 +85,16 @@ def write_table(path, captions, joins):
     path = Path(path)
     skipped = {}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".captions-") as scratch:
-        with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
-            columns = load(database, scratch, "source", captions, tuple(NAMES), skipped)
-            for name, sources in joins.items():
-                for source in sources:
-                    load(database, scratch, f"joined_{name}", source, ("key", "url", name), skipped)
-            try:
+        try:
+            with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
+                columns = load(database, scratch, "source", captions, tuple(NAMES), skipped)
                 for name, sources in joins.items():
+                    for source in sources:
+                        load(database, scratch, f"joined_{name}", source, ("key", "url", name), skipped)
                     join(database, captions, name, ", ".join(map(str, sources)))
                 total = copy(database, captions, joins, f"{scratch}/captions.tsv", skipped)
-            except duckdb.Error as error:
-                raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
+        except duckdb.Error as error:
+            raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
         report_skipped(captions, skipped)
         if not total:
             raise InputError(f"{captions}: no row with a caption; its columns are {', '.join(columns)}, "
