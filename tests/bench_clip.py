@@ -14,8 +14,6 @@ pictures, crops and batches. `python data/demo.py` comes first; it makes the cor
                   along with the ViT on one of the picture's raw, short and long captions a step; InfoNCE
     clip-seconds  the same for as many steps as fit into the seconds that `mapped` took
 
-K = 1, 3, 7 and facet-decoupled attention or not are sweeps of data/sweep.py.
-
 Each run is a process of its own. It leaves <out>/<run>-<split>-<steps>-<seed>.json with what evaluate.py's
 scorer of the demo says, so the script goes on where it was stopped. Seconds are CPU seconds of training,
 loaders included, so that other work on the machine counts little: of the whole train.py command for FLAME, of
@@ -26,6 +24,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,6 @@ import train  # noqa: E402
 from data import benchmarks, files  # noqa: E402
 from data.captions import read_captions  # noqa: E402
 from data.pictures import Batches, find_pictures  # noqa: E402
-from data.show import runs  # noqa: E402
 
 FLAME = {
     "mapped": [],
@@ -183,24 +181,15 @@ def run_clip(args, run, seed):
     del loader  # its processes have ended
     seconds = cpu_seconds() - started
 
-    towers = evaluate.Towers(
-        model=model.eval(),
-        encoder=lambda: encoder,
-        pool="cosine",
-        device="cpu",
-        cached={},
-        image_tower="clip",
-        text_tower="clip",
-    )
-    result, _ = evaluate.score_demo(towers, *kinds, *benchmarks.demo(args.corpus, args.split))
+    with tempfile.TemporaryDirectory() as cache:
+        towers = evaluate.Towers(model.eval(), lambda: encoder, "cosine", "cpu", Path(cache), "clip", "clip")
+        scores, _ = evaluate.score_demo(towers, *kinds, *benchmarks.read("demo", args.corpus, args.split))
+        result = evaluate.with_intervals(scores, {})
     return seconds, s["steps"], result
 
 
 def run_one(args, run, seed):
     seconds, steps, result = (run_clip if run.startswith("clip") else run_flame)(args, run, seed)
-    runs.take_out(result)  # the samples of its intervals
-    for part in result["parts"].values():
-        part.pop("confusions", None)
     saved = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), "parts": result["parts"]}
     files.write_text(result_file(args, run, seed), json.dumps(saved))
 

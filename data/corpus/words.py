@@ -1,5 +1,11 @@
 """What the demo's scenes are made of, and the captions that say so."""
-import functools
+import re
+
+
+def entries(text):
+    """"name: words; name: words" -> {name: words}"""
+    return dict(entry.split(": ") for entry in " ".join(text.split()).split("; "))
+
 
 # kind: (what it does in a picture, its objects). An object is `name: a characteristic the drawing shows`;
 # the names are those of `emoji`, so that thirteen other languages come with them.
@@ -58,6 +64,8 @@ KINDS = {
         robot: a square gray head; jack-o-lantern: an orange face with yellow eyes; house: a red roof;
         alarm clock: a round white face; wrapped gift: yellow paper and a red ribbon"""),
 }
+# objects seen in training: (kind, characteristic)
+OBJECTS = {name: (kind, look) for kind, (_, text) in KINDS.items() for name, look in entries(text).items()}
 # Never in a training picture or caption: what the tower makes of these it learned from their relatives. As
 # many as are seen, since few would say little.
 UNSEEN = """leopard, donkey, gorilla, lizard, badger, bat, beaver, bison, boar, goat, hamster, hippopotamus,
@@ -133,52 +141,50 @@ RELATIONS = {"left": ("to the left of", "on the left side of", "left of"),
              "front": ("in front of", "directly in front of", "just in front of")}
 
 
-def entries(text):
-    """"name: words; name: words" -> {name: words}"""
-    return dict(entry.split(": ") for entry in " ".join(text.split()).split("; "))
-
-
-@functools.cache
-def objects():
-    """Objects seen in training -> (kind, characteristic)."""
-    table = {}
-    for kind, (_, text) in KINDS.items():
-        for name, characteristic in entries(text).items():
-            table[name] = (kind, characteristic)
-    return table
-
-
-@functools.cache
-def emoji_table():
-    """English name -> (character, {language: name}) for every emoji that has a name in all 14 languages."""
+def emoji_character(name):
+    """"soccer ball" -> the emoji's character."""
     import emoji
 
-    emoji.config.load_language()
-    table = {}
-    for character, entry in emoji.EMOJI_DATA.items():
-        if entry["status"] == emoji.STATUS["fully_qualified"] and entry.keys() >= set(emoji.LANGUAGES):
-            names = {code: entry[code].strip(":").replace("_", " ") for code in emoji.LANGUAGES}
-            # \ufe0f is a request for colour, which the font has anyway
-            table[names["en"]] = (character.replace("\ufe0f", ""), names)
-    return table
+    return emoji.emojize(f":{name.replace(' ', '_')}:")
+
+
+def translated(name, language):
+    """An object's name in a language, "de" say, as the Unicode CLDR has it."""
+    import emoji
+
+    translation = emoji.demojize(emoji_character(name), delimiters=("", ""), language=language)
+    return translation.replace("_", " ")
 
 
 # ---------------------------------------------------------------- captions
 
-# What the sentences of a long caption say, each in several ways. look, kind: the main object's.
+# Templates. {main} is a field, {a main} the same behind its article; a field that has several phrasings, such
+# as {place}, is drawn anew wherever it stands.
+RAWS = (
+    "{main}", "{main}", "{a main}", "{main} picture", "{main} clip art",
+    "{main} and {minor}", "{a main} and {a minor}",
+    "{main} {place}", "{a main} with {a minor} {place}", "{minor} {rel} {a main}",
+)
+SHORTS = (
+    "{a main} {verb} {place}, with {a small} {minor} {rel} it.",
+    "{a small} {minor} {rel} {a big} {main} {place}.",
+    "{place} there is {a main}, and {rel} it {a small} {minor}.",
+    "{a big} {main} with {look} {place}; {a minor} is {rel} it.",
+)
+# What the sentences of a long caption say. look, kind: the main object's.
 OPENINGS = (
-    "{big_main} with {look} {verb} {place}.",
-    "the picture shows {big_main} {place}, {a_kind} with {look}.",
-    "{place} {verb} {big_main}. This {kind} has {look}.",
-    "{a_main} fills most of this drawing: {a_kind} with {look}. It {verb} {place}.",
-    "this is an illustration of {big_main} {place}. The {main} has {look}.",
+    "{a big} {main} with {look} {verb} {place}.",
+    "the picture shows {a big} {main} {place}, {a kind} with {look}.",
+    "{place} {verb} {a big} {main}. This {kind} has {look}.",
+    "{a main} fills most of this drawing: {a kind} with {look}. It {verb} {place}.",
+    "this is an illustration of {a big} {main} {place}. The {main} has {look}.",
 )
 MINORS = (
-    "{rel} the {main} there is {small_minor} with {minor_look}.",
-    "a much smaller {minor}, {a_minor_kind} with {minor_look}, can be seen {rel} it.",
-    "{small_minor} is placed {rel} the {main}; the {minor} has {minor_look}.",
-    "the second object is {small_minor} {rel} the {main}. It has {minor_look}.",
-    "it is not alone: {rel} it one finds {small_minor} with {minor_look}.",
+    "{rel} the {main} there is {a small} {minor} with {minor_look}.",
+    "a much smaller {minor}, {a minor_kind} with {minor_look}, can be seen {rel} it.",
+    "{a small} {minor} is placed {rel} the {main}; the {minor} has {minor_look}.",
+    "the second object is {a small} {minor} {rel} the {main}. It has {minor_look}.",
+    "it is not alone: {rel} it one finds {a small} {minor} with {minor_look}.",
 )
 EVENTS = (
     "in the background {event}, while the {main} keeps the {minor} company.",
@@ -191,12 +197,25 @@ MOODS = (
     "the whole picture feels {mood}.",
     "the mood is {mood}, even {other_mood}.",
     "everything looks {mood}.",
-    "it gives {a_mood} impression.",
+    "it gives {a mood} impression.",
 )
 
 
 def a(noun):
     return ("an " if noun[0].lower() in "aeiou" and not noun.startswith("uni") else "a ") + noun
+
+
+def phrase(templates, fields, rng):
+    """One of the templates, filled in; phrasings are drawn for all of them.
+
+    fields: {name: its words, or a sequence of phrasings}
+    """
+    def words(match):
+        article, name = match.groups()
+        value = fields[name] if isinstance(fields[name], str) else rng.choice(fields[name])
+        return a(value) if article else value
+
+    return rng.choice([re.sub(r"{(a )?(\w+)}", words, template) for template in templates])
 
 
 def upper(sentence):
@@ -211,39 +230,19 @@ def captions(scene, rng):
     """
     main, minor, relation, background = scene
     where, events, moods = (phrasings.split(", ") for phrasings in BACKGROUNDS[background])
-    kind, look = objects()[main]
-    minor_kind, minor_look = objects()[minor]
-    verb = rng.choice(KINDS[kind][0].split())
-
-    def rel():
-        return rng.choice(RELATIONS[relation])
-
-    def place():
-        return rng.choice(where)
-
-    raw = rng.choice([
-        main, main, a(main), f"{main} picture", f"{main} clip art",
-        f"{main} and {minor}", f"{a(main)} and {a(minor)}",
-        f"{main} {place()}", f"{a(main)} with {a(minor)} {place()}", f"{minor} {rel()} {a(main)}",
-    ])
-    big_main = a(rng.choice(["large", "big", "huge"]) + " " + main)
-    small_minor = a(rng.choice(["small", "little", "tiny"]) + " " + minor)
-    short = rng.choice([
-        f"{a(main)} {verb} {place()}, with {small_minor} {rel()} it.",
-        f"{small_minor} {rel()} {big_main} {place()}.",
-        f"{place()} there is {a(main)}, and {rel()} it {small_minor}.",
-        f"{big_main} with {look} {place()}; {a(minor)} is {rel()} it.",
-    ])
-    words = {"main": main, "a_main": a(main), "big_main": big_main, "kind": kind, "a_kind": a(kind),
-             "look": look, "verb": verb, "minor": minor, "small_minor": small_minor,
-             "a_minor_kind": a(minor_kind), "minor_look": minor_look}
-    first = rng.choice([template.format(place=place(), **words) for template in OPENINGS])
-    second = rng.choice([template.format(rel=rel(), **words) for template in MINORS])
-    event, other_event = rng.sample(events, 2)
-    third = rng.choice(EVENTS).format(event=event, other_event=other_event, **words)
-    mood, other_mood = rng.sample(moods, 2)
-    mood = rng.choice(MOODS).format(mood=mood, other_mood=other_mood, a_mood=a(mood))
+    kind, look = OBJECTS[main]
+    minor_kind, minor_look = OBJECTS[minor]
+    fields = {"main": main, "kind": kind, "look": look, "minor": minor, "minor_kind": minor_kind,
+              "minor_look": minor_look, "verb": rng.choice(KINDS[kind][0].split()),
+              "place": where, "rel": RELATIONS[relation]}
+    raw = phrase(RAWS, fields, rng)
+    fields["big"] = rng.choice(["large", "big", "huge"])
+    fields["small"] = rng.choice(["small", "little", "tiny"])
+    short, opening, other = (phrase(templates, fields, rng) for templates in (SHORTS, OPENINGS, MINORS))
+    fields["event"], fields["other_event"] = rng.sample(events, 2)
+    event = phrase(EVENTS, fields, rng)
+    fields["mood"], fields["other_mood"] = rng.sample(moods, 2)
+    mood = phrase(MOODS, fields, rng)
     # The minor object's sentence may speak of "it", so it follows the opening; what comes around is shuffled.
-    orders = [first, second, third, mood], [mood, first, second, third], [first, second, mood, third]
-    sentences = rng.choice(orders)
-    return raw, upper(short), " ".join(upper(sentence) for sentence in sentences)
+    orders = [opening, other, event, mood], [mood, opening, other, event], [opening, other, mood, event]
+    return raw, upper(short), " ".join(upper(sentence) for sentence in rng.choice(orders))

@@ -1,12 +1,14 @@
 """evaluate.py --words: what each patch of a picture says, in the LLM's own words."""
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageOps
+from PIL import ImageDraw, ImageFont, ImageOps
 
 import flame
 from data import files
-from data.show import fonts, report
+from data.pictures import Place, open_picture
 from flame import InputError
 
 
@@ -44,35 +46,47 @@ def patch_states(model, pixels):
     return states.reshape(side, side, -1)
 
 
-def show(args, model, llm):
-    """Prints, and draws over the picture, the word that the LLM's unembedding finds nearest to each patch."""
-    try:
-        with report.open_picture(args.words) as image:
-            pixels = model.preprocess(image)
-            image = image.convert("RGB")
-    except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-        raise InputError(f"{report.reason(args.words, error)}; --words wants a picture") from None
+def load_unembedding(llm):
+    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: they score the next token."""
+    read, names = flame.weights_reader(llm)
+    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
+    return read("model.norm.weight").float(), read(head).float()
 
-    norm, unembedding = flame.load_unembedding(llm)
-    if len(norm) != model.config["text_dim"]:
-        raise InputError(f"{llm}: its states have {len(norm)} dimensions, the checkpoint was trained for "
-                         f"{model.config['text_dim']}; name the right LLM with --llm")
 
+@functools.lru_cache(1)
+def vocabulary(llm):
+    """-> (whole words [V], what a state is multiplied with to score them [V, D]).
+
+    Whole words are the tokens that begin with a space and have letters only: parts of words say little.
+    """
+    norm, unembedding = load_unembedding(llm)
     tokenizer = flame.load_tokenizer(llm)
-    words = {}      # token: its text; whole words only, which begin with a space: parts of words say little
-    for token in range(len(unembedding)):
-        text = tokenizer.decode([token])
-        if len(text) > 3 and text[0] == " " and text[1:].isalpha():
-            words[token] = text[1:]
-    if not words:
+    texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
+    tokens = [token for token, text in enumerate(texts)
+              if len(text) > 3 and text[0] == " " and text[1:].isalpha()]
+    if not tokens:
         raise InputError(f"{llm}: its tokenizer has no token that is a whole word")
+    return np.array([texts[token][1:] for token in tokens]), unembedding[tokens] * norm
 
-    states = patch_states(model, pixels.to(args.device)).cpu()
-    logits = states * norm @ unembedding[list(words)].T       # an RMSNorm's scale changes no order
-    grid = np.array(list(words.values()))[logits.argmax(-1).numpy()].tolist()
+
+def words_of(model, llm, picture):
+    """PIL image -> [g][g]: the word that the LLM's unembedding finds nearest to each patch."""
+    words, vectors = vocabulary(llm)
+    device = next(model.parameters()).device
+    states = patch_states(model, model.preprocess(picture).to(device)).cpu()
+    if states.shape[-1] != vectors.shape[-1]:
+        raise InputError(f"{llm}: its states have {vectors.shape[-1]} dimensions, the checkpoint was trained "
+                         f"for {states.shape[-1]}; name the right LLM with --llm")
+    return words[(states @ vectors.T).argmax(-1).numpy()].tolist()
+
+
+def show(args, model, llm):
+    """Prints the word of each patch of args.words, and writes them over the picture: <out>/words.png."""
+    with flame.reading(args.words, "--words wants a picture") as path, open_picture(Place(path)) as image:
+        image = image.convert("RGB")
+    grid = words_of(model, llm, image)
     for row in grid:
         print("  ".join(f"{word:14}" for word in row).rstrip())
-
     path = args.out / "words.png"
     files.write(path, draw_words(image, grid).save)
     print(f"-> {path}")
@@ -85,11 +99,8 @@ def draw_words(image, grid, side=720):
     cell = side / len(grid)
     for y, row in enumerate(grid):
         for x, word in enumerate(row):
-            left = x * cell
-            top = y * cell
-            pen.rectangle((left, top, left + cell, top + cell), outline="white")
-            size = min(22.0, 1.6 * cell / max(4, len(word)))
-            left += (cell - fonts.width(word, size)) / 2
-            top += (cell - size) / 2
-            fonts.draw_text(pen, left, top, word, size, "white", stroke_width=2, stroke_fill="black")
+            pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="white")
+            font = ImageFont.load_default(min(22.0, 1.6 * cell / max(4, len(word))))
+            middle = (x + 0.5) * cell, (y + 0.5) * cell
+            pen.text(middle, word, "white", font, "mm", stroke_width=2, stroke_fill="black")
     return sheet

@@ -1,0 +1,59 @@
+"""The processes that torchrun starts, the ranks: which one this is, and what they say to one another."""
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from data import command
+
+
+def rank():
+    """torchrun says which of how many processes this is."""
+    return int(os.environ.get("RANK", 0))
+
+
+def ranks():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_ranks(name):
+    """-> this rank's device, of the name that --device gives; where there are several ranks, they meet."""
+    if ranks() > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = command.usable_device(name)
+    if ranks() > 1:  # rank 0 alone indexes tars and fits the text projection, for minutes
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return device
+
+
+def wait_for_all():
+    if ranks() > 1:
+        dist.barrier()
+
+
+def say(text):
+    if rank() == 0:
+        print(text)
+
+
+class Gather(torch.autograd.Function):
+    """See gather. Backward: the sum of what all ranks say of this rank's part."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(ranks())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[rank()]
+
+
+def gather(x):
+    """[b, ...] of this rank -> [ranks, b, ...], all ranks', with its gradient."""
+    return Gather.apply(x) if ranks() > 1 else x[None]

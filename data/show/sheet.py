@@ -1,0 +1,123 @@
+"""The contact sheet: texts, and the pictures of a gallery that each of them finds."""
+import functools
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data import files
+from data.pictures import open_picture
+
+GREEN = "#00a850"
+GREY = "#d0d0d0"
+INK = "#202020"
+DARK_GREEN = "#00803c"
+DARK_RED = "#b00020"
+QUERIES = 8
+
+# Pixels: the column of texts, their size and line; a picture, its frame, a picture with all around it, how
+# many stand side by side.
+TEXT = 400
+SIZE = 14
+LINE = 18
+SIDE = 128
+FRAME = 6
+CELL = SIDE + 2 * FRAME + 14
+ACROSS = 6
+
+
+class Shown(NamedTuple):
+    """Texts and the gallery they are asked of; a picture is right where text_ids [N] = image_ids [M]."""
+    texts: list             # N
+    text: np.ndarray        # [N, D]
+    pictures: list          # M Places
+    image: np.ndarray       # [M, D], unit vectors
+    text_ids: np.ndarray
+    image_ids: np.ndarray
+    prompts: str
+
+
+def best_of(image, text, most=None):
+    """Similarities [M] of a gallery [M, D] and a text [D] -> (them, the `most` best places, best first)"""
+    scores = image @ text
+    return scores, np.argsort(-scores, kind="stable")[:most]
+
+
+def draw_sheet(shown, ranks, path):
+    """Writes eight of the texts and the five best pictures of each, the right one in green.
+
+    ranks int [N]: 0 where a right picture is first. Where none is among the five, the best one is the sixth.
+    """
+    rows = []
+    for query in np.sort(np.random.default_rng(0).permutation(len(ranks))[:QUERIES]):
+        _, order = best_of(shown.image, shown.text[query])
+        right = shown.image_ids == shown.text_ids[query]
+        best = order[:ACROSS - 1].tolist()
+        if not right[best].any():
+            best += order[right[order]][:1].tolist()
+        tiles = [(shown.pictures[i], GREEN if right[i] else GREY, "") for i in best]
+        head = f"the right picture is number {ranks[query] + 1} of {len(order)}"
+        rows.append(draw_row(head, DARK_RED if ranks[query] else DARK_GREEN, shown.texts[query], tiles))
+    write_rows(rows, path)
+
+
+def draw_row(head, colour, text, tiles):
+    """-> uint8 [height, width, 3]: a coloured line above a text; beside them tiles, (Place, colour of the
+    frame, words below)."""
+    text = printable(text)[:2000]
+    font = font_of(text)
+    letters = 0.9 * TEXT * len(text) / max(len(text), font.getlength(text))     # in a line
+    lines = textwrap.wrap(text, max(8, int(letters)), max_lines=14, placeholder=" ...")
+    height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 3))
+    row = Image.new("RGB", (TEXT + ACROSS * CELL, height), "white")
+    pen = ImageDraw.Draw(row)
+    pen.text((0, 0), head, colour, font_of(""))
+    pen.multiline_text((0, LINE + 4), "\n".join(lines), INK, font, spacing=4)
+    for n, (place, frame, words) in enumerate(tiles):
+        left, top = TEXT + n % ACROSS * CELL, n // ACROSS * CELL
+        picture = ImageOps.pad(thumbnail(place, SIDE), (SIDE, SIDE), color="white")
+        row.paste(ImageOps.expand(picture, FRAME, frame), (left, top))
+        pen.text((left, top + SIDE + 2 * FRAME), printable(words), INK, font_of(words, 11))
+    return np.array(row)
+
+
+def write_rows(rows, path):
+    files.write(path, ImageOps.expand(Image.fromarray(np.concatenate(rows)), 16, "white").save)
+
+
+def thumbnail(place, side):
+    """-> PIL image that fits side x side; a grey square where the picture cannot be read."""
+    try:
+        with open_picture(place) as image:
+            scale = side / max(image.size)
+            return image.convert("RGB").resize([max(1, round(scale * length)) for length in image.size])
+    except Exception:  # decoders raise nearly anything on a stranger's bytes; evaluate.py has counted it
+        return Image.new("RGB", (side, side), GREY)
+
+
+def printable(text):
+    """Without control characters and what UTF-8 cannot hold (file names may be any bytes)."""
+    return "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
+
+
+@functools.cache
+def font_of(text, size=SIZE):
+    """Pillow's own font, which has little beyond ASCII; else the one here that has most of a text."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+
+    def letters(font):
+        try:
+            return len(set(map(ord, text)) & font_manager.get_font(font.fname).get_charmap().keys())
+        except Exception:  # a damaged font, or one of a kind that cannot be drawn
+            return 0
+
+    try:
+        from matplotlib import font_manager
+        plain = [font for font in font_manager.fontManager.ttflist
+                 if (font.style, str(font.weight)) == ("normal", "400") and "Last Resort" not in font.name]
+        plain.sort(key=lambda font: ("Sans" not in font.name, len(font.name)))  # DejaVu Sans before its Mono
+        return ImageFont.truetype(max(plain, key=letters).fname, size)
+    except (ImportError, OSError):
+        return ImageFont.load_default(size)

@@ -1,0 +1,300 @@
+"""What there is to look at.
+
+* --search ranks pictures by texts and by a picture as sorting all similarities does.
+* The page answers gradio's client: texts, pictures, facets one by one, words of a picture that is clicked. A
+  damaged picture is told there, and it goes on. It asks nobody else for anything, and names are no markup.
+* A patch's word is the nearest of the LLM's whole words, in the space from before the text projection.
+* The contact sheet shows the right picture in green, be it the last.
+* --plan counts what PyTorch counts; --inspect finds what is wrong in a store; --draw shows every segment.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from gradio_client import Client, handle_file
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import embed
+import evaluate
+import flame
+from data.pictures import Place, open_picture
+from data.show import look, page, plots, search, sheet, words
+from data.towers import Towers, encode_images, encode_texts
+from flame import COLUMNS, InputError
+
+LONG = "a red kite flies over the beach while two dogs run after it and a child laughs at them all"
+
+
+def tiny_model(side=4, **config):
+    """An untrained Flame of random weights, side x side patches."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8 * side, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "text_dim": 48,
+             "projector_hidden": 24, "pool_first": True, "text_rank": 5, "columns": list(COLUMNS)}
+    model = flame.Flame({**sizes, **config})
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) / 3
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def world(tiny_llm, tmp_path_factory):
+    """args, places, towers: a dozen pictures, one with a hostile name, and random towers."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for n in range(12):
+        name = f"{n}.png" if n else "<img src=x onerror=alert(1)> {0}.png"
+        Image.fromarray(random.integers(0, 256, (2, 3, 3), np.uint8)).resize((60, 40)).save(folder / name)
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    args = SimpleNamespace(search=[], top=3, prompts=None, images=folder, out=folder.parent)
+    model = tiny_model(columns=["raw.0", "long.0", "long.3", "long.5"])
+    towers = Towers(model, lambda: encoder, "cosine", "cpu", args.out / "cache", "image tower", "text tower")
+    return args, [Place(str(path)) for path in sorted(folder.iterdir())], towers
+
+
+def ranked(world, vector):
+    """[(index, similarity)], by sorting all of them."""
+    image, _ = encode_images(world[2], world[1])
+    order = sorted(enumerate((image @ vector).tolist()), key=lambda pair: -pair[1])
+    return [(i, pytest.approx(score, abs=1e-3)) for i, score in order]
+
+
+def test_search_ranks_as_sorting_does_and_writes_a_sheet(world, capsys):
+    args, places, towers = world
+    args.search = ["a red kite", LONG, places[4].path]
+    search.search(args, places, towers, encode_images, encode_texts)
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    vectors = [encode_texts(towers, ["a red kite"], "raw")[0], encode_texts(towers, [LONG], "long")[0],
+               encode_images(towers, [places[4]], least=1)[0][0]]
+    expected = [pair for vector in vectors for pair in ranked(world, vector)[:3]]
+    assert [(path, float(score)) for _, score, path in lines] == [(places[i].path, s) for i, s in expected]
+    assert lines[6][2] == places[4].path and Image.open(args.out / "search.png").height > 3 * sheet.SIDE
+    with pytest.raises(InputError, match="no pictures in it"):
+        search.search(args, [], towers, encode_images, encode_texts)
+
+
+@pytest.fixture(scope="module")
+def client(world):
+    """gradio's client of the page, which is served in this process."""
+    args, places, towers = world
+    image, _ = encode_images(towers, places)
+    blocks = page.serve(args, places, image, towers, encode_images, encode_texts, wait=False)
+    yield Client(blocks.local_url, verbose=False, analytics_enabled=False)
+    blocks.close()
+
+
+def tiles(html):
+    """The page's gallery -> [(index, similarity)]"""
+    return [(int(i), float(score)) for i, score in re.findall(r'data-picture="(\d+)".*?<b>(.*?)</b>', html)]
+
+
+def test_the_page_finds_what_sorting_finds(world, client):
+    _, places, towers = world
+    html, switches, _ = client.predict("ein Drachen", api_name="/text")
+    assert tiles(html) == ranked(world, encode_texts(towers, ["ein Drachen"], "raw")[0])
+    assert not switches["visible"]      # of one question there is nothing to choose
+    html, _, _ = client.predict(handle_file(places[7].path), api_name="/picture")
+    assert tiles(html) == ranked(world, encode_images(towers, [places[7]], least=1)[0][0])
+    assert tiles(client.predict("  ", api_name="/text")[0]) == []   # the gallery as it is, without scores
+
+
+def test_a_switch_a_facet_shows_what_each_question_finds(world, client):
+    """Those that the checkpoint was trained on, by their names; a bar a facet, the best has all of it."""
+    names = ["the whole", "minor object", "action"]
+    facets = encode_texts(world[2], [LONG], "long", by_facet=True)[0]
+    html, switches, _ = client.predict(LONG, api_name="/text")
+    assert [name for name, _ in switches["choices"]] == switches["value"] == names and switches["visible"]
+    assert [i for i, _ in tiles(html)] == [i for i, _ in ranked(world, facets.mean(0))]
+    for k, name in enumerate(names):
+        html, switches, _ = client.predict(LONG, [name], api_name="/facets")
+        assert switches["value"] == [name]
+        assert tiles(html) == ranked(world, facets[k])
+        assert re.findall(r"height: (-?\d+)%", html)[k] == "100"
+
+
+def clicked(client, picture):
+    """What a click on a picture of the gallery gives: gradio's client has none, its protocol does."""
+    number = next(each["id"] for each in client.config["dependencies"] if each["api_name"] == "words")
+    event = {"data": [], "fn_index": number, "session_hash": "test", "event_data": {"picture": picture}}
+    httpx.post(f"{client.src}gradio_api/queue/join", json=event).raise_for_status()
+    with httpx.stream("GET", f"{client.src}gradio_api/queue/data?session_hash=test", timeout=60) as answer:
+        for line in answer.iter_lines():
+            message = json.loads(line.removeprefix("data: ") or "{}")
+            if message.get("msg") == "process_completed":
+                return message["output"]
+
+
+def test_a_click_shows_the_words_of_the_patches(world, client, tiny_llm):
+    html, = clicked(client, 5)["data"]
+    with open_picture(world[1][5]) as image:
+        grid = words.words_of(world[2].model, tiny_llm, image)
+    assert re.findall(r"<span[^>]*>(.*?)</span>", html) == sum(grid, [])
+
+
+def test_what_is_damaged_is_told_and_the_page_goes_on(world, client, tmp_path):
+    _, places, _ = world
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    Image.new("RGB", (20000, 20)).save(tmp_path / "thin.png")
+    for name in ("bad.png", "thin.png"):
+        with pytest.raises(Exception, match=name):
+            client.predict(handle_file(str(tmp_path / name)), api_name="/picture")
+    content = Path(places[3].path).read_bytes()
+    Path(places[3].path).write_bytes(content[:60])
+    assert "error" in clicked(client, 3)
+    Path(places[3].path).write_bytes(content)
+    assert "error" not in clicked(client, 3)
+    assert len(tiles(client.predict("red", api_name="/text")[0])) == len(places)
+
+
+def test_the_page_is_of_this_machine_alone_and_names_are_no_markup(client):
+    assert client.src.startswith("http://127.0.0.1:")
+    style = httpx.get(f"{client.src}theme.css").text
+    assert "system-ui" in style and "fonts.g" not in style + httpx.get(client.src).text
+    html = client.predict("red", api_name="/text")[0]
+    assert "&lt;img src=x" in html and "<img src=x" not in html
+
+
+@pytest.mark.parametrize("side, pool_first, linear", [(4, True, True), (4, False, False), (5, True, False)])
+def test_patch_states_undo_the_text_projection(side, pool_first, linear):
+    """Against four patches pooled by hand, each mapped back by the inverse of the whole matrix."""
+    model = tiny_model(side, pool_first=pool_first, text_mapped=["long.0"] if linear else [])
+    text, c = model.text, COLUMNS.index("long.0")
+    if linear:
+        text.up.data = torch.randn(1, 48, 48) / 7
+        matrix = (torch.eye(48) + text.up.data[0]).T
+    else:
+        text.basis[c] = torch.linalg.qr(torch.randn(48, 5))[0]
+        text.gain[c], text.rest[c] = torch.rand(5) * 9, 0.5
+        matrix = 0.5 * torch.eye(48) + text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
+    pixels = torch.randn(3, 8 * side, 8 * side)
+    got = words.patch_states(model, pixels)
+    step = 2 if side % 2 == 0 else 1
+    with torch.inference_mode():
+        tokens = model.visual(pixels[None])[0, 1:].reshape(side, side, -1)
+        for y in range(0, side, step):
+            for x in range(0, side, step):
+                cell = tokens[y:y + step, x:x + step].flatten(0, 1)
+                z = model.mm(cell.mean(0)) if pool_first else model.mm(cell).mean(0)
+                torch.testing.assert_close(matrix @ got[y // step, x // step], z, rtol=1e-3, atol=1e-3)
+    assert len(got) == side // step
+
+
+def test_patch_states_of_a_projection_that_erases():
+    """What agreement left out cannot be brought back: the rest is weighed by it once more."""
+    model = tiny_model(text_rank=48)
+    c, text, pixels = COLUMNS.index("long.0"), model.text, torch.randn(3, 32, 32)
+    plain = words.patch_states(model, pixels)
+    text.basis[c], text.rest[c] = torch.linalg.qr(torch.randn(48, 48))[0], 0
+    text.gain[c, :3] = torch.tensor([1, 0.5, 0.1])
+    A = text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
+    torch.testing.assert_close(words.patch_states(model, pixels), plain @ A)
+
+
+def test_words_of_a_picture(world, tiny_llm, tmp_path, capsys):
+    """The best of all tokens that are whole words, looked for one by one; and over the picture."""
+    _, places, towers = world
+    norm, unembedding = words.load_unembedding(tiny_llm)
+    tokenizer = flame.load_tokenizer(tiny_llm)
+    names = {i: tokenizer.decode([i]) for i in range(len(unembedding))}
+    names = {i: name[1:] for i, name in names.items() if re.fullmatch(r" [^\W\d_]{3,}", name)}
+    args = SimpleNamespace(words=places[2].path, out=tmp_path)
+    words.show(args, towers.model, tiny_llm)
+    with open_picture(places[2]) as image:
+        states = words.patch_states(towers.model, towers.model.preprocess(image)).flatten(0, 1)
+    best = [max(names, key=row.__getitem__) for row in (states * norm @ unembedding.T).tolist()]
+    assert capsys.readouterr().out.split("->")[0].split() == [names[i] for i in best]
+    assert Image.open(tmp_path / "words.png").size == (720, 720)
+    args.words = __file__
+    with pytest.raises(InputError, match="test_look.py.*wants a picture"):
+        words.show(args, towers.model, tiny_llm)
+    with pytest.raises(InputError, match="48 dimensions.*trained for 12"):
+        words.words_of(tiny_model(text_dim=12), tiny_llm, Image.new("RGB", (9, 9)))
+
+
+def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
+    """Among the five best, else the sixth; a picture that is gone is grey; texts of any script."""
+    for n in range(10):
+        Image.new("RGB", (50, 50), (20 * n, 90, 200)).save(tmp_path / f"{n}.png")
+    places = [Place(str(tmp_path / f"{n}.png")) for n in range(11)]
+    for right, text in ((3, "一只红色的鸟"), (7, "طائر أحمر 🐦"), (7, 500 * "字"), (7, "a bird \x07")):
+        scores = np.linspace(1, 0.1, 10)[None]
+        shown = sheet.Shown([text], scores, places, np.eye(10), np.array([right]), np.arange(10), "long")
+        sheet.draw_sheet(shown, np.array([right]), tmp_path / "sheet.png")
+        pixels = np.array(Image.open(tmp_path / "sheet.png"))
+        green = (pixels == (0, 168, 80)).all(-1).any(0).nonzero()[0]
+        assert (green.min() - 16 - sheet.TEXT) / sheet.CELL == min(right, 5)
+        assert tuple(pixels[16 + 64, int(green.mean())]) == (20 * right, 90, 200)
+    assert sheet.thumbnail(places[10], 9).getpixel((0, 0)) == (208, 208, 208)
+
+
+def test_the_facet_figure_shows_every_subset(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(6)
+    facets, image = rng.standard_normal((30, 4, 8)), rng.standard_normal((30, 8))
+    rows = evaluate.ablation(facets, image, np.arange(30), "cosine", numbers=[1, 2, 4, 6])
+    figure = plots.new_figure(11.6, 4.4)
+    monkeypatch.setattr(plots, "new_figure", lambda *size: figure)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)     # its state is global
+    assert plots.draw_facets(rows, tmp_path / "facets.png") == tmp_path / "facets.png"
+    labels = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert labels == [["1", "2", "3", "4"], ["the\nwhole", "main\nobject", "minor\nobject", "action"]]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plots.draw_facets(rows, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def embed_args(llm, **more):
+    settings = {"layer": None, "positions": "restart", "dtype": "float32", "device": "cpu", "join": {}}
+    return SimpleNamespace(llm=llm, captions="c.tsv", **settings, **more)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"k{n}\tthing {n % 4}\tA thing, number {n}.\tThere is a thing, number {n}." for n in range(23)]
+    Path("c.tsv").write_text("\n".join(["key\traw\tshort\tlong", *rows]))
+
+
+def test_plan_counts_what_pytorch_counts(tiny_llm, here, capsys):
+    look.plan(embed_args(tiny_llm, plan=1_000_000))
+    assert "[1000000, 11, 48] in float16, 1.1 GB" in capsys.readouterr().out
+    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
+    rows, forest = next(encoder.pack(["A thing.", "There is another thing."], "long"))
+    with FlopCounterMode(display=False) as counter:
+        flame.decode(encoder.decoder, forest)
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    config = encoder.decoder.config
+    pairs = 3 * flame.visible(forest.lengths, forest.parents).sum()
+    attention = 4 * config["num_attention_heads"] * config["head_dim"] * pairs
+    assert look.flops(config, 3, forest) == products + attention
+
+
+def test_inspect_finds_what_is_wrong(tiny_llm, make_random_llm, here, capsys, monkeypatch):
+    command = f"embed.py --captions c.tsv --llm {tiny_llm} --out store --window 8"
+    monkeypatch.setattr(sys, "argv", command.split())
+    embed.main()
+    look.inspect(embed_args(tiny_llm, inspect="store"))
+    assert re.search("not of unit length: 0\n(.*\n)*k0: There is a thing, number 0.", capsys.readouterr().out)
+    window = np.load("store/000001.npy")
+    window[1, 2], window[3, 0, 0], window[5] = 0, np.nan, 2 * window[5]
+    np.save("store/000001.npy", window)
+    look.inspect(embed_args(tiny_llm, inspect="store"))
+    assert "not of unit length: 3 k9 k11 k13\n" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another LLM"):
+        look.inspect(embed_args(make_random_llm(seed=3), inspect="store"))
+
+
+def test_draw_shows_every_segment(tiny_llm, here):
+    """Eleven: opening and caption, "the", two openings that facets share, seven endings. Any letters do."""
+    look.draw(embed_args(tiny_llm, out="new/a.png", draw="Two $people$ \U0001f468\u200d\U0001f469\nand a $."))
+    counts = Image.open("new/a.png").convert("RGB").getcolors(1 << 24)
+    colours = {colour for count, colour in counts if count > 100}
+    assert {tuple(bytes.fromhex(colour[1:])) for colour in look.PALETTE[:11]} <= colours
+    with pytest.raises(InputError, match="shorter caption"):
+        look.draw(embed_args(tiny_llm, out="c.png", draw="word " * 600))

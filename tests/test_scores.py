@@ -1,0 +1,642 @@
+"""evaluate.py, data/intervals.py and data/towers.py. What is promised:
+
+* retrieval() and classification() are what a slow sort says, ties against the model, and what clip_benchmark
+  says; a constant model scores at most chance, without the whole matrix in memory
+* the interval is that of a bootstrap over groups written as a loop; --compare gives the paired difference and
+  refuses results of other queries
+* the next checkpoint runs the LLM no more; what a state or vector depends on is in its name; a damaged file
+  is made anew
+* a score is flame.similarity of one picture and one text at a time; only trained facets are asked
+* the demo's parts, one's own captions, facets, open_clip models, the authors' pooling
+* bad settings are one line before anything is read
+
+test_benchmarks.py has the small trees and the model that knows colours.
+
+    pytest tests/test_scores.py
+"""
+# ruff: noqa: F811  (the fixture of test_benchmarks.py is imported, and named again by who wants it)
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics.zeroshot_classification import accuracy
+from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.metrics import balanced_accuracy_score
+
+import evaluate
+import flame
+from data import intervals, released, towers
+from data.pictures import open_picture
+from test_benchmarks import (
+    FINISHED, NAMES, TREES, ColourModel, ColourWords, colours, picture, put, refusal, tree_demo,  # noqa: F401
+    tree_imagefolder, tree_urban1k, tree_xm3600)
+
+RECALL_AT = (1, 5, 10)
+
+
+# ---------------------------------------------------------------- metrics
+
+def slow_rank(scores, right):
+    """Place of the best right answer when equal scores are sorted wrong ones first, by python's own sort."""
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], right[i]))
+    return next((place for place, i in enumerate(order) if right[i]), len(scores))
+
+
+def slow_retrieval(scores, owner):
+    """scores [texts][images] -> as evaluate.retrieval()"""
+    images = len(scores[0])
+    ways = {"text_to_image": [slow_rank(row, [owner[t] == i for i in range(images)])
+                              for t, row in enumerate(scores)],
+            "image_to_text": [slow_rank([row[i] for row in scores], [own == i for own in owner])
+                              for i in sorted(set(owner))]}
+    return {way: {f"R@{k}": pytest.approx(100 * np.mean([rank < k for rank in ranks])) for k in RECALL_AT}
+            for way, ranks in ways.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), texts=st.integers(1, 40), images=st.integers(1, 25),
+       dim=st.integers(1, 4))
+def test_retrieval_equals_slow_twin_with_ties(seed, texts, images, dim):
+    rng = np.random.default_rng(seed)
+    text, image = (rng.integers(-2, 3, (n, dim)) for n in (texts, images))  # exact products, many ties
+    owner = rng.integers(0, images, texts).tolist()
+    assert evaluate.retrieval(text, image, owner) == slow_retrieval((text @ image.T).tolist(), owner)
+
+
+def test_retrieval_equals_clip_benchmark():
+    rng = np.random.default_rng(1)
+    image = rng.standard_normal((60, 16)).astype(np.float32)
+    owner = rng.permutation(np.repeat(np.arange(60), 5))
+    text = (image[owner] + 2.5 * rng.standard_normal((300, 16))).astype(np.float32)
+    got = evaluate.retrieval(text, image, owner)
+    scores, pairs = torch.from_numpy(text @ image.T), torch.from_numpy(owner[:, None] == np.arange(60))
+    for k in RECALL_AT:
+        for way, theirs in (("text_to_image", recall_at_k(scores, pairs, k)),
+                            ("image_to_text", recall_at_k(scores.T, pairs.T, k))):
+            assert got[way][f"R@{k}"] == pytest.approx(100 * (theirs > 0).float().mean().item(), abs=1e-4)
+    assert 10 < got["text_to_image"]["R@1"] < 90    # neither hopeless nor perfect
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), images=st.integers(1, 40), classes=st.integers(1, 12))
+def test_classification_equals_slow_twin_with_ties(seed, images, classes):
+    rng = np.random.default_rng(seed)
+    image, names = rng.integers(-2, 3, (images, 3)), rng.integers(-2, 3, (classes, 3))
+    labels = rng.integers(0, classes, images)
+    scores = image @ names.T
+    ranks = np.array([slow_rank(scores[i], [labels[i] == c for c in range(classes)]) for i in range(images)])
+    per_class = np.mean([np.mean(ranks[labels == c] < 1) for c in set(labels)])
+    shares = {"top1": np.mean(ranks < 1), "top5": np.mean(ranks < 5), "mean_per_class": per_class}
+    assert evaluate.classification(image, names, labels) == pytest.approx(
+        {name: 100 * share for name, share in shares.items()})
+
+
+def test_classes_of_one_name_score_as_clip_benchmark_has_it():
+    """Of classes that share a name, and so a vector, the first one listed is guessed, as argmax has it."""
+    rng = np.random.default_rng(9)
+    classes = rng.standard_normal((40, 16)).astype(np.float32)
+    names = [f"class {c}" for c in range(40)]
+    labels = np.repeat(np.arange(40), 25)
+    for shared in ((), ((3, 30), (8, 9), (8, 21))):     # none; a pair and a triple
+        for first, second in shared:
+            classes[second], names[second] = classes[first], names[first]
+        image = (classes[labels] + 1.5 * rng.standard_normal((1000, 16))).astype(np.float32)
+        got = evaluate.means(evaluate.hits_of_classes(image, classes, labels, names))
+        logits = torch.from_numpy(image @ classes.T)
+        guess = logits.argmax(1).numpy()
+        assert got["top1"] == pytest.approx(100 * np.mean(guess == labels)) and 20 < got["top1"] < 90
+        assert got["mean_per_class"] == pytest.approx(100 * balanced_accuracy_score(labels, guess))
+        # topk orders ties as it likes: its top 5 may differ by a tie between the fifth and the sixth
+        _, top5 = accuracy(logits, torch.from_numpy(labels), topk=(1, 5))
+        assert got["top5"] == pytest.approx(100 * top5, abs=0.5 if shared else 1e-6)
+    # Without the names, equal vectors are ties like any others, and count against the model.
+    assert evaluate.classification(image, classes, labels)["top1"] < got["top1"] - 1
+
+
+@pytest.mark.parametrize("images, per_image", [(2, 1), (37, 1), (101, 3), (500, 5)])
+def test_a_constant_model_scores_at_most_chance(images, per_image):
+    # A value that is not exact in binary: ties must hold although every product is rounded.
+    vector = np.full(576, 576 ** -0.5, np.float32)
+    text, image = np.tile(vector, (images * per_image, 1)), np.tile(vector, (images, 1))
+    owner = np.repeat(np.arange(images), per_image)
+    got = evaluate.retrieval(text, image, owner)
+    for k in RECALL_AT:
+        assert got["text_to_image"][f"R@{k}"] <= 100 * min(1, k / images)
+        assert got["image_to_text"][f"R@{k}"] <= 100 * min(1, k / images)
+    for names in (None, [c // 2 for c in range(images)]):
+        got = evaluate.means(evaluate.hits_of_classes(text, image, owner, names))
+        assert got["top1"] <= 100 / images and got["mean_per_class"] <= 100 / images
+        assert got["top5"] <= 100 * min(1, 5 / images)
+
+
+def test_blocks_give_the_same_numbers_and_no_full_matrix(monkeypatch):
+    rng = np.random.default_rng(3)
+    text, image = (rng.integers(-9, 10, (n, 8)).astype(np.float32) for n in (3000, 2000))
+    owner = rng.integers(0, 2000, 3000)
+    whole = evaluate.retrieval(text, image, owner)
+    monkeypatch.setattr(evaluate, "BLOCK", 50_000)
+    tracemalloc.start()
+    assert evaluate.retrieval(text, image, owner) == whole
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3000 * 2000       # bytes: less than even a full matrix of booleans
+
+
+def test_bad_embeddings_are_refused():
+    good, owner = np.eye(3, dtype=np.float32), np.arange(3)
+    bad = good.copy()
+    bad[1, 2] = np.nan
+    for score, vectors in ((evaluate.retrieval, (bad, good)), (evaluate.retrieval, (good, bad)),
+                           (evaluate.classification, (bad, good)),
+                           (evaluate.classification, (good, np.full((3, 3), np.inf)))):
+        with pytest.raises(flame.InputError, match="row [01]: NaN or infinite"):
+            score(*vectors, owner)
+    for owner in (np.array([0, 1]), np.array([0, 1, 3]), np.array([-1, 0, 1])):
+        with pytest.raises(ValueError, match="image_of_text"):
+            evaluate.retrieval(good, good, owner)
+        with pytest.raises(ValueError, match="labels"):
+            evaluate.classification(good, good, owner)
+
+
+# ---------------------------------------------------------------- intervals
+
+def interval(hits, groups=None):
+    """(mean, low, high) of hits [N]; groups: what is resampled, the hits themselves without any."""
+    groups = np.unique(np.arange(len(hits)) if groups is None else groups, return_inverse=True)[1]
+    part = evaluate.Hits(np.asarray(hits)[:, None], groups, groups.max() + 1)
+    return intervals.intervals(intervals.samples([part]))[0]
+
+
+def test_bootstrap_equals_its_loop():
+    rng = np.random.default_rng(5)
+    groups, hits = rng.integers(0, 30, 200), rng.random((200, 3)) < 0.3
+    draws, means = np.random.default_rng(intervals.SEED), []
+    for _ in range(intervals.RESAMPLES):
+        rows = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(30, size=30)])
+        means.append(100 * hits[rows].mean(0))
+    got = intervals.samples([evaluate.Hits(hits, groups, 30)])
+    assert got[0] == pytest.approx(100 * hits.mean(0)) and got[1:] == pytest.approx(np.array(means))
+    ends = np.percentile(means, [2.5, 97.5], axis=0).T
+    assert [row[1:] for row in intervals.intervals(got)] == [pytest.approx(tuple(row)) for row in ends]
+    # Of several parts on the same groups it is the mean, draw by draw.
+    parts = [evaluate.Hits(some, groups, 30) for some in (hits, ~hits)]
+    assert intervals.samples(parts) == pytest.approx(np.full((1001, 3), 50))
+
+
+def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, monkeypatch, capsys):
+    """Five texts; one run errs on red, the other on none: the difference is that of the text that differs."""
+    def corpus(count):
+        rows = []
+        for n in range(count):
+            picture(tmp_path / f"photos/{n}.png", NAMES[n % 5])
+            rows.append(f"photos/{n}.png\ta {NAMES[n % 5]} wall, number {n}\n")
+        put(tmp_path / "mine.tsv", "image\tlong\n" + "".join(rows))
+
+    def score(out):
+        return colours("mine", "--captions", "mine.tsv", "--images", tmp_path, "--out", out)[0]
+
+    corpus(5)
+    assert score("a") == 0
+    monkeypatch.setattr(ColourWords, "lies", {"red": "green"})
+    shutil.rmtree(tmp_path / "a/cache")     # the lie is the LLM's
+    shutil.copytree(tmp_path / "photos", tmp_path / "moved/photos")
+    shutil.copy(tmp_path / "mine.tsv", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")   # folders may differ
+    assert colours("mine", "--captions", "mine.tsv", "--out", "../b", "--checkpoint", "../out/run")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert colours("", "--compare", "a/mine.json", "b/mine.json")[0] == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("text_to_image"))
+    figures = line.replace("[", "").replace("]", "").replace(",", "").split()[1:]
+    paired = interval(np.arange(5) < 1)     # one text of five differs
+    assert [float(x) for x in figures] == pytest.approx([100, 100, 100, *interval(np.arange(5) > 0), *paired],
+                                                        abs=0.05)
+    corpus(4)
+    assert score("b") == 0
+    capsys.readouterr()
+    assert colours("", "--compare", "a/mine.json", "b/mine.json")[0] == 2
+    assert "a/mine.json and b/mine.json: of other queries" in refusal(capsys)
+    put(tmp_path / "b/mine.npz", "none")
+    assert colours("", "--compare", "a/mine.json", "b/mine.json")[0] == 2 and "mine.npz" in refusal(capsys)
+
+
+# ---------------------------------------------------------------- caches
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Counts what the towers are asked: asked() -> (texts, pictures) since the last call."""
+    counts = {"texts": 0, "pictures": 0}
+    encode_batches, encode_image = ColourWords.encode_batches, ColourModel.encode_image
+
+    def texts(self, some, prompts):
+        counts["texts"] += len(some)
+        return encode_batches(self, some, prompts)
+
+    def pictures(self, pixels):
+        counts["pictures"] += len(pixels)
+        return encode_image(self, pixels)
+
+    def since():
+        said = tuple(counts.values())
+        counts.update(texts=0, pictures=0)
+        return said
+
+    monkeypatch.setattr(ColourWords, "encode_batches", texts)
+    monkeypatch.setattr(ColourModel, "encode_image", pictures)
+    return since
+
+
+def test_the_next_checkpoint_runs_the_llm_no_more(colours, tmp_path, monkeypatch):
+    tree_urban1k(tmp_path / "data/urban1k")
+    first = colours("urban1k")[1]
+
+    def no_llm(*arguments):
+        raise AssertionError("the LLM runs again")
+    monkeypatch.setattr(flame, "TextEncoder", no_llm)
+    monkeypatch.setattr(ColourModel, "state_dict", lambda self: {"visual.x": torch.ones(1)})
+    assert colours("urban1k") == (0, first)
+
+
+def test_the_cache_knows_what_a_state_depends_on(colours, asked, tmp_path, monkeypatch):
+    root = tmp_path / "data/urban1k"
+    tree_urban1k(root)
+
+    def new(*more):
+        assert colours("urban1k", *more)[0] == 0
+        return asked()
+
+    assert new() == (5, 5) and new() == (0, 0)
+    assert new("--prompts", "raw") == (5, 0)
+    put(root / "caption/1.txt", "A blue car.")
+    picture(root / "image/2.jpg", "white")
+    assert new() == (5, 5)
+    monkeypatch.setattr(ColourModel, "state_dict", lambda self: {"visual.x": torch.ones(1)})
+    assert new() == (0, 5)
+    monkeypatch.setattr(flame, "llm_fingerprint", lambda folder: "g")
+    llm = {"llm": {**ColourModel.config["llm"], "fingerprint": "g"}}
+    monkeypatch.setattr(ColourModel, "config", ColourModel.config | llm)
+    assert new() == (5, 0)
+    monkeypatch.setitem(flame.PROMPTS, "long", flame.PROMPTS["long"]._replace(prefix="A {}"))
+    assert new() == (5, 0) and new() == (0, 0)
+
+
+def test_a_damaged_file_of_the_cache_is_made_anew(colours, asked, tmp_path):
+    tree_urban1k(tmp_path / "data/urban1k")
+    first = colours("urban1k")[1]
+    asked()
+    for damage in (b"", b"no array, and longer than the header of one" * 9, None):
+        for path in (tmp_path / "results/cache").iterdir():
+            path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+        assert colours("urban1k") == (0, first) and asked() == (5, 5)
+
+
+def test_an_interrupted_pass_goes_on_after_its_last_part(colours, asked, tmp_path, monkeypatch):
+    tree_imagefolder(tmp_path / "data/imagefolder")
+    monkeypatch.setattr(towers, "PART", 2)
+    encode_batches = ColourWords.encode_batches
+
+    def interrupted(self, texts, prompts):
+        if any("white" in text for text in texts):
+            raise KeyboardInterrupt
+        return encode_batches(self, texts, prompts)
+
+    monkeypatch.setattr(ColourWords, "encode_batches", interrupted)
+    assert colours("imagefolder")[0] == 130 and asked() == (2, 15)
+    monkeypatch.setattr(ColourWords, "encode_batches", encode_batches)
+    assert colours("imagefolder")[1]["top1"] == 100 and asked() == (3, 0)
+
+
+# ---------------------------------------------------------------- scorers, with a model that knows colours
+
+def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
+    tree_demo(tmp_path / "data/demo")
+    monkeypatch.setattr(ColourWords, "lies", {"vert": "blue", "yellow": "white"})
+    code, result = colours("demo")
+    parts = result["parts"]
+    assert code == 0 and result["columns"] == flame.COLUMNS
+    assert list(parts) == "long short raw reworded seen unseen multilingual synonyms".split()
+    assert result["text_to_image"] == parts["long"]["text_to_image"] and result["n_images"] == 5
+    assert [parts[p]["prompts"] for p in parts] == "long short raw short raw raw raw raw".split()
+    for part in ("long", "short", "raw", "reworded"):
+        assert parts[part]["text_to_image"]["R@1"] == 80            # yellow finds the white picture
+    assert (parts["seen"]["n_images"], parts["seen"]["n_classes"], parts["seen"]["top1"]) == (6, 3, 100)
+    # yellow's name says white: a yellow picture finds both names equally far, a white one finds them equal, a
+    # tie, wrong
+    assert [parts["unseen"][name] for name in ("n_images", "n_classes", "chance", "top1")] == [4, 2, 50, 0]
+    languages = parts["multilingual"]["languages"]
+    assert languages["en"]["top1"] == 100 and languages["en"]["n_classes"] == 3
+    assert languages["fr"]["top1"] == pytest.approx(100 / 3)  # vert says blue: green is wrong, blue a tie
+    assert languages["fr"]["ci95"]["top1"] == [0, 100]      # over 3 objects; over their 6 pictures it is less
+    assert parts["multilingual"]["top1"] == pytest.approx((100 + 100 / 3) / 2)
+    low, high = parts["multilingual"]["ci95"]["top1"]
+    assert 50 <= low < 66.7 < high <= 100
+    assert [parts["synonyms"][name] for name in ("n_images", "n_classes", "top1", "top5")] == [6, 3, 100, 100]
+    out = capsys.readouterr().out
+    assert "unseen: 4 pictures, 2 names, chance 50.0" in out and "fr" in out
+    monkeypatch.setattr(evaluate, "GALLERY", 1)     # unseen objects, in as many galleries as there are
+    result = colours("demo", "--split", "val")[1]
+    assert result["split"] == "val" and result["parts"]["unseen"]["chance"] == 100
+
+
+def test_names_are_scored_as_a_loop_would(monkeypatch):
+    """A picture is right if no other name of its gallery is as near; galleries count alike."""
+    rng = np.random.default_rng(0)
+    vectors = {thing: rng.standard_normal(4) for thing in "abcde"}
+    image = np.repeat(list(vectors.values()), 3, axis=0) + 2 * rng.standard_normal((15, 4))
+    monkeypatch.setattr(evaluate, "encode_texts", lambda towers, texts, prompts: np.array(
+        [vectors[text.removeprefix("my ")] for text in texts]))
+    monkeypatch.setattr(evaluate, "encode_images", lambda towers, places: (image, list(range(len(places)))))
+    pictures = [(n, thing) for n, thing in enumerate(np.repeat(list(vectors), 3).tolist())]
+    galleries = {"ace": dict(zip("ace", "ace")), "bd": dict(zip("bd", "bd"))}
+    got = evaluate.with_intervals(evaluate.score_names(None, "raw", pictures, galleries, "my {}")[0], {})
+    means = []
+    for gallery in galleries:
+        right = [max(gallery, key=lambda other: image[n] @ vectors[other]) == thing
+                 for n, thing in pictures if thing in gallery]
+        means.append(100 * np.mean(right))
+    assert got["top1"] == pytest.approx(np.mean(means)) and 0 < got["top1"] < 100
+    assert got["chance"] == pytest.approx((100 / 3 + 50) / 2)
+
+
+def test_the_mean_over_languages_has_an_interval(colours, tmp_path, monkeypatch):
+    tree_xm3600(tmp_path / "data/xm3600")
+    monkeypatch.setattr(ColourWords, "lies", {"vert": "yellow", "bleu": "white"})
+    result = colours("xm3600")[1]
+    en, fr = (result["languages"][language]["text_to_image"]["R@1"] for language in ("en", "fr"))
+    assert (en, fr, result["text_to_image"]["R@1"]) == (100, 60, 80)
+    # English never fails, so that the average's interval is that of French, halved, on the same resamples.
+    low, high = result["languages"]["fr"]["ci95"]["text_to_image"]["R@1"]
+    assert result["ci95"]["text_to_image"]["R@1"] == pytest.approx([50 + low / 2, 50 + high / 2])
+    assert low < 60 < high
+
+
+def test_ablation_equals_one_subset_at_a_time():
+    rng = np.random.default_rng(6)
+    owner = rng.integers(0, 12, 30)
+    image = rng.standard_normal((12, 8))
+    facets = rng.standard_normal((30, 3, 8)) + 1.5 * image[owner][:, None] * np.array([1, 0, 2])[:, None]
+    for pool in ("cosine", "released"):
+        rows = evaluate.ablation(facets.astype(np.float32), image, owner, pool, [1, 2, 4])
+        assert [row["facets"] for row in rows] == [
+            [1], [1, 2], [1, 2, 4], [2, 4], [1, 4], [1, 2], [1], [2], [4]]
+        for row in rows:
+            text = facets[:, [[1, 2, 4].index(f) for f in row["facets"]]].mean(1)
+            text = text / np.linalg.norm(text, axis=1, keepdims=True) if pool == "released" else text
+            assert {way: row[way] for way in evaluate.WAYS} == evaluate.retrieval(text, image, owner)
+    assert len({row["text_to_image"]["R@1"] for row in rows}) > 4
+
+
+def trained_on(monkeypatch, *columns):
+    """The colour model, trained on some columns only: what it says of the others is noise."""
+    monkeypatch.setattr(ColourModel, "config", ColourModel.config | {"columns": list(columns)})
+
+    def encode_text(self, facets, prompts):
+        units = torch.nn.functional.normalize(facets, dim=-1)
+        for k in range(units.shape[1]):
+            if f"{prompts}.{k}" not in columns:
+                units[:, k] = torch.tensor([9.0, -9, 9])
+        return units
+    monkeypatch.setattr(ColourModel, "encode_text", encode_text)
+
+
+def test_only_the_facets_that_were_trained_are_asked(colours, tmp_path, monkeypatch, capsys):
+    for bench in ("urban1k", "demo", "xm3600", "imagefolder"):
+        TREES[bench](tmp_path / "data" / bench)
+    trained_on(monkeypatch, "long.0", "long.3")
+    code, result = colours("urban1k", "--facets")
+    assert code == 0 and result["columns"] == ["long.0", "long.3"] and result["text_to_image"]["R@1"] == 100
+    assert [row["facets"] for row in result["facets"]] == [[1], [1, 4], [4], [1], [1], [4]]
+    assert "inference only" in capsys.readouterr().out
+    assert (tmp_path / "results/urban1k-facets.png").exists()
+    for bench in ("demo", "xm3600", "imagefolder"):
+        assert colours(bench) == (2, None)
+        assert "not on the raw prompts; ask by others: --prompts long" in capsys.readouterr().err
+    assert colours("demo", "--prompts", "long")[1]["parts"]["seen"]["top1"] == 100
+
+
+# ---------------------------------------------------------------- one's own captions
+
+def test_the_demos_captions_as_ones_own_score_as_the_demo_does(colours, tmp_path):
+    tree_demo(tmp_path / "data/demo")
+    demo = colours("demo")[1]
+    for part in ("long", "short"):
+        code, result = colours("test", "--captions", "data/demo/test.tsv", "--prompts", part)
+        scores = ("n_images", "n_texts", "prompts", "text_to_image", "image_to_text", "ci95")
+        assert code == 0 and all(result[name] == demo["parts"][part][name] for name in scores)
+
+
+def test_ones_own_captions_in_other_forms(colours, tmp_path, capsys):
+    """Several of one picture; rows without one; pictures by key; a benchmark's name; what training had."""
+    rows = []
+    for name in NAMES:
+        picture(tmp_path / f"mine/{name}.png", name)
+        rows += [f"{name}.png\ta {name} wall\n", f"{name}.png\tall {name}\n"]
+    put(tmp_path / "coco.tsv", "image\traw\n" + "".join(rows) + "\tred\ngone.png\ta red one\n")
+    trained = "1\t\ta red wall\tx\ty\n2\t\tx\tall red\ty\n"
+    put(tmp_path / "store/captions.tsv", f"key\timage\traw\tshort\tlong\n{trained}")
+    put(tmp_path / "out/run/config.json", json.dumps(FINISHED | {"store": {"path": str(tmp_path / "store")}}))
+    code, result = colours("coco-captions", "--captions", "coco.tsv", "--images", "mine")
+    error = capsys.readouterr().err
+    assert code == 0 and result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100
+    assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 1)
+    assert "1 of 12 rows have no picture" in error and "gone.png" in error
+    assert result["trained_texts"] == 2 and "2 of 10 texts were trained on" in error
+    put(tmp_path / "mine.csv", "key,long\n" + "".join(f"{name},A {name} wall.\n" for name in NAMES))
+    code, result = colours("mine", "--captions", "mine.csv")
+    assert code == 0 and (result["text_to_image"]["R@1"], result["trained_texts"]) == (100, 0)
+
+
+# ---------------------------------------------------------------- real towers
+
+@pytest.fixture(scope="module")
+def real(byte_llm, tmp_path_factory):
+    """A random checkpoint of the tiny LLM whose tokens are bytes, in the folder of the demo's tree."""
+    folder = tmp_path_factory.mktemp("real")
+    torch.manual_seed(0)
+    config = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "text_dim": 32,
+              "projector_hidden": 24, "pool_first": True, "text_rank": 0, "columns": flame.COLUMNS}
+    llm = {"name": "tiny", "fingerprint": flame.llm_fingerprint(byte_llm), "layer": 2,
+           "positions": "restart", "questions": flame.questions()}
+    model = flame.Flame(config | {"llm": llm})
+    for parameter in model.visual.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.text.mean.copy_(0.1 * torch.randn_like(model.text.mean))  # a projection: each column has its own
+    (folder / "out/tiny").mkdir(parents=True)
+    save_file(model.state_dict(), folder / "out/tiny/model.safetensors")
+    put(folder / "out/tiny/config.json", json.dumps({"model": config, "llm": llm}))
+    return folder
+
+
+@pytest.mark.parametrize("bench", ["urban1k", "xm3600", "food101", "imagefolder"])
+def test_main_equals_one_picture_and_one_text_at_a_time(bench, real, byte_llm, tmp_path, monkeypatch):
+    """Recall and accuracy of the command against flame.similarity, a pair at a time, and a sort."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    TREES[bench](tmp_path / bench)
+    known = ["--llm", byte_llm, "--checkpoint", real / "out/tiny", "--device", "cpu"]
+    assert evaluate.main(["--bench", bench, "--data-root", bench, *map(str, known)]) == 0
+    result = json.loads((tmp_path / f"results/{bench}.json").read_text())
+    model = flame.load(real / "out/tiny")
+    encoder = flame.TextEncoder(byte_llm, "cpu", torch.float32, layer=2)
+    pictures, *data = evaluate.benchmarks.read(bench, Path(bench), most=1)
+    with torch.inference_mode():
+        images = [model.encode_image(model.preprocess(open_picture(place))[None]) for place in pictures]
+
+        def facets(text):
+            return model.encode_text(encoder.encode([text], result["prompts"]), result["prompts"])
+
+        if "top1" not in result:
+            for language, (texts, owner) in data[0].items():
+                scores = [[flame.similarity(image, facets(text)).item() for image in images]
+                          for text in texts]
+                got = result["languages"][language] if language else result
+                assert {way: got[way] for way in evaluate.WAYS} == slow_retrieval(scores, owner)
+            return
+        labels, names, templates = data
+
+        def unit(vector):
+            return torch.nn.functional.normalize(vector, dim=-1)
+
+        filled = [[unit(facets(template.replace("{}", name)).mean(1)) for template in templates]
+                  for name in names]
+        classes = [unit(torch.stack(vectors).mean(0)) for vectors in filled]
+        ranks = np.array([slow_rank([(image @ c.T).item() for c in classes], np.arange(5) == label)
+                          for image, label in zip(images, labels)])
+    assert result["top1"] == pytest.approx(100 * np.mean(ranks < 1))
+    assert result["mean_per_class"] == pytest.approx(
+        100 * np.mean([np.mean(ranks[np.array(labels) == c] < 1) for c in range(5)]))
+
+
+@pytest.mark.parametrize("prompts", ["long", "raw"])
+def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, byte_llm, tmp_path, prompts):
+    model = flame.load(real / "out/tiny")
+    encoder = flame.TextEncoder(byte_llm, "cpu", torch.float32, layer=2, budget=400)  # several packed rows
+    ours = evaluate.Towers(model, lambda: encoder, "cosine", "cpu", tmp_path, "image tower", "text tower")
+    texts = ["a", "A much longer text about nothing, that goes on for a while.", "b b", "a"]
+    image = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
+    got = evaluate.encode_texts(ours, texts, prompts)
+    by_facet = evaluate.encode_texts(ours, texts, prompts, by_facet=True)
+    assert by_facet.mean(1) == pytest.approx(got, abs=1e-6)
+    with torch.inference_mode():
+        states = torch.cat([encoder.encode([text], prompts) for text in texts])
+        expected = flame.similarity(image, model.encode_text(states, prompts))
+    # in company and as float16, a text differs by rounding
+    assert got @ image.numpy().T == pytest.approx(expected.numpy(), abs=1e-3)
+    released = evaluate.encode_texts(ours._replace(pool="released"), texts, prompts)
+    assert released == pytest.approx(torch.nn.functional.normalize(states.mean(1), dim=-1).numpy(), abs=1e-3)
+
+
+def test_the_authors_checkpoint_is_scored_their_way(byte_llm, tmp_path, monkeypatch):
+    """Their text path and pooling, without being asked, against one picture and one text at a time."""
+    config = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "heads": 1, "text_dim": 32,
+              "projector_hidden": 24, "pool_first": False, "text_rank": 0, "columns": flame.COLUMNS}
+    torch.manual_seed(0)
+    weights = flame.Flame(config | {"llm": {}}).state_dict()
+    theirs = {f"module.{name}": torch.randn_like(tensor) / 5 for name, tensor in weights.items()
+              if not name.startswith("text.")}
+    torch.save({"state_dict": theirs}, tmp_path / "epoch_32.pt")
+    tree_urban1k(tmp_path / "data")
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    known = ["--data-root", tmp_path / "data", "--checkpoint", tmp_path / "epoch_32.pt", "--llm", byte_llm]
+    assert evaluate.main(["--bench", "urban1k", "--out", str(tmp_path / "out"), *map(str, known)]) == 0
+    result = json.loads((tmp_path / "out/urban1k.json").read_text())
+    model = released.load(tmp_path / "epoch_32.pt")
+    encoder = released.text_encoder(byte_llm, dtype=torch.float32, positions="sequential")
+    with torch.inference_mode():
+        pixels = [model.preprocess(Image.open(tmp_path / f"data/image/{i}.jpg")) for i in range(1, 6)]
+        image = torch.cat([model.encode_image(one[None]) for one in pixels])
+        text = torch.cat([encoder.encode([f"A {name} street."], "long").mean(1) for name in NAMES])
+    scores = torch.nn.functional.normalize(text, dim=-1) @ image.T
+    expected = slow_retrieval(scores.tolist(), range(5))
+    assert {way: result[way] for way in evaluate.WAYS} == expected
+
+
+def test_another_llm_is_refused(real, byte_llm, tiny_llm, tmp_path, capsys):
+    tree_urban1k(tmp_path / "data")
+    known = ["--bench", "urban1k", "--data-root", tmp_path / "data", "--out", tmp_path / "out"]
+    for fingerprint, message in (("x", "with another LLM (tiny)"), (None, "its states have 48 dimensions")):
+        checkpoint = tmp_path / str(fingerprint)
+        shutil.copytree(real / "out/tiny", checkpoint)
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["llm"]["fingerprint"] = fingerprint      # the authors' checkpoint names none
+        put(checkpoint / "config.json", json.dumps(config))
+        llm = byte_llm if fingerprint else tiny_llm
+        assert evaluate.main([*map(str, known), "--llm", str(llm), "--checkpoint", str(checkpoint)]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_open_clip_model_is_scored_alike(tmp_path, monkeypatch, capsys):
+    """Against open_clip's own encode_image and encode_text, one at a time; then from the cache."""
+    import open_clip
+    torch.manual_seed(0)
+    spec = tmp_path / "weights.pt"
+    model, _, preprocess = open_clip.create_model_and_transforms("RN50-quickgelu")
+    torch.save(model.state_dict(), spec)
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    tree_urban1k(tmp_path / "data")
+    flags = ["--bench", "urban1k", "--data-root", tmp_path / "data", "--out", tmp_path / "out"]
+    flags += ["--device", "cpu", "--open-clip", f"RN50-quickgelu:{spec}"]
+    assert evaluate.main([*map(str, flags)]) == 0
+    result = json.loads((tmp_path / "out/urban1k-RN50-quickgelu-weights.json").read_text())
+    model.eval()
+    tokens = open_clip.get_tokenizer("RN50-quickgelu")
+    with torch.inference_mode():
+        image = torch.cat([model.encode_image(preprocess(Image.open(tmp_path / f"data/image/{i}.jpg"))[None])
+                           for i in range(1, 6)])
+        text = torch.cat([model.encode_text(tokens([f"A {name} street."])) for name in NAMES])
+        unit = torch.nn.functional.normalize
+        assert result["text_to_image"] == slow_retrieval((unit(text) @ unit(image).T).tolist(),
+                                                         range(5))["text_to_image"]
+    capsys.readouterr()
+    assert evaluate.main([*map(str, flags)]) == 0 and "texts/s" not in capsys.readouterr().err
+    assert evaluate.main([*map(str, flags[:-1]), "no-such-model"]) == 2
+    assert "--open-clip no-such-model" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("wrong, message", [
+    (["--bench", "nowhere"], "--bench"),
+    ([], "one of the arguments --bench --captions --compare --search --words is required"),
+    (["--bench", "coco", "--words", "x.png"], "not allowed with"),
+    (["--bench", "coco", "--device", "mps"], "--device mps"),
+    (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
+    (["--bench", "imagenet", "--facets"], "--facets wants captions"),
+    (["--bench", "coco", "--facets", "--open-clip", "ViT-B-32"], "--facets wants captions"),
+    (["--words", "x.png", "--open-clip", "ViT-B-32"], "a checkpoint, not --open-clip"),
+    (["--search", "red"], "--search TEXT and --images DIR go together"),
+    (["--bench", "coco", "--nonsense"], "--nonsense"),
+    (["--compare", "a.json", "b.json"], "a.npz: no")])
+def test_bad_settings_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(wrong) == 2
+    assert message in refusal(capsys) and not list(tmp_path.iterdir())
+
+
+def test_errors_and_an_interrupt_are_one_line(colours, tmp_path, monkeypatch, capsys):
+    tree_urban1k(tmp_path / "data/urban1k")
+    nothing = torch.full((2, 3), torch.nan)
+    monkeypatch.setattr(ColourModel, "encode_image", lambda self, pixels: nothing[:len(pixels)])
+    assert colours("urban1k")[0] == 2
+    assert "image embeddings: row 0: NaN or infinite" in capsys.readouterr().err.splitlines()[-1]
+    for path in (tmp_path / "data/urban1k/image").iterdir():
+        path.write_text("")
+    assert colours("urban1k")[0] == 2
+    assert "5 of 5 pictures cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "read", interrupted)
+    assert colours("urban1k")[0] == 130 and "interrupted" in refusal(capsys)
+    monkeypatch.undo()
+    (tmp_path / "out/run/model.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["--bench", "urban1k", "--device", "cpu"]) == 2
+    assert "out/run/model.safetensors: no such file" in refusal(capsys)

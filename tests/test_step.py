@@ -1,0 +1,776 @@
+"""A training step, from pictures and a store to weights. What it promises:
+
+    losses      equal their definition, and with one positive open_clip's; in blocks as in one piece
+    ranks       several equal one with the whole batch, chunks equal one piece, whoever cannot read a picture
+    crops       are distributed as torchvision's and resized as Pillow resizes
+    batches     are a pure function of seed and step; in an epoch each picture comes once
+    projection  is its formula, in closed form and trained
+    towers      start from open_clip's weights and give what open_clip gives; locked, they stay as they are
+    runs        are gone on with to the same bytes after kill -9 or SIGTERM; another run is refused
+    pictures    that cannot be read are skipped and counted; a loss that is no number stops the run
+    refusals    are one line, exit code 2, and leave nothing behind
+"""
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor
+from safetensors.torch import save_file
+from torchvision.transforms import RandomResizedCrop
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself
+import flame
+import train
+from cuda_shim import Gpus, patch_driver, patch_tensors
+from data import pictures, progress, projection, released
+from data.pictures import DRAWS, Batches, crop_box, find_pictures, random_crop
+from data.show import plots
+
+COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40),
+          "black": (10, 10, 10), "white": (245, 245, 245)}
+SMALL = "--preset demo --image-size 16 --patch-size 8 --width 32 --layers 1 --heads 2 --batch 12 --workers 0"
+SMALL = SMALL.split()
+EVERY = list(range(len(flame.COLUMNS)))
+
+
+# --- a small world: 24 pictures, each of one colour, and a store whose vectors tell colours apart
+
+def make_pictures(folder):
+    """24 pictures of 32 x 24 pixels with some noise, <key>.png."""
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True)
+    for key, color in colors_of(24).items():
+        pixels = np.array(COLORS[color]) + rng.integers(-10, 10, (24, 32, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{key}.png")
+
+
+def colors_of(n):
+    return {f"p{i:03d}": list(COLORS)[i % len(COLORS)] for i in range(n)}
+
+
+def make_store(folder, colors, D=24, llm="tiny"):
+    """Vectors far off centre, as an LLM's states are."""
+    rng = np.random.default_rng(0)
+    meaning = {name: rng.normal(size=(11, D)) for name in COLORS}
+    common = 6 * rng.normal(size=(11, D))
+    x = np.stack([common + meaning[color] for color in colors.values()])
+    return write_store(folder, list(colors), x + 0.1 * rng.normal(size=x.shape), llm)
+
+
+def write_store(folder, keys, x, llm="tiny"):
+    """A finished store of vectors x [N, 11, D], in windows of 16 rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    x = normalised(x).astype(np.float16)
+    for n in range(0, len(x), 16):
+        np.save(folder / f"{n // 16:06d}.npy", x[n:n + 16])
+    rows = [f"{key}\t{key}.png\tA thing.\tA thing.\tA thing.\n" for key in keys]
+    (folder / "captions.tsv").write_text("key\timage\traw\tshort\tlong\n" + "".join(rows))
+    llm = {"name": llm, "path": llm, "fingerprint": llm, "layer": 3, "positions": "restart"}
+    captions = {"path": str(folder.parent / "captions.tsv"), "sha256": ""}
+    meta = {"llm": llm | {"questions": flame.questions()}, "captions": captions, "N": len(keys),
+            "D": x.shape[-1], "columns": flame.COLUMNS, "window": 16}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def normalised(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "data"
+    make_pictures(folder)
+    make_store(folder / "store", colors_of(24))
+    return folder
+
+
+@pytest.fixture
+def small(world, tmp_path):
+    """-> a copy of the store, to be damaged, and {key: colour}."""
+    shutil.copytree(world, tmp_path / "data")
+    meta = tmp_path / "data" / "store" / "meta.json"
+    meta.write_text(meta.read_text().replace(str(world), str(tmp_path / "data")))
+    return meta.parent, colors_of(24)
+
+
+@pytest.fixture
+def store(world):
+    return flame.open_store(world / "store")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """run("train.py", flag, ...) in this process and an empty folder -> a completed process."""
+    def run(script, *flags):
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = train.main([str(flag) for flag in flags])
+        except SystemExit as error:
+            code = error.code
+        return subprocess.CompletedProcess(flags, code, *capfd.readouterr())
+    return run
+
+
+def fit(run, store, flags=""):
+    """train.py with a small model on that store."""
+    return run("train.py", "--embeddings", store, *SMALL, *flags.split())
+
+
+def entries(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [(entry["step"], entry["loss"], entry["lr"]) for entry in entries(folder)]
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def one_line(done, *names):
+    """The promise for bad input: exit code 2 and on stderr, after any bar, one line that has these names."""
+    said = done.stderr.replace("\r", "\n").strip().splitlines()
+    assert done.returncode == 2 and said[-1].startswith("train.py: "), done.stderr
+    assert all(str(name) in said[-1] for name in names), said[-1]
+    assert all(line.startswith("training:") for line in said[:-1] if line), done.stderr
+
+
+def settings_for(**changes):
+    demo = {name: row[0] for name, row in train.SETTINGS.items()}
+    return demo | dict(image_size=16, batch=8, positives=3) | changes
+
+
+def batches_of(store, columns=EVERY, rank=(), steps=6, **changes):
+    return Batches(store, columns, found(store), settings_for(**changes), steps, *rank)
+
+
+def found(store):
+    return find_pictures(store.keys, store.images, store.meta["captions"]["path"])
+
+
+# --- losses
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def test_losses_are_their_definitions():
+    image, text, scale, bias = unit(5, 8), unit(5, 3, 8), torch.tensor(7.0), torch.tensor(-3.0)
+    triples = list(itertools.product(range(5), range(5), range(3)))
+    logit = {(i, j, p): (scale * image[i] @ text[j, p]).item() for i, j, p in triples}  # image i, text p of j
+    total = sum(math.log(1 + math.exp(-(1 if i == j else -1) * (logit[i, j, p] - 3))) for i, j, p in triples)
+    assert train.sigmoid_loss(image, text, scale, bias).item() == pytest.approx(total / 15, rel=1e-6)
+    total = 0.0
+    for i, p in itertools.product(range(5), range(3)):
+        of_image = sum(math.exp(logit[i, j, q]) for j in range(5) for q in range(3))
+        of_text = sum(math.exp(logit[j, i, p]) for j in range(5))
+        total += (math.log(of_image) + math.log(of_text)) / 2 - logit[i, i, p]
+    assert train.infonce_loss(image, text, scale).item() == pytest.approx(total / 15, rel=1e-6)
+
+
+def gradients(loss, *tensors):
+    """-> the loss and its gradients, [None: zero]."""
+    tensors = [x.clone().requires_grad_() for x in tensors]
+    value = loss(*tensors)
+    found = torch.autograd.grad(value, tensors, allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(tensors, found))]
+
+
+def test_with_one_positive_the_losses_are_open_clips():
+    tensors = unit(7, 8), unit(7, 1, 8), *torch.tensor([9.0, -4.0], dtype=torch.float64)
+    clip, siglip = open_clip.loss.ClipLoss(), open_clip.loss.SigLipLoss()
+    theirs = gradients(lambda image, text, scale, _: clip(image, text[:, 0], scale), *tensors)
+    torch.testing.assert_close(gradients(train.infonce_loss, *tensors), theirs)
+    theirs = gradients(lambda image, text, scale, bias: siglip(image, text[:, 0], scale, bias), *tensors)
+    torch.testing.assert_close(gradients(train.sigmoid_loss, *tensors), theirs)
+
+
+@pytest.mark.parametrize("kind", train.LOSSES)
+@pytest.mark.parametrize("logits", [1, 3000])  # blocks of 1 and of 100 of 180 texts
+def test_a_loss_in_blocks_is_the_dense_one(monkeypatch, kind, logits):
+    tensors = unit(30, 16), unit(30, 6, 16), *torch.tensor([11.0, -4.0], dtype=torch.float64)
+    dense = gradients(train.LOSSES[kind], *tensors)
+    monkeypatch.setattr(train, "LOGITS", logits)
+    torch.testing.assert_close(gradients(train.LOSSES[kind], *tensors), dense, rtol=1e-9, atol=1e-13)
+
+
+# --- ranks and chunks: a step in float32, whole, against the same in two processes, in chunks and in blocks
+
+TOWER = dict(image_size=16, patch_size=8, width=32, layers=2, heads=2, projector_hidden=40, pool_first=False)
+CASES = list(itertools.product(train.LOSSES, ("none+linear:8", "agree+linear"), (12, 4), (0, 1)))
+
+
+def one_step(store, kind, projected, chunk, step, rank=0, world=1, device="cpu"):
+    """-> {parameter: its gradient}, and the loss, of a step on 12 of 24 pictures; some cannot be read."""
+    batches = batches_of(store, rank=(rank, world), batch=12)
+    s = settings_for(loss=kind, text_projection=projected, chunk=chunk, **TOWER)
+    model, _ = train.build(store, EVERY, s, torch.device(device), fit=True)
+    encode = train.distribute(model, compiled=False)
+    loss = train.forward_backward(model, encode, batches[step][0], s, torch.device(device))
+    return {name: p.grad.cpu() for name, p in model.named_parameters()} | {"loss": loss.cpu()}
+
+
+def one_of_two_ranks(folder):
+    """What this file does where it is run by itself. Blocks of logits are small, and fewer on rank 1."""
+    flame.default_dtype = lambda device: torch.float32
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    train.LOGITS = (40, 300)[rank]
+    store = flame.open_store(folder / "data" / "store")
+    torch.save([one_step(store, *case, rank, 2) for case in CASES], folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_and_chunks_equal_one_big_batch(small, tmp_path, monkeypatch):
+    """In step 0 rank 0 lacks two pictures, rank 1 one; in step 1 rank 1 can read none of its."""
+    store = flame.open_store(small[0])
+    batches = batches_of(store, batch=12)
+    for n in (*batches.pictures(0)[[1, 2, 8]], *batches.pictures(1)[6:]):
+        (tmp_path / "data" / f"{store.keys[n]}.png").write_text("not a picture")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = [sys.executable, __file__, tmp_path]
+    processes = [subprocess.Popen(command, env=env | {"RANK": rank}) for rank in "01"]
+    assert [p.wait(timeout=200) for p in processes] == [0, 0]
+    of_ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    for case, ours, theirs in zip(CASES, *of_ranks):
+        kind, projected, _, step = case
+        expected = one_step(store, kind, projected, 12, step)
+        torch.testing.assert_close(one_step(store, *case), expected, rtol=1e-5, atol=1e-6)
+        loss = (ours.pop("loss") + theirs.pop("loss")) / 2
+        torch.testing.assert_close(loss, expected.pop("loss"), rtol=1e-6, atol=0)
+        for name, gradient in expected.items():
+            assert ours[name].equal(theirs[name])
+            assert (ours[name] - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), (case, name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gpu_takes_the_same_step(store, monkeypatch, case):
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    ours = one_step(store, *case, device="cuda")
+    torch.testing.assert_close(ours, one_step(store, *case), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU to run on")
+def test_a_chunk_is_halved_until_it_fits(run, small, monkeypatch):
+    """On the shim, where only so large a tensor fits; on a CPU nothing is tried."""
+    s = settings_for(batch=40, chunk=30, image_size=32, patch_size=4)
+    sizes = TOWER | dict(image_size=32, patch_size=4, width=16) | projection.text_config("none", 24, [])
+    train.fit_chunk(flame.Flame(sizes), s, torch.device("cpu"))
+    assert s["chunk"] == 30
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    shim = Gpus()
+    patch_driver(monkeypatch, shim)
+    patch_tensors(monkeypatch, shim)
+    with shim:
+        model = flame.Flame(sizes).to("cuda")
+        for chunk, room in ((30, 1e9), (15, 20 * 4096 * 3), (7, 10 * 4096 * 3)):  # pixels of so many
+            shim.room = room
+            fitted = s.copy()
+            train.fit_chunk(model, fitted, torch.device("cuda"))
+            assert fitted["chunk"] == chunk
+        assert all(p.grad is None for p in model.parameters())
+        shim.room = 20_000
+        one_line(fit(run, small[0], "--device cuda"), "out of memory", "--chunk", "--batch 12")
+
+
+def test_batches_that_ranks_cannot_share_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    train.settle(settings_for(batch=10), 24, 11, 24)
+    for batch, images in ((12, 24), (10, 4)):
+        with pytest.raises(flame.InputError, match="--batch"):
+            train.settle(settings_for(batch=batch), images, 11, 24)
+
+
+# --- crops
+
+def farthest_apart(a, b):
+    """Kolmogorov and Smirnov's statistic: the greatest distance of two samples' distribution functions."""
+    both = np.concatenate([a, b])
+    of_a = np.searchsorted(np.sort(a), both, "right") / len(a)
+    of_b = np.searchsorted(np.sort(b), both, "right") / len(b)
+    return np.abs(of_a - of_b).max()
+
+
+@pytest.mark.parametrize("width, height", [(500, 500), (640, 480), (900, 300), (200, 1000)])
+@pytest.mark.parametrize("smallest", [0.9, 0.5, 0.08])
+def test_crops_are_distributed_as_torchvisions(width, height, smallest):
+    n = 3000
+    torch.manual_seed(1)
+    image = torch.empty(3, height, width)
+    draws = np.random.default_rng(1).random((n, DRAWS))
+    left, top, w, h = np.transpose([crop_box(width, height, smallest, draw) for draw in draws])
+    theirs = [RandomResizedCrop.get_params(image, (smallest, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
+    their_top, their_left, their_h, their_w = np.transpose(theirs)
+    assert (left >= 0).all() and (top >= 0).all() and (left + w <= width).all() and (top + h <= height).all()
+    bound = 2.23 * (2 / n) ** 0.5  # one in 10,000 pairs of samples of the same distribution is farther apart
+    assert farthest_apart(w * h, their_w * their_h) < bound
+    assert farthest_apart(w / h, their_w / their_h) < bound
+    assert farthest_apart(left, their_left) < bound and farthest_apart(top, their_top) < bound
+
+
+@pytest.mark.parametrize("side, smallest", [(96, 0.9), (40, 0.3), (7, 0.2)])  # from fine to coarse pictures
+def test_random_crop_is_pillows_crop_and_resize(side, smallest):
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+    image = coarse.resize((90, 81), Image.Resampling.BICUBIC)
+    for draw in rng.random((5, DRAWS)):
+        ours = random_crop(image, 64, smallest, draw).permute(1, 2, 0).numpy().astype(int)
+        left, top, w, h = crop_box(90, 81, smallest, draw)
+        box = image.crop((left, top, left + w, top + h))
+        difference = np.abs(ours - np.array(box.resize((64, 64), Image.Resampling.BICUBIC), int))
+        assert difference.max() <= 8 and difference.mean() < 0.5  # each rounds twice
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_decoded_at_reduced_scale_shows_the_same(mode):
+    y, x = np.mgrid[:333, :501]
+    waves = np.stack([np.sin(x / 17 + y / 29), np.cos(y / 23), np.sin(x / 31)], axis=-1)
+    waves = (127 + 100 * waves).astype(np.uint8)
+    Image.fromarray(waves).convert(mode).save(file := io.BytesIO(), "JPEG", quality=95)
+    reduced = set()
+    for draw in np.random.default_rng(0).random((12, 4)):
+        decoded, opened = Image.open(file), Image.open(file)
+        decoded.load()  # draft has nothing left to do
+        expected, ours = (random_crop(image, 64, 0.3, draw).float() for image in (decoded, opened))
+        reduced.add(decoded.width / opened.width)
+        # a box of whole pixels: up to one in 64 of a difference, waves of 107 pixels' length
+        assert (ours - expected).abs().mean() < 8
+    assert max(reduced) > 3  # it was put to use
+
+
+# --- batches
+
+def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
+    store = flame.open_store(small[0])
+    first, other = batches_of(store), batches_of(store, seed=1)
+    again = pickle.loads(pickle.dumps(first))  # as a loader's process gets it that is not forked
+    halves = [batches_of(store, rank=(rank, 2)) for rank in range(2)]
+    for step in (5, 0):
+        for a, b, *parts in zip(first[step][0], again[step][0], *(half[step][0] for half in halves)):
+            assert a.equal(b) and a.equal(torch.cat(parts))  # two ranks see the halves of one rank's batch
+    assert not first[0][0][0].equal(other[0][0][0])
+    everything = store.read(range(24), EVERY).half()
+    seen = []
+    for step in range(3):  # 24 images, batch 8: one epoch
+        (pixels, facets, columns, readable, kept), failed = first[step]
+        assert pixels.shape == (8, 3, 16, 16) and facets.shape == (8, 3, 24)
+        assert readable.all() and not failed
+        assert all(len(set(row)) == 3 for row in columns.tolist())  # positives are drawn without replacement
+        assert kept.shape == (8, 2)  # half of 4 patches
+        assert all(len(set(row)) == 2 and set(row) <= set(range(4)) for row in kept.tolist())
+        for picture, theirs, which in zip(pixels.float().mean((2, 3)), facets, columns):
+            row, = (n for n in range(24) if everything[n, which].equal(theirs))  # text belongs to picture
+            assert (picture - torch.tensor(COLORS[small[1][store.keys[row]]])).abs().max() < 15
+            seen.append(row)
+    assert sorted(seen) == list(range(24))
+
+
+def test_tars_are_read_nearly_in_order(store, monkeypatch):
+    """Tar after tar, in an order of its own each epoch; a picture is put off by so many places at most."""
+    monkeypatch.setattr(pictures, "SHUFFLE", 8)
+    tar = np.repeat(range(3), (50, 40, 30))
+    places = np.stack([tar, np.arange(120), np.arange(120)], axis=1)
+    batches = Batches(store, [0], (np.arange(120), ["a", "b", "c"], places), settings_for(), 1)
+    for epoch in range(3):
+        order = batches.order(epoch)
+        assert sorted(order) == list(range(120))
+        of = tar[order]
+        assert (of[1:] != of[:-1]).sum() <= 2 * 8 * 2  # but where two meet
+        line = np.argsort([list(dict.fromkeys(of)).index(t) for t in tar], kind="stable")
+        moved = np.arange(120) - np.argsort(line)[order]
+        assert np.abs(moved).max() <= 8 and len(set(moved)) > 4
+    assert not np.array_equal(batches.order(0), batches.order(1))
+
+
+# --- the text projection
+
+def projected(store, spec, column):
+    """-> float64 numpy [N, D]: a column's vectors, and what its fitted projection makes of them."""
+    shape = projection.text_config(spec, store.meta["D"], flame.COLUMNS)
+    mapped = [flame.COLUMNS.index(name) for name in shape["text_mapped"]]
+    text = flame.TextProjection(store.meta["D"], shape["text_rank"], mapped, shape["text_map_rank"])
+    projection.fit_text_projection(text, store, spec)
+    u = store.read(range(len(store)), [column])
+    return u[:, 0].double().numpy(), text(u, [column])[:, 0].detach().double().numpy()
+
+
+@pytest.fixture(scope="session")
+def long_store(tmp_path_factory):
+    """96 rows of width 24: no fewer than four a dimension, so that nothing is shrunk."""
+    return flame.open_store(make_store(tmp_path_factory.mktemp("long") / "store", colors_of(96)))
+
+
+@pytest.mark.parametrize("rank", [24, 4])
+def test_whitening_is_its_formula(long_store, monkeypatch, rank):
+    """Beyond `rank` directions all are scaled alike."""
+    monkeypatch.setattr(projection, "RANK", rank)
+    for column in (0, 2, 10):
+        u, ours = projected(long_store, "whiten", column)
+        _, s, Vt = np.linalg.svd((u - u.mean(0)) / len(u) ** 0.5, full_matrices=False)
+        gains = 1 / (s + 0.01 * s[0])
+        gains[rank:] = gains[min(rank, 23)]
+        np.testing.assert_allclose(ours, normalised((u - u.mean(0)) @ Vt.T * gains @ Vt), atol=2e-4)
+    u, ours = projected(long_store, "none+linear", 2)
+    np.testing.assert_allclose(ours, u, atol=1e-6)
+
+
+def test_a_store_of_few_rows_is_shrunk_as_sklearn_does(store):
+    from sklearn.covariance import OAS
+    u, ours = projected(store, "whiten", 3)
+    variances, vectors = np.linalg.eigh(OAS().fit(u).covariance_)
+    s = np.sqrt(variances)
+    expected = normalised((u - u.mean(0)) @ (vectors / (s + 0.01 * s[-1])) @ vectors.T)
+    np.testing.assert_allclose(ours, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("column, ridge", [(0, 0.1), (2, 0.01), (10, 0.01)])  # raw's is its own
+def test_agreement_is_regression_on_the_other_sets(long_store, column, ridge):
+    own = flame.COLUMNS[column].split(".")[0]
+    views = {name: projected(long_store, "whiten", c)[1] for c, name in enumerate(flame.COLUMNS)}
+    others = [np.mean([view for name, view in views.items() if name.startswith(f"{other}.")], axis=0)
+              for other in {"raw", "short", "long"} - {own}]
+    u, ours = projected(long_store, "agree+linear", column)
+    x, y = u - u.mean(0), np.mean(others, axis=0)
+    covariance = x.T @ x / len(u)
+    largest = np.linalg.eigvalsh(covariance)[-1]
+    regression = np.linalg.inv(covariance + ridge * largest * np.eye(24)) @ (x.T @ y / len(u))
+    values, vectors = np.linalg.eigh((regression + regression.T) / 2)
+    expected = normalised(x @ vectors * np.maximum(values, 0) @ vectors.T)
+    np.testing.assert_allclose(ours, expected, atol=5e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_trained_map_follows_the_closed_form(rank):
+    """Text = normalise(u + u M), u the closed form's; M is zero at first, is learnt, and raw has none."""
+    shape = projection.text_config("whiten+linear" + f":{rank}" * bool(rank), 24, flame.COLUMNS)
+    assert (shape["text_rank"], shape["text_mapped"], shape["text_map_rank"]) == (24, flame.COLUMNS[1:], rank)
+    torch.manual_seed(0)
+    mapped, plain = flame.TextProjection(24, 24, EVERY[1:], rank), flame.TextProjection(24, 24)
+    for name, buffer in plain.named_buffers():
+        torch.nn.init.normal_(buffer)
+        mapped.get_buffer(name).copy_(buffer)
+    facets = torch.randn(5, 11, 24)
+    torch.testing.assert_close(mapped(facets, EVERY), plain(facets, EVERY))
+    (mapped(facets, EVERY) * torch.randn(5, 11, 24)).sum().backward()
+    assert mapped.up.grad.flatten(1).norm(dim=1).gt(0).all()
+    torch.nn.init.normal_(mapped.up, std=0.3)
+    u = plain(facets, EVERY)
+    M = mapped.down @ mapped.up if rank else mapped.up
+    others = F.normalize(u[:, 1:] + torch.einsum("nkd,kde->nke", u[:, 1:], M), dim=-1)
+    torch.testing.assert_close(mapped(facets, EVERY), torch.cat([u[:, :1], others], 1))
+
+
+# --- whole runs
+
+def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
+    store, colors = small
+    done = fit(run, store, "--steps 60 --name colors --holdout 2 --eval-every 20 --lr 3e-3")
+    assert done.returncode == 0 and "22 images" in done.stdout, done.stderr
+    assert done.stdout.count("held-out Recall@1: ") == 3
+    log = entries(tmp_path / "out/colors")
+    assert [e["step"] for e in log] == list(range(60)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert [e["step"] for e in log if "held_out_R@1" in e] == [19, 39, 59]
+    model = flame.load(tmp_path / "out/colors")
+    assert model.config["llm"]["fingerprint"] == "tiny" and not model.training
+    files = [store.parent / f"{key}.png" for key in colors]
+    image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in files]))
+    text = model.encode_text(flame.open_store(store).read(range(24), range(4, 11)), "long")
+    best = flame.similarity(image, text).argmax(1)
+    names = list(colors.values())
+    assert np.mean([names[n] == names[m] for n, m in enumerate(best.tolist())]) > 0.9
+    made = {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
+    assert {path.name for path in (tmp_path / "out/colors").iterdir()} == made
+    curve = np.array(Image.open(tmp_path / "out/colors/curve.png").convert("RGB")).reshape(-1, 3)
+    drawn = set(map(tuple, curve.tolist()))
+    assert {ImageColor.getrgb(plots.BLUE), ImageColor.getrgb(plots.RED)} <= drawn  # both lines are there
+
+
+@pytest.mark.parametrize("flags", [
+    "--loss sigmoid --text-projection whiten+linear:8 --chunk 5", "--text-projection none --no-pool-first",
+    "--columns long.3,raw.0 --patch-dropout 0 --init published"])
+def test_every_option_trains(run, small, tmp_path, flags):
+    done = fit(run, small[0], f"--steps 30 {flags}")
+    assert done.returncode == 0, done.stderr
+    log = entries(tmp_path / "out/store")
+    assert log[-1]["loss"] < log[0]["loss"]
+    columns = ["raw.0", "long.3"] if "--columns" in flags else flame.COLUMNS
+    assert flame.load(tmp_path / "out/store").config["columns"] == columns
+
+
+def test_held_out_recall_is_that_of_evaluate(store):
+    import evaluate
+    s = settings_for(text_projection="none", **TOWER)
+    model, _ = train.build(store, EVERY, s, torch.device("cpu"), fit=True)
+    batches = batches_of(store)
+    rows, files, places = found(store)
+    held_out = rows, pictures.places_of(files, places)
+    run = train.Run({}, None, None, batches, held_out, torch.device("cpu"), model, model, None)
+    ours, failed = progress.held_out_recall(run)
+    pixels = [model.preprocess(Image.open(file)) for file in files]
+    image = model.encode_image(torch.stack(pixels)).numpy()
+    text = store.read(rows, range(4, 11)).mean(1).numpy()
+    theirs = evaluate.retrieval(text, image, np.arange(24))["text_to_image"]["R@1"]
+    assert ours["held_out_R@1"] == pytest.approx(theirs, abs=0.01) and not failed
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [train.learning_rate(step, dict(lr=2.0, warmup=4, steps=24)) for step in range(25)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[14] == pytest.approx(1.0) and rates[24] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_weight_decay_spares_vectors_and_scale(store):
+    s = settings_for(width=32, layers=1, heads=2, projector_hidden=24)
+    model, optimizer = train.build(store, EVERY, s, torch.device("cpu"), fit=False)
+    decayed, spared = ([tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups)
+    assert len(decayed) + len(spared) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0]
+    assert (5, 32) in decayed  # the position table is decayed
+    assert all(len(shape) >= 2 for shape in decayed) and all(len(shape) < 2 for shape in spared)
+    assert spared.count(()) == 2  # scale and bias
+
+
+@pytest.mark.parametrize("rows, preset", [(24, "demo"), (10, "cc3m")])
+def test_the_preset_fits_the_number_of_images(world, monkeypatch, rows, preset):
+    monkeypatch.setattr(train, "FEW", rows + 1 if preset == "demo" else 24)
+    args, s = train.read_arguments(["--embeddings", str(world / "store")])
+    assert args.preset == preset and s["width"] == {"demo": 192, "cc3m": 768}[preset]
+    assert train.read_arguments(["--embeddings", str(world), "--preset", "yfcc15m"])[1]["epochs"] == 25
+
+
+# --- towers that exist
+
+def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
+    """With its sizes, whatever the preset's; --lock-image leaves it as it is in the first steps."""
+    sizes = {"image_size": 24, "patch_size": 8, "width": 128, "layers": 2, "heads": 2}
+    theirs = open_clip.transformer.VisionTransformer(**sizes, mlp_ratio=4, output_dim=16).state_dict()
+    tensors = {f"visual.{name}": x for name, x in theirs.items()} | {"text_projection": torch.zeros(3)}
+    save_file(tensors, tmp_path / "tower.safetensors")
+
+    def start(flags):
+        flags = f"--preset demo --batch 12 --workers 0 --steps 2 --image-tower tower.safetensors {flags}"
+        return run("train.py", "--embeddings", small[0], *flags.split())
+
+    train.STOP.append(True)  # after the first step, and the same command goes on, though AdamW has no moments
+    assert start("--lock-image 2 --name locked").returncode == 0
+    train.STOP.clear()
+    assert start("--lock-image 2 --name locked").returncode == 0
+    assert [entry["step"] for entry in entries(tmp_path / "out/locked")] == [0, 1]
+    assert start("--lock-image 1 --name free").returncode == 0
+    locked, free = (flame.load(tmp_path / "out" / name) for name in ("locked", "free"))
+    assert locked.config["width"] == 128 and locked.config["heads"] == 2 and locked.config["image_size"] == 24
+    for name, tensor in locked.visual.state_dict().items():
+        assert tensor.equal(theirs[name]), name
+    assert not free.visual.conv1.weight.equal(locked.visual.conv1.weight)
+
+
+@pytest.mark.parametrize("width, heads", [(128, 2), (1280, 16)])  # CLIP's towers; ViT-H-14 has heads of 80
+def test_open_clips_tower_gives_here_what_it_gives_there(tmp_path, width, heads):
+    theirs = open_clip.transformer.VisionTransformer(28, 14, width, 1, heads, 4, output_dim=16,
+                                                     output_tokens=True).eval()
+    save_file({f"visual.{n}": t for n, t in theirs.state_dict().items()}, tmp_path / "h.safetensors")
+    sizes, tensors = released.image_tower(tmp_path / "h.safetensors")
+    assert sizes["heads"] == heads
+    theirs.ln_post = torch.nn.Identity()
+    ours = flame.VisionTransformer(*sizes.values()).eval()
+    ours.load_state_dict(tensors)
+    pixels = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels)[:, 1:], theirs(pixels)[1], rtol=1e-4, atol=1e-4)
+
+
+# --- interrupted, and gone on with
+
+def interrupted(command, folder, name, lines, end):
+    """Starts a run in its own process group, ends it by end(pid) once its log has so many lines; -> what it
+    said, and which processes are left."""
+    process = subprocess.Popen([*map(str, command)], cwd=folder, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = folder / "out" / name / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+        time.sleep(0.01)
+    end(process.pid)
+    out, err = process.communicate(timeout=100)
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
+    return subprocess.CompletedProcess(command, process.returncode, out, err), left
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["kill -9", "SIGTERM"])
+def test_a_run_that_was_killed_or_stopped_goes_on_as_if_nothing_had_been(run, small, tmp_path, kill):
+    """SIGTERM as a cluster sends it, to loader processes too: they must not die before the rank has saved."""
+    flags = "--steps 120 --checkpoint-every 20 --chunk 7"
+    assert fit(run, small[0], f"{flags} --name whole").returncode == 0
+    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL, *flags.split()]
+    command += ["--workers", "1", "--name", "part"]  # nor does a loader process change anything
+    sent = signal.SIGKILL if kill else signal.SIGTERM
+    done, left = interrupted(command, tmp_path, "part", 50, lambda pid: os.killpg(pid, sent))
+    folder = tmp_path / "out" / "part"
+    saved = torch.load(folder / "training.pt", weights_only=True)["step"]
+    assert saved < 120
+    if kill:
+        assert done.returncode == -signal.SIGKILL and saved % 20 == 0
+    else:
+        assert done.returncode == 0 and "the same command goes on" in done.stdout, done.stderr
+        assert saved == len(losses(folder)) and "Traceback" not in done.stderr and not left  # no loader
+    done = fit(run, small[0], f"{flags} --name part")
+    assert done.returncode == 0 and f"from step {saved}" in done.stdout, done.stderr
+    assert losses(folder) == losses(tmp_path / "out/whole")
+    assert weights(folder) == weights(tmp_path / "out/whole")
+
+
+def test_torchrun_learns_the_same_and_goes_on_after_sigterm(run, small, tmp_path):
+    flags = ["--embeddings", small[0], *SMALL, "--steps", "40", "--workers", "1", "--name"]
+    assert run("train.py", *flags, "one").returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, train.__file__, *map(str, flags), "two"]
+    done, _ = interrupted(command, tmp_path, "two", 5, lambda pid: os.killpg(pid, signal.SIGTERM))
+    assert "the same command goes on" in done.stdout, done.stderr
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    one, two = (entries(tmp_path / "out" / name) for name in ("one", "two"))
+    assert [e["step"] for e in two] == list(range(40)) and done.stdout.count("24 images") == 1
+    assert [e["loss"] for e in two[:20]] == pytest.approx([e["loss"] for e in one[:20]], rel=0.01)  # bfloat16
+    a, b = (dict(flame.load(tmp_path / "out" / name).text.named_buffers()) for name in ("one", "two"))
+    assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
+
+
+def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
+    store, colors = small
+    flags = "--steps 2 --name store"
+    assert fit(run, store, flags).returncode == 0
+    folder = tmp_path / "out/store"
+    trained = weights(folder)
+    again = fit(run, store, f"{flags} --workers 1 --chunk 3")
+    assert again.returncode == 0 and "finished already" in again.stdout
+    one_line(fit(run, store, f"{flags} --lr 0.5"), "out/store", "lr 0.001, now it is 0.5", "--overwrite")
+    one_line(fit(run, store, f"{flags} --steps 3"), "out/store", "steps 2, now it is 3", "--overwrite")
+    other = make_store(tmp_path / "data" / "other", colors, llm="another")
+    one_line(fit(run, other, flags), "out/store", "another store")
+    assert weights(folder) == trained
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"step": 1}))
+    assert "nothing left to do" in fit(run, store, flags).stdout  # killed within the last checkpoint
+    assert json.loads((folder / "config.json").read_text()) == config and weights(folder) == trained
+    assert fit(run, store, f"{flags} --lr 0.5 --overwrite").returncode == 0
+    assert weights(folder) != trained and len(losses(folder)) == 2
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("training.pt", b""), ("training.pt", b"not a checkpoint"), ("training.pt", None),
+    ("training.pt", {"step": 1}), ("training.pt", {"step": 1, "model": {}, "optimizer": {}}),
+    ("config.json", b"{"), ("config.json", b'{"step": 1}'), ("config.json", b"[1]")], ids=str)
+def test_a_damaged_checkpoint_is_one_line(run, small, tmp_path, name, damage):
+    train.STOP.append(True)  # one step of four is done, as if SIGTERM had come
+    assert fit(run, small[0], "--steps 4").returncode == 0
+    train.STOP.clear()
+    path = tmp_path / "out/store" / name
+    if isinstance(damage, dict):
+        torch.save(damage, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-1000] if damage is None else damage)
+    before = tree(tmp_path)
+    one_line(fit(run, small[0], "--steps 4"), f"out/store/{name}", "--overwrite")
+    assert tree(tmp_path) == before
+    assert fit(run, small[0], "--steps 4 --overwrite").returncode == 0
+
+
+# --- pictures that cannot be read, losses that are no numbers
+
+def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
+    """In training, and of those held out; where none of these can be read the curve has no such point."""
+    held = np.random.default_rng([0, 3]).permutation(24)[:2]
+    bad = {"p003", "p004", "p005", "p006"} - {f"p{n:03d}" for n in held}
+    for key, damage in zip(sorted(bad), ("cut", "other", "pipe", "missing")):
+        path = tmp_path / "data" / f"{key}.png"
+        start = path.read_bytes()[:300]
+        path.unlink()
+        if damage in ("cut", "other"):
+            path.write_bytes(start if damage == "cut" else b"not a picture")
+        elif damage == "pipe":
+            os.mkfifo(path)
+    for n in held[:1]:
+        (tmp_path / "data" / f"p{n:03d}.png").write_text("not a picture")
+    done = fit(run, small[0], "--steps 6 --holdout 2 --eval-every 3")  # of six epochs
+    assert done.returncode == 0 and f"skipped {len(bad) + 1} unreadable pictures" in done.stderr, done.stderr
+    skipped = dict(line.split("\t") for line in (tmp_path / "out/store/skipped.txt").read_text().splitlines())
+    assert set(skipped) == bad | {f"p{held[0]:03d}"}
+    assert "UnidentifiedImageError" in skipped[sorted(bad)[1]]
+    (tmp_path / "data" / f"p{held[1]:03d}.png").write_text("not a picture")
+    done = fit(run, small[0], "--steps 4 --holdout 2 --eval-every 2 --name none")
+    assert done.returncode == 0 and "held-out Recall@1: no picture read" in done.stdout
+    assert not any("held_out_R@1" in entry for entry in entries(tmp_path / "out/none"))
+
+
+def test_where_no_picture_can_be_read_nothing_is_left(run, small, tmp_path):
+    for key in small[1]:
+        (tmp_path / "data" / f"{key}.png").write_text("not a picture")
+    one_line(fit(run, small[0]), "no picture of step 0's batch", "UnidentifiedImageError", "--images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):
+    store = flame.open_store(small[0])
+    x = store.read(range(24), EVERY).numpy()
+    x[7] = np.nan
+    write_store(small[0], store.keys, x)
+    batches = batches_of(flame.open_store(small[0]), batch=4)
+    at = next(step for step in range(6) if 7 in batches.pictures(step))
+    done = fit(run, small[0], "--batch 4 --steps 9 --text-projection none --checkpoint-every 1")
+    one_line(done, f"at step {at}", store.keys[batches.pictures(at)[0]], "nan-batch.txt")
+    assert at > 0 and "p007" in (tmp_path / "out/store/nan-batch.txt").read_text().split()
+    saved = torch.load(tmp_path / "out/store/training.pt", weights_only=True)
+    assert saved["step"] == at and all(x.isfinite().all() for x in saved["model"].values())
+
+
+# --- refusals: all settings are looked at before anything is made
+
+def tree(folder):
+    """All that lies in a folder: paths, and contents of files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+REFUSED = """
+    lr=nan lr=-1 lr=inf lr=much epochs=-1 steps=1e3 init-scale=0 seed=1.0 heads=0 heads=5 width=0 layers=9999
+    patch-size=64 image-size=65 positives=12 batch=0 chunk=0 crop-scale=1.1 patch-dropout=nan holdout=-1
+    holdout=24 workers=-1 loss=hinge loss=infonce-slots init=random columns=raw.1 pool-first=y preset=cc12m
+    device=foo device=cuda:99 lock-image=1 images=none embeddings=none embeddings=data no-such=1
+    text-projection=sharpen text-projection=center text-projection=agree:0.1 text-projection=raw=agree
+    text-projection=whiten+linear:-1 image-tower=none.safetensors image-tower=empty.safetensors
+    image-tower=other.safetensors""".split()
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_is_refused_is_one_line_and_leaves_nothing_behind(run, small, tmp_path, wrong):
+    save_file({}, tmp_path / "empty.safetensors")
+    save_file({"visual.conv1.weight": torch.zeros(8, 3, 4, 4)}, tmp_path / "other.safetensors")
+    before = tree(tmp_path)
+    flag, value = wrong.split("=", 1)
+    named = value if flag in ("images", "embeddings", "image-tower") else f"--{flag}"
+    one_line(fit(run, small[0], f"--{wrong}"), named)
+    assert tree(tmp_path) == before
+
+
+if __name__ == "__main__":
+    one_of_two_ranks(Path(sys.argv[1]))
