@@ -8,7 +8,6 @@
 * a tar, however hostile, is used as far as it goes; pipes, terabytes and endless ranges end in one line.
 """
 import gzip
-import io
 import json
 import os
 import re
@@ -203,8 +202,8 @@ ODD = {  # a file's name: (its bytes, the captions by key, what stderr says)
                     {"b": "x"}, ["2: no caption (row 1, row 3)"]),
     "broken.jsonl": (b'{"key": "a", "raw"\n{"key": "b", "raw": "x"}\nnope\n7\n[]\n{"key": "c"',
                      {"b": "x"}, ["5: no caption (row 1, row 3, row 4, row 5, row 6)"]),
-    "values.json": (json.dumps([{"key": f"{n}", "raw": f"cat {n}", "long": value} for n, value in enumerate(
-        [float("nan"), None, [None], {"x": 1}, True, 7, []])] + [{"key": "none", "raw": [5]}, 7, None]).encode(),
+    "values.json": (json.dumps([*({"key": f"{n}", "raw": f"cat {n}", "long": value} for n, value in enumerate(
+        [float("nan"), None, [None], {"x": 1}, True, 7, []])), {"key": "none", "raw": [5]}, 7, None]).encode(),
         {f"{n}": f"cat {n}" for n in range(7)}, ["3: no caption (row 8, row 9, row 10)"]),
     "blank.tsv": (b"key\traw\na\t \nb\t\xe3\x80\x80\nc\tx\n", {"c": "x"}, ["2: no caption (row 1, row 2)"]),
     "twice.tsv": (b"key\traw\na\tfirst\nb\tx\na\tsecond\na\tthird\n", {"a": "first", "b": "x"},

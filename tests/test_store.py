@@ -1,8 +1,8 @@
 """embed.py, data/store.py and flame.Store promise:
 
-* a store's vectors are what TextEncoder.encode gives, as unit vectors; row n of captions.tsv is row n of them;
-* a window depends on nothing but its captions and the settings: ranks, shards, runs at the same time, and runs
-  that were killed at any moment and started again, all end with the same bytes;
+* a store's vectors are what TextEncoder.encode gives, as unit vectors, in the order of captions.tsv;
+* a window depends on nothing but its captions and the settings: ranks, shards, runs at the same time, and
+  runs that were killed at any moment and started again, all end with the same bytes;
 * the same command with other settings is refused and names the setting; nothing of another's is touched;
 * an LLM whose weights are damaged, or a full disk, costs nothing that was there;
 * reading is as a slow twin reads; what is unfinished or asks other questions is refused.
@@ -28,7 +28,7 @@ import flame
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [("key", "image", "raw", "short", "long")]
-ROWS += [(f"k{n}", f"pics/{n}.png", f"thing {n % 4}", f"A thing {n}.", f"One thing, number {n}. " * (1 + n % 3))
+ROWS += [(f"k{n}", f"pics/{n}.png", f"thing {n % 4}", f"A thing {n}.", f"One thing, nr. {n}. " * (1 + n % 3))
          for n in range(23)]
 STORE = Path("data/embeddings/small")
 
@@ -123,7 +123,7 @@ def test_what_is_unfinished_or_damaged_is_refused(run):
         flame.open_store(STORE)
     run()
     (STORE / "000003.npy").unlink()
-    with pytest.raises(flame.InputError, match="000003.npy and 0 other .* run the same embed.py command again"):
+    with pytest.raises(flame.InputError, match="000003.npy and 0 other .* run the same embed.py command"):
         flame.open_store(STORE)
     (STORE / "000003.npy").write_bytes((STORE / "000002.npy").read_bytes()[:-9])
     with pytest.raises(flame.InputError, match="000003.npy: .*delete it and run"):
@@ -169,7 +169,8 @@ def test_kills_at_any_moment_end_with_the_same_bytes(run):
     random = np.random.default_rng()
     kills = 0
     for share in sorted(random.uniform(0, 1, 4)):
-        process = subprocess.Popen(command("--out", "store"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command("--out", "store"), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(Path("store").glob("0*.npy"))) < 11 * share:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.05))
@@ -269,8 +270,8 @@ def test_damaged_weights_are_refused_before_anything_is_thrown_away(run, byte_ll
 
 
 @pytest.mark.parametrize("arguments, what", [
-    (["--join", "lang=small.tsv"], "--join"), (["--join", "long="], "--join"), (["--window", "0"], "--window"),
-    (["--llm", "nowhere"], "nowhere"), (["--device", "cuda:99"], "cuda:99")])
+    (["--join", "lang=small.tsv"], "--join"), (["--join", "long="], "--join"),
+    (["--window", "0"], "--window"), (["--llm", "nowhere"], "nowhere"), (["--device", "cuda:99"], "cuda:99")])
 def test_the_command_line_is_checked_before_anything_is_made(run, arguments, what):
     assert what in run(*arguments, code=2) and not Path("data").exists()
 
