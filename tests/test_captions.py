@@ -203,12 +203,13 @@ ODD = {  # a file's name: (its bytes, the captions by key, what stderr says)
     "broken.jsonl": (b'{"key": "a", "raw"\n{"key": "b", "raw": "x"}\nnope\n7\n[]\n{"key": "c"',
                      {"b": "x"}, ["5: no caption (row 1, row 3, row 4, row 5, row 6)"]),
     "values.json": (json.dumps([*({"key": f"{n}", "raw": f"cat {n}", "long": value} for n, value in enumerate(
-        [float("nan"), None, [None], {"x": 1}, True, 7, []])), {"key": "none", "raw": [5]}, 7, None]).encode(),
+        [float("nan"), None, [None], {"x": 1}, True, 7, []])), {"raw": [5]}, 7, None]).encode(),
         {f"{n}": f"cat {n}" for n in range(7)}, ["3: no caption (row 8, row 9, row 10)"]),
     "blank.tsv": (b"key\traw\na\t \nb\t\xe3\x80\x80\nc\tx\n", {"c": "x"}, ["2: no caption (row 1, row 2)"]),
     "twice.tsv": (b"key\traw\na\tfirst\nb\tx\na\tsecond\na\tthird\n", {"a": "first", "b": "x"},
                   ["2: key occurs before (row 3, row 4)"]),
-    "large.tsv": (b"key\traw\na\t" + b"x" * 3_000_000 + b"\nb\ty\n", {"b": "y"}, ["1: line size over maximum"]),
+    "large.tsv": (b"key\traw\na\t" + b"x" * 3_000_000 + b"\nb\ty\n", {"b": "y"},
+                  ["1: line size over maximum"]),
 }
 
 
@@ -313,7 +314,7 @@ DREAMLIP = ["Image Path", "raw_caption", "shortIB_captions", "longIB_captions", 
 
 
 def test_dreamlip_meets_tars_by_the_pictures_url(tmp_path, table):
-    """The keys of the tars are in another order than its rows; some pictures of either are not in the other."""
+    """The keys of the tars are in another order than its rows; some of either are not in the other."""
     table_of = [DREAMLIP, *([f"http://x/{n}.jpg", *(f'"{name}, \n""{n}"""' for name in DREAMLIP[1:])]
                             for n in range(9))]
     file = tmp_path / "dreamlip.csv"
