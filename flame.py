@@ -26,6 +26,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Resampling
 from torch import nn
 
 try:
@@ -562,9 +563,6 @@ class Flame(nn.Module):
     def encode_text(self, facets, prompts="long"):
         """[N, K, D] facet states of a prompt set -> [N, K, D], its text projection applied, L2-normalised."""
         columns = [i for i, name in enumerate(COLUMNS) if name.startswith(f"{prompts}.")]
-        if facets.shape[1:] != (len(columns), self.config["text_dim"]):
-            wanted = [len(columns), self.config["text_dim"]]
-            raise ValueError(f"facets of the {prompts} prompts are [N, *{wanted}], not {list(facets.shape)}")
         return self.text(facets.to(self.text.mean.device), columns)
 
     def preprocess(self, image):
@@ -572,7 +570,16 @@ class Flame(nn.Module):
 
         Raises ValueError where a side is more than 100 times the other: scaled up it would fill the memory.
         """
-        return preprocess(image, self.config["image_size"])
+        w, h = image.size
+        if max(w, h) > 100 * min(w, h):
+            raise ValueError(f"a picture of {w} x {h} pixels is too thin")
+        size = self.config["image_size"]
+        w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+        left = round((w - size) / 2)
+        top = round((h - size) / 2)
+        resized = image.convert("RGB").resize((w, h), Resampling.BICUBIC)
+        square = resized.crop((left, top, left + size, top + size))
+        return to_pixels(torch.from_numpy(np.array(square)).permute(2, 0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -728,30 +735,16 @@ def rope_frequencies(entries, head_dim):
     return freq * (kept + (1 - kept) / factor)
 
 
-def weight_files(llm_dir):
-    """The safetensors files that are read: those of the index, else model.safetensors, else all there are."""
-    llm_dir = Path(llm_dir)
-    index = llm_dir / "model.safetensors.index.json"
-    if index.exists():
-        with reading(index, LLM_CURE):
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if any(Path(name).name != name for name in names):
-                raise ValueError("names a file in another folder")
-        return sorted(llm_dir / name for name in names)
-    single = llm_dir / "model.safetensors"
-    files = [single] if single.exists() else sorted(llm_dir.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{llm_dir}: no *.safetensors; {LLM_CURE}")
-    return files
-
-
 def weights_reader(llm_dir):
-    """(read(name) -> tensor, names) over the files of weight_files."""
+    """(read(name) -> tensor, names) over a folder's safetensors files, all that there are."""
     from safetensors import safe_open
     files = {}
-    for file in weight_files(llm_dir):
+    for file in sorted(Path(llm_dir).glob("*.safetensors")):
         with reading(file, LLM_CURE), safe_open(file, framework="pt") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
+            for name in opened.keys():
+                if name in files:  # shards of two downloads
+                    raise ValueError(f"tensor {name} is also in {files[name].name}")
+                files[name] = file
 
     def read(name):  # a mapping of its own for every tensor: what was copied elsewhere leaves memory at once
         if name not in files:
@@ -838,15 +831,14 @@ def llm_fingerprint(llm_dir):
     bos = tokenizer.name == "tokenizer.model" and adds_bos(tokenizer)
     digest = hashlib.sha256(repr((sorted(config.items()), tokenizer.name, bos)).encode())
     digest.update(tokenizer.read_bytes())
-    for path in weight_files(llm_dir):
+    for path in sorted(Path(llm_dir).glob("*.safetensors")):
         with reading(path, LLM_CURE), open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = file.read(start - 8)
             digest.update(path.name.encode() + header)
-            for name, entry in json.loads(header).items():
-                if name != "__metadata__":
-                    file.seek(start + entry["data_offsets"][0])
-                    digest.update(file.read(4096))
+            for entry in json.loads(header).values():
+                file.seek(start + entry.get("data_offsets", [0])[0])
+                digest.update(file.read(4096))
     return digest.hexdigest()[:16]
 
 
@@ -958,7 +950,7 @@ def longest_beginning(encoder, caption, prompts):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures
+# Pixels
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -969,20 +961,6 @@ def to_pixels(image):
     mean = torch.tensor(CLIP_MEAN, device=image.device)[:, None, None]
     std = torch.tensor(CLIP_STD, device=image.device)[:, None, None]
     return image.contiguous().float().div_(255).sub_(mean).div_(std)
-
-
-def preprocess(image, size):
-    """See Flame.preprocess."""
-    from PIL import Image
-    w, h = image.size
-    if not min(w, h) or max(w, h) > 100 * min(w, h):
-        raise ValueError(f"a picture of {w} x {h} pixels is too thin")
-    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-    left = round((w - size) / 2)
-    top = round((h - size) / 2)
-    resized = image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
-    square = resized.crop((left, top, left + size, top + size))
-    return to_pixels(torch.from_numpy(np.array(square)).permute(2, 0, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1089,19 +1067,15 @@ class Store:
 
     Raises InputError where the folder is none, is unfinished, or was made with other questions.
     """
-    columns = range(len(COLUMNS))  # every store has them all
 
     def __init__(self, path):
         self.path = Path(path)
-        cure = "make a store with embed.py"
-        meta = self.path / "meta.json"
-        self.meta = read_json(meta, cure)
-        with reading(meta, cure):
+        with reading(self.path / "meta.json", "make a store with embed.py") as meta:
+            self.meta = json.loads(meta.read_text(encoding="utf-8"))
             self.N, self.D, self.window = (int(self.meta[name]) for name in ("N", "D", "window"))
             check_questions(self.meta["llm"]["questions"], meta)
-            there = set(os.listdir(self.path))
-            wanted = [f"{w:06d}.npy" for w in range(-(-self.N // self.window))]
-            missing = [name for name in ["captions.tsv", *wanted] if name not in there]
+            names = ["captions.tsv", *(f"{w:06d}.npy" for w in range(-(-self.N // self.window)))]
+        missing = sorted(set(names) - set(os.listdir(self.path)))
         if missing:
             raise InputError(f"{self.path}: {missing[0]} and {len(missing) - 1} other files are missing; "
                              "run the same embed.py command again")
@@ -1119,33 +1093,25 @@ class Store:
             return np.asarray(np.load(path, mmap_mode="r")).reshape(-1, len(COLUMNS), self.D)
 
     @functools.cached_property
-    def names(self):
+    def table(self):
+        """[N] of [key, the picture's path as the captions' source gives it, or ""]"""
         with open(self.path / "captions.tsv", encoding="utf-8", newline="\n") as file:
-            next(file)
-            return [line.split("\t", 2)[:2] for line in file]
+            return [line.split("\t", 2)[:2] for line in file][1:]
 
     @functools.cached_property
     def keys(self):
-        return [key for key, _ in self.names]
+        return [key for key, _ in self.table]
 
     @functools.cached_property
     def images(self):
-        """Paths as the captions' source gives them, or "" """
-        return [image for _, image in self.names]
+        return [image for _, image in self.table]
 
     def read(self, rows, columns):
-        """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors
-
-        Raises IndexError where there is no such row or column.
-        """
-        rows = np.asarray(rows, np.int64).reshape(-1)
-        columns = np.atleast_2d(np.asarray(columns, np.int64))
-        columns = np.broadcast_to(columns, (len(rows), columns.shape[1]))
-        if (rows < 0).any() or (rows >= self.N).any() or (columns < 0).any():
-            raise IndexError(f"rows {rows}, columns {columns}: the store has {self.N} x {len(COLUMNS)}")
+        """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors"""
+        columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
         out = np.empty((*columns.shape, self.D), np.float16)
-        for i, (w, row) in enumerate(zip(*(part.tolist() for part in np.divmod(rows, self.window)))):
-            out[i] = self.vectors(w)[row, columns[i]]
+        for i, (w, row) in enumerate(zip(*np.divmod(rows, self.window))):
+            out[i] = self.vectors(int(w))[row, columns[i]]
         vectors = torch.from_numpy(out).float()
         return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
 

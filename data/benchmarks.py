@@ -46,8 +46,7 @@ def read(name, root, split="test", most=None):
 
 
 def lines_of(path):
-    """The lines of a UTF-8 file that are not empty, without white space around"""
-    with reading(path, CURE):
+    with reading(path, CURE):   # those that are not empty, without white space around
         return list(filter(None, map(str.strip, path.read_text("utf-8-sig").split("\n"))))
 
 
@@ -79,10 +78,11 @@ def urban1k(root):
     Either may miss the other: a picture without a caption stays in the gallery, both are counted.
     """
     root = next((path.parent for path in sorted(root.rglob("image"))), root)    # in the archive's own folders
-    names = sorted({path.stem for path in [*root.glob("image/*"), *root.glob("caption/*.txt")]})
-    texts = [root / f"caption/{name}.txt" for name in names]
-    captions = [(lines_of(path) if path.exists() else [])[:1] or [""] for path in texts]
-    return [root / f"image/{name}.jpg" for name in names], {"": captions}
+    pictures = {path.stem: path for path in root.glob("image/*")}
+    captions = {path.stem: lines_of(path)[:1] or [""] for path in root.glob("caption/*.txt")}
+    names = sorted(pictures.keys() | captions.keys())
+    paths = [pictures.get(name, root / f"image/{name}.jpg") for name in names]
+    return paths, {"": [captions.get(name, [""]) for name in names]}
 
 
 def sharegpt4v(root):
@@ -167,8 +167,7 @@ def webdataset(root, split, kind, most=None):
     left out and counted. Raises InputError where all do.
     """
     samples = {}
-    tars = sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem))
-    for tar in tars:
+    for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
         with reading(tar, CURE), tarfile.open(tar) as archive:
             for member in filter(tarfile.TarInfo.isfile, archive):
                 key, _, suffix = os.path.basename(member.name).partition(".")
@@ -187,7 +186,7 @@ def webdataset(root, split, kind, most=None):
     if kind == "txt":
         return paired(pictures, {"": [sample["says"].splitlines() for sample in complete]}, most)
     names, templates = names_and_templates(root)
-    with reading(root / "classnames.txt", CURE):
+    with reading(root / "classnames.txt", CURE):    # has fewer names than a number says, or is not there
         return pictures, [range(len(names))[int(sample["says"])] for sample in complete], names, templates
 
 
@@ -195,17 +194,16 @@ def webdataset(root, split, kind, most=None):
 # One's own, and the demo
 
 def own(captions, folder, prompts):
-    """Captions in any form that embed.py reads -> pictures, texts, image_of_text.
+    """Captions in any form that embed.py reads, those that the prompt set is asked of -> as read().
 
-    A text is the caption that the prompt set is asked of. Rows of one picture are its several captions; rows
-    without one are left out. folder: where pictures lie, found as those of a store are.
+    Rows of one picture are its several captions; rows without one are left out. folder: where pictures lie.
     """
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary, "captions.tsv")
         write_table(table, captions, {})
         rows = list(read_table(table))
-    found, files, places = find_pictures([row.key for row in rows], [row.image for row in rows], captions,
-                                         folder)
+    keys, images, *_ = zip(*rows)
+    found, files, places = find_pictures(list(keys), list(images), captions, folder)
     if len(found) < len(rows):
         print(f"{captions}: {len(rows) - len(found)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)
@@ -240,15 +238,13 @@ def demo(root, split="test"):
     return scenes, captions, objects, names_in(root / "names.tsv"), names_in(root / "synonyms.tsv")
 
 
-def rows_of(path):
-    """A TSV with a header -> [{column: field}]"""
+def rows_of(path):      # [{column: field}]
     with reading(path, "run data/demo.py again"):
         header, *lines = [line.split("\t") for line in path.read_text("utf-8").splitlines()]
         return [dict(zip(header, fields, strict=True)) for fields in lines]
 
 
-def names_in(path):
-    """Names of the demo's objects -> {column: {object: name}}"""
+def names_in(path):     # {column: {object: name}}
     rows = rows_of(path)
     columns = [column for column in rows[0] if column != "object"]
     return {column: {row["object"]: row[column].strip() for row in rows} for column in columns}

@@ -22,7 +22,7 @@ from PIL import Image
 
 import evaluate
 import flame
-from data import benchmarks, towers
+from data import benchmarks, intervals, towers
 from data.pictures import Place, open_picture
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0),
@@ -456,7 +456,7 @@ def test_the_groups_interval_is_that_of_independent_draws():
     rng = np.random.default_rng(0)
     hits = [rng.random((n, 1)) < share for n, share in ((900, 0.5), (900, 0.7), (400, 0.9), (2500, 0.2))]
     parts = [evaluate.Hits(own, np.arange(len(own)), len(own)) for own in hits]
-    (mean, low, high), = evaluate.intervals(evaluate.samples(parts))
+    (mean, low, high), = intervals.intervals(intervals.samples(parts))
     assert mean == pytest.approx(np.mean([100 * own.mean() for own in hits]))
     drawn = [np.mean([100 * rng.choice(own, len(own)).mean() for own in hits]) for _ in range(4000)]
     assert [low, high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.2)
