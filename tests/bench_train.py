@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flame  # noqa: E402
 import train  # noqa: E402
 from data.pictures import DRAWS, Batches, random_crop  # noqa: E402
-from data.projection import text_config  # noqa: E402
 
 B16 = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "heads": 12, "projector_hidden": 4096,
        "pool_first": False, "init": "published", "text_projection": "none"}
