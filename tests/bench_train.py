@@ -6,10 +6,10 @@
     step       forward, loss, backward and AdamW of ViT-B/16 at 224 px: flame.Flame against open_clip's
                VisionTransformer with the same projector, loss, precision and batch, in turns
     pictures   one core: 512-px JPEGs to a normalised batch at 224 px, data.pictures against torchvision's
-               RandomResizedCrop, ToTensor, Normalize (crop scale 0.9 to 1, bicubic); then what a loader's process
-               makes of files, for CC3M and for the demo, beside the rate of the demo's step on all cores
-    loss       forward and backward of 6 positives, D = 576: all logits at once, and in blocks; each in a process
-               of its own, for its peak memory above what its inputs take
+               RandomResizedCrop, ToTensor, Normalize (crop scale 0.9 to 1, bicubic); then what a loader's
+               process makes of files, for CC3M and for the demo, beside the demo's step on all cores
+    loss       forward and backward of 6 positives, D = 576: all logits at once, and in blocks; each in a
+               process of its own, for its peak memory above what its inputs take
 """
 import argparse
 import io
@@ -102,7 +102,7 @@ def bench_step(args, synchronize):
 def photos(n, side, kind):
     """n files' bytes of that side, cut from the photographs that come with scikit-image."""
     from skimage import data
-    pictures = [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    pictures = [Image.fromarray(photo()) for photo in (data.astronaut, data.chelsea, data.coffee, data.rocket)]
     rng = np.random.default_rng(0)
     out = []
     for i in range(n):
@@ -145,8 +145,8 @@ def bench_pictures(args, synchronize):
             store = SimpleNamespace(read=lambda rows, columns: torch.randn(*columns.shape, 576), keys=paths)
             batches = Batches(store, range(11), (np.arange(256), paths, places), s, 1 << 20)
             took, = seconds_of(lambda: batches[0], seconds=args.seconds / 4, synchronize=synchronize)
-        yield (f"  a loader's process, {side}-px {kind}, {list(train.PRESETS)[preset]}", f"{64 / took:.0f} images/s",
-               "", "")
+        name = list(train.PRESETS)[preset]
+        yield f"  a loader's process, {side}-px {kind}, {name}", f"{64 / took:.0f} images/s", "", ""
     torch.set_num_threads(threads)
     s = settings_of(0, projector_hidden=576)
     device = torch.device(args.device)
