@@ -54,7 +54,7 @@ def world(tiny_llm, tmp_path_factory):
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
     args = SimpleNamespace(search=[], top=3, prompts=None, images=folder, out=folder.parent)
     model = tiny_model(columns=["raw.0", "long.0", "long.3", "long.5"])
-    towers = Towers(model, lambda: encoder, "cosine", "cpu", args.out / "cache", "image tower", "text tower")
+    towers = Towers(model, lambda: encoder, "cpu", args.out / "cache", "image tower", "text tower")
     return args, [Place(str(path)) for path in sorted(folder.iterdir())], towers
 
 
@@ -236,7 +236,7 @@ def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
 def test_the_facet_figure_shows_every_subset(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(6)
     facets, image = rng.standard_normal((30, 4, 8)), rng.standard_normal((30, 8))
-    rows = evaluate.ablation(facets, image, np.arange(30), "cosine", numbers=[1, 2, 4, 6])
+    rows = evaluate.ablation(facets, image, np.arange(30), numbers=[1, 2, 4, 6])
     figure = plots.new_figure(11.6, 4.4)
     monkeypatch.setattr(plots, "new_figure", lambda *size: figure)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)     # its state is global
