@@ -16,8 +16,8 @@ DARK_GREEN = "#00803c"
 DARK_RED = "#b00020"
 QUERIES = 8
 
-# Pixels: the column of texts, how many letters it takes, their size and line; a picture, its frame, a picture with all around it, how
-# many stand side by side.
+# Pixels: the column of texts (and letters in its line), their size and line; a picture, its frame, a picture
+# with all around it, how many stand side by side.
 TEXT = 400
 LETTERS = 46
 SIZE = 14

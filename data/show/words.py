@@ -16,9 +16,9 @@ from data.show.sheet import font_of
 def patch_states(model, pixels):
     """[3, H, W] -> [g, g, D]: a picture's patches in the LLM's space, four pooled to one where it is even.
 
-    A text projection leads out of that space: a text's u meets an image's z as u A, so that z A meets u itself
-    (A is symmetric). A is of one column, the whole of a long caption where the checkpoint was trained on that.
-    The trained map that follows it is left out: led back through that, the demo's patches say little.
+    A text projection leads out of that space: a text's u meets an image's z as u A, so that z A meets u
+    itself (A is symmetric). A is of one column, the whole of a long caption where the checkpoint was trained
+    on that. The trained map after it is left out: led back through that, the demo's patches say little.
     """
     patches = model.visual(pixels[None])[:, 1:]
     side = round(patches.shape[1] ** 0.5)
@@ -80,7 +80,7 @@ def draw_words(image, grid, side=720):
     for y, row in enumerate(grid):
         for x, word in enumerate(row):
             pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="white")
-            font = font_of(min(24, round(1.6 * cell / max(4, len(word)))))
+            font = font_of(min(36, round(1.6 * cell / max(4, len(word)))))
             middle = (x + 0.5) * cell, (y + 0.5) * cell
             pen.text(middle, word, "white", font, "mm", stroke_width=2, stroke_fill="black")
     return sheet
