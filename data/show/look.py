@@ -132,7 +132,7 @@ def inspect(args):
 # --draw
 
 def draw(args):
-    """Writes a picture of a caption's forest to --out, or forest.png.
+    """Writes a picture of a caption's forest to --out, or forest.png: a PNG.
 
     Rows are queries, columns the keys that they see; a token has its segment's colour, and beside the mask
     stands the tree of segments. Nothing is drawn without matplotlib.
@@ -155,7 +155,7 @@ def draw(args):
     axes.invert_yaxis()
     # The rows that the facet states are read in are framed.
     answers = forest.answers.numpy()
-    axes.barh(answers, answers + 1, 1, -0.5, fill=False)
+    axes.barh(answers, answers + 1, 1, -0.5, fill=False, clip_on=False)
     axes.set_title(f"7 facets of one caption in one pass: {T} tokens instead of {apart}", loc="left")
 
     words = [tokenizer.decode([token]) for token in forest.tokens.tolist()]
@@ -179,6 +179,6 @@ def draw(args):
         left = 0.45 * T + 2 * depths[s]
         axes.text(left, 2 * s + 5, text, color=colours[s], parse_math=False)
 
-    path = args.out or "forest.png"
+    path = Path(args.out or "forest").with_suffix(".png")
     files.write(path, lambda temporary: figure.savefig(temporary, bbox_inches="tight"))
     print(f"{path}: {T} tokens, {len(colours)} segments")

@@ -10,7 +10,8 @@ from flame import InputError
 def search(args, places, towers):
     """Prints and draws the args.top best of each query in args.search; without any it serves the page.
 
-    args: the command line. places: pictures to search.
+    args: evaluate.py's command line. places: pictures to search. Raises InputError where there are none, or
+    none can be read.
     """
     if not places:
         raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
