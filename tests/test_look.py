@@ -23,22 +23,21 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import embed
-import evaluate
 import flame
 from data.pictures import Place, open_picture
-from data.show import look, page, plots, search, sheet, words
+from data.show import look, page, search, sheet, words
 from data.towers import Towers, encode_images, encode_texts
 from flame import COLUMNS, InputError
 
 LONG = "a red kite flies over the beach while two dogs run after it and a child laughs at them all"
 
 
-def tiny_model(side=4, **config):
+def tiny_model(side=4, columns=COLUMNS):
     """An untrained Flame of random weights, side x side patches."""
     torch.manual_seed(0)
-    sizes = {"image_size": 8 * side, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "text_dim": 48,
-             "projector_hidden": 24, "pool_first": True, "text_rank": 5, "columns": list(COLUMNS)}
-    model = flame.Flame({**sizes, **config})
+    model = flame.Flame({"image_size": 8 * side, "patch_size": 8, "width": 16, "layers": 1, "heads": 2,
+                         "text_dim": 48, "projector_hidden": 24, "pool_first": True, "text_rank": 5,
+                         "columns": columns})
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) / 3
     return model.eval()
@@ -76,8 +75,6 @@ def test_search_ranks_as_sorting_does_and_writes_a_sheet(world, capsys):
     expected = [pair for vector in (*vectors, *image) for pair in ranked(world, vector)[:3]]
     assert [(path, float(score)) for _, score, path in lines] == [(places[i].path, s) for i, s in expected]
     assert lines[6][2] == places[4].path and Image.open(args.out / "search.png").height > 3 * sheet.SIDE
-    with pytest.raises(InputError, match="no pictures in it"):
-        search.search(args, [], towers)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +89,8 @@ def client(world):
 
 def tiles(html):
     """The page's gallery -> [(index, similarity)]; none where it is as it was"""
-    return "tiles plain" not in html and [(int(i), float(score)) for i, score in re.findall(r'data-picture="(\d+)".*?<b>(.*?)</b>', html)]
+    pairs = re.findall(r'data-picture="(\d+)".*?<b>(.*?)</b>', html)
+    return "tiles plain" not in html and [(int(i), float(score)) for i, score in pairs]
 
 
 def test_the_page_finds_what_sorting_finds_and_keeps_nothing(world, client, capfd):
@@ -142,10 +140,8 @@ def test_a_click_shows_the_words_of_the_patches(world, client, tiny_llm):
 def test_what_is_damaged_is_told_and_the_page_goes_on(world, client, tmp_path):
     _, places, _ = world
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    Image.new("RGB", (20000, 20)).save(tmp_path / "thin.png")
-    for name in ("bad.png", "thin.png"):
-        with pytest.raises(Exception, match=name):
-            client.predict(handle_file(str(tmp_path / name)), api_name="/picture")
+    with pytest.raises(Exception, match="bad.png"):
+        client.predict(handle_file(str(tmp_path / "bad.png")), api_name="/picture")
     content = Path(places[3].path).read_bytes()
     for some, refused in ((content[:60], True), (content, False)):
         Path(places[3].path).write_bytes(some)
@@ -157,7 +153,7 @@ def test_the_page_is_of_this_machine_alone_and_names_are_no_markup(client):
     assert client.src.startswith("http://127.0.0.1:")
     style = httpx.get(f"{client.src}theme.css").text
     assert "system-ui" in style and "fonts.g" not in style + httpx.get(client.src).text
-    html = client.predict("red", api_name="/text")[0]
+    html, _, _ = client.predict("red", api_name="/text")
     assert "&lt;img src=x" in html and "<img src=x" not in html
 
 
@@ -184,8 +180,8 @@ def test_words_of_a_picture(world, tiny_llm, tmp_path, capsys):
     _, places, towers = world
     norm, unembedding = words.load_unembedding(tiny_llm)
     tokenizer = flame.load_tokenizer(tiny_llm)
-    names = {i: tokenizer.decode([i]) for i in range(len(unembedding))}
-    names = {i: name[1:] for i, name in names.items() if re.fullmatch(r" [^\W\d_]{3,}", name)}
+    texts = map(tokenizer.decode, zip(range(len(unembedding))))
+    names = {i: text[1:] for i, text in enumerate(texts) if re.fullmatch(r" [^\W\d_]{3,}", text)}
     args = SimpleNamespace(words=places[2].path, out=tmp_path)
     words.show(args, towers.model, tiny_llm)
     with open_picture(places[2]) as image:
@@ -193,9 +189,6 @@ def test_words_of_a_picture(world, tiny_llm, tmp_path, capsys):
     best = [max(names, key=row.__getitem__) for row in (states * norm @ unembedding.T).tolist()]
     assert capsys.readouterr().out.split("->")[0].split() == [names[i] for i in best]
     assert Image.open(tmp_path / "words.png").size == (720, 720)
-    args.words = __file__
-    with pytest.raises(InputError, match="test_look.py.*wants a picture"):
-        words.show(args, towers.model, tiny_llm)
 
 
 def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
@@ -214,21 +207,8 @@ def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
     assert sheet.thumbnail(places[10], 9).getpixel((0, 0)) == (208, 208, 208)
 
 
-def test_the_facet_figure_shows_every_subset(tmp_path, monkeypatch):
-    rng = np.random.default_rng(6)
-    facets, image = rng.standard_normal((30, 4, 8)), rng.standard_normal((30, 8))
-    rows = evaluate.ablation(facets, image, np.arange(30), "cosine", numbers=[1, 2, 4, 6])
-    figure = plots.new_figure(11.6, 4.4)
-    monkeypatch.setattr(plots, "new_figure", lambda *size: figure)
-    plots.draw_facets(rows, tmp_path / "facets.png")
-    labels = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
-    assert labels == [["1", "2", "3", "4"], ["the\nwhole", "main\nobject", "minor\nobject", "action"]]
-    assert Image.open(tmp_path / "facets.png").size == (1160, 440)
-
-
 def embed_args(llm, **more):
-    settings = {"layer": 3, "positions": "restart", "dtype": "float32", "device": "cpu", "join": {}}
-    return SimpleNamespace(llm=llm, captions="c.tsv", **settings, **more)
+    return SimpleNamespace(llm=llm, captions="c.tsv", layer=3, positions="restart", join={}, **more)
 
 
 @pytest.fixture
@@ -247,9 +227,9 @@ def test_plan_counts_what_pytorch_counts(tiny_llm, here, capsys):
         flame.decode(encoder.decoder, forest)
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     config = encoder.decoder.config
-    pairs = 3 * flame.visible(forest.lengths, forest.parents).sum()
-    attention = 4 * config["num_attention_heads"] * config["head_dim"] * pairs
-    assert look.flops(config, 3, forest) == products + attention
+    attention = 4 * config["num_attention_heads"] * config["head_dim"]      # of a pair, in one of 3 blocks
+    pairs = flame.visible(forest.lengths, forest.parents).sum()
+    assert look.flops(config, 3, forest) == products + 3 * attention * pairs
 
 
 def test_inspect_finds_what_is_wrong(tiny_llm, here, capsys, monkeypatch):
