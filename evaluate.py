@@ -36,7 +36,7 @@ from data.command import Parser, number, run, usable_device
 from data.intervals import RECALL_AT, Hits, compare, keep, means, with_intervals
 from data.show import plots, search, table, words
 from data.show.sheet import Shown, draw_sheet
-from data.towers import Towers, encode_images, encode_texts, open_towers, pooled, trained_facets
+from data.towers import encode_images, encode_texts, open_towers, pooled, trained_facets
 from flame import InputError
 
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
@@ -334,7 +334,7 @@ def settings(argv):
     if args.search is not None and not args.images:
         parser.error("--search TEXT and --images DIR go together")
     if args.facets and args.how.score == score_classes or args.open_clip and (args.facets or args.words):
-        parser.error("--facets wants captions, and like --words a checkpoint of FLAME's")
+        parser.error("--facets wants captions, and like --words a checkpoint, not --open-clip")
     usable_device(args.device)
     args.asked = [args.prompts or prompts for prompts in args.how.prompts.split()]
     if args.all_captions:

@@ -15,12 +15,13 @@ from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["ext/flame_ext.cpp", "ext/elementwise.cpp", "ext/forest.cpp", "ext/cpu.cpp"]
-HEADERS = ["ext/forest.h", "ext/tasks.h", "ext/cpu.h", "ext/view.h", "ext/kernels.inl", "ext/vector.inl",
-           "ext/products.inl", "ext/attention.inl", "ext/elementwise.inl"]
+SOURCES = ["ext/flame_ext.cpp", "ext/forest.cpp", "ext/cpu.cpp"]
+HEADERS = ["ext/forest.h", "ext/tasks.h", "ext/kernels.inl", "ext/products.inl", "ext/attention.inl"]
 CUDA_SOURCE = "ext/cuda.cu"
-# Machine code for A100 and H100; the PTX lets the driver compile for anything newer.
-CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
+# Machine code for A100 and H100; the PTX lets the driver compile for anything newer. nvcc before 11.8 does
+# not know the H100.
+CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
+OLD_CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]"]
 # SIMD is chosen at run time, function by function: no -march here, it runs on any machine of the family.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-g0", "-pthread"]
 
@@ -28,10 +29,12 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "
 def find_nvcc():
     """Path of nvcc or None; FLAME_CUDA=0 hides it, FLAME_CUDA=1 makes its absence an error."""
     wish = os.environ.get("FLAME_CUDA", "")
-    toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
+    folders = [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    if os.environ.get("CUDA_HOME"):
+        folders.insert(0, os.path.join(os.environ["CUDA_HOME"], "bin"))
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if wish == "1" and not nvcc:
-        sys.exit("setup.py: FLAME_CUDA=1, but nvcc is not on PATH nor under $CUDA_HOME/bin; "
+        sys.exit("setup.py: FLAME_CUDA=1, but nvcc is neither under $CUDA_HOME/bin nor on PATH; "
                  "install the CUDA toolkit or unset FLAME_CUDA")
     return None if wish == "0" else nvcc
 
@@ -41,7 +44,8 @@ def compile_cuda(nvcc, folder):
     os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, "cuda.o")
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
-    for code in CUDA_TARGETS:
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    for code in CUDA_TARGETS if "sm_90" in known else OLD_CUDA_TARGETS:
         flags += ["-gencode", code]
     subprocess.run([nvcc, *flags, "-c", CUDA_SOURCE, "-o", target], check=True)
     # nvcc may be a wrapper script; its dry run tells where the toolkit really is.

@@ -46,8 +46,7 @@ def read(name, root, split="test", most=None):
 
 
 def lines_of(path):
-    """The lines of a UTF-8 file that are not empty, without white space around"""
-    with reading(path, CURE):
+    with reading(path, CURE):   # those that are not empty, without white space around
         return list(filter(None, map(str.strip, path.read_text("utf-8-sig").split("\n"))))
 
 
@@ -79,10 +78,11 @@ def urban1k(root):
     Either may miss the other: a picture without a caption stays in the gallery, both are counted.
     """
     root = next((path.parent for path in sorted(root.rglob("image"))), root)    # in the archive's own folders
-    names = sorted({path.stem for path in [*root.glob("image/*"), *root.glob("caption/*.txt")]})
-    paths = [root / f"caption/{name}.txt" for name in names]
-    captions = [(lines_of(path) if path.exists() else [])[:1] or [""] for path in paths]
-    return [root / f"image/{name}.jpg" for name in names], {"": captions}
+    pictures = {path.stem: path for path in root.glob("image/*")}
+    captions = {path.stem: lines_of(path)[:1] or [""] for path in root.glob("caption/*.txt")}
+    names = sorted(pictures.keys() | captions.keys())
+    paths = [pictures.get(name, root / f"image/{name}.jpg") for name in names]
+    return paths, {"": [captions.get(name, [""]) for name in names]}
 
 
 def sharegpt4v(root):

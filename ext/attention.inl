@@ -1,29 +1,18 @@
 // Attention over the forest. A task is one tile of queries and one KV head; its rows are queries x query
 // heads of that group, so that each loaded key serves them all. For a group of rows and a block of keys there
 // are two products:
-//   S^T = K Q^T          lanes over rows: no horizontal step in the softmax, and keys are read where they lie
+//   S^T = K Q^T          lanes over rows: no horizontal step in the softmax
 //   O = alpha O + P V    lanes over head_dim
 // The softmax is online and in base 2.
 
 constexpr float LOWEST = -INFINITY;
 
-// ---- Operands ---------------------------------------------------------------------------------------------
-
-// A row of `dim` elements as units, zeros from there to `units`.
+// A row of `dim` elements as units, zeros from there to `units`, a multiple of 16.
 template <Math M, class T>
 TARGET inline void to_units(const T* from, int dim, uint32_t* to, int units) {
-  for (int i = dim / per_unit(M); i < units; ++i) to[i] = 0;
   if (M == FLOATS)
-    for (int i = 0; i < dim; ++i) to[i] = bits_as<uint32_t>(to_float(from[i]));
-  else std::memcpy(to, from, sizeof(T) * dim);
-}
-
-// Two rows as units that join their elements.
-template <class T>
-TARGET inline void join(const T* even, const T* odd, int dim, uint32_t* to, int units) {
-  const uint16_t *low = (const uint16_t*)even, *high = (const uint16_t*)odd;
-  for (int i = 0; i < dim; ++i) to[i] = low[i] | (uint32_t)high[i] << 16;
-  for (int i = dim; i < units; ++i) to[i] = 0;
+    for (int i = 0; i < units; i += WIDTH) store((float*)to + i, get(from + i, dim - i));
+  else std::fill(std::copy_n(from, dim, (T*)to), (T*)(to + units), T{});
 }
 
 // Values of n keys as a right operand [keys / per_unit, width], zeros behind them.
@@ -31,9 +20,15 @@ template <Math M, class T>
 TARGET inline void to_value_units(const T* from, int64_t stride, int n, int dim, uint32_t* to, int width) {
   static const T zeros[MAX_DIM] = {};
   const auto key = [&](int j) { return j < n ? from + j * stride : zeros; };
-  for (int j = 0; j < round_up(n, key_block(M)); j += per_unit(M), to += width)
-    if (M == FLOATS) to_units<FLOATS>(key(j), dim, to, width);
-    else join(key(j), key(j + 1), dim, to, width);
+  for (int j = 0; j < round_up(n, key_block(M)); j += per_unit(M), to += width) {
+    if (M == FLOATS) {
+      to_units<FLOATS>(key(j), dim, to, width);
+      continue;
+    }
+    const auto *low = (const uint16_t*)key(j), *high = (const uint16_t*)key(j + 1);
+    for (int i = 0; i < dim; ++i) to[i] = low[i] | (uint32_t)high[i] << 16;
+    std::fill(to + dim, to + width, 0);
+  }
 }
 
 // Asks for a row well before it is read: rows that lie apart escape the hardware's own prefetching.
@@ -41,8 +36,6 @@ template <class T>
 TARGET inline void prefetch(const T* row, int dim) {
   for (int i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
 }
-
-// ---- Softmax ----------------------------------------------------------------------------------------------
 
 // Scores [GROUP] of one key: -inf for the rows that may not see it.
 TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first,
@@ -87,10 +80,9 @@ TARGET inline void softmax(const float* s, int keys, float scale, float* p, floa
   store(total, load(total) * factor + added);
 }
 
-// ---- A task -----------------------------------------------------------------------------------------------
-
-template <class T, Math M>
+template <class T>
 struct Task {
+  static constexpr Math M = sizeof(T) == 4 ? FLOATS : BF16_MATH;
   static constexpr int PER = per_unit(M);
   const Attention& a;
   const Plan& plan;
@@ -102,14 +94,14 @@ struct Task {
   const int units = (int)round_up(a.dim, 16 * PER) / PER;  // of a row of Q or K
   const int width = (int)round_up(a.dim, 16);              // of a row of O
   int64_t floats = 0;                                      // of scratch
-  float* const s = take((KEYS + PAST) * GROUP);            // [KEYS + PAST, GROUP]
-  float* const p = M == FLOATS ? s : take(KEYS / PER * GROUP);           // [KEYS / PER, GROUP]
-  float* const o = take((int64_t)padded * width);                        // [padded, width]
+  float* const s = take((KEYS + PAST) * GROUP);                     // [KEYS + PAST, GROUP]
+  float* const p = M == FLOATS ? s : take(KEYS / PER * GROUP);      // [KEYS / PER, GROUP]
+  float* const o = take((int64_t)padded * width);                   // [padded, width]
   float* const maximum = take(padded);
   float* const total = take(padded);
-  uint32_t* const q = (uint32_t*)take((int64_t)padded * units);          // [units, padded]
-  uint32_t* const k_copy = (uint32_t*)take((KEYS + PAST) * units);       // [KEYS + PAST, units]
-  uint32_t* const v_copy = (uint32_t*)take(KEYS / PER * width);          // [KEYS / PER, width]
+  uint32_t* const q = (uint32_t*)take((int64_t)padded * units);     // [units, padded]
+  uint32_t* const k_copy = (uint32_t*)take((KEYS + PAST) * units);  // [KEYS + PAST, units]
+  uint32_t* const v_copy = (uint32_t*)take(KEYS / PER * width);     // [KEYS / PER, width]
   int32_t* const q_first = (int32_t*)take(padded);
   int32_t* const q_depth = (int32_t*)take(padded);
 
@@ -119,16 +111,16 @@ struct Task {
     return (float*)part;
   }
 
-  const T* q_row(int r) const {  // rows past the end repeat the last one
-    r = std::min(r, rows - 1);
-    return (const T*)a.q + query[r / share] * a.q_stride + (kv_head * share + r % share) * a.dim;
+  int64_t offset(int r, int64_t stride) const {  // of a row of Q or of the result
+    return query[r / share] * stride + (kv_head * share + r % share) * a.dim;
   }
 
   TARGET void begin() {
-    for (int r = 0; r < padded; r += 16) {
+    for (int r = 0; r < padded; r += 16) {  // rows past the end repeat the last one
       for (int i = 0; i < 16; ++i) {
-        prefetch(q_row(r + i + 16), a.dim);
-        to_units<M>(q_row(r + i), a.dim, k_copy + i * units, units);
+        const T* row = (const T*)a.q + offset(std::min(r + i, rows - 1), a.q_stride);
+        prefetch((const T*)a.q + offset(std::min(r + i + 16, rows - 1), a.q_stride), a.dim);
+        to_units<M>(row, a.dim, k_copy + i * units, units);
       }
       for (int u = 0; u < units; u += 16) transpose(k_copy + u, units, q + (int64_t)u * padded + r, padded);
     }
@@ -146,10 +138,10 @@ struct Task {
   TARGET void take_in(int64_t start, int n, bool masked) {
     const T* k = (const T*)a.k + start * a.k_stride + kv_head * a.dim;
     const T* v = (const T*)a.v + start * a.v_stride + kv_head * a.dim;
+    const bool k_in_place = sizeof(T) * PER == 4 && a.dim == units * PER && a.k_stride % PER == 0;
+    const bool v_in_place = sizeof(T) == 4 && a.dim == width;
     Left keys{(const uint32_t*)k, a.k_stride / PER, 1};
     Right values{(const uint32_t*)v, a.v_stride};
-    const bool k_in_place = sizeof(T) * PER == 4 && a.dim % (16 * PER) == 0 && a.k_stride % PER == 0;
-    const bool v_in_place = sizeof(T) == 4 && a.dim == width;
     if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is no memory
       for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k_stride, a.dim, k_copy + j * units, units);
       keys = {k_copy, units, 1};
@@ -170,8 +162,8 @@ struct Task {
   TARGET void trim(int64_t start, int r, int lanes, int& low, int& high) const {
     const int32_t lowest = q_first[r], highest = q_first[r + lanes - 1];
     const int32_t deepest = *std::max_element(q_depth + r, q_depth + r + lanes);
-    const auto needed = [&](int64_t k) {
-      return visible_to_some(lowest, highest, deepest, plan.first[k], plan.last[k], plan.depth[k]);
+    const auto needed = [&](int64_t key) {
+      return plan.first[key] <= highest && lowest <= plan.last[key] && plan.depth[key] <= deepest;
     };
     while (low < high && !needed(start + high - 1)) --high;
     while (low < high && !needed(start + low)) ++low;
@@ -186,29 +178,29 @@ struct Task {
     keys.at += low * keys.row;
     values.at += low / PER * values.step;
     product<M>(high - low, lanes, keys, {q + r, padded}, units, scores, GROUP, nullptr);
-    for (int64_t k = start + low; masked && k < start + high; ++k)
-      hide(s + (k - start) * GROUP, q_first + r, q_depth + r, plan.first[k], plan.last[k], plan.depth[k]);
+    for (int64_t j = start + low; masked && j < start + high; ++j)
+      hide(s + (j - start) * GROUP, q_first + r, q_depth + r, plan.first[j], plan.last[j], plan.depth[j]);
     for (int i = 0; i < lanes; i += WIDTH)
       softmax<M>(scores + i, high - low, a.scale, weights + i, maximum + r + i, total + r + i, alpha + i);
+    const int taken = std::min(lanes, rows - r), steps = (high - low + PER - 1) / PER;
     const Left left{(const uint32_t*)weights, 1, GROUP};
-    const int steps = (high - low + PER - 1) / PER;
-    product<M>(std::min(lanes, rows - r), width, left, values, steps, o + r * width, width, alpha);
+    product<M>(taken, width, left, values, steps, o + r * width, width, alpha);
   }
 
   TARGET void end() const {
-    for (int r = 0; r < rows; ++r) {
-      T* out = (T*)a.out + query[r / share] * a.out_stride + (kv_head * share + r % share) * a.dim;
-      const vec scale = splat(1 / total[r]);
-      for (int i = 0; i < a.dim; i += WIDTH) put(out + i, load(o + r * width + i) * scale, a.dim - i);
-    }
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < a.dim; i += WIDTH)
+        put((T*)a.out + offset(r, a.out_stride) + i, load(o + r * width + i) * (1 / total[r]), a.dim - i);
   }
 };
 
-template <class T, Math M>
+template <class T>
 TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_head, float* scratch) {
-  [[maybe_unused]] const TileRegisters<M> registers;
   const int32_t begin = plan.tile[tile], end = plan.tile[tile + 1];
-  Task<T, M> task{a, plan, plan.query + begin, end - begin, kv_head, scratch};
+  Task<T> task{a, plan, plan.query + begin, end - begin, kv_head, scratch};
+#ifdef AMX
+  configure_tiles();
+#endif
   task.begin();
   for (int32_t run = plan.run[tile]; run < plan.run[tile + 1]; ++run) {
     const bool masked = plan.before[run] >= plan.common[tile];
@@ -217,9 +209,20 @@ TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_he
       task.take_in(start, (int)std::min<int64_t>(KEYS, stop - start), masked);
   }
   task.end();
+#ifdef AMX
+  _tile_release();
+#endif
 }
 
-template <class T, Math M>
-size_t scratch_floats(const Attention& a, int tile_size) {  // whole cache lines
-  return Task<T, M>{a, {}, nullptr, tile_size, 0, nullptr}.floats;
+template <class T>
+void attention(const Attention& a, const Forest& forest) {
+  struct alignas(64) Line { float x[16]; };
+  const Plan plan = forest.plan(forest.buffer.data());
+  const int64_t items = (int64_t)plan.tiles * a.kv_heads;
+  const int workers = (int)std::min<int64_t>(threads(), items);
+  const size_t lines = Task<T>{a, plan, nullptr, forest.tile_size, 0, nullptr}.floats / 16;
+  const std::unique_ptr<Line[]> scratch(new Line[workers * lines]);
+  parallel(items, workers, [&](int64_t item, int thread) {
+    attend<T>(a, plan, (int32_t)(item / a.kv_heads), (int)(item % a.kv_heads), scratch[thread * lines].x);
+  });
 }

@@ -1,5 +1,5 @@
-// The mask, attention in one kernel that reads every ancestor's keys and values in place, and the rest of a
-// decoder block that is no matrix product.
+// Attention in one kernel that reads every ancestor's keys and values in place, and the rest of a decoder
+// block that is no matrix product; all in bfloat16.
 //
 // Why not cascade attention (one varlen flash call a level, partial outputs merged by log-sum-exp)? Both do
 // the same flops on the tensor cores, but with three levels at head_dim 128 the merge writes and re-reads 3 x
@@ -11,13 +11,14 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+#include <utility>
 
 #define UNROLL _Pragma("unroll")  // or arrays that loops index leave the registers
 
 namespace {
 
-constexpr int ROWS = 64;      // rows (queries x grouped heads) a tile, 16 a warp
-constexpr int KEYS = 64;      // keys a block
+constexpr int ROWS = CUDA_ROWS;  // 16 a warp
+constexpr int KEYS = 64;         // keys a block
 constexpr int THREADS = 128;
 static_assert(ROWS == KEYS, "Q lies in a buffer of K for a while");
 constexpr uint32_t WARP = 0xffffffff;
@@ -75,16 +76,23 @@ __device__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// ---- Attention for bfloat16 and head_dim 64 or 128 --------------------------------------------------------
+__device__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- Attention for head_dim 64 or 128 ---------------------------------------------------------------------
 
 template <int DIM>
 struct Shared {
   // Two blocks of K and V: one is fetched while the other is read. Q comes through K's second one, so that at
-  // head_dim 128 two tiles fit an A100's 164 KB. Three of what is known of their keys: a slow warp may still
-  // read those of the block before.
+  // head_dim 128 two tiles fit an A100's 164 KB. Three of what is known of their keys: of the
+  // block that is being worked on, the one that is being fetched and the one after it.
   bf16 k[2][KEYS * DIM], v[2][KEYS * DIM];
   int32_t key[3][KEYS], first[3][KEYS], last[3][KEYS], depth[3][KEYS];
 };
+static_assert(sizeof(Shared<128>) <= 99 * 1024, "what a block may have on every GPU from capability 8.0 on");
 
 // A 16-byte chunk of a row in shared memory. The exclusive or spreads the eight rows of a matrix over all
 // banks.
@@ -184,11 +192,11 @@ struct Work {
     top = fmaxf(top, __shfl_xor_sync(WARP, top, 2));
     const float log2_scale = a.scale * 1.44269504f;
     const float base = top == -INFINITY ? 0 : top * log2_scale;  // nothing seen yet: keep -inf - -inf out
-    const float factor = exp2f(maximum[half] * log2_scale - base);
+    const float factor = exp2_of(maximum[half] * log2_scale - base);
     float added = 0;
     UNROLL for (int n = 0; n < KEYS / 8; ++n)
       UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        s[n][i] = exp2f(s[n][i] * log2_scale - base);
+        s[n][i] = exp2_of(s[n][i] * log2_scale - base);
         added += s[n][i];
       }
     maximum[half] = top;
@@ -230,19 +238,20 @@ __global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
   const int32_t common = plan.common[blockIdx.x], blocks = (work.keys + KEYS - 1) / KEYS;
   work.begin();
   work.find_keys(0);
-  __syncthreads();
+  work.find_keys(1);
+  __syncthreads();  // the first keys are known
   work.fetch_keys(0);
   wait_for_copies<1>();
   __syncthreads();  // Q has arrived for all threads
   work.load_queries();
   for (int block = 0; block < blocks; ++block) {
     const bool more = block + 1 < blocks;
-    if (more) work.find_keys(block + 1);
     __syncthreads();  // the next keys are known, and no warp reads the other buffer any more
     if (more) work.fetch_keys(block + 1);
     if (more) wait_for_copies<1>();
     else wait_for_copies<0>();
     __syncthreads();  // this block has arrived for all threads
+    work.find_keys(block + 2);
     float s[KEYS / 8][4] = {};
     work.multiply_keys(s, block);
     if ((block + 1) * KEYS > common) work.hide(s, block);
@@ -252,81 +261,45 @@ __global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
   for (int half : {0, 1}) work.end(half);
 }
 
-// ---- Attention for all else: plain, one warp a (query, head) ----------------------------------------------
+// ---- The element-wise parts of a decoder block: a block of threads a row, one pass over memory ------------
+
+constexpr int N = 8;  // neighbours that a thread takes at once, 16 bytes of bfloat16
+
+template <class T>
+struct alignas(16) Some { T x[N]; };
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ void from_float(float& to, float x) { to = x; }
-__device__ void from_float(bf16& to, float x) { to = __float2bfloat16(x); }
 
 template <class T>
-__global__ void attend_plain(Attention a, Plan plan) {
-  const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % 32;
-  const int kv_head = head / (a.heads / a.kv_heads);
-  const int32_t keys = number_of_keys(plan, tile);
-  for (int32_t i = plan.tile[tile] + threadIdx.x / 32; i < plan.tile[tile + 1]; i += THREADS / 32) {
-    const int64_t token = plan.query[i];
-    const int32_t q_first = plan.first[token], q_depth = plan.depth[token];
-    const T* q = (const T*)a.q + token * a.q_stride + head * a.dim;
-    float o[MAX_DIM / 32] = {}, maximum = -INFINITY, total = 0;
-    for (int32_t j = 0; j < keys; ++j) {
-      const int64_t key = key_at(plan, tile, j);
-      if (!visible(q_first, q_depth, plan.first[key], plan.last[key], plan.depth[key])) continue;
-      const T* k = (const T*)a.k + key * a.k_stride + kv_head * a.dim;
-      const T* v = (const T*)a.v + key * a.v_stride + kv_head * a.dim;
-      float score = 0;
-      for (int d = lane; d < a.dim; d += 32) score += to_float(q[d]) * to_float(k[d]);
-      for (int step = 16; step; step /= 2) score += __shfl_xor_sync(WARP, score, step);
-      score *= a.scale;
-      const float top = fmaxf(maximum, score), factor = expf(maximum - top), weight = expf(score - top);
-      maximum = top;
-      total = total * factor + weight;
-      UNROLL for (int d = 0; d < MAX_DIM / 32; ++d)
-        if (d * 32 + lane < a.dim) o[d] = o[d] * factor + weight * to_float(v[d * 32 + lane]);
-    }
-    T* out = (T*)a.out + token * a.out_stride + head * a.dim;
-    UNROLL for (int d = 0; d < MAX_DIM / 32; ++d)
-      if (d * 32 + lane < a.dim) from_float(out[d * 32 + lane], o[d] * (1 / total));
-  }
-}
-
-// ---- The element-wise parts of a decoder block: a block of threads a row, one pass over memory ------------
-
-// N neighbours, moved at once: 16 bytes where a row's place in memory allows it.
-template <class T, int N>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Some { T x[N]; };
-
-template <int N, class T>
-__device__ Some<float, N> get(const T* p) {
-  const Some<T, N> some = *(const Some<T, N>*)p;
-  Some<float, N> floats;
+__device__ Some<float> get(const T* p) {
+  const Some<T> some = *(const Some<T>*)p;
+  Some<float> floats;
   UNROLL for (int i = 0; i < N; ++i) floats.x[i] = to_float(some.x[i]);
   return floats;
 }
-template <int N, class T>
-__device__ void put(T* p, const Some<float, N>& floats) {
-  Some<T, N> some;
-  UNROLL for (int i = 0; i < N; ++i) from_float(some.x[i], floats.x[i]);
-  *(Some<T, N>*)p = some;
+__device__ void put(float* p, const Some<float>& floats) { *(Some<float>*)p = floats; }
+__device__ void put(bf16* p, const Some<float>& floats) {
+  Some<bf16> some;
+  UNROLL for (int i = 0; i < N; ++i) some.x[i] = __float2bfloat16(floats.x[i]);
+  *(Some<bf16>*)p = some;
 }
 
-template <class T, bool VECTORS>
 __global__ void __launch_bounds__(THREADS) rotate(Rope r) {
-  constexpr int N = VECTORS ? 16 / sizeof(T) : 1;
   const int half = r.dim / 2;
   const int64_t token = blockIdx.x;
   for (int i = threadIdx.x * N; i < r.heads * half; i += THREADS * N) {
     const int head = i / half, pair = i % half;
-    T* at = (T*)r.qkv + token * r.stride + head * r.dim + pair;
-    Some<float, N> x = get<N>(at), y = get<N>(at + half);
-    const Some<float, N> cos = get<N>(r.cos + token * half + pair), sin = get<N>(r.sin + token * half + pair);
+    bf16* at = (bf16*)r.qkv + token * r.stride + head * r.dim + pair;
+    Some<float> x = get(at), y = get(at + half);
+    const Some<float> cos = get(r.cos + token * half + pair), sin = get(r.sin + token * half + pair);
     UNROLL for (int j = 0; j < N; ++j) {
       const float turned = x.x[j] * cos.x[j] - y.x[j] * sin.x[j];
       y.x[j] = y.x[j] * cos.x[j] + x.x[j] * sin.x[j];
       x.x[j] = turned;
     }
-    put<N>(at, x);
-    put<N>(at + half, y);
+    put(at, x);
+    put(at + half, y);
   }
 }
 
@@ -340,115 +313,91 @@ __device__ float sum_of_block(float x, float* shared) {
   return sum;
 }
 
-template <class T, bool VECTORS>
 __global__ void __launch_bounds__(THREADS) normalize(RmsNorm r) {
   extern __shared__ __align__(128) unsigned char memory[];
-  constexpr int N = VECTORS ? 4 : 1;
   float* row = (float*)memory;  // [width] waits for its scale; then come the warps' sums
   const int64_t at = blockIdx.x * r.width;
   float squares = 0;
   for (int64_t i = threadIdx.x * N; i < r.width; i += THREADS * N) {
-    Some<float, N> x = get<N>(r.x + at + i);
+    Some<float> x = get(r.x + at + i);
     if (r.delta) {
-      const Some<float, N> delta = get<N>((const T*)r.delta + at + i);
+      const Some<float> delta = get((const bf16*)r.delta + at + i);
       UNROLL for (int j = 0; j < N; ++j) x.x[j] += delta.x[j];
-      put<N>(r.x + at + i, x);
+      put(r.x + at + i, x);
     }
-    put<N>(row + i, x);
+    put(row + i, x);
     UNROLL for (int j = 0; j < N; ++j) squares += x.x[j] * x.x[j];
   }
   const float scale = 1 / sqrtf(sum_of_block(squares, row + r.width) / r.width + r.eps);
   for (int64_t i = threadIdx.x * N; i < r.width; i += THREADS * N) {
-    Some<float, N> x = get<N>(row + i);
-    const Some<float, N> weight = get<N>(r.weight + i);
+    Some<float> x = get(row + i);
+    const Some<float> weight = get(r.weight + i);
     UNROLL for (int j = 0; j < N; ++j) x.x[j] = x.x[j] * scale * weight.x[j];
-    put<N>((T*)r.out + at + i, x);
+    put((bf16*)r.out + at + i, x);
   }
 }
 
-template <class T, bool VECTORS>
 __global__ void __launch_bounds__(THREADS) gate(SwiGlu g) {
-  constexpr int N = VECTORS ? 16 / sizeof(T) : 1;
-  const T* row = (const T*)g.gate_up + blockIdx.x * 2 * g.width;
-  T* out = (T*)g.out + blockIdx.x * g.width;
+  const bf16* row = (const bf16*)g.gate_up + blockIdx.x * 2 * g.width;
+  bf16* out = (bf16*)g.out + blockIdx.x * g.width;
   for (int64_t i = threadIdx.x * N; i < g.width; i += THREADS * N) {
-    Some<float, N> x = get<N>(row + i);
-    const Some<float, N> up = get<N>(row + g.width + i);
+    Some<float> x = get(row + i);
+    const Some<float> up = get(row + g.width + i);
     UNROLL for (int j = 0; j < N; ++j) x.x[j] = x.x[j] / (1 + expf(-x.x[j])) * up.x[j];
-    put<N>(out + i, x);
+    put(out + i, x);
   }
 }
 
-// ---- Mask, and launches -----------------------------------------------------------------------------------
-
-__global__ void __launch_bounds__(THREADS) fill_mask(Plan plan, uint8_t* out, int64_t stride) {
-  const int64_t q = blockIdx.x;
-  for (int64_t k = threadIdx.x; k < plan.tokens; k += THREADS)
-    out[q * stride + k] = visible(plan.first[q], plan.depth[q], plan.first[k], plan.last[k], plan.depth[k]);
-}
+// ---- Launches ---------------------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or whoever asks next, torch say, would be told of it
+  cudaGetLastError();  // forgets it, or our next launch would be told of it
   throw std::runtime_error(text("CUDA: ", what, " failed: ", cudaGetErrorString(error)));
 }
 
-struct DeviceGuard {
-  int before = 0;
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() { cudaSetDevice(before); }
-};
-
 // bytes: of shared memory.
 template <class... Task>
-void launch(const char* what, void (*kernel)(Task...), dim3 grid, int bytes, Gpu gpu, const Task&... task) {
+void launch(const char* what, void (*kernel)(Task...), dim3 grid, int bytes, uintptr_t stream,
+            const Task&... task) {
   if (!grid.x || !grid.y) return;
-  const DeviceGuard guard(gpu.device);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
-  kernel<<<grid, THREADS, bytes, (cudaStream_t)gpu.stream>>>(task...);
+  kernel<<<grid, THREADS, bytes, (cudaStream_t)stream>>>(task...);
   check(cudaGetLastError(), what);
 }
 
-bool aligned(const void* p, int64_t stride) { return (uintptr_t)p % 16 == 0 && stride % 8 == 0; }
+// Arrays and the elements between their rows: 16 bytes are moved at once.
+void need_aligned(std::initializer_list<std::pair<const void*, int64_t>> arrays) {
+  for (const auto& [first_row, stride] : arrays)
+    if ((uintptr_t)first_row % 16 || stride % N)
+      throw std::invalid_argument("on CUDA rows must begin at multiples of 16 bytes");
+}
 
 }  // namespace
 
-void cuda_attention(const Attention& a, const Plan& plan, int tile_size, Gpu gpu) {
-  const dim3 tiles(plan.tiles, a.kv_heads), plain(plan.tiles, a.heads);
-  const bool fast = a.dtype == BF16 && (int64_t)tile_size * (a.heads / a.kv_heads) <= ROWS &&
-                    aligned(a.q, a.q_stride) && aligned(a.k, a.k_stride) && aligned(a.v, a.v_stride) &&
-                    aligned(a.out, a.out_stride);
-  if (fast && a.dim == 64) launch("attention", attend<64>, tiles, sizeof(Shared<64>), gpu, a, plan);
-  else if (fast && a.dim == 128) launch("attention", attend<128>, tiles, sizeof(Shared<128>), gpu, a, plan);
-  else if (a.dtype == BF16) launch("attention", attend_plain<bf16>, plain, 0, gpu, a, plan);
-  else launch("attention", attend_plain<float>, plain, 0, gpu, a, plan);
+void cuda_attention(const Attention& a, const Plan& plan, int tile_size, uintptr_t stream) {
+  const int share = a.heads / a.kv_heads;
+  if (tile_size * share > ROWS)
+    throw std::invalid_argument(text("layout has tiles of ", tile_size, " queries, too many for ", share,
+                                     " heads a KV head: tile must be at most ", ROWS / share));
+  need_aligned({{a.q, a.q_stride}, {a.k, a.k_stride}, {a.v, a.v_stride}, {a.out, a.out_stride}});
+  const dim3 grid(plan.tiles, a.kv_heads);
+  if (a.dim == 64) launch("attention", attend<64>, grid, sizeof(Shared<64>), stream, a, plan);
+  else if (a.dim == 128) launch("attention", attend<128>, grid, sizeof(Shared<128>), stream, a, plan);
+  else throw std::invalid_argument(text("q has head_dim ", a.dim, ", expected 64 or 128 on CUDA"));
 }
 
-void cuda_mask(const Plan& plan, uint8_t* out, int64_t stride, Gpu gpu) {
-  launch("mask", fill_mask, plan.tokens, 0, gpu, plan, out, stride);
+void cuda_rows(const Rope& r, int64_t rows, uintptr_t stream) {
+  need_aligned({{r.qkv, r.stride}, {r.cos, r.dim / 2}, {r.sin, r.dim / 2}});
+  launch("rope", rotate, rows, 0, stream, r);
 }
 
-void cuda_rows(const Rope& r, Dtype dtype, int64_t rows, Gpu gpu) {
-  const bool vectors = aligned(r.qkv, r.stride) && aligned(r.cos, r.dim / 2) && aligned(r.sin, r.dim / 2);
-  if (dtype == BF16) launch("rope", vectors ? rotate<bf16, true> : rotate<bf16, false>, rows, 0, gpu, r);
-  else launch("rope", vectors ? rotate<float, true> : rotate<float, false>, rows, 0, gpu, r);
+void cuda_rows(const RmsNorm& r, int64_t rows, uintptr_t stream) {
+  need_aligned({{r.x, r.width}, {r.delta, 0}, {r.weight, 0}, {r.out, 0}});
+  launch("rmsnorm", normalize, rows, sizeof(float) * (r.width + THREADS / 32), stream, r);
 }
 
-void cuda_rows(const RmsNorm& r, Dtype dtype, int64_t rows, Gpu gpu) {
-  const bool vectors = aligned(r.x, r.width) && aligned(r.delta, r.width) && aligned(r.weight, r.width) &&
-                       aligned(r.out, r.width);
-  const int bytes = sizeof(float) * (r.width + THREADS / 32);
-  if (dtype == BF16)
-    launch("rmsnorm", vectors ? normalize<bf16, true> : normalize<bf16, false>, rows, bytes, gpu, r);
-  else
-    launch("rmsnorm", vectors ? normalize<float, true> : normalize<float, false>, rows, bytes, gpu, r);
-}
-
-void cuda_rows(const SwiGlu& g, Dtype dtype, int64_t rows, Gpu gpu) {
-  const bool vectors = aligned(g.gate_up, g.width) && aligned(g.out, g.width);
-  if (dtype == BF16) launch("swiglu", vectors ? gate<bf16, true> : gate<bf16, false>, rows, 0, gpu, g);
-  else launch("swiglu", vectors ? gate<float, true> : gate<float, false>, rows, 0, gpu, g);
+void cuda_rows(const SwiGlu& g, int64_t rows, uintptr_t stream) {
+  need_aligned({{g.gate_up, g.width}, {g.out, g.width}});
+  launch("swiglu", gate, rows, 0, stream, g);
 }

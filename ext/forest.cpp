@@ -10,23 +10,19 @@ namespace {
 using Ints = std::vector<int32_t>;
 constexpr int64_t LIMIT = INT32_MAX;
 
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  throw std::invalid_argument(text(parts...));
-}
-
 void check(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents, int64_t tile_size) {
-  const int64_t segments = (int64_t)lengths.size();
+  const auto need = [](bool right, const auto&... parts) {
+    if (!right) throw std::invalid_argument(text(parts...));
+  };
+  need(lengths.size() == parents.size(), "lengths has ", lengths.size(), " segments, parents has ",
+       parents.size());
+  need(tile_size >= 1, "tile is ", tile_size, ", expected at least 1 query");
   int64_t tokens = 0;
-  if (lengths.size() != parents.size())
-    refuse("lengths has ", segments, " segments, parents has ", parents.size());
-  if (tile_size < 1) refuse("tile is ", tile_size, ", expected at least 1 query");
-  for (int64_t s = 0; s < segments; ++s) {
-    if (lengths[s] < 0) refuse("lengths[", s, "] = ", lengths[s], " is negative");
-    if (lengths[s] > LIMIT - tokens) refuse("lengths[", s, "] = ", lengths[s], ": more than 2^31 - 1 tokens");
-    if (parents[s] < -1 || parents[s] >= s)
-      refuse("parents[", s, "] = ", parents[s],
-             ": a parent must be -1 (a root) or an earlier segment, which also rules out cycles");
+  for (int64_t s = 0; s < (int64_t)lengths.size(); ++s) {
+    need(lengths[s] >= 0 && lengths[s] <= LIMIT - tokens, "lengths[", s, "] = ", lengths[s],
+         " is negative or makes more than 2^31 - 1 tokens");
+    need(parents[s] >= -1 && parents[s] < s, "parents[", s, "] = ", parents[s],
+         " is neither -1 (a root) nor an earlier segment");
     tokens += lengths[s];
   }
 }
@@ -122,7 +118,6 @@ struct Tiling {
     common.push_back(keys);
     first_run = before.size();
     for (int32_t a : needed) add_run(first_run, seen_by_all(a), down_to(a, deepest));
-    if ((int64_t)before.size() > LIMIT) refuse("the tiles' keys form more than 2^31 - 1 separate runs");
     run.push_back((int32_t)before.size());
   }
 

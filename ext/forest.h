@@ -20,13 +20,6 @@ HOST_DEVICE inline bool visible(int32_t q_first, int32_t q_depth, int32_t k_firs
   return (k_first <= q_first) & (q_first <= k_last) & (k_depth <= q_depth);
 }
 
-// The rule's outer bound for queries numbered lowest..highest, none deeper than `deepest`: what it excludes
-// is visible to none of them.
-HOST_DEVICE inline bool visible_to_some(int32_t lowest, int32_t highest, int32_t deepest, int32_t k_first,
-                                        int32_t k_last, int32_t k_depth) {
-  return (k_first <= highest) & (lowest <= k_last) & (k_depth <= deepest);
-}
-
 // What the kernels read: arrays one after the other in one buffer, the forest's own or a copy of it on a GPU.
 //
 // Queries are worked on in tiles of neighbours in preorder, because those share most ancestors. Tile t holds

@@ -4,12 +4,10 @@
 #define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
 
 enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
-#if defined(AMX)
+#ifdef AMX
 constexpr Math BF16_MATH = TILES;
-#elif defined(BF16_DOT)
-constexpr Math BF16_MATH = PAIRS;
 #else
-constexpr Math BF16_MATH = FLOATS;
+constexpr Math BF16_MATH = WIDTH == 16 ? PAIRS : FLOATS;
 #endif
 
 constexpr int KEYS = 96;   // keys a block: with GROUP, a block's scores and operands stay in the L1 cache
@@ -30,21 +28,16 @@ struct Right {  // unit (s, j) is at[s * step + j]
   int64_t step;
 };
 
-// sum += a b, where a is one unit for all lanes. It may lie at an odd multiple of two bytes.
+// sum += a b, where a is one unit for all lanes.
 template <Math M>
 TARGET inline vec multiply_add(vec sum, const uint32_t* a, vec b) {
+#if WIDTH == 16
+  if (M == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
+#endif
   float value;
   std::memcpy(&value, a, 4);
   return sum + splat(value) * b;
 }
-#ifdef BF16_DOT
-template <>
-TARGET inline vec multiply_add<PAIRS>(vec sum, const uint32_t* a, vec b) {
-  int pair;
-  std::memcpy(&pair, a, 4);
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
-}
-#endif
 
 // c[STEP][V * WIDTH] = alpha c + a b; a null alpha starts from 0. Fewer vectors where fewer columns are left.
 template <Math M, int V>
@@ -104,24 +97,15 @@ TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* t
 #endif
 }
 
-// ---- On AMX tiles -----------------------------------------------------------------------------------------
-
-template <Math M>
-struct TileRegisters {};  // in use while this lives
-
 #ifdef AMX
-template <>
-struct TileRegisters<TILES> {
-  TARGET TileRegisters() {
-    alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
-    for (int t = 0; t < 8; ++t) {
-      config[16 + 2 * t] = 4 * TILE;
-      config[48 + t] = TILE;
-    }
-    _tile_loadconfig(config);
+TARGET inline void configure_tiles() {
+  alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
+  for (int t = 0; t < 8; ++t) {
+    config[16 + 2 * t] = 4 * TILE;
+    config[48 + t] = TILE;
   }
-  TARGET ~TileRegisters() { _tile_release(); }
-};
+  _tile_loadconfig(config);
+}
 
 // Rows, columns and steps are rounded up to multiples of TILE.
 template <>
@@ -138,23 +122,15 @@ TARGET void product<TILES>(int rows, int columns, Left a, Right b, int steps, fl
     for (int j = 0; j < columns; j += WIDTH)
       store(c + r * c_row + j, splat(alpha[r]) * load(c + r * c_row + j));
   for (int r = 0; r < rows; r += TILE)
-    for (int j = 0; j < columns; j += 2 * TILE) {
-      float* to = c + r * c_row + j;
-      const bool two = j + TILE < columns;
-      if (alpha) _tile_loadd(0, to, c_row * 4);
+    for (int j = 0; j < columns; j += TILE) {
+      if (alpha) _tile_loadd(0, c + r * c_row + j, c_row * 4);
       else _tile_zero(0);
-      if (alpha && two) _tile_loadd(1, to + TILE, c_row * 4);
-      else _tile_zero(1);
       for (int s = 0; s < steps; s += TILE) {
-        _tile_loadd(2, a.at + r * a.row + s, a.row * 4);
-        _tile_loadd(3, b.at + s * b.step + j, b.step * 4);
-        _tile_dpbf16ps(0, 2, 3);
-        if (!two) continue;
-        _tile_loadd(4, b.at + s * b.step + j + TILE, b.step * 4);
-        _tile_dpbf16ps(1, 2, 4);
+        _tile_loadd(1, a.at + r * a.row + s, a.row * 4);
+        _tile_loadd(2, b.at + s * b.step + j, b.step * 4);
+        _tile_dpbf16ps(0, 1, 2);
       }
-      _tile_stored(0, to, c_row * 4);
-      if (two) _tile_stored(1, to + TILE, c_row * 4);
+      _tile_stored(0, c + r * c_row + j, c_row * 4);
     }
 }
 #endif

@@ -2,13 +2,9 @@
 #pragma once
 #include "forest.h"
 
-#ifdef FLAME_CUDA
-constexpr bool CUDA = true;
-#else
-constexpr bool CUDA = false;  // the functions at the end are missing
-#endif
-
 enum Dtype { F32, BF16 };
+
+constexpr int MAX_DIM = 512;  // largest head_dim
 
 struct Attention {  // strides count elements between tokens; heads and dim are contiguous
   const void *q, *k, *v;
@@ -16,11 +12,7 @@ struct Attention {  // strides count elements between tokens; heads and dim are 
   int64_t q_stride, k_stride, v_stride, out_stride;
   int heads, kv_heads, dim;
   float scale;
-  Dtype dtype;
 };
-
-constexpr int MAX_DIM = 512;  // largest head_dim
-constexpr int CPU_TILE = 64;  // queries a tile
 
 struct Rope {  // rotates the first `heads` heads of each row in place
   void* qkv;
@@ -44,16 +36,26 @@ struct SwiGlu {  // out = silu(gate) * up
   int64_t width;
 };
 
-// ---- cuda.cu: all in the stream's turn. Errors throw std::runtime_error -----------------------------------
+// ---- cpu.cpp: on torch's threads --------------------------------------------------------------------------
 
-struct Gpu {
-  int device;
-  uintptr_t stream;  // a handle
-};
+std::string simd(const std::string& name);  // "" asks for the instruction set in use; "": there is none
+void cpu_attention(const Attention& a, Dtype dtype, const Forest& forest);
+void cpu_rows(const Rope& r, Dtype dtype, int64_t rows);
+void cpu_rows(const RmsNorm& r, Dtype dtype, int64_t rows);
+void cpu_rows(const SwiGlu& g, Dtype dtype, int64_t rows);
 
-// The plan lies on the device; tiles of 64 * kv_heads / heads queries are fast.
-void cuda_attention(const Attention& a, const Plan& plan, int tile_size, Gpu gpu);
-void cuda_mask(const Plan& plan, uint8_t* out, int64_t stride, Gpu gpu);
-void cuda_rows(const Rope& r, Dtype dtype, int64_t rows, Gpu gpu);
-void cuda_rows(const RmsNorm& r, Dtype dtype, int64_t rows, Gpu gpu);
-void cuda_rows(const SwiGlu& g, Dtype dtype, int64_t rows, Gpu gpu);
+// ---- cuda.cu: bfloat16, on the current device, in the stream's turn ---------------------------------------
+
+#ifdef FLAME_CUDA
+constexpr bool CUDA = true;
+#else
+constexpr bool CUDA = false;  // the functions are missing
+#endif
+constexpr int CUDA_ROWS = 64;  // queries x grouped heads a tile, at most
+
+// The plan lies on the device. Throw std::invalid_argument where no kernel is made for the task, and
+// std::runtime_error where CUDA fails.
+void cuda_attention(const Attention& a, const Plan& plan, int tile_size, uintptr_t stream);
+void cuda_rows(const Rope& r, int64_t rows, uintptr_t stream);
+void cuda_rows(const RmsNorm& r, int64_t rows, uintptr_t stream);
+void cuda_rows(const SwiGlu& g, int64_t rows, uintptr_t stream);

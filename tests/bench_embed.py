@@ -8,7 +8,7 @@
     (a) separate     K whole strings a caption, one causal pass each, transformers, padded batches of 8
     (b) dense mask   one pass a caption, flat facets, dense facet-decoupled mask, transformers, padded batches
                      of 16 (the released way)
-    (c) pytorch      flame.TextEncoder without the extension
+    (c) pytorch      flame.TextEncoder without the extension, attention in stretches
     (d) flame_ext    flame.TextEncoder as it is by default
 
 It wants the demo's LLM and, for the cosines, its store. Captions vary in length, as captions do: half to one
@@ -22,25 +22,23 @@ dimension carries 0.8 of a state's norm: raw cosines hide every error).
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import flame  # noqa: E402
-import train  # noqa: E402
-from data.captions import read_captions  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import flame  # noqa: E402
+
 METHODS = {
     "separate": "(a) K separate passes, transformers",
     "dense": "(b) one pass, dense mask, transformers",
@@ -53,21 +51,26 @@ ABLATIONS = {
     "no root": "a tree a caption, no shared root",
     "no trie": "flat facets, no shared words",
     "no packing": "one caption a row",
-    "no extension": "pure PyTorch",
+    "no extension": "PyTorch, attention in stretches",
+    "no stretches": "PyTorch, a mask of all pairs",
 }
 
 
 def make_captions(n, words):
     """n captions of words/2 to 3 words/2 words, evenly spread, in random order.
 
-    They are strung together from the demo's test captions.
+    They are strung together from the long ones of the demo's test split.
     """
-    flat = []
-    for row in read_captions(ROOT / "data/demo/test.tsv"):
-        flat += row.captions["long"].split()
+    with open(ROOT / "data/demo/test.tsv", encoding="utf-8") as table:
+        flat = [word for line in list(table)[1:] for word in line.rstrip("\n").split("\t")[4].split()]
     lengths = np.random.default_rng(0).permutation(np.linspace(0.5, 1.5, n) * words).round().astype(int)
     ends = np.cumsum(lengths)
     return [" ".join(flat[end - length:end]) for end, length in zip(ends, lengths)]
+
+
+def synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def ceiling(device, dtype, config):
@@ -75,19 +78,7 @@ def ceiling(device, dtype, config):
     a = torch.randn(2048, config["hidden_size"], device=device).to(dtype)
     b = torch.randn(int(1.5 * config["intermediate_size"]), config["hidden_size"], device=device).to(dtype)
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[0]
-    best = 0
-    for _ in range(8):
-        started = time.perf_counter()
-        for _ in range(4):
-            torch.nn.functional.linear(a, b)
-        synchronize(device)
-        best = max(best, 4 * flops / (time.perf_counter() - started))
-    return best
-
-
-def synchronize(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    return flops / timed(lambda: torch.nn.functional.linear(a, b), device, 0.5)[0]
 
 
 def timed(work, device, seconds):
@@ -143,7 +134,7 @@ def dense_mask(model, prefixes, suffixes, device):
             T = len(row.tokens)
             ids[n, :T] = row.tokens
             where[n, :T] = row.positions
-            mask[n, 0, :T, :T] = torch.from_numpy(flame.visible(row))
+            mask[n, 0, :T, :T] = torch.from_numpy(flame.visible(row.lengths, row.parents))
         inputs = {"attention_mask": mask.to(device), "position_ids": where.to(device)}
         hidden = model(ids.to(device), **inputs, use_cache=False).last_hidden_state
         for n, i in enumerate(batch):
@@ -151,77 +142,50 @@ def dense_mask(model, prefixes, suffixes, device):
     return torch.stack(out)
 
 
-# ---------------------------------------------------------------- forests with an idea left out
-
-def forest_of(tokens, lengths, parents, answers):
-    """flame.Forest with positions by depth. tokens, answers: lists of tensors, to be joined."""
-    lengths = np.array(lengths, np.int32)
-    parents = np.array(parents, np.int32)
-    depths = torch.from_numpy(flame.token_depths(lengths, parents))
-    return flame.Forest(torch.cat(tokens), depths, lengths, parents, torch.cat(answers))
-
-
 def flat_forest(prefix, facets):
     """One caption, every facet a segment of its own."""
-    lengths = [len(prefix), *map(len, facets)]
-    parents = [-1] + [0] * len(facets)
-    tokens = [torch.tensor(part) for part in (prefix, *facets)]
-    return forest_of(tokens, lengths, parents, [torch.from_numpy(np.cumsum(lengths)[1:] - 1)])
+    lengths = np.array([len(prefix), *map(len, facets)], np.int32)
+    parents = np.array([-1] + [0] * len(facets), np.int32)
+    depths = torch.from_numpy(flame.token_depths(lengths, parents))
+    answers = torch.from_numpy(np.cumsum(lengths)[1:] - 1)
+    return flame.Forest(torch.tensor(prefix + sum(facets, [])), depths, lengths, parents, answers)
 
 
-def joined(forests):
-    """Several forests in one row, nothing shared between them."""
-    lengths = []
-    parents = []
-    answers = []
-    first = 0
-    for f in forests:
-        parents += np.where(f.parents < 0, -1, f.parents + len(lengths)).tolist()
-        lengths += f.lengths.tolist()
-        answers.append(f.answers + first)
-        first += len(f.tokens)
-    forest = forest_of([f.tokens for f in forests], lengths, parents, answers)
-    return forest._replace(positions=torch.cat([f.positions for f in forests]))
+# ---------------------------------------------------------------- an idea left out
 
+def unshared(prefixes, suffixes, captions, facets):
+    """The forest where captions, or one's facets, share no beginning: their first tokens' positions differ.
 
-def shared_root_flat_facets(prefixes, suffixes, positions):
-    """The captions' common opening is one root; each caption hangs from it, each facet from its caption."""
-    opening = min(flame.shared_prefix(prefixes[0], prefix) for prefix in prefixes)
-    lengths = [opening]
-    parents = [-1]
-    tokens = [torch.tensor(prefixes[0][:opening])]
-    answers = []
-    at = opening
-    for prefix, facets in zip(prefixes, suffixes):
-        f = flat_forest(prefix, facets)
-        parents += [0] + [len(lengths)] * (len(f.lengths) - 1)
-        lengths += [f.lengths[0] - opening, *f.lengths[1:]]
-        tokens.append(f.tokens[opening:])
-        answers.append(f.answers - opening + at)
-        at += len(f.tokens) - opening
-    return forest_of(tokens, lengths, parents, answers)
+    That costs what it would cost in truth; the states are wrong.
+    """
+    sequences = []
+    positions = []
+    for n, (prefix, questions) in enumerate(zip(prefixes, suffixes)):
+        for k, facet in enumerate(questions):
+            sequences.append(prefix + facet)
+            positions.append([*range(len(prefix) + len(facet))])
+            positions[-1][0] += n * captions
+            positions[-1][len(prefix)] += k * facets
+    return flame.build_forest(sequences, positions)
 
 
 def ablate(what, encoder):
-    caption_forest = flame.caption_forest
     decode = flame.decode
-
-    def a_tree_a_caption(prefixes, suffixes, positions):
-        captions = zip(prefixes, suffixes)
-        return joined([caption_forest([prefix], [facets], positions) for prefix, facets in captions])
 
     def decode_all(decoder, forest):
         states = decode(decoder, forest._replace(answers=torch.arange(len(forest.tokens))))
         return states[forest.answers.to(states.device)]
 
-    if what == "no extension":
-        flame.flame_ext = None
+    if what in ("pytorch", "no extension", "no stretches"):
+        encoder.decoder = encoder.decoder._replace(kernels=flame.TWINS)
+    if what == "no stretches":
+        flame.STRETCH[encoder.decoder.embedding.device.type] = 1 << 30  # one, as long as the row
     if what == "no packing":
         encoder.budget = 1
     if what == "no root":
-        flame.caption_forest = a_tree_a_caption
+        flame.caption_forest = lambda prefixes, suffixes, _: unshared(prefixes, suffixes, 1, 0)
     if what == "no trie":
-        flame.caption_forest = shared_root_flat_facets
+        flame.caption_forest = lambda prefixes, suffixes, _: unshared(prefixes, suffixes, 0, 1)
     if what == "no pruning":
         flame.decode = decode_all
 
@@ -239,29 +203,6 @@ def peer(args, method, prefixes, suffixes, layer):
     def work(some):
         return run(model, prefixes[:some], suffixes[:some], args.device)
     return work, tokens
-
-
-def own(args, method, captions):
-    """-> work(number of captions), and the tokens that it runs."""
-    encoder = flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtypes))
-    if method == "pytorch":
-        flame.flame_ext = None
-    if args.one in ABLATIONS:
-        ablate(args.one, encoder)
-    counted = []
-    decode = flame.decode
-
-    def count(decoder, forest):
-        counted.append(len(forest.tokens))
-        return decode(decoder, forest)
-
-    def work(some):
-        return encoder.encode(captions[:some], "long")
-
-    flame.decode = count
-    work(len(captions))
-    flame.decode = decode
-    return work, sum(counted)
 
 
 def flops_per_token(config, layer, pruned):
@@ -290,39 +231,29 @@ def measure(args):
     if method in ("separate", "dense"):
         work, tokens = peer(args, method, prefixes, suffixes, layer)
     else:
-        work, tokens = own(args, method, captions)
+        encoder = flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtypes))
+        ablate(args.one, encoder)
+        tokens = sum(len(forest.tokens) for _, forest in encoder.pack(captions, "long"))
+
+        def work(some):
+            return encoder.encode(captions[:some], "long")
     work(min(4, len(captions)))
     seconds, states = timed(lambda: work(len(captions)), args.device, args.seconds)
     profile = {}
     if args.one == "extension" and torch.device(args.device).type == "cpu":
-        profile = profiled(lambda: work(len(captions)))
+        profile = profiled(encoder, captions)
     pruned = method in ("pytorch", "extension") and args.one != "no pruning"
     flops = flops_per_token(config, layer, pruned) * tokens
     torch.save(states, args.states)
-    print(json.dumps({
-        "captions_per_s": len(captions) / seconds,
-        "tokens_per_s": tokens / seconds,
-        "tokens": tokens / len(captions),
-        "ceiling": peak_flops,
-        "of_ceiling": flops / seconds / peak_flops,
-        "peak_gib": peak_gib(args.device),
-        "profile": profile,
-    }))
+    print(json.dumps(dict(
+        captions_per_s=len(captions) / seconds, tokens_per_s=tokens / seconds, tokens=tokens / len(captions),
+        ceiling=peak_flops, of_ceiling=flops / seconds / peak_flops, peak_gib=peak_gib(args.device),
+        profile=profile)))
 
 
-# What is clocked: functions of flame by kind; attention_over's own time is layout's, that of what it returns
-# is attention's.
-CLOCKED = {
-    "element-wise": ("add_and_norm", "rope", "swiglu"),
-    "layout and trie": ("caption_forest",),
-    "tokenizing": ("tokenize",),
-}
-
-
-def profiled(work):
+def profiled(encoder, captions):
     """Shares of the time of one run: matrix products, attention, element-wise operations, the rest."""
-    kinds = "matrix products", "attention", "element-wise", "layout and trie", "tokenizing"
-    spent = dict.fromkeys(kinds, 0.0)
+    spent = Counter()
 
     def clocked(kind, function):
         def wrapper(*args, **kwargs):
@@ -332,24 +263,22 @@ def profiled(work):
             return result
         return wrapper
 
-    def attention_over(*args):
-        return clocked("attention", clocked("layout and trie", over)(*args))
+    def attention(*args):
+        return clocked("attention", layout(*args))
 
-    over = flame.attention_over
-    linear = torch.nn.functional.linear
-    saved = {"attention_over": over}
-    flame.attention_over = attention_over
-    torch.nn.functional.linear = clocked("matrix products", linear)
-    for kind, names in CLOCKED.items():
-        for name in names:
-            saved[name] = getattr(flame, name)
-            setattr(flame, name, clocked(kind, saved[name]))
-    started = time.perf_counter()
-    work()
-    total = time.perf_counter() - started
-    torch.nn.functional.linear = linear
-    for name, function in saved.items():
-        setattr(flame, name, function)
+    steps = encoder.decoder.kernels
+    layout = clocked("layout and trie", steps.attention)
+    names = ("add_and_norm", "rope", "swiglu")
+    clocks = {name: clocked("element-wise", getattr(steps, name)) for name in names}
+    encoder.decoder = encoder.decoder._replace(kernels=steps._replace(attention=attention, **clocks))
+    encoder.tokenize = clocked("tokenizing", encoder.tokenize)
+    linear = clocked("matrix products", torch.nn.functional.linear)
+    caption_forest = clocked("layout and trie", flame.caption_forest)
+    with mock.patch.object(flame, "caption_forest", caption_forest), \
+            mock.patch.object(torch.nn.functional, "linear", linear):
+        started = time.perf_counter()
+        encoder.encode(captions, "long")
+        total = time.perf_counter() - started
     shares = {kind: seconds / total for kind, seconds in spent.items()}
     return shares | {"the rest": 1 - sum(shares.values())}
 
@@ -358,72 +287,8 @@ def profiled(work):
 
 PEAK = 989e12           # FLOP/s of an H100 SXM in bfloat16, dense, by its data sheet
 PRODUCTS = 650e12       # what cuBLAS reaches there in products of these sizes
-ATTENTION = 150e12      # our kernel: its warps read K and V from shared memory, which allows 460e12
+ATTENTION = 150e12      # our kernel: its warps read K and V from shared memory, which allows 380e12
 BYTES = 0.85 * 3.35e12  # bytes/s of memory: 85% of the data sheet's
-
-
-class Counting(TorchDispatchMode):
-    """Counts matrix products and their FLOPs, all other kernels and the bytes that those read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        if function is torch.ops.aten.linear.default:
-            self.counts.update(products=1, flops=2 * args[0].numel() * len(args[1]))
-        elif "empty" not in function.name() and not is_view(function, args[0], result):
-            read = args[1:] if function is torch.ops.aten.copy_.default else args
-            self.pass_over(*tree_leaves((read, result)))
-        return result
-
-    def pass_over(self, *tensors):
-        sizes = [x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor)]
-        self.counts.update(passes=1, bytes=sum(sizes))
-
-
-def is_view(function, x, result):
-    """aten.to is one where the dtype stays."""
-    return function.is_view and tree_leaves(result)[0].dtype == x.dtype
-
-
-class Fused:
-    """Counts what flame_ext's element-wise kernels read and write."""
-
-    def __init__(self, counting):
-        self.counting = counting
-
-    def rmsnorm(self, x, weight, out, eps, update, stream):
-        self.counting.pass_over(x, weight, out, *([] if update is None else [x, update]))
-
-    def rope(self, qkv, cos, sin, heads, stream):
-        self.counting.pass_over(qkv[:, :heads], qkv[:, :heads], cos, sin)
-
-    def swiglu(self, gate_up, out, stream):
-        self.counting.pass_over(gate_up, out)
-
-
-def counted(forest, blocks, fused):
-    """What flame.decode does on tensors without data, attention left out; -> Counter."""
-    config = nemo_config(blocks)
-    D, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-
-    def weight(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    block = {"attention_norm": weight(D, dtype=torch.float32), "mlp_norm": weight(D, dtype=torch.float32),
-             "wqkv": weight(queries + 2 * keys, D), "bqkv": None, "qk_norm": None, "wo": weight(D, queries),
-             "w_gate_up": weight(2 * inner, D), "w_down": weight(D, inner)}
-    decoder = flame.Decoder(config, weight(1, D), [dict(block) for _ in range(blocks)],
-                            weight(dim // 2, dtype=torch.float32))
-    counting = Counting()
-    with mock.patch.multiple(flame, attention_over=lambda *_: lambda q, k, v: torch.empty_like(q),
-                             move=lambda x, device: x.to(device), native=lambda *_: fused,
-                             flame_ext=Fused(counting)), counting:
-        flame.decode(decoder, forest)
-    return counting.counts
 
 
 def attention_flops(layout, T, config):
@@ -444,65 +309,41 @@ def packed_row(llm, budget=16384):
     started = time.perf_counter()
     prefixes, suffixes = flame.tokenize(tokenizer, captions, "long")
     tokenizing = (time.perf_counter() - started) / len(captions)
-    n = int(np.searchsorted(np.cumsum(list(map(flame.token_count, prefixes, suffixes))), budget))
-    while len(flame.caption_forest(prefixes[:n + 1], suffixes[:n + 1]).tokens) <= budget:
-        n += 1
+    n = bisect_right(range(1, len(captions) + 1), budget, key=lambda n: len(
+        flame.caption_forest(prefixes[:n], suffixes[:n]).tokens))
     started = time.perf_counter()
     forest = flame.caption_forest(prefixes[:n], suffixes[:n])
     return forest, n, 1e3 * n * tokenizing, 1e3 * (time.perf_counter() - started)
 
 
 def count(llm, blocks=39):
-    """Prints what a packed row takes on an H100, with and without fused passes, and its host meanwhile."""
+    """Prints what a packed row takes on an H100, and its host meanwhile."""
     config = nemo_config(blocks)
     forest, n, tokenizing, joining = packed_row(llm)
     T = len(forest.tokens)
+    queries = config["num_attention_heads"]
+    keys = config["num_key_value_heads"]
     started = time.perf_counter()
-    layout = flame.flame_ext.layout(forest.lengths, forest.parents, 64 // 4)  # 4 query heads a key head
+    layout = flame.flame_ext.layout(forest.lengths, forest.parents, 64 * keys // queries)
     laying_out = 1e3 * (time.perf_counter() - started)
-    executed = attention_flops(layout, T, config)
+    executed = blocks * attention_flops(layout, T, config)
     seen = int((flame.token_depths(forest.lengths, forest.parents) + 1).sum())
-    useful = 4 * config["num_attention_heads"] * config["head_dim"] * seen
-
-    print(f"Mistral-Nemo, a packed row of {T} tokens ({n} captions, 7 facets); an H100 on paper: products "
-          f"{PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory {BYTES / 1e12:.2f} TB/s\n"
-          f"{'':32}{'TFLOP':>9}{'GB':>9}{'launches':>10}{'ms':>9}{'of peak':>9}")
-    plain, fused = (counted(forest, 3, f) - counted(forest, 2, f) for f in (False, True))
-    milliseconds(plain, fused, "one block", 1, useful, executed)
-    plain, fused = (counted(forest, blocks, f) for f in (False, True))
-    row = milliseconds(plain, fused, f"{blocks} blocks, the last one pruned", blocks, useful, executed)
-
-    units = torch.zeros(n, 7, config["hidden_size"], dtype=torch.float16)
-    window = torch.zeros(2048, 11, config["hidden_size"], dtype=torch.float16)
-    rows = np.random.default_rng(0).permutation(2048)[:n].tolist()
-    started = time.perf_counter()
-    for i, own in zip(rows, units):
-        window[[i], 4:11] = own
-    storing = 1e3 * (time.perf_counter() - started)
+    useful = blocks * 4 * queries * config["head_dim"] * seen
+    products = flops_per_token(config, blocks, pruned=True) * T
+    # A token's bytes: two norms read and write x and read an update, RoPE turns queries and keys, SwiGLU.
+    row = 2 * (4 + 4 + 2 + 2) * config["hidden_size"] + 3 * 2 * config["intermediate_size"]
+    passes = blocks * T * (row + 2 * 2 * (queries + keys) * config["head_dim"])
+    parts = {"matrix products": (products, products / PRODUCTS),
+             f"attention, {executed / useful:.1f} x executed": (useful, executed / ATTENTION),
+             f"element-wise, {passes / 1e9:.1f} GB": (0, passes / BYTES)}
+    seconds = sum(spent for _, spent in parts.values())
+    print(f"Mistral-Nemo, {blocks} blocks, a packed row of {T} tokens ({n} captions, 7 facets); an H100 on "
+          f"paper: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory "
+          f"{BYTES / 1e12:.2f} TB/s")
+    for label, (flops, spent) in (parts | {"together": (products + useful, seconds)}).items():
+        print(f" {label:32}{flops / 1e12:9.2f} TFLOP{1e3 * spent:9.1f} ms{flops / spent / PEAK:7.1%} of peak")
     print(f"the host meanwhile, ms on one core of this machine: tokenizing {tokenizing:.0f} and joining "
-          f"{joining:.0f} by a thread, layout {laying_out:.0f}, into the window {storing:.0f}; the GPU has "
-          f"{row:.0f} ms of the next row to do")
-
-
-def milliseconds(plain, fused, title, blocks, useful, executed):
-    """Prints the lines of so many blocks; -> ms with fused passes."""
-    def line(label, launches, ms, flops=0, size=0, reached=""):
-        tera = f"{flops / 1e12:.3f}" if flops else ""
-        giga = f"{size / 1e9:.2f}" if size else ""
-        print(f"  {label:30}{tera:>9}{giga:>9}{launches:10}{ms:9.2f}{reached:>9}")
-
-    print(title)
-    products = 1e3 * fused["flops"] / PRODUCTS
-    attention = 1e3 * blocks * executed / ATTENTION
-    line("matrix products", fused["products"], products, fused["flops"])
-    line(f"attention, {executed / useful:.1f} x executed", blocks, attention, blocks * useful)
-    for label, c in (("PyTorch's", plain), ("fused", fused)):
-        line(f"{label} passes", c["passes"], 1e3 * c["bytes"] / BYTES, size=c["bytes"])
-    for label, c in (("PyTorch's", plain), ("fused", fused)):
-        ms = products + attention + 1e3 * c["bytes"] / BYTES
-        reached = (c["flops"] + blocks * useful) / (ms / 1e3) / PEAK
-        line(f"together, {label}", c["products"] + c["passes"] + blocks, ms, reached=f"{reached:.1%}")
-    return ms
+          f"{joining:.0f} by a thread, layout {laying_out:.0f}; the GPU has {1e3 * seconds:.0f} ms to do")
 
 
 # ---------------------------------------------------------------- the tables
@@ -518,72 +359,52 @@ def one(args, method, dtype, words, captions, states):
 
 
 def whitened_cosine(states, reference):
-    store = ROOT / "data/embeddings/demo"
-    if not (store / "meta.json").exists():
+    """Mean cosine after the demo's whitening: of a column V diag(1 / (s + 0.01 s1)), s singular values."""
+    folder = ROOT / "data/embeddings/demo"
+    store = flame.open_store(folder) if (folder / "meta.json").exists() else None
+    if store is None or store.meta["D"] != states.shape[-1]:
         return float("nan")
-    opened = flame.open_store(store)
-    if opened.meta["D"] != states.shape[-1]:
-        return float("nan")
-    projection = train.fit_text_projection(opened, "whiten", 0.01, 1024)
-    long = list(range(4, 11))
-    return (projection(states, long) * projection(reference[:len(states)], long)).sum(-1).mean().item()
+    cosines = []
+    for k in range(7):
+        unit = store.read(np.arange(store.meta["N"]), [4 + k])[:, 0]
+        pair = torch.nn.functional.normalize(torch.stack([states[:, k], reference[:len(states), k]]), dim=-1)
+        _, s, V = torch.linalg.svd((unit - unit.mean(0)) / len(unit) ** 0.5, full_matrices=False)
+        cosines.append(torch.cosine_similarity(*((pair - unit.mean(0)) @ V.T / (s + 0.01 * s[0])), dim=-1))
+    return torch.cat(cosines).mean().item()
 
 
 def nemo_config(blocks):
     """Mistral-Nemo-Instruct-2407's widths."""
-    return {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "hidden_size": 5120,
-        "intermediate_size": 14336,
-        "num_hidden_layers": blocks + 1,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "sliding_window": None,
-        "max_position_embeddings": 131072,
-        "hidden_act": "silu",
-    }
+    return dict(
+        model_type="mistral", architectures=["MistralForCausalLM"], hidden_size=5120, intermediate_size=14336,
+        num_hidden_layers=blocks + 1, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        vocab_size=131072, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, hidden_act="silu",
+        max_position_embeddings=131072, tie_word_embeddings=True)
 
 
-def make_nemo(folder, blocks=12):
-    """A folder of random weights of Mistral-Nemo's widths and the demo's tokenizer."""
+def make_llm(folder, config):
+    """Writes random bfloat16 weights, a shard a block, and config.json; -> bytes of the weights."""
     from safetensors.torch import save_file
-    config = nemo_config(blocks)
-    D = config["hidden_size"]
-    inner = config["intermediate_size"]
+    torch.manual_seed(0)
+    D, inner = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    torch.manual_seed(0)
-
-    def random(*shape):
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-
-    def ones():
-        return torch.ones(D, dtype=torch.bfloat16)
-
-    embedding = random(config["vocab_size"], D)
-    weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": ones()}
-    for i in range(blocks + 1):
-        p = f"model.layers.{i}."
-        weights |= {
-            p + "input_layernorm.weight": ones(),
-            p + "post_attention_layernorm.weight": ones(),
-            p + "self_attn.q_proj.weight": random(queries, D),
-            p + "self_attn.k_proj.weight": random(keys, D),
-            p + "self_attn.v_proj.weight": random(keys, D),
-            p + "self_attn.o_proj.weight": random(D, queries),
-            p + "mlp.gate_proj.weight": random(inner, D),
-            p + "mlp.up_proj.weight": random(inner, D),
-            p + "mlp.down_proj.weight": random(D, inner),
-        }
-    weights["lm_head.weight"] = embedding.clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    block = {"self_attn.q_proj": (queries, D), "self_attn.k_proj": (keys, D), "self_attn.v_proj": (keys, D),
+             "self_attn.o_proj": (D, queries), "mlp.gate_proj": (inner, D), "mlp.up_proj": (inner, D),
+             "mlp.down_proj": (D, inner), "input_layernorm": (D,), "post_attention_layernorm": (D,)}
+    shards = [{"model.embed_tokens": (config["vocab_size"], D), "model.norm": (D,)}]
+    shards += [{f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+               for i in range(config["num_hidden_layers"])]
+    places = {}
+    for n, shapes in enumerate(shards):
+        weights = {f"{name}.weight": 0.02 * torch.randn(shape, dtype=torch.bfloat16) if len(shape) == 2
+                   else torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+        save_file(weights, folder / f"model-{n}.safetensors", {"format": "pt"})
+        places |= dict.fromkeys(weights, f"model-{n}.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_bytes((ROOT / "data/demo/llm/tokenizer.json").read_bytes())
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def compare_methods(args, dtype, words, captions, reference, states):
@@ -597,11 +418,9 @@ def compare_methods(args, dtype, words, captions, reference, states):
         cosine = float("nan")
         if reference is not None:
             cosine = whitened_cosine(torch.load(states, weights_only=True), reference)
-        ratios = [float("nan")] * 2
-        for n, base in enumerate(("separate", "dense")):
-            if base in lines:
-                ratios[n] = r["captions_per_s"] / lines[base]["captions_per_s"]
-        print(f"{label:38} {r['captions_per_s']:10.2f} {ratios[0]:7.2f} {ratios[1]:7.2f} {r['tokens']:18.0f} "
+        a, b = (r["captions_per_s"] / lines[base]["captions_per_s"] if base in lines else float("nan")
+                for base in ("separate", "dense"))
+        print(f"{label:38} {r['captions_per_s']:10.2f} {a:7.2f} {b:7.2f} {r['tokens']:18.0f} "
               f"{r['tokens_per_s']:10.0f} {r['of_ceiling']:11.0%} {r['peak_gib']:10.2f} {cosine:10.4f}",
               flush=True)
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in r["profile"].items())
@@ -609,29 +428,28 @@ def compare_methods(args, dtype, words, captions, reference, states):
 
 
 def compare_ablations(args, dtype, words, captions, states):
-    base = None
     print("each idea left out:")
+    rates = []
     for what, label in ABLATIONS.items():
         r = one(args, what, dtype, words, captions, states)
-        rate = r["captions_per_s"]
-        base = base or rate
-        print(f"    {label:34} {rate:10.2f} captions/s   {rate / base:6.2f} x   "
+        rates.append(r["captions_per_s"])
+        print(f"    {label:34} {rates[-1]:10.2f} captions/s   {rates[-1] / rates[0]:6.2f} x   "
               f"{r['tokens']:6.0f} tokens a caption", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    demo = str(ROOT / "data/demo/llm")
-    parser.add_argument("--llm", default=demo, metavar="DIR", help="default: the demo's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--words", default="12,100,400", help="lengths of captions (default 12,100,400)")
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="default bfloat16,float32")
-    parser.add_argument("--seconds", type=float, default=8, help="least length of a measurement (default 8)")
-    parser.add_argument("--nemo", action="store_true", help="random weights of Mistral-Nemo's widths")
-    parser.add_argument("--captions", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--states", help=argparse.SUPPRESS)
-    parser.add_argument("--count", action="store_true", help="an H100's time on Mistral-Nemo, on paper")
+    add = parser.add_argument
+    add("--llm", default=str(ROOT / "data/demo/llm"), metavar="DIR", help="default: the demo's")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--words", default="12,100,400", help="lengths of captions (default 12,100,400)")
+    add("--dtypes", default="bfloat16,float32", help="default bfloat16,float32")
+    add("--seconds", type=float, default=8, help="least length of a measurement (default 8)")
+    add("--nemo", action="store_true", help="random weights of Mistral-Nemo's widths")
+    add("--count", action="store_true", help="an H100's time on Mistral-Nemo, on paper")
+    add("--captions", type=int, default=0, help=argparse.SUPPRESS)
+    add("--one", help=argparse.SUPPRESS)
+    add("--states", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.count:
         return count(args.llm)
@@ -641,7 +459,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.nemo:
             args.llm = folder
-            make_nemo(Path(folder))
+            make_llm(Path(folder), nemo_config(12))
+            shutil.copy(ROOT / "data/demo/llm/tokenizer.json", folder)
         llm = "Mistral-Nemo widths, 12 blocks, random" if args.nemo else args.llm
         print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {args.device}, "
               f"torch {torch.__version__}, long prompts (7 facets), LLM {llm}")

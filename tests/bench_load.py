@@ -8,31 +8,22 @@ folder has, once, over one caption with the raw prompt.
 """
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import mistral_common
 import torch
+
+from bench_embed import make_llm, nemo_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTION = "A red kite flies above a calm sea at sunset, with a small boat to its left."
-MISTRAL_7B = {
-    "model_type": "mistral",
-    "architectures": ["MistralForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-    "max_position_embeddings": 32768,
-    "dtype": "bfloat16",
-}
+MISTRAL_7B = dict(hidden_size=4096, vocab_size=32000, rope_theta=10000.0, sliding_window=4096,
+                  max_position_embeddings=32768, tie_word_embeddings=False, dtype="bfloat16")
 
 PEAK = """
 import re
@@ -73,48 +64,6 @@ REPORT = """
     print(json.dumps({"load": loaded - start, "first": end - start, "peak": peak() - before}))"""
 
 
-def make_folder(folder, blocks):
-    """Random weights, a shard a block; returns their bytes."""
-    import mistral_common
-    from safetensors.torch import save_file
-    torch.manual_seed(0)
-    D = MISTRAL_7B["hidden_size"]
-    inner = MISTRAL_7B["intermediate_size"]
-    kv = MISTRAL_7B["num_key_value_heads"] * MISTRAL_7B["head_dim"]
-
-    def noise(*shape):
-        return torch.randn(shape, dtype=torch.bfloat16) * 0.02
-
-    def ones():
-        return torch.ones(D, dtype=torch.bfloat16)
-
-    first = {"model.embed_tokens.weight": noise(MISTRAL_7B["vocab_size"], D), "model.norm.weight": ones()}
-    save_file(first, folder / "model-0.safetensors", {"format": "pt"})
-    where = dict.fromkeys(first, "model-0.safetensors")
-    for i in range(blocks):
-        p = f"model.layers.{i}."
-        shard = {
-            p + "self_attn.q_proj.weight": noise(D, D),
-            p + "self_attn.k_proj.weight": noise(kv, D),
-            p + "self_attn.v_proj.weight": noise(kv, D),
-            p + "self_attn.o_proj.weight": noise(D, D),
-            p + "mlp.gate_proj.weight": noise(inner, D),
-            p + "mlp.up_proj.weight": noise(inner, D),
-            p + "mlp.down_proj.weight": noise(D, inner),
-            p + "input_layernorm.weight": ones(),
-            p + "post_attention_layernorm.weight": ones(),
-        }
-        name = f"model-{i + 1}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
-        where |= dict.fromkeys(shard, name)
-    index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(MISTRAL_7B | {"num_hidden_layers": blocks}))
-    tokenizer = next((Path(mistral_common.__file__).parent / "data").glob("tokenizer.model.v1*"))
-    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=8)
@@ -122,7 +71,9 @@ def main():
     parser.add_argument("--folder", help="for the temporary weights (default: the system's temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        size = make_folder(Path(folder), args.blocks)
+        size = make_llm(Path(folder), nemo_config(args.blocks - 1) | MISTRAL_7B)
+        tokenizer = next((Path(mistral_common.__file__).parent / "data").glob("tokenizer.model.v1*"))
+        shutil.copy(tokenizer, Path(folder) / "tokenizer.model")
         print(f"Mistral-7B's shape, {args.blocks} blocks, {size / 2**30:.2f} GiB of bfloat16 weights, "
               f"{args.rounds} rounds, {torch.get_num_threads()} thread(s)")
         runs = {"ours": (OURS, []), "transformers": (THEIRS, [])}

@@ -113,7 +113,7 @@ def byte_llm(tmp_path_factory):
 def released_checkpoint(tmp_path):
     """make(prefix, **tensors) -> (file, image tower, projector): random weights, saved as FLAME's authors do.
 
-    Keys have a prefix, LLM and optimizer are there. tensors: more, or in a tensor's place; None leaves it out.
+    Keys have a prefix, LLM and optimizer are there. tensors: more, or in a tensor's place; None: left out.
     """
     import numpy as np
     from open_clip.transformer import VisionTransformer

@@ -39,14 +39,14 @@ class OnGpu(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} of the shim's tensors by a thread that has no shim")
 
-    def __setitem__(self, index, value):  # C++ would make a number a tensor on meta
-        super().__setitem__(index, value if isinstance(value, torch.Tensor) else torch.tensor(value))
-
     def __reduce_ex__(self, protocol):    # torch.save
         return self.cpu().__reduce_ex__(protocol)
 
     def tolist(self):
         return self.cpu().tolist()
+
+    def __format__(self, spec):
+        return format(self.item(), spec)
 
     def get_device(self):
         return self.place.index
@@ -166,18 +166,17 @@ def patch_driver(monkeypatch, shim):
         current_stream=current_stream, set_device=lambda device: setattr(shim, "current", number_of(device)),
         _exchange_device=exchange, _maybe_exchange_device=exchange,
         _get_device_properties=lambda number: shim.properties)
-    accelerator = dict(
-        is_available=lambda: True, current_device_index=lambda: shim.current, current_stream=current_stream,
-        current_accelerator=lambda *_, **__: torch.device("cuda"), set_device_index=lambda number: None)
-    for module, replacements in ((torch.cuda, answers), (torch.accelerator, accelerator)):
-        for name, answer in replacements.items():
-            monkeypatch.setattr(module, name, answer, raising=False)
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # what a loader asks
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: shim.current)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda number: None)
 
 
 def patch_tensors(monkeypatch, shim):
     """What does not get as far as the dispatcher without a driver, or comes back from C++ with "meta"."""
     move = torch.Tensor.to
-    group = torch._C._group_tensors_by_device_and_dtype
 
     def to(self, *args, **kwargs):
         if args and isinstance(args[0], torch.Tensor):
@@ -201,10 +200,6 @@ def patch_tensors(monkeypatch, shim):
             return out if device is None else out.to(device)
         return made
 
-    def grouped(*args):
-        places = {META: torch.device("cuda", shim.current)}
-        return {(places.get(place, place), dtype): found for (place, dtype), found in group(*args).items()}
-
     def cast(function, dtype):  # as torch.autocast does where it sees a tensor of CUDA
         def cast_first(*args, **kwargs):
             if torch.is_autocast_enabled("cuda"):
@@ -214,12 +209,10 @@ def patch_tensors(monkeypatch, shim):
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
-    monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", grouped)
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, made_on(getattr(torch, name)))
     for name in ("linear", "conv2d", "scaled_dot_product_attention"):
         monkeypatch.setattr(F, name, cast(getattr(F, name), torch.bfloat16))
     monkeypatch.setattr(F, "layer_norm", cast(F.layer_norm, torch.float32))
-    monkeypatch.setattr(torch.utils.checkpoint.DefaultDeviceType, "_default_device_type", None)  # it is kept
     # nn.Module.to makes new parameters instead of giving the old ones another tensor's memory.
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)

@@ -140,11 +140,10 @@ def attention(q, k, v, mask):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
-@pytest.mark.parametrize("path", [flame.attention_in_stretches, flame.forest_attention],
-                         ids=lambda path: path.__name__)
+@pytest.mark.parametrize("kernels", [flame.TWINS, flame.NATIVE], ids=["stretches", "extension"])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2 ** 32 - 1))
-def test_attention_is_that_under_the_mask_of_all_pairs(path, dtype, tolerance, seed):
+def test_attention_is_that_under_the_mask_of_all_pairs(kernels, dtype, tolerance, seed):
     """Odd numbers of segments, tokens, heads; parents far back; rows of one to about thirty stretches."""
     random = np.random.default_rng(seed)
     lengths, parents = random_forest(random)
@@ -155,7 +154,7 @@ def test_attention_is_that_under_the_mask_of_all_pairs(path, dtype, tolerance, s
     q, k, v = qkv.split((share * kv_heads, kv_heads, kv_heads), dim=1)  # views, as decode has them
     forest = flame.Forest(None, None, lengths.astype(np.int32), parents.astype(np.int32), None)
     expected = attention(q, k, v, torch.from_numpy(flame.visible(lengths, parents)))
-    ours = path(forest, torch.device("cpu"), int(share))(q, k, v)
+    ours = kernels.attention(forest, torch.device("cpu"), int(share))(q, k, v)
     assert ours.shape == q.shape and ours.dtype == dtype
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -172,11 +171,10 @@ def forest_of(strings):
     return flame.Forest(tokens, depths, lengths, parents, torch.from_numpy(answers))
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_separate_passes_equal_one_forest(tiny_llm, native):
+@pytest.mark.parametrize("kernels", [flame.TWINS, flame.NATIVE], ids=["twins", "extension"])
+def test_separate_passes_equal_one_forest(tiny_llm, kernels):
     """Each string alone; all in a row, nothing shared; flat facets; the trie: one result."""
-    decoder = flame.load_decoder(tiny_llm, dtype=torch.float32)
-    decoder = decoder._replace(kernels=flame.flame_ext if native else None)
+    decoder = flame.load_decoder(tiny_llm, dtype=torch.float32)._replace(kernels=kernels)
     prefixes, facets = flame.tokenize(flame.load_tokenizer(tiny_llm), CAPTIONS[:5], "long")
     alone = [(p + f, -1, True) for p, fs in zip(prefixes, facets) for f in fs]
     expected = torch.cat([flame.decode(decoder, forest_of([string])) for string in alone]).view(5, 7, -1)
@@ -235,12 +233,12 @@ def test_an_embedding_does_not_depend_on_its_company(tiny_llm):
         encoder.encode("a caption", "short")
 
 
-@pytest.mark.parametrize("kernels", ["flame.flame_ext", "None"])
+@pytest.mark.parametrize("kernels", ["TWINS", "NATIVE"])
 def test_memory_of_a_long_row_is_linear(byte_llm, kernels):
     """16,384 packed tokens: encoding takes less than one byte for every pair of them, 256 MiB."""
     grown, tokens = memory_grown(f"""
 encoder = flame.TextEncoder({str(byte_llm)!r}, dtype=torch.float32, budget=40000)
-encoder.decoder = encoder.decoder._replace(kernels={kernels})
+encoder.decoder = encoder.decoder._replace(kernels=flame.{kernels})
 words = "a very long description of nearly nothing, word after word. "
 captions = [f"Number {{n}}: " + words * n for n in range(18)]
 encoder.encode(captions[:2])

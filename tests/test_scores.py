@@ -32,7 +32,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 import evaluate
 import flame
-from data import intervals, towers
+from data import intervals, released, towers
 from data.pictures import open_picture
 from test_benchmarks import (
     FINISHED, NAMES, TREES, ColourModel, ColourWords, colours, picture, put, refusal, tree_demo,  # noqa: F401
@@ -533,6 +533,31 @@ def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, byte_llm, tmp_path
     assert released == pytest.approx(torch.nn.functional.normalize(states.mean(1), dim=-1).numpy(), abs=1e-3)
 
 
+def test_the_authors_checkpoint_is_scored_their_way(byte_llm, tmp_path, monkeypatch):
+    """Their text path and pooling, without being asked, against one picture and one text at a time."""
+    config = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "heads": 1, "text_dim": 32,
+              "projector_hidden": 24, "pool_first": False, "text_rank": 0, "columns": flame.COLUMNS}
+    torch.manual_seed(0)
+    weights = flame.Flame(config | {"llm": {}}).state_dict()
+    theirs = {f"module.{name}": torch.randn_like(tensor) / 5 for name, tensor in weights.items()
+              if not name.startswith("text.")}
+    torch.save({"state_dict": theirs}, tmp_path / "epoch_32.pt")
+    tree_urban1k(tmp_path / "data")
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    known = ["--data-root", tmp_path / "data", "--checkpoint", tmp_path / "epoch_32.pt", "--llm", byte_llm]
+    assert evaluate.main(["--bench", "urban1k", "--out", str(tmp_path / "out"), *map(str, known)]) == 0
+    result = json.loads((tmp_path / "out/urban1k.json").read_text())
+    model = released.load(tmp_path / "epoch_32.pt")
+    encoder = released.text_encoder(byte_llm, dtype=torch.float32, positions="sequential")
+    with torch.inference_mode():
+        pixels = [model.preprocess(Image.open(tmp_path / f"data/image/{i}.jpg")) for i in range(1, 6)]
+        image = torch.cat([model.encode_image(one[None]) for one in pixels])
+        text = torch.cat([encoder.encode([f"A {name} street."], "long").mean(1) for name in NAMES])
+    scores = torch.nn.functional.normalize(text, dim=-1) @ image.T
+    expected = slow_retrieval(scores.tolist(), range(5))
+    assert {way: result[way] for way in evaluate.WAYS} == expected
+
+
 def test_another_llm_is_refused(real, byte_llm, tiny_llm, tmp_path, capsys):
     tree_urban1k(tmp_path / "data")
     known = ["--bench", "urban1k", "--data-root", tmp_path / "data", "--out", tmp_path / "out"]
@@ -585,7 +610,7 @@ def test_an_open_clip_model_is_scored_alike(tmp_path, monkeypatch, capsys):
     (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
     (["--bench", "imagenet", "--facets"], "--facets wants captions"),
     (["--bench", "coco", "--facets", "--open-clip", "ViT-B-32"], "--facets wants captions"),
-    (["--words", "x.png", "--open-clip", "ViT-B-32"], "a checkpoint of FLAME's"),
+    (["--words", "x.png", "--open-clip", "ViT-B-32"], "a checkpoint, not --open-clip"),
     (["--search", "red"], "--search TEXT and --images DIR go together"),
     (["--bench", "coco", "--nonsense"], "--nonsense"),
     (["--compare", "a.json", "b.json"], "a.npz: no")])

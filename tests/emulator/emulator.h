@@ -416,6 +416,11 @@ UNSEEN void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
   checking = true;
 }
 
+UNSEEN inline void ex2_approx_ftz_f32(float& y, float x) {
+  y = std::exp2(x);
+  if (y < 0x1p-126f) y = 0;
+}
+
 }  // namespace ptx
 
 // ---- What else cuda.cu uses -------------------------------------------------------------------------------
@@ -439,8 +444,6 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 inline cudaError_t last_error;  // it stays until it is asked for
 inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidValue : cudaSuccess; }
 template <class F>
 cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
   if ((size_t)bytes > emulator::MAX_SHARED) return last_error = cudaErrorInvalidValue;

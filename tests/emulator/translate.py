@@ -15,7 +15,7 @@ def translate(source):
     source = re.sub(r"#include <cuda_\w+\.h>", '#include "emulator.h"', source)
     source = re.sub(r"extern __shared__ .*?(\w+)\[\];", r"unsigned char* \1 = emulator::shared;", source)
     source = re.sub(r"([\w<>]+)<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", source)
-    return re.sub(r"\basm volatile\((.*?)\);", instruction, source, flags=re.S)
+    return re.sub(r"\basm(?: volatile)?\((.*?)\);", instruction, source, flags=re.S)
 
 
 def instruction(match):
