@@ -357,7 +357,7 @@ def main(argv=None):
                 return words.show(args, towers.model, llm)
             if args.search is not None:
                 places = benchmarks.pictures_in(args.images)
-                return search.search(args, places, towers, encode_images, encode_texts)
+                return search.search(args, places, towers)
             for prompts in args.asked:      # else found after an hour
                 trained_facets(towers.model, prompts)
             results = {name: evaluate(args, name, towers, checkpoint, own) for name, own in data.items()}
