@@ -53,7 +53,8 @@ def plan(args):
     print(f"{args.captions}: {total} captions, planned as {N}")
     print(f"tokens of a caption and its questions, in the mean of {len(sample)}: {apart:.0f}, "
           f"{shared:.0f} where shared ones count once")
-    print(f"{args.layer} blocks: {hours:.3g} hours on an H100 at 40% of its peak, {hours / 8:.3g} on 8")
+    print(f"{args.layer} blocks: {hours:.3g} hours on an H100 at 40% of its peak, "
+          f"{hours / 8:.3g} on 8")
     print(f"store: [{N}, {len(COLUMNS)}, {D}] in float16, {size:.1f} GB")
 
 
