@@ -31,14 +31,14 @@ from data import files, store
 from data.captions import fingerprint, read_table, source_name, write_table
 from data.command import Parser, number, run, usable_device
 from data.pictures import warn_of_missing_pictures
+from data.ranks import rank, ranks
 from data.show import look
 
 # Rows of a window, at most lost by a crash: a minute of work.
 WINDOW = {"cpu": 256, "cuda": 8192}
 
-# torchrun says which of how many processes this is.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = rank()
+WORLD = ranks()
 
 
 def embed(args):

@@ -328,7 +328,7 @@ def main(argv=None):
                 return words.show(args, towers.model, llm)
             if args.search is not None:
                 places = benchmarks.pictures_in(args.images)
-                return search.search(args, places, towers, encode_images, encode_texts)
+                return search.search(args, places, towers)
             results = {name: evaluate(args, name, towers, checkpoint, *data[name]) for name in data}
             if args.how.members:
                 average(args, checkpoint, results)

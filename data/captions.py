@@ -41,7 +41,7 @@ NAMES = {
     "short": ["short", "shortSV_captions"],
     "long": ["long", "longSV_captions"],
 }
-NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "id", "image_id", "license"}
+NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "id", "image_id", "license", ""}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "metadata.parquet", "**/*.txt", "**/*.parquet")
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, tars, or a folder of pictures with a .txt each"
@@ -85,17 +85,16 @@ def write_table(path, captions, joins):
     path = Path(path)
     skipped = {}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".captions-") as scratch:
-        with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
-            columns = load(database, scratch, "source", captions, tuple(NAMES), skipped)
-            for name, sources in joins.items():
-                for source in sources:
-                    load(database, scratch, f"joined_{name}", source, ("key", "url", name), skipped)
-            try:
+        try:
+            with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
+                columns = load(database, scratch, "source", captions, tuple(NAMES), skipped)
                 for name, sources in joins.items():
+                    for source in sources:
+                        load(database, scratch, f"joined_{name}", source, ("key", "url", name), skipped)
                     join(database, captions, name, ", ".join(map(str, sources)))
                 total = copy(database, captions, joins, f"{scratch}/captions.tsv", skipped)
-            except duckdb.Error as error:
-                raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
+        except duckdb.Error as error:
+            raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
         report_skipped(captions, skipped)
         if not total:
             raise InputError(f"{captions}: no row with a caption; its columns are {', '.join(columns)}, "
@@ -109,24 +108,25 @@ def copy(database, captions, joins, path, skipped):
                     for name in PROMPTS)
     joined = "".join(f" LEFT JOIN (SELECT row, text FROM pair_{name} JOIN joined_{name} j ON j.rowid = place)"
                      f" j_{name} USING (row)" for name in joins)
-    database.execute(f"CREATE TABLE every AS SELECT row, key, image{texts} FROM {KEYED}{joined}")
+    database.execute(f"CREATE TABLE sorted AS SELECT row, key, image{texts} FROM {KEYED}{joined} "
+                     "ORDER BY row")
     best = "coalesce(long, short, raw)"
-    database.execute(f"CREATE TABLE kept AS SELECT min(row) AS row FROM every WHERE {best} IS NOT NULL "
+    database.execute(f"CREATE TABLE kept AS SELECT min(row) AS row FROM sorted WHERE {best} IS NOT NULL "
                      "GROUP BY key")
-    left_out = f"FROM every ANTI JOIN kept USING (row) WHERE {best} IS"
     for reason, missing in {"no caption": "NULL", "key occurs before": "NOT NULL"}.items():
-        count, rows = database.execute(f"SELECT count(*), min(row, 5) {left_out} {missing}").fetchone()
+        count, rows = database.execute("SELECT count(*), min(row, 5) FROM sorted ANTI JOIN kept USING (row) "
+                                       f"WHERE {best} IS {missing}").fetchone()
         if count:
             skipped[reason] = [count, [f"row {row + 1}" for row in rows]]
-    kept = "FROM every SEMI JOIN kept USING (row)"
+    database.execute("DELETE FROM sorted WHERE row NOT IN (SELECT row FROM kept)")
     counts = ", ".join(f"count({name})" for name in PROMPTS)
-    total, *own = database.execute(f"SELECT count(*), {counts} {kept}").fetchone()
+    total, *own = database.execute(f"SELECT count(*), {counts} FROM sorted").fetchone()
     print(f"{captions}: {total} rows")
     for name, count in zip(PROMPTS, own):
         if count < total:
             print(f"no {name} caption in {total - count} of {total} rows: their best one is asked")
     columns = ", ".join(f"coalesce({name}, {best}) AS {name}" for name in PROMPTS)
-    database.execute(f"COPY (SELECT key, coalesce(image, '') AS image, {columns} {kept} ORDER BY row) "
+    database.execute(f"COPY (SELECT key, coalesce(image, '') AS image, {columns} FROM sorted) "
                      f"TO {quoted(path)} (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')")
     return total
 
@@ -252,11 +252,12 @@ def load(database, scratch, table, source, fields, skipped):
 
 
 def insert(database, table, relation, columns, fields, joined):
-    """Selects our fields among a relation's columns, {name: (SQL, its type)}, into a table."""
+    """Selects our fields among a relation's columns, {name: (SQL, its type or JSON path)}, into a table."""
     names = dict(NAMES)
     if "conversations" in columns:  # LLaVA's, ShareGPT4V's: the first answer is a long caption, "id" the key
-        answer = (f"list_filter(TRY_CAST(to_json({columns['conversations'][0]}) AS JSON[]), "
-                  "lambda turn: turn->>'from' = 'gpt')[1]->>'value'")
+        sql, kind = columns["conversations"]
+        turns = f"{sql}->{quoted(kind)}" if kind[0] == "$" else f"to_json({sql})"
+        answer = f"list_filter(TRY_CAST({turns} AS JSON[]), lambda t: t->>'from' = 'gpt')[1]->>'value'"
         columns = {"long": (answer, "VARCHAR")} | columns
         names["key"] = [*names["key"], "id"]
     if joined and not any(name in columns for name in names[fields[-1]]):
@@ -277,17 +278,20 @@ def insert(database, table, relation, columns, fields, joined):
 def text_of(column):
     """SQL of a caption: a text, or the first of a list of texts; numbers, NaN and objects are none."""
     sql, kind = column
-    of_json = (f"CASE WHEN json_type({sql}) = 'VARCHAR' THEN {sql}->>'$' "
-               f"WHEN json_type({sql}, '$[0]') = 'VARCHAR' THEN {sql}->>'$[0]' END")
-    sql = {"VARCHAR": sql, "VARCHAR[]": f"{sql}[1]", "JSON": of_json}.get(kind, "NULL")
+    if kind[0] == "$":
+        paths = [quoted(kind), quoted(f"{kind}[0]")]
+        cases = " ".join(f"WHEN json_type({sql}, {path}) = 'VARCHAR' THEN {sql}->>{path}" for path in paths)
+        sql = f"CASE {cases} END"
+    elif kind != "VARCHAR":
+        sql = f"{sql}[1]" if kind == "VARCHAR[]" else "NULL"
     return f"nullif({sql}, '')"
 
 
 def name_of(column):
     """SQL of a key, path or URL, numbers too; of a picture as Hugging Face's datasets keep it its path."""
     sql, kind = column
-    if kind == "JSON":
-        return f"{sql}->>'$.path', {sql}->>'$'"
+    if kind[0] == "$":
+        return f"{sql}->>{quoted(f'{kind}.path')}, {sql}->>{quoted(kind)}"
     if "BLOB" in kind:
         return f"{sql}.path" if "path VARCHAR" in kind else "NULL"
     return f"nullif(CAST({sql} AS VARCHAR), '')"
@@ -323,14 +327,15 @@ def json_objects(database, files):
         names = dict.fromkeys(chain.from_iterable(keys for keys, in sample))
         if {"images", "annotations"} <= names.keys():  # each caption is a row
             said = f"SELECT json->'$.annotations[*]' AS said FROM {relation}"
-            relation = (f"(SELECT said->>'id' AS key, said->'caption' AS raw, picture->>'file_name' AS image "
+            relation = ("(SELECT said, picture "
                         f"FROM (SELECT unnest(said) AS said, unnest(range(len(said))) AS n FROM ({said})) "
                         f"LEFT JOIN (SELECT unnest(json->'$.images[*]') AS picture FROM {relation}) "
                         "ON picture->>'id' = said->>'image_id' ORDER BY n)")
-            return relation, dict(key=("key", "VARCHAR"), image=("image", "VARCHAR"), raw=("raw", "JSON"))
+            return relation, {"key": ("said", "$.id"), "image": ("picture", "$.file_name"),
+                              "raw": ("said", "$.caption")}
         if names:
-            paths = {name: quoted(f'$."{name}"') for name in names if not re.search(r'["\\]', name)}
-            return relation, {name: (f"(json->{path})", "JSON") for name, path in paths.items()}
+            return relation, {name: ("json", f'$."{name}"') for name in names
+                              if not re.search(r'["\\]', name)}
     raise failure or ValueError("no JSON object is in it")
 
 

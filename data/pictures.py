@@ -318,9 +318,3 @@ def patches_kept(settings):
     """How many patches of a picture a step looks at."""
     patches = (settings["image_size"] // settings["patch_size"]) ** 2
     return max(1, round(patches * (1 - settings["patch_dropout"])))
-
-
-def patches_kept(settings):
-    """How many patches of a picture a step looks at."""
-    patches = (settings["image_size"] // settings["patch_size"]) ** 2
-    return max(1, round(patches * (1 - settings["patch_dropout"])))

@@ -85,4 +85,9 @@ def window_rows(out, meta, w):
 
 def write_window(out, w, block):
     """block: float16 [rows, 11, D] of unit vectors."""
-    files.write(window_file(out, w), lambda temporary: np.save(temporary, block))
+    def save(temporary):
+        with open(temporary, "wb") as file:  # numpy.save does not notice that the last bytes find no room
+            header = np.lib.format.header_data_from_array_1_0(block)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(block.data)
+    files.write(window_file(out, w), save)

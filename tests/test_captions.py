@@ -1,26 +1,29 @@
-"""data/captions.py: hostile tars, what is no regular file, JSON lists, captions joined from another file."""
-import csv
+"""data/captions.py promises:
+
+* the same rows in Parquet, CSV, TSV, JSON and JSONL, packed or not, give the same captions.tsv byte for byte;
+* a field is one line with single spaces, whatever was in it; a caption that is no text is none;
+* nothing that a file holds is lost without a word: bad rows are skipped, counted and named, never fatal;
+* a key that is the row's number is img2dataset's; of rows with one key the first counts;
+* joined captions go to their rows by key or URL, and are refused where they are of other pictures;
+* a tar, however hostile, is used as far as it goes; pipes, terabytes and endless ranges end in one line.
+"""
 import gzip
-import io
 import json
 import os
+import re
 import signal
-import sys
 import tarfile
 import tracemalloc
 from contextlib import contextmanager
 
+import duckdb
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
-import embed
-import evaluate
 import flame
-import train
 from data import captions
-from data.captions import open_join, read_captions, read_join, tar_files
-from data.leaks import count_leaks
+from data.captions import fingerprint, read_table, source_name, tar_files, write_table
 
 
 @contextmanager
@@ -35,6 +38,390 @@ def within(seconds):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def table(tmp_path, capsys):
+    """table(source, {set: [sources]}) -> (rows of captions.tsv, what was said on the screen, on stderr)"""
+    def make(source, joins={}):
+        capsys.readouterr()
+        (tmp_path / "made").mkdir(exist_ok=True)
+        try:
+            write_table(tmp_path / "made/captions.tsv", source, joins)
+        finally:
+            assert {name for name in os.listdir(tmp_path / "made")} <= {"captions.tsv"}
+        said = capsys.readouterr()
+        return list(read_table(tmp_path / "made/captions.tsv")), said.out, said.err
+    return make
+
+
+def raws(rows):
+    return {row.key: row.raw for row in rows}
+
+
+# --- the forms
+
+ROWS = [
+    ("a", "pics/a  b.jpg", "A  cat.\n", "Short\u3000one", "Long\ttabbed \"quoted\", with commas; all of it"),
+    ("7", "", "'tis\r\n a dog", "", ""),
+    ("c", "c.jpg", "  ", "x", ""),
+    ("d", "d.jpg", "\U0001f98a na\u0308ive \u732b", "", "y" * 5000),
+]
+TABLE = """key\timage\traw\tshort\tlong
+a\tpics/a  b.jpg\tA cat.\tShort one\tLong tabbed "quoted", with commas; all of it
+7\t\t'tis a dog\t'tis a dog\t'tis a dog
+c\tc.jpg\tx\tx\tx
+d\td.jpg\t\U0001f98a na\u0308ive \u732b\t{0}\t{0}
+""".format("y" * 5000)
+
+
+def write_rows(path, rows, kind):
+    """Rows of key, image, raw, short and long by DuckDB, and TSV and JSON lists by hand."""
+    names = ("key", "image", "raw", "short", "long")
+    if kind in ("tsv", "tsv.gz"):  # a table that cannot hold tabs or line breaks
+        rows = [names, *([re.sub("[\t\r\n]", " ", field) for field in row] for row in rows)]
+        text = "".join("\t".join(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if kind.endswith("gz") else text)
+    elif kind == "json":
+        path.write_text(json.dumps([dict(zip(names, row)) for row in rows]))
+    else:
+        form = {"csv": "FORMAT csv, HEADER", "csv.zst": "FORMAT csv, HEADER, COMPRESSION zstd",
+                "jsonl": "FORMAT json", "json.gz": "FORMAT json, ARRAY true, COMPRESSION gzip",
+                "jsonl.zst": "FORMAT json, COMPRESSION zstd", "parquet": "FORMAT parquet"}[kind]
+        with duckdb.connect() as database:
+            database.execute("CREATE TABLE t (key VARCHAR, image VARCHAR, raw VARCHAR, short VARCHAR, "
+                             "long VARCHAR)")
+            database.executemany("INSERT INTO t VALUES (?, ?, ?, ?, ?)", rows)
+            database.execute(f"COPY t TO '{path}' ({form})")
+    return path
+
+
+KINDS = ("csv", "csv.zst", "tsv", "tsv.gz", "json", "json.gz", "jsonl", "jsonl.zst", "parquet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_gives_the_same_bytes(tmp_path, table, kind):
+    rows, out, err = table(write_rows(tmp_path / f"x.{kind}", ROWS, kind))
+    assert (tmp_path / "made/captions.tsv").read_bytes() == TABLE.encode()
+    assert len(rows) == 4 and rows[0].image == "pics/a  b.jpg" and not err
+    for line in ("4 rows", "no raw caption in 1 of 4", "no short caption in 2 of 4", "no long caption in 2"):
+        assert line in out
+
+
+BLANK = "[\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
+TEXTS = st.one_of(st.text(max_size=12), st.text(" \t\r\n\"',;{}[]\\\x00\x85\u2028ab", max_size=12))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS, TEXTS), min_size=1, max_size=5))
+def test_any_text_is_one_line_in_every_form(tmp_path, table, texts):
+    rows = [[f"k{n}", *(text.replace("\x00", "") for text in four)] for n, four in enumerate(texts)]
+    clean = [[key, re.sub("[\t\r\n]", " ", image), *(re.sub(BLANK, " ", text).strip(" ") for text in three)]
+             for key, image, *three in rows]
+    best = [long or short or raw for *_, raw, short, long in clean]
+    wanted = [(key, image, *(text or last for text in three))
+              for (key, image, *three), last in zip(clean, best) if last]
+    for kind in ("csv", "tsv", "json", "jsonl", "parquet"):
+        source = write_rows(tmp_path / f"x.{kind}", rows, kind)
+        if wanted:
+            assert [tuple(row) for row in table(source)[0]] == wanted, kind
+        else:
+            with pytest.raises(flame.InputError, match="no row with a caption"):
+                table(source)
+
+
+LAYOUTS = {  # a file's name: (what is in it, its rows' key, image, long caption)
+    "cc3m.tsv": ("a bus station\thttp://x/1.jpg\n", [("000000000", "", "a bus station")]),
+    "cc12m.tsv": ("http://x/1.jpg\ta bus station\n", [("000000000", "", "a bus station")]),
+    "openclip.csv": ("filepath\ttitle\n1.jpg\tA, b.\n", [("000000000", "1.jpg", "A, b.")]),
+    "metadata.csv": ("file_name,text\na.jpg,a fox\n", [("000000000", "a.jpg", "a fox")]),
+    "excel.csv": ('image;raw\na.jpg;"a fox; asleep"\n', [("000000000", "a.jpg", "a fox; asleep")]),
+    "blip.jsonl": ('{"image": "a.jpg", "blip_caption": "a fox"}', [("000000000", "a.jpg", "a fox")]),
+    "lists.jsonl": ('{"image": "a.jpg", "caption": ["a fox", "asleep"]}', [("000000000", "a.jpg", "a fox")]),
+    "datasets.jsonl": ('{"image": {"bytes": null, "path": "a.jpg"}, "text": "a fox"}',
+                       [("000000000", "a.jpg", "a fox")]),
+    "yfcc15m_clean_open_data.json": (  # DeCLIP's: an object a line, whatever the name says
+        '{"filename": "2b/a.jpg", "caption": "a fox", "url": "http://x/1.jpg"}\n'
+        '{"filename": "2b/b.jpg", "caption": "a bee", "url": "http://x/2.jpg"}\n',
+        [("000000000", "2b/a.jpg", "a fox"), ("000000001", "2b/b.jpg", "a bee")]),
+    "brackets.tsv": ("key\traw\n[Photo]\t[Photo] of a cat\n", [("[Photo]", "", "[Photo] of a cat")]),
+    "llava.json": (
+        '[{"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "What is it?"}, '
+        '{"from": "gpt", "value": "A fox."}, {"from": "gpt", "value": "No."}]}, {"id": "8", '
+        '"conversations": 5}]', [("7", "a.jpg", "A fox.")]),
+    "coco.json": (json.dumps({
+        "images": [{"id": n, "file_name": f"{n}.jpg"} for n in (7, 8)],
+        "annotations": [
+            {"id": 100 + n, "image_id": image, "caption": text} for n, (image, text) in
+            enumerate([(7, "a bus"), (8, "a dog"), (7, "a red bus"), (9, "lost"), (8, 5)])]}, indent=1),
+        [("100", "7.jpg", "a bus"), ("101", "8.jpg", "a dog"), ("102", "7.jpg", "a red bus"),
+         ("103", "", "lost")]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_people_have_is_read(tmp_path, table, name):
+    text, wanted = LAYOUTS[name]
+    (tmp_path / name).write_text(text)
+    assert [(row.key, row.image, row.long) for row in table(tmp_path / name)[0]] == wanted
+
+
+def test_parquet_as_datasets_writes_it(tmp_path, table):
+    """A picture as bytes and path, several captions a row, ids that are numbers, a folder of shards."""
+    (tmp_path / "set/data").mkdir(parents=True)
+    with duckdb.connect() as database:
+        for n in range(2):
+            database.execute(f"COPY (SELECT {n} AS key, {{'bytes': 'x'::BLOB, 'path': '{n}.jpg'}} AS image, "
+                             f"['first {n}', 'second'] AS caption, 1.5 AS long) "
+                             f"TO '{tmp_path}/set/data/train-{n}.parquet'")
+    rows, out, err = table(tmp_path / "set")
+    assert [tuple(row) for row in rows] == [(f"{n}", f"{n}.jpg", *3 * [f"first {n}"]) for n in range(2)]
+    assert "raw captions: caption of" in out and not err
+
+
+# --- nothing is lost without a word
+
+ODD = {  # a file's name: (its bytes, the captions by key, what stderr says)
+    "quotes.tsv": (b'key\traw\na\t"x\nb\ty "z"\n', {"a": '"x', "b": 'y "z"'}, []),
+    "columns.tsv": (b"key\traw\tlong\na\tx\ty\tz\nb\tx\nc\tx\ty\t\n\n", {"c": "x"},
+                    ["1: too many columns (columns.tsv line 2)", "1: missing columns (columns.tsv line 3)"]),
+    "columns.csv": (b"key,raw\na,x,y\nb\nc,x\n", {"c": "x"},
+                    ["1: too many columns (line 2)", "1: missing columns (line 3)"]),
+    "end.csv": (b'key,raw\na,"x, y\nz"\nb,"unfinished\nc,d\n', {"a": "x, y z"},
+                ["1: unquoted value (line 3)"]),
+    "quoted.csv": (b'key,raw\na,"x ""y"""\nb,"z" w\nc,v\n', {"a": 'x "y"', "c": "v"},
+                   ["1: unquoted value (line 3)"]),
+    "bom.tsv": (b"\xef\xbb\xbfkey\traw\r\na\tx\r\nb\ty\n", {"a": "x", "b": "y"}, []),
+    "bom.csv": (b"\xef\xbb\xbfkey,raw\r\na,x\r\nb,y\r\n", {"a": "x", "b": "y"}, []),
+    "bom.jsonl": (b'\xef\xbb\xbf{"key": "a", "raw": "x"}\r\n', {"a": "x"}, []),
+    "return.tsv": (b"key\traw\na\tx\ry\n", {"a": "x y"}, []),
+    "bytes.tsv": (b"key\traw\na\tx\nb\t\xff\nc\tz\n", {"a": "x", "c": "z"},
+                  ["1: invalid encoding (bytes.tsv line 3)"]),
+    "bytes.csv": (b"key,raw\na,x\nb,\xff\nc,z\n", {"a": "x", "c": "z"}, ["1: invalid encoding (line 3)"]),
+    "bytes.jsonl": (b'{"key": "a", "raw": "\xff"}\n{"key": "b", "raw": "x"}\n{"raw": "\\ud83e"}\n',
+                    {"b": "x"}, ["2: no caption (row 1, row 3)"]),
+    "broken.jsonl": (b'{"key": "a", "raw"\n{"key": "b", "raw": "x"}\nnope\n7\n[]\n{"key": "c"',
+                     {"b": "x"}, ["5: no caption (row 1, row 3, row 4, row 5, row 6)"]),
+    "values.json": (json.dumps([*({"key": f"{n}", "raw": f"cat {n}", "long": value} for n, value in enumerate(
+        [float("nan"), None, [None], {"x": 1}, True, 7, []])), {"raw": [5]}, 7, None]).encode(),
+        {f"{n}": f"cat {n}" for n in range(7)}, ["3: no caption (row 8, row 9, row 10)"]),
+    "blank.tsv": (b"key\traw\na\t \nb\t\xe3\x80\x80\nc\tx\n", {"c": "x"}, ["2: no caption (row 1, row 2)"]),
+    "twice.tsv": (b"key\traw\na\tfirst\nb\tx\na\tsecond\na\tthird\n", {"a": "first", "b": "x"},
+                  ["2: key occurs before (row 3, row 4)"]),
+    "large.tsv": (b"key\traw\na\t" + b"x" * 3_000_000 + b"\nb\ty\n", {"b": "y"},
+                  ["1: line size over maximum"]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_bad_rows_are_skipped_counted_and_named(tmp_path, table, name):
+    data, wanted, told = ODD[name]
+    (tmp_path / name).write_bytes(data)
+    rows, _, err = table(tmp_path / name)
+    assert raws(rows) == wanted
+    assert err.count(": skipped ") == len(told) and all(f"skipped {line}" in err for line in told), err
+    if name == "values.json":
+        assert all(row.long == row.raw for row in rows)
+
+
+@pytest.mark.parametrize("text", [
+    "[1,]", "[1 2]", "[", '[{"raw": "x"}', '[{"raw": "x"}] 7', "[1]]", '[{"raw": "x"}, nope]', '["\\x"]', "",
+    "{}"])
+def test_what_is_no_json_is_refused(tmp_path, table, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(flame.InputError, match="a.json: "):
+        table(tmp_path / "a.json")
+
+
+def test_packed_data_that_is_cut_off_is_refused(tmp_path, table):
+    for kind, text in {"tsv": "key\traw\nk\tR\n", "csv": "key,raw\nk,R\n", "jsonl": '{"raw": "R"}\n'}.items():
+        (tmp_path / f"a.{kind}.gz").write_bytes(gzip.compress(text.encode() * 999)[:-20])
+        with pytest.raises(flame.InputError, match=f"a.{kind}.gz: "):
+            table(tmp_path / f"a.{kind}.gz")
+
+
+def test_the_number_of_a_row_is_img2datasets(tmp_path, table):
+    """Seen by running img2dataset: an empty line has no number, every other row has, fetched or not."""
+    lines = ["a cat\thttp://x/0", "", "\thttp://x/1", '"b" dog\thttp://x/2', "  \thttp://x/3",
+             "d\thttp://x/4"]
+    (tmp_path / "cc.tsv").write_text("\n".join(lines))
+    rows, out, err = table(tmp_path / "cc.tsv")
+    assert raws(rows) == {"000000000": "a cat", "000000002": '"b" dog', "000000004": "d"}
+    assert "2: no caption" in err and "no long caption in 3 of 3 rows: their best one is asked" in out
+    (tmp_path / "cc.tsv").write_text("caption\turl\n" + "\n".join(lines))  # the header that it wants
+    assert table(tmp_path / "cc.tsv")[0] == rows
+    (tmp_path / "bad.tsv").write_bytes(b"a\thttp://x/0\nno url\n\xff\thttp://x/2\nd\thttp://x/3\n")
+    rows, _, err = table(tmp_path / "bad.tsv")
+    assert [*raws(rows)] == ["000000000", "000000003"]
+    assert "missing columns (bad.tsv line 2)" in err and "invalid encoding (bad.tsv line 3)" in err
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(
+    st.binary(max_size=80),
+    st.text("\t\n[]{}\":,a\u00e4keyrawlong", max_size=80).map(str.encode),
+    st.dictionaries(st.sampled_from(["key", "raw", "long", "image"]), st.text(), max_size=4).map(
+        lambda row: json.dumps([row]).encode()),
+    st.binary(max_size=40).map(lambda line: b"key\traw\n" + line),
+))
+@example(b"key,raw\ra,A cat.\r")  # lines that end as they did on old Macs
+@example(b"PAR1")
+def test_no_file_makes_a_traceback(tmp_path, table, data):
+    for name, content in {"x": data, "x.csv": data, "x.json": data, "x.tsv.gz": gzip.compress(data),
+                          "y.gz": data, "x.tar": data, "x.parquet": data, "x.csv.zst": data,
+                          "y.tar": b"a.txt".ljust(124, b"\0") + data}.items():
+        (tmp_path / name).write_bytes(content)
+        try:
+            rows, _, _ = table(tmp_path / name)
+            assert rows and all(row.raw and row.short and row.long and row.key for row in rows)
+        except flame.InputError as error:
+            assert str(tmp_path / name) in str(error) and "\n" not in str(error)
+
+
+# --- joins
+
+def joined_file(path, rows):
+    path.write_text(json.dumps([{"__key__": key, "minicpm": text} for key, text in rows]))
+    return path
+
+
+def test_joined_captions_go_to_their_rows(tmp_path, table):
+    rows = [{"__key__": f"{n}", "raw": f"raw {n}", "short": f"old {n}"} for n in range(5)]
+    (tmp_path / "raw.json").write_text(json.dumps(rows))
+    first = joined_file(tmp_path / "long1.json", [
+        *((f"{n}", f"Long  {n}.") for n in (3, 0, 9)), ("0", "second")])
+    more = joined_file(tmp_path / "long2.json", [("2", "Long\n2."), ("3", "later"), ("4", " "), ("8", "x")])
+    lines = [f"Short {n}.\tx\t{n}\n" for n in range(4)]
+    (tmp_path / "short.tsv").write_text("short\tnote\tkey\n" + "".join(lines))
+    joins = {"long": [first, more], "short": [tmp_path / "short*.tsv"]}
+    rows, out, err = table(tmp_path / "raw.json", joins)
+    assert [row[2:] for row in rows] == [
+        ("raw 0", "Short 0.", "Long 0."), ("raw 1", "Short 1.", "Short 1."),
+        ("raw 2", "Short 2.", "Long 2."), ("raw 3", "Short 3.", "Long 3."), ("raw 4", "old 4", "old 4")]
+    assert "long2.json: 7 long captions, 4 of them of no row in" in out
+    assert "  0: 'raw 0' | 'Long 0.'\n" in out and "no long caption in 2 of 5 rows" in out
+
+
+def test_pictures_without_captions_take_joined_ones(tmp_path, table):
+    tar(tmp_path / "p.tar", *(member(f"k{n}.jpg") for n in range(3)))
+    long = joined_file(tmp_path / "long.json", [("k2", "two"), ("k0", "zero")])
+    rows, _, err = table(tmp_path / "p.tar", {"long": [long]})
+    assert raws(rows) == {"k0": "zero", "k2": "two"} and "1: no caption (row 2)" in err
+
+
+DREAMLIP = ["Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions",
+            "longSV_captions", "shortLLA_captions", "longLLA_captions"]
+
+
+def test_dreamlip_meets_tars_by_the_pictures_url(tmp_path, table):
+    """The keys of the tars are in another order than its rows; some of either are not in the other."""
+    table_of = [DREAMLIP, *([f"http://x/{n}.jpg", *(f'"{name}, \n""{n}"""' for name in DREAMLIP[1:])]
+                            for n in range(9))]
+    file = tmp_path / "dreamlip.csv"
+    file.write_text("".join(",".join(row) + "\n" for row in table_of))
+    (tmp_path / "cc3m").mkdir()
+    for shard in range(2):
+        members = []
+        for n in range(3):
+            about = {"caption": "?", "url": f"http://x/{9 - 3 * shard - n}.jpg", "status": "success"}
+            members += [member(f"{shard}{n}.json", json.dumps(about).encode()),
+                        member(f"{shard}{n}.txt", b"raw")]
+        tar(tmp_path / f"cc3m/{shard}.tar", *members)
+    rows, out, err = table(f"{tmp_path}/cc3m/{{0..1}}.tar", {"short": [file], "long": [file]})
+    wanted = [("00", "raw", "raw", "raw")]
+    wanted += [(key, "raw", f'shortSV_captions, "{n}"', f'longSV_captions, "{n}"')
+               for key, n in (("01", 8), ("02", 7), ("10", 6), ("11", 5), ("12", 4))]
+    assert [(row.key, *row[2:]) for row in rows] == wanted
+    assert "long captions: longSV_captions of" in out and "9 long captions, 4 of them of no row" in out
+    rows, _, _ = table(file)
+    assert rows[8][:3:2] == ("000000008", 'raw_caption, "8"') and rows[8].long == 'longSV_captions, "8"'
+    text = file.read_text()
+    file.write_text(text.replace('"longSV_captions, \n""8"""', " "))  # no other set's caption is meant
+    assert table(tmp_path / "cc3m", {"long": [file]})[0][1].long == "raw"
+    file.write_text(text.replace("//x/", "//y/"))
+    with pytest.raises(flame.InputError, match="of its 9 rows with a short caption none has a key or URL"):
+        table(tmp_path / "cc3m", {"short": [file]})
+
+
+@pytest.mark.parametrize("name", ["raw", "short", "long"])
+def test_a_joined_answer_is_the_caption_and_its_id_is_not(tmp_path, table, name):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "k1", "image": "a.jpg", "conversations": turns}]))
+    other = {"key": "k2", "license": "cc", "id": 7, "minicpm": "A dog."}
+    (tmp_path / "b.json").write_text(json.dumps([other]))
+    (tmp_path / "raw.tsv").write_text("key\traw\nk1\tx\nk2\ty\n")
+    rows, _, _ = table(tmp_path / "raw.tsv", {name: [tmp_path / "a.json", tmp_path / "b.json"]})
+    assert [getattr(row, name) for row in rows] == ["A cat on a mat.", "A dog."]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 17, 150])
+def test_recaptions_of_other_pictures_are_refused(tmp_path, table, shift):
+    random = np.random.default_rng(0)
+    names = [f"{word}{n}" for word in ("red", "fox", "under", "tree", "boat", "house", "bird", "green")
+             for n in range(5)]
+    things = [" ".join(random.choice(names, 4)) for _ in range(300)]
+    (tmp_path / "raw.tsv").write_text("raw\n" + "".join(f"a photo of {thing}\n" for thing in things))
+    long = joined_file(tmp_path / "long.json", [(f"{n:09d}", f"The photo shows {things[(n + shift) % 300]}.")
+                                                for n in range(300)])
+    if shift == 0:
+        assert len(table(tmp_path / "raw.tsv", {"long": [long]})[0]) == 300
+    else:
+        with pytest.raises(flame.InputError, match="long.json: .* keys mean other pictures .*cc3m-wds"):
+            table(tmp_path / "raw.tsv", {"long": [long]})
+
+
+# --- sources
+
+def test_ranges_globs_and_folders(tmp_path, table):
+    for n in range(3):
+        (tmp_path / f"x-{n}.tsv").write_text(f"raw\n{n}\n\n{n}{n}\n")
+    everything = ["0", "00", "1", "11", "2", "22"]
+    for source in ("x-{0..2}.tsv", "x-*.tsv"):  # rows' numbers go on
+        rows, _, _ = table(tmp_path / source)
+        assert list(raws(rows).items()) == [(f"{n:09d}", text) for n, text in enumerate(everything)]
+    for source, what in {"x-{1..3}.tsv": "x-3.tsv: no such file", "x-{2..0}.tsv": "holds no captions",
+                         "x-{3..99999999}.tsv": "x-3.tsv: no such file", "y*.tsv": "no such file",
+                         "none.tsv": "no such file", ".": "holds no captions"}.items():
+        with within(5), pytest.raises(flame.InputError, match=re.escape(what)):
+            table(tmp_path / source)
+    for name in ("photos/a/x.jpg", "photos/a/x.txt", "photos/b/y.png", "photos/b/y.txt", "photos/b/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"caption of {name}")
+    rows, _, err = table(tmp_path / "photos")
+    assert [row[:3] for row in rows] == [("a/x", "a/x.jpg", "caption of photos/a/x.txt"),
+                                         ("b/y", "b/y.png", "caption of photos/b/y.txt")]
+    assert "1: text without a picture beside it" in err and "b/z.txt" in err
+    before = fingerprint([tmp_path / "photos"])
+    os.rename(tmp_path / "photos/a", tmp_path / "photos/c")  # the path is key and image
+    assert fingerprint([tmp_path / "photos"]) != before
+    names = {"cc3m.tsv.gz": "cc3m", "cc3m/": "cc3m", "a/cc3m-{0000..0575}.tar": "cc3m", "x-*.parquet": "x"}
+    assert {source: source_name(source) for source in names} == names
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.json", "a.csv", "a.parquet", "a.tar", "a-{0..0}.tar"])
+def test_a_pipe_is_refused_in_one_line(tmp_path, table, name):
+    pipe = tmp_path / name.replace("{0..0}", "0")
+    os.mkfifo(pipe)
+    (tmp_path / "raw.tsv").write_text("raw\na\n")
+    with within(5):
+        for arguments in ((tmp_path / name,), (tmp_path / "raw.tsv", {"long": [tmp_path / name]})):
+            with pytest.raises(flame.InputError, match=f"{pipe}: not a regular file"):
+                table(*arguments)
+
+
+def test_memory_does_not_grow_with_a_join(tmp_path, table):
+    with duckdb.connect() as database:
+        database.execute("COPY (SELECT format('{:09d}', (i * 7919) % 20000) AS __key__, repeat('x', 1000) AS "
+                         f"long FROM range(20000) t(i)) TO '{tmp_path}/long.jsonl.gz' (FORMAT json)")
+    (tmp_path / "raw.tsv").write_text("raw\n" + "".join(f"cat {n}\n" for n in range(20_000)))
+    tracemalloc.start()
+    try:
+        write_table(tmp_path / "captions.tsv", tmp_path / "raw.tsv", {"long": [tmp_path / "long.jsonl.gz"]})
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20  # of 20 MB
+    finally:
+        tracemalloc.stop()
+    rows = list(read_table(tmp_path / "captions.tsv"))
+    assert len(rows) == 20_000 and rows[19_999].raw == "cat 19999" and rows[7].long == "x" * 1000
 
 
 # --- tars: hostile ones are made of a header written by hand between two honest samples
@@ -108,35 +495,30 @@ HOSTILE, ALONE = hostile("evil.txt")
 
 
 @pytest.mark.parametrize("what", HOSTILE | ALONE)
-def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, what, capsys):
+def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, table, what):
     bad = (HOSTILE | ALONE)[what]
     tar(tmp_path / "a-0.tar", member("good.txt", b"before"), bad, member("late.txt", b"after"))
     tar(tmp_path / "a-1.tar", member("next.txt", b"another"))
-    skipped = {}
     with within(10):
-        rows = list(read_captions(tmp_path / "a-{0..1}.tar", skipped))
-    keys = [row.key for row in rows]
-    assert keys[0] == "good" and keys[-1] == "next" and rows[0].captions["raw"] == "before"
+        rows, _, err = table(tmp_path / "a-{0..1}.tar")
     if what in ALONE:
-        assert keys == ["good", "late", "next"] and skipped["sparse file in a tar"][0] == 1
+        assert [*raws(rows)] == ["good", "late", "next"] and "1: sparse file in a tar" in err
     else:
-        assert "late" not in keys and skipped[captions.DAMAGED][0] == 1
-        assert "a-0.tar" in skipped[captions.DAMAGED][1][0]
-    captions.report_skipped("a", skipped)
-    assert "a-0.tar" in capsys.readouterr().err
+        assert raws(rows) == {"good": "before", "next": "another"}
+        assert f"1: {captions.DAMAGED} (a-0.tar: " in err
 
 
 def test_memory_that_a_tar_asks_for_is_not_given(tmp_path):
     tar(tmp_path / "a.tar", member("good.txt", b"before"), member("pax", kind=tarfile.XHDTYPE, size=1 << 30))
     tracemalloc.start()
     try:
-        assert len(list(read_captions(tmp_path / "a.tar"))) == 1
+        assert len(list(tar_files(tmp_path / "a.tar", {}))) == 1
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
         tracemalloc.stop()
 
 
-def test_a_tar_cut_anywhere_gives_what_is_whole(tmp_path):
+def test_a_tar_cut_anywhere_gives_what_is_complete(tmp_path):
     whole = b"".join(member(f"{n}.txt", b"x" * 300 * n) for n in range(1, 4)) + bytes(1024)
     for cut in range(0, len(whole) + 1, 100):
         (tmp_path / "a.tar").write_bytes(whole[:cut])
@@ -146,526 +528,29 @@ def test_a_tar_cut_anywhere_gives_what_is_whole(tmp_path):
         assert (captions.DAMAGED in skipped) == (cut < len(whole) - 512)
 
 
-def test_texts_larger_than_any_caption_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(captions, "LARGEST_TEXT", 100)
-    entries = b'{"caption": "' + b"x" * 99 + b'"}'
-    members = {"a.txt": 101 * b"x", "b.txt": 100 * b"x", "c.json": entries}
-    tar(tmp_path / "a.tar", *(member(name, data) for name, data in members.items()))
-    skipped = {}
-    assert [row.key for row in read_captions(tmp_path / "a.tar", skipped)] == ["b"]
-    assert [count for reason, (count, _) in skipped.items() if "text too large" in reason] == [2]
+@pytest.mark.parametrize("hole", [512, 1024, 40_000])
+def test_a_hole_of_zeros_is_no_end(tmp_path, table, hole):
+    """tarfile takes a header of zeros for the end of a tar; something behind it says that it is none."""
+    tar(tmp_path / "0.tar", member("a.txt", b"A"), bytes(hole), member("b.txt", b"B"))
+    tar(tmp_path / "1.tar", member("c.txt", b"C"), bytes(hole))  # a long end is one
+    rows, _, err = table(tmp_path / "{0..1}.tar")
+    assert raws(rows) == {"a": "A", "c": "C"}
+    assert err.count(captions.DAMAGED) == 1 and "0.tar: " in err and "at byte 1024" in err
 
 
-def test_a_name_in_a_tar_ends_at_its_first_dot(tmp_path):
+def test_samples_of_webdataset_and_img2dataset(tmp_path, table):
+    about = {column: f"{column}." for column in DREAMLIP[1:]} | {"url": "http://x/1.jpg", "key": "no"}
+    large = b"x" * (captions.LARGEST_TEXT + 1)
+    files = {"x/a.large.jpg": b"?", "x/a.json": json.dumps(about).encode(), "x/a.txt": b"as .txt\nhas it",
+             "x/._a.txt": b"no sample's", "b.txt": b"\xff", "c.json": b'{"caption": "C"}', "d.json": b"[1]",
+             "e.txt": large, "f\ng.txt": b"F"}
+    tar(tmp_path / "cc-000.tar", *(member(name, data) for name, data in files.items()))
+    rows, _, err = table(tmp_path)
+    assert [(row.key, *row[2:]) for row in rows] == [
+        ("a", "as .txt has it", "shortSV_captions.", "longSV_captions."), ("c", "C", "C", "C"),
+        ("f g", "F", "F", "F")]
+    assert "3: no UTF-8 text, no JSON object, or too large" in err and "3: no caption" in err
+    samples = pytest.importorskip("webdataset").WebDataset(str(tmp_path / "cc-000.tar"), shardshuffle=False)
+    theirs = next(iter(samples.decode()))
+    assert (theirs["__key__"], theirs["json"]["longSV_captions"]) == ("x/a", rows[0].long)
     assert captions.sample_name("a.b/c.d.JPG") == ("a.b/", "c", "d.jpg")
-    files = {"x/a.large.jpg": b"?", "x/a.txt": b"A", "x/._a.txt": b"no sample's", "x/b.txt": b"B"}
-    tar(tmp_path / "a.tar", *(member(name, data) for name, data in files.items()))
-    rows = list(read_captions(tmp_path / "a.tar"))
-    assert [(row.key, row.captions["raw"]) for row in rows] == [("a", "A"), ("b", "B")]
-
-
-def test_a_line_break_in_a_tars_name_stays_off_the_screen(tmp_path):
-    tar(tmp_path / "a.tar", member("a\nb.txt", b"A"))
-    with pytest.raises(flame.InputError) as error:
-        next(read_captions(tmp_path / "a.tar"))
-    assert "\n" not in str(error.value) and "a b" in str(error.value)
-
-
-# --- what is no regular file
-
-@pytest.mark.parametrize("name", ["a.tsv", "a.json", "a.tar", "a-{0..0}.tar"])
-def test_a_pipe_is_refused_in_one_line(tmp_path, name, monkeypatch, capsys):
-    pipe = tmp_path / name.replace("{0..0}", "0")
-    os.mkfifo(pipe)
-    arguments = ["--captions", tmp_path / name, "--llm", "none", "--out", tmp_path / "store"]
-    monkeypatch.setattr("sys.argv", ["embed.py", *map(str, arguments)])
-    with within(5):
-        try:
-            code = embed.main()
-        except SystemExit as stop:
-            code = stop.code
-        with pytest.raises(flame.InputError, match=f"{pipe}: not a regular file"):
-            read_join("long", tmp_path / name, {})
-    message = capsys.readouterr().err
-    assert code == 2 and message.count("\n") == 1 and f"{pipe}: not a regular file" in message
-    assert os.listdir(tmp_path) == [pipe.name]
-
-
-# --- JSON lists
-
-def test_entries_come_one_by_one_from_a_list_that_goes_on_without_end():
-    class Endless(io.RawIOBase):
-        def readable(self):
-            return True
-
-        def readinto(self, buffer):
-            text = (b'{"a": "b"}, ' * (len(buffer) // 12 + 1))[:len(buffer) // 12 * 12]
-            buffer[:len(text)] = text
-            return len(text)
-
-    class Opened(Endless):
-        begun = False
-
-        def readinto(self, buffer):
-            if not self.begun:
-                self.begun = True
-                buffer[:1] = b"["
-                return 1
-            return super().readinto(buffer)
-
-    entries = captions.json_entries(io.BufferedReader(Opened()), "a.json")
-    assert [next(entries) for _ in range(300_000)][-1] == {"a": "b"}
-
-
-def test_what_is_no_list_names_file_entry_and_cure():
-    for text, entry in {"[1, 2, x]": 3, '{"a": 1}': 1, "": 1, "[1] 2": 2}.items():
-        message = f"^a.json: not a JSON list .entry {entry}: .*; fetch it anew"
-        with pytest.raises(flame.InputError, match=message):
-            list(captions.json_entries(io.BytesIO(text.encode()), "a.json", "fetch it anew"))
-
-
-# --- captions joined from a file of their own
-
-def joined_file(path, rows):
-    path.write_text(json.dumps([{"__key__": key, "minicpm": text} for key, text in rows]))
-    return path
-
-
-@pytest.mark.parametrize("index", [None, "join.sqlite"])
-def test_a_joined_file_is_a_mapping_on_disk(tmp_path, index):
-    skipped = {}
-    rows = [("a", "A  1"), ("b", "B"), ("a", "A\n2"), ("c", ""), ("", "D"), ("e\ud800", "E"), ("ü\0", "Ü")]
-    file = joined_file(tmp_path / "long.json", rows)
-    joined = read_join("long", file, skipped, index and tmp_path / index)
-    for one in [joined, open_join(tmp_path / index)] if index else [joined]:
-        assert len(one) == 4
-        assert [one.get(key) for key in ("a", "b", "c", "", "ü\0", 7)] == ["A 2", "B", None, "D", "Ü", None]
-        assert "a" in one and "c" not in one
-    assert skipped == {"joined row without key or caption": [2, [4, 6]]}
-
-
-@pytest.mark.parametrize("key", ["key", "Image Path"])
-def test_memory_does_not_grow_with_a_joined_file(tmp_path, key):
-    with gzip.open(tmp_path / "long.jsonl.gz", "wt", compresslevel=1) as file:
-        for n in range(20_000):
-            file.write(json.dumps({key: f"{n:09d}", "long": f"{n} " + "x" * 1000}) + "\n")
-    tracemalloc.start()
-    try:
-        joined = read_join("long", tmp_path / "long.jsonl.gz", {})
-        assert joined.get("000019999").startswith("19999 x") and len(joined) == 20_000
-        assert tracemalloc.get_traced_memory()[1] < 5 << 20  # of 20 MB
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_joined_file_without_captions_leaves_nothing_behind(tmp_path):
-    file = joined_file(tmp_path / "long.json", [("a", "")])
-    with pytest.raises(flame.InputError, match="long.json: no row with a key and a caption"):
-        read_join("long", file, {}, tmp_path / "join.sqlite")
-    (tmp_path / "long.json").write_text('[{"key": "a", "long": "A"}, nope]')
-    with pytest.raises(flame.InputError, match="long.json: not a JSON list"):
-        read_join("long", file, {}, tmp_path / "join.sqlite")
-    assert os.listdir(tmp_path) == ["long.json"]
-    with pytest.raises(flame.InputError, match="nowhere: .*free space"):
-        file = joined_file(tmp_path / "long.json", [("a", "A")])
-        read_join("long", file, {}, tmp_path / "nowhere/join.sqlite")
-
-
-def test_nothing_of_a_join_stays_beside_the_store(tmp_path, tiny_llm, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "raw.tsv").write_text("key\traw\na\tA\nb\tB\n")
-    joined_file(tmp_path / "long.json", [("a", "A long one.")])
-    arguments = ["--captions", "raw.tsv", "--join", "long=long.json", "--llm", str(tiny_llm), "--out", "s"]
-    monkeypatch.setattr("sys.argv", ["embed.py", *arguments])
-    assert not embed.main()
-    assert sorted(os.listdir("s")) == ["embeddings.npy", "images.txt", "keys.txt", "meta.json"]
-
-
-# --- recaptions of other pictures
-
-def recaptioned(tmp_path, shift, words=("red", "fox", "under", "tree", "boat", "house", "bird", "green")):
-    """300 captions and their recaptions, whose keys are off by `shift`."""
-    random = np.random.default_rng(0)
-    names = [f"{word}{n}" for word in words for n in range(5)]
-    things = [" ".join(random.choice(names, 4)) for _ in range(300)]
-    raw = [{"key": str(n), "raw": f"a photo of {thing}"} for n, thing in enumerate(things)]
-    long = [{"key": str(n), "long": f"The photo shows {things[(n + shift) % 300]}."} for n in range(300)]
-    for name, rows in {"raw": raw, "long": long}.items():
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    joined = read_join("long", tmp_path / "long.jsonl", {})
-    return tmp_path / "raw.jsonl", "long", tmp_path / "long.jsonl", joined
-
-
-@pytest.mark.parametrize("shift", [1, 17, 150])
-def test_recaptions_of_other_pictures_are_refused(tmp_path, shift):
-    captions.check_join(*recaptioned(tmp_path, 0))
-    with pytest.raises(flame.InputError, match="long.jsonl: .* keys mean other pictures .*cc3m-wds"):
-        captions.check_join(*recaptioned(tmp_path, shift))
-
-
-def test_a_join_is_looked_at_before_anything_is_made(tmp_path, tiny_llm, monkeypatch, capsys):
-    recaptioned(tmp_path, 7)
-    monkeypatch.chdir(tmp_path)
-    command = f"embed.py --captions raw.jsonl --join long=long.jsonl --llm {tiny_llm} --device cpu"
-    monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(SystemExit) as stop:
-        embed.main()
-    assert stop.value.code == 2 and "keys mean other pictures" in capsys.readouterr().err
-    assert not (tmp_path / "data").exists()
-
-
-# --- layouts that people have
-
-def rows_of(path):
-    return [(row.key, row.image, row.captions["long"]) for row in read_captions(path)]
-
-
-LAYOUTS = {  # name of a file: (what is in it, the rows (key, image, caption) that it gives)
-    "cc3m.tsv": ("a bus station\thttp://x/1.jpg\n", [("000000000", "", "a bus station")]),
-    "cc12m.tsv": ("http://x/1.jpg\ta bus station\n", [("000000000", "", "a bus station")]),
-    "metadata.csv": ("file_name,text\na.jpg,a fox\n", [("000000000", "a.jpg", "a fox")]),
-    "excel.csv": ('image;raw\na.jpg;"a fox; asleep"\n', [("000000000", "a.jpg", "a fox; asleep")]),
-    "blip.jsonl": ('{"image": "a.jpg", "blip_caption": "a fox"}', [("000000000", "a.jpg", "a fox")]),
-    "lists.jsonl": ('{"image": "a.jpg", "caption": ["a fox", "asleep"]}', [("000000000", "a.jpg", "a fox")]),
-    "yfcc15m_clean_open_data.json": (  # DeCLIP's: an object a line, whatever the name says
-        '{"filename": "2b/a.jpg", "caption": "a fox", "url": "http://x/1.jpg"}\n'
-        '{"filename": "2b/b.jpg", "caption": "a bee", "url": "http://x/2.jpg"}\n',
-        [("000000000", "2b/a.jpg", "a fox"), ("000000001", "2b/b.jpg", "a bee")]),
-    "two.csv": ("title,caption\none,two\n", [("000000000", "", "one")]),
-    "llava.json": (
-        '[{"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "What is it?"}, '
-        '{"from": "gpt", "value": "A fox in deep snow."}, {"from": "gpt", "value": "Yes."}]}, '
-        '{"id": "8", "image": "b.jpg", "conversations": ["x", {"from": "human"}]}]',
-        [("7", "a.jpg", "A fox in deep snow.")]),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_published_layouts(tmp_path, name):
-    text, expected = LAYOUTS[name]
-    (tmp_path / name).write_text(text)
-    assert rows_of(tmp_path / name) == expected
-
-
-def test_a_folder_of_pictures_with_a_text_each(tmp_path):
-    """As img2dataset's `files` output too: what is not a text with a picture is counted or passed over."""
-    folder = tmp_path / "photos"
-    for name in ("b.JPG", "a.png", "a.jpg", "more/0001.webp", "alone.jpg"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-    for name, text in {"b": "a bee\n", "a": "an ant", "more/0001": "a moth", "none": "no picture"}.items():
-        (folder / f"{name}.txt").write_text(text)
-    (folder / "more/0001.json").write_text("{}")
-    (folder / "alone.txt").write_bytes(b"\xff")
-    os.mkfifo(folder / "pipe.txt")
-    assert len(captions.fingerprint([folder])) == 64
-    skipped = {}
-    rows = list(read_captions(folder, skipped))
-    assert [(row.key, row.image, row.captions["raw"]) for row in rows] == [
-        ("a", "a.jpg", "an ant"), ("b", "b.JPG", "a bee"), ("more/0001", "more/0001.webp", "a moth")]
-    assert {why: count for why, (count, _) in skipped.items()} == {
-        "text without a picture beside it": 1, "not UTF-8 text": 1}
-
-
-def test_a_folder_with_its_captions_in_one_file(tmp_path):
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "an ant"}\n')
-    assert rows_of(tmp_path) == [("000000000", "a.jpg", "an ant")]
-
-
-def test_a_folder_is_embedded_trained_on_and_scored_by_its_name(tmp_path, tiny_llm, monkeypatch):
-    """The paths in it start at the folder itself, whoever reads them."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    for n in range(8):
-        Image.new("RGB", (32, 32), (n * 30, 0, 0)).save(tmp_path / "photos" / f"{n}.png")
-        (tmp_path / "photos" / f"{n}.txt").write_text(f"a picture of {n} things")
-    llm = str(tiny_llm)
-    monkeypatch.setattr(sys, "argv", ["embed.py", "--captions", "photos", "--llm", llm, "--device", "cpu"])
-    embed.main()
-    small = "--preset demo --width 12 --layers 1 --heads 3 --batch 4 --steps 2 --workers 0 --device cpu"
-    assert train.main(small.split()) == 0
-    monkeypatch.delenv("FLAME_LLM", raising=False)
-    assert evaluate.main(["--captions", "photos", "--device", "cpu"]) == 0  # and finds the LLM again
-    result = json.loads((tmp_path / "results" / "photos.json").read_text())
-    assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (8, 8, 0)
-
-
-DREAMLIP = ("Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions",
-            "longSV_captions", "shortLLA_captions", "longLLA_captions")
-
-
-def dreamlip(path, numbers):
-    """Its CSV: a row is about http://x/<number>.jpg, and each caption says its column and number."""
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(DREAMLIP)
-        for n in numbers:
-            rows.writerow([f"http://x/{n}.jpg", *(f"{column}, \n\"{n}\"" for column in DREAMLIP[1:])])
-    return path
-
-
-def test_dreamlips_columns_are_those_of_one_model(tmp_path):
-    path = dreamlip(tmp_path / "cc3m_3long_3short_1raw_captions_url.csv", range(2))
-    first, second = read_captions(path)
-    columns = {"raw": "raw_caption", "short": "shortSV_captions", "long": "longSV_captions"}
-    assert first.captions == {name: f'{column}, "0"' for name, column in columns.items()}
-    assert (second.key, second.image, second.url) == ("000000001", "", "http://x/1.jpg")
-    assert {name: captions.column_taken(path, name) for name in flame.PROMPTS} == columns
-    lines = path.read_text().replace("longLLA_captions", "long", 1)  # another's, where the header says so
-    path.write_text(lines)
-    assert next(read_captions(path)).captions["long"] == 'longLLA_captions, "0"'
-    assert captions.column_taken(path, "long") is None
-
-
-def test_dreamlip_meets_tars_by_the_pictures_url(tmp_path, tiny_llm, monkeypatch, capsys):
-    """The keys of the tars are in another order than its rows; one picture of either is not in the other."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cc3m").mkdir()
-    for shard in range(2):
-        names = {f"{shard}{n}": 9 - 3 * shard - n for n in range(3)}  # 9, 8, ... 4
-        about = {key: json.dumps({"caption": "?", "url": f"http://x/{n}.jpg", "status": "success"}).encode()
-                 for key, n in names.items()}
-        members = [(f"{key}.json", text) for key, text in about.items()]
-        members += [(f"{key}.txt", f"photo {n}".encode()) for key, n in names.items()]
-        tar(tmp_path / f"cc3m/{shard}.tar", *(member(name, text) for name, text in sorted(members)))
-    file = dreamlip(tmp_path / "dreamlip.csv", range(9))
-    joins = {name: read_join(name, file, {}) for name in ("short", "long")}
-    rows = {row.url[9]: row.captions for row in read_captions("cc3m", joins=joins)}
-    assert set(rows) == set("987654") and rows["9"] == dict.fromkeys(flame.PROMPTS, "photo 9")
-    for n in "45678":
-        assert rows[n] == {"raw": f"photo {n}", "short": f'shortSV_captions, "{n}"',
-                           "long": f'longSV_captions, "{n}"'}
-    command = ["embed.py", "--captions", "cc3m/{0..1}.tar", "--join", "long=dreamlip.csv", "--out", "s"]
-    monkeypatch.setattr(sys, "argv", [*command, "--llm", str(tiny_llm), "--device", "cpu"])
-    assert not embed.main()
-    said = capsys.readouterr()
-    assert "long captions: longSV_captions of dreamlip.csv\n" in said.out and "raw_caption" not in said.out
-    assert "skipped 1 row: key without a long caption in the joined file" in said.err
-    assert "dreamlip.csv: 4 keys are not in " in said.err
-    dreamlip(file, range(20, 29))
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "cpu", "--out", "other"])
-    with pytest.raises(SystemExit):
-        embed.main()
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "dreamlip.csv: none of its keys or URLs is in " in error and not (tmp_path / "other").exists()
-
-
-def test_a_tar_whose_json_has_recaptions_does_not_take_raw_for_them(tmp_path):
-    """As img2dataset writes them where it fetches by DreamLIP's file; YFCC's tars name the URL otherwise."""
-    about = {column: f"{column}." for column in DREAMLIP[1:]} | {"downloadurl": "http://x/1.jpg"}
-    tar(tmp_path / "0.tar", member("a.json", json.dumps(about).encode()), member("a.txt", b"as .txt has it"))
-    row = next(read_captions(tmp_path / "0.tar"))
-    assert (row.key, row.url) == ("a", "http://x/1.jpg")
-    assert row.captions == {"raw": "as .txt has it", "short": "shortSV_captions.", "long": "longSV_captions."}
-    samples = pytest.importorskip("webdataset").WebDataset(str(tmp_path / "0.tar"), shardshuffle=False)
-    theirs, = samples.decode()
-    assert (theirs["__key__"], theirs["txt"]) == (row.key, row.captions["raw"])
-    assert theirs["json"]["longSV_captions"] == row.captions["long"]
-
-
-@pytest.mark.parametrize("name", ["raw", "short", "long"])
-def test_a_joined_answer_is_the_caption_and_its_id_is_not(tmp_path, name):
-    """LLaVA's and ShareGPT4V's entries, and others that say more than key and caption."""
-    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat on a mat."}]
-    entries = [{"id": "k1", "image": "a.jpg", "conversations": turns},
-               {"key": "k2", "license": "cc-by", "id": "7", "minicpm": "A dog."}]
-    (tmp_path / "a.json").write_text(json.dumps(entries))
-    joined = read_join(name, tmp_path / "a.json", {})
-    assert joined.get("k1") == "A cat on a mat." and joined.get("k2") == "A dog."
-
-
-def test_a_joined_row_without_its_own_caption_takes_no_other_sets(tmp_path):
-    dreamlip(tmp_path / "a.csv", range(3))
-    text = (tmp_path / "a.csv").read_text()
-    (tmp_path / "a.csv").write_text(text.replace('longSV_captions, \n""1""', " "))
-    skipped = {}
-    joined = read_join("long", tmp_path / "a.csv", skipped)
-    assert len(joined) == 2 and joined.get("http://x/1.jpg") is None
-    assert skipped["joined row without key or caption"][0] == 1
-
-
-def coco(indent=None):
-    """captions_val2017.json: two captions each of two pictures, and one of a picture that is not named."""
-    images = [{"license": 3, "file_name": f"{n:012d}.jpg", "height": 9, "width": 9, "id": n} for n in (7, 8)]
-    said = [(7, "a bus"), (8, "a dog"), (7, "a red bus"), (9, "lost"), (8, "a wet dog")]
-    said = [{"image_id": n, "id": 100 + at, "caption": text} for at, (n, text) in enumerate(said)]
-    return json.dumps({"info": {}, "licenses": [], "images": images, "annotations": said}, indent=indent)
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-def test_cocos_captions_are_a_row_each(tmp_path, indent):
-    (tmp_path / "captions_val2017.json").write_text(coco(indent))
-    bus, dog = "000000000007.jpg", "000000000008.jpg"
-    assert rows_of(tmp_path / "captions_val2017.json") == [
-        ("100", bus, "a bus"), ("101", dog, "a dog"), ("102", bus, "a red bus"), ("103", "", "lost"),
-        ("104", dog, "a wet dog")]
-    theirs = pytest.importorskip("pycocotools.coco").COCO(tmp_path / "captions_val2017.json")
-    for key, image, text in rows_of(tmp_path / "captions_val2017.json"):
-        annotation = theirs.anns[int(key)]
-        assert annotation["caption"] == text
-        assert theirs.imgs.get(annotation["image_id"], {"file_name": ""})["file_name"] == image
-
-
-@pytest.mark.parametrize("images, said", [
-    (7, [{"id": 1, "image_id": [2], "caption": "a"}]), ([7, {"id": {}}], [None, "x", {"caption": "a"}]),
-    ([], [{"id": 1}, {"id": 2, "image_id": 3, "caption": "a"}])])
-def test_a_damaged_coco_file_gives_what_it_can(tmp_path, images, said):
-    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": said}))
-    assert [text for _, _, text in rows_of(tmp_path / "a.json")] == ["a"]
-
-
-def test_rows_that_repeat_captions_or_pictures_are_counted_once_at_the_end(tmp_path, tiny_llm, monkeypatch,
-                                                                            capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "captions.json").write_text(coco())
-    rows = ["a.jpg\tA", "b.jpg\tA", "c.jpg\tB", "c.jpg\tA", "\tC", "\tD"]
-    (tmp_path / "some.tsv").write_text("image\traw\n" + "\n".join(rows))
-    for name in ("captions.json", "some.tsv"):
-        command = f"embed.py --captions {name} --llm {tiny_llm} --device cpu --prompts raw"
-        monkeypatch.setattr(sys, "argv", command.split())
-        assert not embed.main()
-    told = capsys.readouterr().err
-    assert told.count("captions.json: 2 of 5 rows name the picture of an earlier row") == 1
-    assert "captions.json: 2 of 5 rows have the very" not in told
-    assert "some.tsv: 2 of 6 rows have the very captions of an earlier row" in told
-    assert "some.tsv: 1 of 6 rows name the picture of an earlier row" in told
-
-
-# --- what is scored and was seen before
-
-@pytest.fixture
-def trained(tmp_path, tiny_llm, monkeypatch):
-    """A run on eight pictures in photos/, 0.png to 7.png, called "a picture of <n> things"; runs commands."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FLAME_LLM", raising=False)
-    (tmp_path / "photos").mkdir()
-    for n in range(8):
-        Image.new("RGB", (32, 32), (n * 30, 0, 0)).save(tmp_path / "photos" / f"{n}.png")
-    rows = "".join(f"{n}\ta picture of {n} things\n" for n in range(8))
-    (tmp_path / "train.tsv").write_text(f"key\traw\n{rows}")
-
-    def train_on(images, *more):
-        command = f"embed.py --captions train.tsv --llm {tiny_llm} --device cpu --prompts raw --out s"
-        monkeypatch.setattr(sys, "argv", [*command.split(), *more])
-        assert not embed.main()
-        small = f"--embeddings s --images {images} --name t --preset demo --width 12 --layers 1 --heads 3"
-        assert train.main(f"{small} --batch 4 --steps 1 --workers 0 --device cpu".split()) == 0
-
-    def score(rows):
-        (tmp_path / "mine.tsv").write_text("image\traw\n" + "".join(f"{row}\n" for row in rows))
-        assert evaluate.main("--captions mine.tsv --prompts raw --device cpu".split()) == 0
-        return json.loads((tmp_path / "results/mine.json").read_text())
-
-    return tmp_path, train_on, score
-
-
-MINE = ["copy.png\tnew words", "photos/4.png\ta picture of 4 things", "other.png\tnew words",
-        "again.png\ta picture of 5 things", "gone.png\tnever seen"]
-
-
-def leaks(result):
-    kinds = ("leaked_images", "leaked_texts", "identical_images", "identical_texts")
-    return [result.get(kind) for kind in kinds]
-
-
-@pytest.mark.parametrize("images", ["photos", "tars"])
-def test_what_was_trained_on_or_is_scored_twice_is_counted_and_said(trained, images, capsys):
-    """copy.png and again.png are photos/3.png; other.png is 7.png but for a byte, gone.png no file."""
-    folder, train_on, score = trained
-    data = {f"{n}.png": (folder / "photos" / f"{n}.png").read_bytes() for n in range(8)}
-    (folder / "tars").mkdir()
-    tar(folder / "tars/0.tar", *(member(name, content) for name, content in data.items()))
-    train_on(images)
-    for name in ("copy.png", "again.png"):
-        (folder / name).write_bytes(data["3.png"])
-    (folder / "other.png").write_bytes(data["7.png"][:-1] + b"?")
-    capsys.readouterr()
-    assert leaks(score(MINE)) == [3, 2, 1, 1]
-    told = ("3 of 5 pictures were trained on; 2 of 5 texts were trained on; "
-            "1 of 5 pictures are the same as an earlier one; 1 of 5 texts are the same as an earlier one")
-    assert told in capsys.readouterr().err.splitlines()
-    assert leaks(score(["other.png\tnew", "photos/../other.png\tanother"])) == [0, 0, 1, 0]
-
-
-def test_ones_own_pictures_may_lie_in_tars(trained, capsys):
-    """By key, by a.jpg before a.mask.jpg, in captions' own tars too; all score and leak as the files do."""
-    folder, train_on, score = trained
-    train_on("photos")
-    files = score([f"photos/{n}.png\ta picture of {n} things" for n in range(8)])
-    members = []
-    for n in range(8):
-        picture = (folder / "photos" / f"{n}.png").read_bytes()
-        members += [member(f"{n}.depth.png", b"no picture"), member(f"{n}.png", picture),
-                    member(f"{n}.txt", f"a picture of {n} things".encode())]
-    (folder / "tars").mkdir()
-    tar(folder / "tars/0.tar", *members[:12])
-    tar(folder / "tars/1.tar", *members[12:])
-    (folder / "tars/2.tar").write_bytes(b"no tar")
-    alike = ("n_images", "n_texts", "skipped_images", "text_to_image", "image_to_text", "leaked_images")
-    for captions_of in ("tars", "train.tsv"):
-        capsys.readouterr()
-        command = f"--captions {captions_of} --images tars --prompts raw --device cpu --report"
-        assert evaluate.main(command.split()) == 0
-        result = json.loads((folder / "results" / f"{captions_of.split('.')[0]}.json").read_text())
-        assert [result[name] for name in alike] == [files[name] for name in alike]
-        assert result["leaked_images"] == 8 and "2.tar" in capsys.readouterr().err
-
-
-def test_joined_captions_were_trained_on_too(trained):
-    folder, train_on, score = trained
-    joined_file(folder / "raw.json", [(str(n), f"joined {n}") for n in range(8)])
-    train_on("photos", "--join", "raw=raw.json")
-    result = score(["photos/1.png\tjoined 1", "photos/2.png\ta picture of 2 things", "photos/3.png\tnew"])
-    assert leaks(result)[:2] == [3, 2]
-
-
-def test_what_cannot_be_compared_is_said_and_not_counted_as_none(trained, capsys):
-    folder, train_on, score = trained
-    train_on("photos")
-    with open(folder / "train.tsv", "a") as file:
-        file.write("9\tanother\n")
-    mine = ["photos/4.png\ta picture of 4 things", "photos/5.png\tnew"]
-    assert leaks(score(mine)) == [2, None, 0, 0]
-    meta = (folder / "s/meta.json").read_text()
-    (folder / "s/meta.json").write_text(meta.replace('"sha256": "', '"sha256": "another'))
-    assert leaks(score(mine)) == [None, None, 0, 0]     # another store, where the run's own was
-    assert capsys.readouterr().err.count("not the store any more that out/t was trained on") == 2
-    (folder / "s/meta.json").write_text(meta)
-    score(mine)
-    os.rename("s", "moved")
-    assert leaks(score(mine)) == [None, None, 0, 0]
-    told = capsys.readouterr().err
-    assert "how many texts were trained on is not known: " in told and "not the captions any more" in told
-    assert "how many pictures were trained on is not known: s" in told
-
-
-@pytest.mark.parametrize("config", [
-    "[]", "{", '{"store": 7}', '{"store": {"path": "gone"}}', '{"store": {"path": "s"}, "images": 7}'])
-@pytest.mark.parametrize("meta", ["[]", '{"captions": {"path": "pipe", "sha256": "", "joins": []}}',
-                                  '{"captions": {"path": "pipe", "sha256": ""}}'])
-def test_a_damaged_record_of_training_is_named_and_not_counted(tmp_path, monkeypatch, capsys, config, meta):
-    monkeypatch.chdir(tmp_path)
-    os.mkfifo("pipe")
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s/meta.json").write_text(meta)
-    (tmp_path / "config.json").write_text(config)
-    with open("large.png", "wb") as file:
-        file.truncate(1 << 40)
-    with within(5):
-        pictures = [tmp_path / name for name in ("pipe", "large.png", "a.png")]
-        counts = count_leaks(pictures, ["a", "a"], tmp_path)
-    assert counts == {"identical_images": 0, "identical_texts": 1}
-    assert capsys.readouterr().err.count(" is not known: ") == 2
-
-
-@pytest.mark.parametrize("name, text, cure", [
-    ("x.parquet", "PAR1", "JSONL"),
-    ("y.csv", "picture;note\n1;2\n", "no column"),
-    ("z/readme.md", "", "a folder"),
-])
-def test_what_is_not_read_says_what_is(tmp_path, name, text, cure):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    with pytest.raises(flame.InputError, match=cure):
-        rows_of(path.parent if name.startswith("z/") else path)
