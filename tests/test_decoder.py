@@ -119,7 +119,7 @@ def test_states_equal_transformers(make, path, name, layer):
 
 @pytest.mark.parametrize("prompts", ["raw", "long"])
 def test_states_of_smollm2_equal_transformers(llm, path, prompts):
-    captions = tuple(CAPTIONS[:7])
+    captions = tuple(CAPTIONS[:5])
     ours = flame.TextEncoder(llm, dtype=torch.float32).encode(captions, prompts)
     assert centered_error(ours, separate_passes(llm, prompts, 29, captions)) <= 1e-4
 
@@ -432,7 +432,7 @@ def released_states(llm_dir, prompts):
     tokenizer, model = their_tokenizer(llm_dir), their_model(llm_dir, attn_implementation="eager")
     comma = tokenizer(RELEASED["raw"]).input_ids[-10]
     out = []
-    for caption in THEIR_CAPTIONS:
+    for caption in THEIR_CAPTIONS[:-1]:  # a long one takes long
         ids = torch.tensor(released_ids(tokenizer, caption, prompts))
         ends = (ids == ids[-1]).nonzero().flatten()[-len(flame.PROMPTS[prompts].facets):].tolist()
         starts = [(ids == comma).nonzero()[-1].item()] + ends[:-1]
@@ -461,10 +461,10 @@ def test_the_text_path_equals_the_released_one(nemo, prompts):
     theirs = released_states(nemo, prompts)
     for dtype, cosine in ((torch.float32, 0.9999), (torch.float16, 0.999)):
         encoder = released.text_encoder(nemo, dtype=dtype, positions="sequential")
-        ours = encoder.encode(THEIR_CAPTIONS, prompts)
+        ours = encoder.encode(THEIR_CAPTIONS[:-1], prompts)
         assert centered_cosine(ours, theirs).min() >= cosine
     if prompts != "raw":
-        plain = flame.TextEncoder(nemo, dtype=torch.float32).encode(THEIR_CAPTIONS, prompts)
+        plain = flame.TextEncoder(nemo, dtype=torch.float32).encode(THEIR_CAPTIONS[:-1], prompts)
         assert centered_cosine(plain, theirs).mean() < 0.99
 
 
@@ -675,6 +675,8 @@ def test_a_checkpoint_loads_as_it_was_saved_or_is_refused(tmp_path):
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
     model = flame.Flame(CONFIG)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
     refused("config.json: no such file")
     save(CONFIG)
     refused("model.safetensors: no such file")
