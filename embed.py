@@ -43,7 +43,7 @@ def embed(args):
         nonlocal encoder
         write_table(path, args.captions, args.join)
         rows = list(islice(read_table(path), 1000))
-        _, _, sample, missing = named_pictures(args.captions, [row.image for row in rows])
+        _, _, sample, missing = named_pictures(Path(args.captions), [row.image for row in rows])
         if missing:
             print(f"{args.captions}: {len(missing)} of the first {len(sample)} pictures that it names are "
                   f"not there (first: {missing[0]}); train.py looks by key, or where --images DIR says",

@@ -1,10 +1,10 @@
 """Captions: every source becomes one table, captions.tsv, which is all that the rest of the house reads.
 
 A source is a file (TSV, CSV, JSON or JSONL, .gz too; Parquet; a tar), several by a range or a glob
-("cc3m/{0000..0575}.tar", "x-*.parquet"), or a folder of these, of pictures with a .txt each, or with
-metadata.jsonl or .csv (data/README.md). Python reads TSV, CSV, tars and folders row by row; DuckDB reads JSON
-and Parquet, joins, sorts and writes, out of core. Without keys, the row's number in the file is the key, nine
-digits, as img2dataset names its samples. A bad row is skipped, counted and named, never fatal.
+("cc3m/{0000..0575}.tar", "x-*.parquet"), or a folder of tars or Parquet or with metadata.jsonl or .csv
+(data/README.md). Python reads TSV, CSV and tars row by row; DuckDB reads JSON and Parquet, joins, sorts and
+writes, out of core. Without keys, the row's number in the file is the key, nine digits, as img2dataset names
+its samples. A bad row is skipped, counted and named, never fatal.
 """
 import csv
 import glob
@@ -39,8 +39,8 @@ NAMES = {
 }
 NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "license", ""}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
-WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, tars, or a folder of pictures with a .txt each"
+FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.parquet")
+WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 DAMAGED = "tar that is none, or damaged from there on"
 LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
 LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
@@ -242,8 +242,6 @@ def load(database, scratch, source, skipped, field=None):
     with reading(files[0], WANTED):
         if kind == ".tar":
             files = spool(scratch, tar_rows(files, skipped), skipped)
-        elif kind == ".txt":
-            files = spool(scratch, text_rows(Path(source), files, skipped), skipped)
         elif kind not in (".json", ".jsonl", ".parquet"):
             files = spool(scratch, csv_rows(files, kind == ".csv", skipped), skipped)
         paths = ", ".join(quoted(glob.escape(str(file))) for file in files)
@@ -423,10 +421,8 @@ def tar_files(path, skipped):
 
 def skip(skipped, reason, place):
     """Counts what is left out: skipped[reason] = [how many, the first five places]."""
-    entry = skipped.setdefault(reason, [0, []])
-    entry[0] += 1
-    if len(entry[1]) < 5:
-        entry[1].append(" ".join(place.split()))  # a name may hold line breaks
+    count, places = skipped.get(reason, (0, []))
+    skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may hold line breaks
 
 
 def report_skipped(source, skipped):

@@ -3,6 +3,7 @@
 They are files that the captions name, or files or tars whose names are the keys (data/README.md).
 """
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -16,11 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from data.captions import PICTURES, report_skipped, sample_name, source_files, tar_files
 from data.files import write
-from flame import InputError
+from flame import InputError, reading
 
 LARGEST = 1 << 30  # bytes of a picture's file
 LOOKED_AT = 1000   # pictures that stand for all of them where it is asked whether they are there
@@ -66,12 +66,10 @@ def find_pictures(keys, images, captions, folder=None, index=None):
     root, files, sample, missing = named_pictures(captions, images, folder)
     if not files and not folder:
         root = captions.with_name(captions.name.split(".")[0])
-    if captions.suffix == ".tar" and not folder:
-        tars = source_files(captions)
-    else:
-        tars = sorted(root.glob("*.tar"))
+    captioned = captions.suffix == ".tar" and not folder
+    tars = source_files(captions) if captioned else sorted(root.glob("*.tar"))
     if len(missing) < len(sample):  # else the pictures are in tars, or lie by key
-        rows = np.flatnonzero(images)
+        rows = np.array([row for row, image in enumerate(images) if image], np.int64)
         places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
     elif tars:
         files = list(map(str, tars))
@@ -80,15 +78,13 @@ def find_pictures(keys, images, captions, folder=None, index=None):
         files = []
         rows, places = first_of_each_row(folder_pictures(root, files), keys)
     if not len(rows):
-        picture = (missing or [f"{keys[0]}.jpg"])[0]
         raise InputError(f"{root}: none of the {len(keys)} rows of {captions} has a picture there, such as "
-                         f"{picture}; give --images DIR")
+                         f"{(missing or keys)[0]}; give --images DIR")
     return rows, files, places
 
 
 def named_pictures(captions, images, folder=None):
     """-> where the images' paths start, the paths, an evenly spaced sample of them, those that are missing"""
-    captions = Path(captions)
     root = Path(folder or (captions if captions.is_dir() else captions.parent))
     paths = [os.path.join(root, image) for image in images if image]
     sample = paths[::1 + len(paths) // LOOKED_AT]
@@ -97,17 +93,16 @@ def named_pictures(captions, images, folder=None):
 
 def folder_pictures(root, files):
     """Yields (key, place) of the pictures in a folder and its subfolders, and appends them to files."""
-    for folder, _, names in sorted(os.walk(root)):
-        for name in sorted(names):
-            _, key, suffix = sample_name(name)
-            if f".{suffix}" in PICTURES:
-                yield key, (len(files), 0, -1)
-                files.append(os.path.join(folder, name))
+    for path in sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True)):
+        _, key, suffix = sample_name(path)
+        if f".{suffix}" in PICTURES:
+            yield key, (len(files), 0, -1)
+            files.append(path)
 
 
 def tar_pictures(tars, skipped):
     """Yields (key, place) of the pictures in tars."""
-    for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars")):
+    for number, path in enumerate(tars):
         for _, key, suffix, offset, size in tar_files(path, skipped):
             if f".{suffix}" in PICTURES and size <= LARGEST:
                 yield key, (number, offset, size)
@@ -125,15 +120,12 @@ def first_of_each_row(pictures, keys):
 
 def index_tars(keys, tars, index):
     """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
-    about = [(tar, os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
+    about = [(tar, *os.stat(tar)[6:9:2]) for tar in tars]  # bytes, time of change
     stamp = json.dumps([hashlib.sha256("\n".join(keys).encode()).hexdigest(), *about])
-    try:
-        if index and os.path.isfile(index):  # to open a pipe is to wait without end
-            with np.load(index) as saved:
-                if str(saved["stamp"]) == stamp:
-                    return saved["rows"], saved["places"]
-    except Exception:  # damaged in one of many ways: made anew
-        pass
+    if index and os.path.exists(index):
+        with reading(index, "delete it") as path, np.load(path) as saved:
+            if str(saved["stamp"]) == stamp:
+                return saved["rows"], saved["places"]
     skipped = {}
     rows, places = first_of_each_row(tar_pictures(tars, skipped), keys)
     report_skipped(os.path.dirname(tars[0]), skipped)
