@@ -5,6 +5,10 @@ captions.tsv is the table of captions, meta.json says what the vectors are made 
 the writer is killed or the disk is full, the same command makes those that are missing, and ends with the
 same bytes. Two runs at once write the same bytes under the same names.
 """
+from functools import reduce
+from itertools import accumulate, islice
+from operator import getitem
+
 import numpy as np
 
 import flame
@@ -12,6 +16,9 @@ from data import files
 from data.captions import Row
 from flame import InputError
 
+# What the bytes depend on. Captions and LLM may have moved: their hashes tell.
+FIXED = ("llm: fingerprint", "llm: layer", "llm: positions", "llm: questions", "captions: sha256", "columns",
+         "dtype", "device", "budget", "window")
 CURE = "choose another --out, or --overwrite"
 
 
@@ -48,39 +55,30 @@ def windows(out):
 
 
 def refuse_other_settings(meta, settings):
-    """Raises InputError that names the setting. Captions and LLM may have moved: their hashes tell."""
+    """Raises InputError that names the setting."""
     with flame.reading(meta, CURE):
         recorded = flame.read_json(meta, CURE)
-        for name, value in settings.items():
-            pairs = {name: (recorded[name], value)}
-            if isinstance(value, dict):
-                pairs = {f"{name}: {key}": (recorded[name][key], value[key])
-                         for key in value if key not in ("name", "path", "joins")}
-            for setting, (was, now) in pairs.items():
-                if was != now:
-                    raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
+        for setting in FIXED:
+            was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
+            if was != now:
+                raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
 
 
 def window_starts(table, window):
     """-> how many rows the table has, and the byte where each window of them begins"""
     starts = []
-    N = 0
     with open(table, "rb") as file:
-        place = len(file.readline())
-        for line in file:
+        for N, place in enumerate(accumulate(map(len, file))):  # of the header, then of each row: its end
             if N % window == 0:
                 starts.append(place)
-            place += len(line)
-            N += 1
-    return N, starts
+    return N, starts[:-(-N // window)]
 
 
 def window_rows(out, meta, w):
     """The rows of window w, [Row]."""
-    count = min(meta["window"], meta["N"] - w * meta["window"])
     with open(out / "captions.tsv", "rb") as file:
         file.seek(meta["starts"][w])
-        return [Row(*file.readline().decode()[:-1].split("\t")) for _ in range(count)]
+        return [Row(*line.decode()[:-1].split("\t")) for line in islice(file, meta["window"])]
 
 
 def write_window(out, w, block):

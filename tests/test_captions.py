@@ -96,7 +96,7 @@ def write_rows(path, rows, kind):
     return path
 
 
-KINDS = ("csv", "csv.zst", "tsv", "tsv.gz", "json", "json.gz", "jsonl", "jsonl.zst", "parquet")
+KINDS = ("csv", "tsv", "tsv.gz", "json", "json.gz", "jsonl", "parquet")
 
 
 @pytest.mark.parametrize("kind", KINDS)
