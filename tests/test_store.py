@@ -291,7 +291,7 @@ def test_pictures_that_are_not_there_are_told_at_once(here, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["embed.py", "--captions", "small.tsv", "--device", "cpu"])
     embed.main()
     told = capsys.readouterr().err
-    assert "22 of the first 23 pictures that it names are not there (first: pics/0.png)" in told
+    assert "22 of the first 23 pictures that it names are not there (first: ./pics/0.png)" in told
 
 
 def test_a_full_disk_costs_nothing(run, monkeypatch):
