@@ -36,7 +36,7 @@ from data.command import Parser, number, run, usable_device
 from data.intervals import RECALL_AT, Hits, compare, keep, means, with_intervals
 from data.show import plots, search, table, words
 from data.show.sheet import Shown, draw_sheet
-from data.towers import Towers, encode_images, encode_texts, open_towers, pooled, trained_facets
+from data.towers import encode_images, encode_texts, open_towers, pooled, trained_facets
 from flame import InputError
 
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
@@ -357,7 +357,7 @@ def main(argv=None):
                 return words.show(args, towers.model, llm)
             if args.search is not None:
                 places = benchmarks.pictures_in(args.images)
-                return search.search(args, places, towers, encode_images, encode_texts)
+                return search.search(args, places, towers)
             for prompts in args.asked:      # else found after an hour
                 trained_facets(towers.model, prompts)
             results = {name: evaluate(args, name, towers, checkpoint, own) for name, own in data.items()}

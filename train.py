@@ -212,8 +212,8 @@ def settle(s, images, columns, D):
     if s["batch"] > images:
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
-        raise flame.InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, of {images} images "
-                               f"(--holdout {s['holdout']} left these)")
+        raise flame.InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, at most the "
+                               f"{images} images that --holdout {s['holdout']} leaves")
     s["positives"] = min(s["positives"], columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))

@@ -20,8 +20,8 @@ def log_step(run, entry, held_out, bar, board):
     """
     entry["scale"] = run.model.logit_scale.exp().item()
     entry["bias"] = run.model.logit_bias.item()
-    bar.set_postfix_str("loss {loss:.3f}, scale {scale:.1f}, {images_per_s:.0f} images/s, {waited:.1%} of the "
-                        "time waited for data".format(**entry), refresh=False)
+    bar.set_postfix_str("loss {loss:.3f}, scale {scale:.1f}, {images_per_s:.0f} images/s, waited for data "
+                        "{waited:.1%} of the time".format(**entry), refresh=False)
     bar.update()
     entry |= {name: round(value, 5) for name, value in entry.items() if name != "lr"}
     if held_out:

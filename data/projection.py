@@ -48,9 +48,7 @@ def fit_text_projection(projection, store, spec, device="cpu"):
     """
     kind, _ = parse_projection(spec)
     rank = projection.basis.shape[-1]
-    rows = np.arange(len(store))
-    if len(rows) > SAMPLE:
-        rows = np.sort(np.random.default_rng(0).choice(len(rows), SAMPLE, replace=False))
+    rows = np.arange(0, len(store), -(-len(store) // SAMPLE))
     if kind == "agree":
         views = flame.TextProjection(store.meta["D"], rank)
         fit_text_projection(views, store, "whiten", device)
@@ -61,7 +59,7 @@ def fit_text_projection(projection, store, spec, device="cpu"):
             rest, basis, gain = whitening(covariance, rank, len(rows))
         else:
             ridge = RAW_RIDGE if name.startswith("raw") else RIDGE
-            rest, basis, gain = agreement(covariance, products.pop(c), ridge, rank)
+            rest, basis, gain = agreement(covariance, products[c], ridge, rank)
         projection.rest[c] = rest
         projection.basis[c] = basis
         projection.gain[c] = gain
@@ -104,27 +102,29 @@ def whitening(covariance, rank, rows):
 
 
 def products_with_others(store, rows, views, device):
-    """-> {column: covariance [D, D], float64, of its unit vectors and what the row's other prompt sets say}.
+    """-> float64 [11, D, D], each column's covariance of its unit vectors and what the row's other sets say.
 
     A set says the mean over its columns of their unit vectors in `views`, a TextProjection; the others
     together say the mean of that.
     """
     counts = [len(prompt.facets) for prompt in flame.PROMPTS.values()]  # a set's columns lie side by side
     set_of = np.repeat(range(len(counts)), counts).tolist()
-    columns = range(sum(counts))
     D = store.meta["D"]
-    products = torch.zeros(len(columns), D, D, dtype=torch.float64, device=device)
-    sums = torch.zeros(len(columns), 2, D, dtype=torch.float64, device=device)
+    products = torch.zeros(len(set_of), D, D, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(set_of), 2, D, dtype=torch.float64, device=device)
     for part in np.split(rows, range(1024, len(rows), 1024)):
-        u = store.read(part, columns).to(device)  # [n, 11, D]
-        said = torch.stack([x.mean(1).double() for x in views(u, columns).split(counts, dim=1)])  # [3, n, D]
-        for c in columns:
-            own = u[:, c].double()
-            others = (said.sum(0) - said[set_of[c]]) / (len(counts) - 1)
-            products[c].addmm_(own.T, others)
-            sums[c] += torch.stack([own.sum(0), others.sum(0)])
-    means = sums / len(rows)
-    return {c: products[c] / len(rows) - torch.outer(*means[c]) for c in columns}
+        u = store.read(part, range(len(set_of))).to(device)  # [n, 11, D]
+        parts = views(u, range(len(set_of))).split(counts, dim=1)
+        sets = torch.stack([x.mean(1).double() for x in parts])  # [3, n, D]
+        others = (sets.sum(0) - sets) / (len(counts) - 1)
+        for c, n in enumerate(set_of):
+            x = u[:, c].double()
+            products[c].addmm_(x.T, others[n])
+            sums[c] += torch.stack([x.sum(0), others[n].sum(0)])
+    products /= len(rows)
+    for product, means in zip(products, sums / len(rows)):
+        product -= torch.outer(*means)
+    return products
 
 
 def agreement(covariance, product, ridge, rank):

@@ -34,7 +34,7 @@ class Towers(NamedTuple):
     encoder: Callable       # () -> flame.TextEncoder, made when it is first called for
     pool: str               # of facets, see pooled(); the authors' checkpoint says "released"
     device: str
-    cache: Path             # a folder
+    cache: Path | None      # a folder; None: keep nothing, show no progress
     image_tower: str        # digests of both, for the cache
     text_tower: str
 
@@ -51,7 +51,12 @@ def digest_of(about, tensors={}):
 
 
 def cached(towers, about, shape, dtype, make):
-    """What make() gave for the same `about` before, an array; made where it is not there, or damaged."""
+    """What make() gave for the same `about` before, an array; made where it is not there, or damaged.
+
+    Without a cache it is made and not kept.
+    """
+    if not towers.cache:
+        return make()
     path = towers.cache / f"{digest_of(about)}.npy"
     with suppress(Exception):   # numpy raises nearly anything on a damaged file
         array = np.load(path, mmap_mode="r")
@@ -89,7 +94,8 @@ def encode_images(towers, places, least=2):
         vectors = np.zeros(shape, np.float32)   # zero, no unit vector, where a picture cannot be read
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             coming = pool.map(pixels_of, places[:BATCH])    # begins at once: a batch ahead of the tower
-            for start in tqdm(range(0, len(places), BATCH), "images", unit=" batches", mininterval=1):
+            starts = range(0, len(places), BATCH)
+            for start in tqdm(starts, "images", unit=" batches", mininterval=1, disable=not towers.cache):
                 loaded = dict(enumerate(coming, start))
                 coming = pool.map(pixels_of, places[start + BATCH:start + 2 * BATCH])
                 good = {i: pixels for i, pixels in loaded.items() if pixels is not None}
@@ -147,7 +153,8 @@ def encode_texts(towers, texts, prompts, by_facet=False):
 
     def make(some):
         states = np.empty((len(some), *shape), np.float16)
-        with tqdm(total=len(some), desc=f"texts ({prompts})", unit=" texts", mininterval=1) as bar:
+        with tqdm(total=len(some), desc=f"texts ({prompts})", unit=" texts", mininterval=1,
+                  disable=not towers.cache) as bar:
             for rows, batch in towers.encoder().encode_batches(some, prompts):
                 norms = batch.norm(dim=-1, keepdim=True).clamp(min=1e-12)
                 norms = norms if towers.pool == "cosine" else norms.amax(1, keepdim=True)

@@ -341,7 +341,7 @@ def count(llm, blocks=39):
           f"paper: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory "
           f"{BYTES / 1e12:.2f} TB/s")
     for label, (flops, spent) in (parts | {"together": (products + useful, seconds)}).items():
-        print(f"  {label:32}{flops / 1e12:9.2f} TFLOP{1e3 * spent:9.1f} ms{flops / spent / PEAK:7.1%} of peak")
+        print(f" {label:32}{flops / 1e12:9.2f} TFLOP{1e3 * spent:9.1f} ms{flops / spent / PEAK:7.1%} of peak")
     print(f"the host meanwhile, ms on one core of this machine: tokenizing {tokenizing:.0f} and joining "
           f"{joining:.0f} by a thread, layout {laying_out:.0f}; the GPU has {1e3 * seconds:.0f} ms to do")
 

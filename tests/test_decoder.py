@@ -248,7 +248,6 @@ def quantised(dtype):
 
 
 BIAS = "model.layers.1.self_attn.k_proj.bias"
-INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize("name, change, words", [
@@ -268,9 +267,9 @@ INDEX = "model.safetensors.index.json"
     (QWEN2, tensors(lambda name, x: None if name == BIAS else x), f"no tensor {BIAS}"),
     (LLAMA, pipe("config.json"), "config.json: not a regular file"),
     (LLAMA, pipe("model.safetensors"), "model.safetensors: not a regular file"),
-    (LLAMA, holding("model.safetensors", None), r"no \*.safetensors"),
-    (LLAMA, holding(INDEX, '{"weight_map": {"a": "1.safetensors"}}'), "1.safetensors: no such file"),
-    (LLAMA, holding(INDEX, '{"weight_map": {"a": "/etc/passwd"}}'), "names a file in another folder"),
+    (LLAMA, holding("model.safetensors", None), "no tensor model.embed_tokens.weight in its safetensors"),
+    (LLAMA, lambda llm_dir: shutil.copy(llm_dir / "model.safetensors", llm_dir / "part-1.safetensors"),
+     "part-1.safetensors: tensor .* is also in model.safetensors"),
     (LLAMA, holding("tokenizer.json", None), "no tokenizer.json or tokenizer.model"),
 ])
 def test_what_is_not_supported_is_refused_in_one_line(folder, name, change, words):
@@ -331,7 +330,6 @@ def test_a_fingerprint_changes_with_all_that_is_read(folder, make_random_llm):
 def test_a_fingerprint_ignores_what_is_not_read(make, folder, name):
     llm_dir = folder(name)
     edit_json(llm_dir / "config.json", transformers_version="9.9", torch_dtype="float16", bos_token_id=7)
-    (llm_dir / "consolidated.safetensors").write_bytes(b"another format of the same weights")
     (llm_dir / "tokenizer.model").write_bytes(b"where there is a tokenizer.json, nobody reads this")
     (llm_dir / "tokenizer_config.json").write_text('{"add_bos_token": false}')  # goes with tokenizer.model
     assert flame.llm_fingerprint(llm_dir) == flame.llm_fingerprint(make(name))
@@ -345,9 +343,9 @@ TEXTS = CAPTIONS[:7] + [
     "Կարմիր օդապարիկ ծովի վերևում։", "עפיפון אדום מעל הים.", "طائرة ورقية حمراء فوق البحر.",
     "समुद्र के ऊपर लाल पतंग।", "சிவப்பு பட்டம்.", "ว่าวสีแดงเหนือทะเล",
     "རྒྱ་མཚོའི་སྟེང་དུ།", "ပင်လယ်ပေါ်က စွန်နီ။",
-    "바다 위의 빨간 연.", "ቀይ ካይት ከባሕር በላይ።", "ᎩᎦᎨ ᎠᎹ ᎡᏉᎯ", "海の上の赤い凧。カイト！", "Diều đỏ bay trên biển.",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 👍🏽 🦊🦊", "two  three   " + " " * 40 + "many" + " " * 300, " leading", "trailing \n",
-    "tab\tnew\nline\r\n\n\nend", "\x00\x01\x7f\x85\u00a0\u200b\ufeff\u2028",
+    "바다 위의 빨간 연.", "ቀይ ካይት ከባሕር በላይ።", "ᎩᎦᎨ ᎠᎹ ᎡᏉᎯ", "海の上の凧。カイト！", "Diều đỏ bay trên biển.",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 👍🏽 🦊🦊", "two  three   " + " " * 40 + "many" + " " * 300, " leading",
+    "trailing \n", "tab\tnew\nline\r\n\n\nend", "\x00\x01\x7f\x85\u00a0\u200b\ufeff\u2028",
     "\ufffd\ufffd e\u0301\u0327 \U000e0041\U0010fffd", "ﬁ ① ½ Å Å ㎏", "http://a.b/c?d=e&f=%20#g",
     "{'a': [1, 2.50, -3e10]}", "x" * 500, "12345678901234567890", '""""\'\'\'\'', "İiıI ßẞ"]
 
@@ -664,8 +662,6 @@ def test_the_text_projection_is_that_of_the_columns_of_a_prompt_set(prompts, fir
         expected = (facets[:, k] / facets[:, k].norm(dim=-1, keepdim=True) - text.mean[c]) @ A.T
         expected = expected / expected.norm(dim=-1, keepdim=True)
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match=f"facets of the {prompts} prompts are"):
-        model.encode_text(torch.randn(1, 2, 24), prompts)
 
 
 def test_a_checkpoint_loads_as_it_was_saved_or_is_refused(tmp_path):

@@ -84,7 +84,8 @@ def test_a_caption_and_a_picture_are_encoded_from_an_empty_folder(installed, byt
     config = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 1, "heads": 3, "projector_hidden": 32,
               "pool_first": True, "text_dim": 32, "text_rank": 0}
     save_file(flame.Flame(config).state_dict(), checkpoint / "model.safetensors")
-    (checkpoint / "config.json").write_text(json.dumps({"model": config, "llm": {"questions": flame.questions()}}))
+    entries = {"model": config, "llm": {"questions": flame.questions()}}
+    (checkpoint / "config.json").write_text(json.dumps(entries))
     command = [python, "-c", USE, byte_llm, checkpoint]
     done = subprocess.run(command, cwd=empty, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,14 @@
 """What the stages promise whoever feeds them nonsense. It promises that
 
-* any file, damaged in any way, under any command that reads it, ends in success or in exit code 2 with one line
-  that names the script, within seconds and bounded memory; where it is refused nothing on the disk has changed;
+* any file, damaged in any way, under any command that reads it, ends in success or in exit code 2 with one
+  line that names the script, in seconds and bounded memory; where it is refused nothing on the disk changes;
 * nothing that a stranger's file holds is ever executed, and no pipe is waited for;
-* a setting that makes no sense is refused in one line that names the flag, before anything is read or made;
+* a setting that makes no sense is refused in one line that names it, before anything is read or made;
 * one bad picture or caption among good ones is skipped, counted and told, never fatal;
 * on a full disk what was written before stays, and the same command goes on once there is room.
 
-A world is made once, by the stages themselves: an LLM, captions, pictures, a store, a checkpoint, a benchmark.
-A case is a command that would work there, typed after something was spoiled; the stages run in this process.
+A world is made once, by the stages: an LLM, captions, pictures, a store, a checkpoint, a benchmark. A case is
+a command that would work there, typed after something was spoiled; the stages run in this process.
 """
 import contextlib
 import importlib
@@ -284,7 +284,7 @@ SETTINGS = {
            "join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps window=0 shard=3/2 shard=x "
            "plan=-1 inspect=nowhere out=captions.tsv",
     SCORE: "checkpoint=nowhere llm=images data-root=nowhere out=captions.tsv split=train prompts=medium "
-           "device=foo bench=nothing compare=captions.tsv",
+           "device=foo",
 }
 CASES = [(command, setting) for command, settings in SETTINGS.items() for setting in settings.split()]
 

@@ -16,9 +16,10 @@ DARK_GREEN = "#00803c"
 DARK_RED = "#b00020"
 QUERIES = 8
 
-# Pixels: the column of texts, their size and line; a picture, its frame, a picture with all around it, how
-# many stand side by side.
+# Pixels: the column of texts (and letters in its line), their size and line; a picture, its frame, a picture
+# with all around it, how many stand side by side.
 TEXT = 400
+LETTERS = 46
 SIZE = 14
 LINE = 18
 SIDE = 128
@@ -65,20 +66,17 @@ def draw_sheet(shown, ranks, path):
 def draw_row(head, colour, text, tiles):
     """-> uint8 [height, width, 3]: a coloured line above a text; beside them tiles, (Place, colour of the
     frame, words below)."""
-    text = printable(text)[:2000]
-    font = font_of(text)
-    letters = 0.9 * TEXT * len(text) / max(len(text), font.getlength(text))     # in a line
-    lines = textwrap.wrap(text, max(8, int(letters)), max_lines=14, placeholder=" ...")
+    lines = textwrap.wrap(printable(text), LETTERS, max_lines=14, placeholder=" ...")
     height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 3))
     row = Image.new("RGB", (TEXT + ACROSS * CELL, height), "white")
     pen = ImageDraw.Draw(row)
-    pen.text((0, 0), head, colour, font_of(""))
-    pen.multiline_text((0, LINE + 4), "\n".join(lines), INK, font, spacing=4)
+    pen.text((0, 0), head, colour, font_of())
+    pen.multiline_text((0, LINE + 4), "\n".join(lines), INK, font_of(), spacing=4)
     for n, (place, frame, words) in enumerate(tiles):
         left, top = TEXT + n % ACROSS * CELL, n // ACROSS * CELL
         picture = ImageOps.pad(thumbnail(place, SIDE), (SIDE, SIDE), color="white")
         row.paste(ImageOps.expand(picture, FRAME, frame), (left, top))
-        pen.text((left, top + SIDE + 2 * FRAME), printable(words), INK, font_of(words, 11))
+        pen.text((left, top + SIDE + 2 * FRAME), printable(words), INK, font_of(11))
     return np.array(row)
 
 
@@ -102,22 +100,10 @@ def printable(text):
 
 
 @functools.cache
-def font_of(text, size=SIZE):
-    """Pillow's own font, which has little beyond ASCII; else the one here that has most of a text."""
-    if text.isascii():
-        return ImageFont.load_default(size)
-
-    def letters(font):
-        try:
-            return len(set(map(ord, text)) & font_manager.get_font(font.fname).get_charmap().keys())
-        except Exception:  # a damaged font, or one of a kind that cannot be drawn
-            return 0
-
+def font_of(size=SIZE):
+    """matplotlib's DejaVu, which has most alphabets; without it Pillow's own, which has ASCII."""
     try:
-        from matplotlib import font_manager
-        plain = [font for font in font_manager.fontManager.ttflist
-                 if (font.style, str(font.weight)) == ("normal", "400") and "Last Resort" not in font.name]
-        plain.sort(key=lambda font: ("Sans" not in font.name, len(font.name)))  # DejaVu Sans before its Mono
-        return ImageFont.truetype(max(plain, key=letters).fname, size)
-    except (ImportError, OSError):
+        from matplotlib.font_manager import findfont
+        return ImageFont.truetype(findfont("DejaVu Sans"), size)
+    except ImportError:
         return ImageFont.load_default(size)

@@ -4,46 +4,31 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageFont, ImageOps
+from PIL import ImageDraw, ImageOps
 
 import flame
 from data import files
 from data.pictures import Place, open_picture
-from flame import InputError
+from data.show.sheet import font_of
 
 
 @torch.inference_mode()
 def patch_states(model, pixels):
     """[3, H, W] -> [g, g, D]: a picture's patches in the LLM's space, four pooled to one where it is even.
 
-    A text projection led out of that space: undone here is what it does to one column, the whole of a long
-    caption where the checkpoint was trained on that. Agreement erases directions, and cannot be undone: what
-    it kept is weighed as it weighs it.
+    A text projection leads out of that space: a text's u meets an image's z as u A, so that z A meets u
+    itself (A is symmetric). A is of one column, the whole of a long caption where the checkpoint was trained
+    on that. The trained map after it is left out: led back through that, the demo's patches say little.
     """
-    patches = model.visual(pixels[None])[0, 1:]
-    side = round(len(patches) ** 0.5)
-
-    def pool(x):  # [side * side, n] -> [g * g, n]
-        return F.avg_pool2d(x.T.unflatten(1, (side, side)), 2 - side % 2).flatten(1).T
-
-    states = model.mm(pool(patches)) if model.config["pool_first"] else pool(model.mm(patches))
+    patches = model.visual(pixels[None])[:, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    pooled = F.avg_pool2d(patches.mT.unflatten(2, (side, side)), 2 - side % 2)[0]
+    states = model.mm(pooled.permute(1, 2, 0))
 
     columns = model.config["columns"]
     c = flame.COLUMNS.index("long.0" if "long.0" in columns else columns[0])
     text = model.text
-    identity = torch.eye(states.shape[1], device=states.device)
-    projection = text.rest[c] * identity + text.basis[c] * text.gain[c] @ text.basis[c].T
-    if text.rest[c] == 0 and not text.gain[c].all():
-        states = states @ projection
-    else:
-        if c in text.mapped:
-            m = text.mapped.index(c)
-            trained = text.down[m] @ text.up[m] if hasattr(text, "down") else text.up[m]
-            projection = projection @ (identity + trained)
-        states = torch.linalg.solve(projection, states, left=False)
-
-    side = int(len(states) ** 0.5)
-    return states.reshape(side, side, -1)
+    return text.rest[c] * states + states @ text.basis[c] * text.gain[c] @ text.basis[c].T
 
 
 def load_unembedding(llm):
@@ -64,8 +49,6 @@ def vocabulary(llm):
     texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
     tokens = [token for token, text in enumerate(texts)
               if len(text) > 3 and text[0] == " " and text[1:].isalpha()]
-    if not tokens:
-        raise InputError(f"{llm}: its tokenizer has no token that is a whole word")
     return np.array([texts[token][1:] for token in tokens]), unembedding[tokens] * norm
 
 
@@ -74,33 +57,30 @@ def words_of(model, llm, picture):
     words, vectors = vocabulary(llm)
     device = next(model.parameters()).device
     states = patch_states(model, model.preprocess(picture).to(device)).cpu()
-    if states.shape[-1] != vectors.shape[-1]:
-        raise InputError(f"{llm}: its states have {vectors.shape[-1]} dimensions, the checkpoint was trained "
-                         f"for {states.shape[-1]}; name the right LLM with --llm")
     return words[(states @ vectors.T).argmax(-1).numpy()].tolist()
 
 
 def show(args, model, llm):
     """Prints the word of each patch of args.words, and writes them over the picture: <out>/words.png."""
     with flame.reading(args.words, "--words wants a picture") as path, open_picture(Place(path)) as image:
-        image = image.convert("RGB")
-    grid = words_of(model, llm, image)
+        grid = words_of(model, llm, image)
+        drawn = draw_words(image, grid)
     for row in grid:
         print("  ".join(f"{word:14}" for word in row).rstrip())
     path = args.out / "words.png"
-    files.write(path, draw_words(image, grid).save)
+    files.write(path, drawn.save)
     print(f"-> {path}")
 
 
 def draw_words(image, grid, side=720):
     """The middle square of a picture, as the image tower sees it, and over each cell its word -> PIL image"""
-    sheet = ImageOps.fit(image, (side, side))
+    sheet = ImageOps.fit(image.convert("RGB"), (side, side))
     pen = ImageDraw.Draw(sheet)
     cell = side / len(grid)
     for y, row in enumerate(grid):
         for x, word in enumerate(row):
             pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="white")
-            font = ImageFont.load_default(min(22.0, 1.6 * cell / max(4, len(word))))
+            font = font_of(min(36, round(1.6 * cell / max(4, len(word)))))
             middle = (x + 0.5) * cell, (y + 0.5) * cell
             pen.text(middle, word, "white", font, "mm", stroke_width=2, stroke_fill="black")
     return sheet
