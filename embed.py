@@ -75,7 +75,7 @@ def settings_of(args):
         "llm": {
             "name": args.llm_name,
             "path": os.path.abspath(args.llm),  # so that evaluate.py finds it again
-            "fingerprint": flame.llm_fingerprint(args.llm),
+            "fingerprint": store.llm_fingerprint(args.llm),
             "layer": args.layer,
             "positions": args.positions,
             "questions": flame.questions(),
@@ -248,12 +248,12 @@ def command_line():
         help="print tokens, FLOPs, hours and bytes instead (as if there were N such captions)")
     add("--inspect", metavar="STORE", help="print what is in a store and check it instead")
     add("--draw", metavar="CAPTION", help="write a picture of this caption's segment forest instead")
-    return parser.parse_args()
+    return parser
 
 
-def chosen():
+def chosen(argv):
     """Does what the command line asks for."""
-    args = command_line()
+    args = command_line().parse_args(argv)
     args.join = {name: [file for other, file in args.join if other == name] for name, _ in args.join}
     args.llm_name = Path(args.llm).resolve().name  # of a folder, or of a Hugging Face id
     args.llm = flame.llm_folder(args.llm)
@@ -275,11 +275,9 @@ def chosen():
     return embed(args) if args.plan is None else look.plan(args)
 
 
-def main():
-    code = run("embed.py", chosen, "the same command makes the windows that are missing")
-    if code:
-        sys.exit(code)
+def main(argv=None):
+    return run("embed.py", lambda: chosen(argv), "the same command makes the windows that are missing")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import flame
 from conftest import CAPTIONS, centered_cosine, centered_error, memory_grown
 from data import released
+from data.store import llm_fingerprint
 
 
 # --- states
@@ -314,7 +315,7 @@ def sentencepiece(llm_dir):
 def test_a_fingerprint_changes_with_all_that_is_read(folder, make_random_llm):
     llm_dir = folder()
     other = make_random_llm(seed=1, **DECODERS[LLAMA])
-    known = [flame.llm_fingerprint(llm_dir), flame.llm_fingerprint(other)]
+    known = [llm_fingerprint(llm_dir), llm_fingerprint(other)]
     for change in (
             config(rms_norm_eps=1e-3), config(max_position_embeddings=300), config(num_key_value_heads=2),
             config(rope_parameters=UNSCALED), config(model_type="mistral"),
@@ -322,7 +323,7 @@ def test_a_fingerprint_changes_with_all_that_is_read(folder, make_random_llm):
             lambda llm_dir: edit_json(llm_dir / "tokenizer.json", normalizer={"type": "Lowercase"}),
             sentencepiece, holding("tokenizer_config.json", '{"add_bos_token": false}')):
         change(llm_dir)
-        known.append(flame.llm_fingerprint(llm_dir))
+        known.append(llm_fingerprint(llm_dir))
     assert len(set(known)) == len(known)
 
 
@@ -332,7 +333,7 @@ def test_a_fingerprint_ignores_what_is_not_read(make, folder, name):
     edit_json(llm_dir / "config.json", transformers_version="9.9", torch_dtype="float16", bos_token_id=7)
     (llm_dir / "tokenizer.model").write_bytes(b"where there is a tokenizer.json, nobody reads this")
     (llm_dir / "tokenizer_config.json").write_text('{"add_bos_token": false}')  # goes with tokenizer.model
-    assert flame.llm_fingerprint(llm_dir) == flame.llm_fingerprint(make(name))
+    assert llm_fingerprint(llm_dir) == llm_fingerprint(make(name))
     flame.TextEncoder(llm_dir)
 
 

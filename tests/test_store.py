@@ -50,15 +50,13 @@ def run(here, monkeypatch, capsys):
         command = ["embed.py", "--captions", captions, "--device", "cpu", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", command)
         capsys.readouterr()
-        try:
-            embed.main()
-        except SystemExit as stop:
-            assert stop.code == code
-            said = capsys.readouterr()
-            assert "Traceback" not in said.err
-            return said.err.replace("\r", "\n").strip().splitlines()[-1]
-        assert code == 0
-        return capsys.readouterr().out
+        exit_code = embed.main()
+        screen = capsys.readouterr()
+        assert exit_code == code, screen.err
+        if code:
+            assert "Traceback" not in screen.err
+            return screen.err.replace("\r", "\n").strip().splitlines()[-1]
+        return screen.out
     return run
 
 
