@@ -45,7 +45,7 @@ DAMAGED = "tar that is none, or damaged from there on"
 LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
 LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
 ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
-DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count())}  # what does not fit goes to the disk
+DUCKDB = {"memory_limit": "4GB", "threads": 8}  # what does not fit goes to the disk
 
 # White space but the space; a caption is one line with single spaces, a name has no tab or line break.
 ODD = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -289,8 +289,6 @@ def json_objects(database, paths, form, largest=1 << 24):
         if largest > 1 << 24:
             raise
         return json_objects(database, paths, form, 1 << 28)
-    if not columns:
-        raise ValueError("it has no rows")
     if {"images", "annotations"} <= columns.keys():  # each caption is a row
         return COCO.format(relation), {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
     return relation, columns
@@ -336,7 +334,7 @@ def csv_rows(files, quotes, skipped):
                     if not row:
                         continue
                     if len(row) != len(names):
-                        raise csv.Error(f"{len(row)} columns instead of {len(names)}")
+                        raise csv.Error("not as many columns as the header has")
                     yield place, {NUMBER: f"{number:09d}"} | dict(zip(names, row))
                 except csv.Error as error:
                     skip(skipped, str(error), place)

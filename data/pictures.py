@@ -78,8 +78,8 @@ def find_pictures(keys, images, captions, folder=None, index=None):
         files = []
         rows, places = first_of_each_row(folder_pictures(root, files), keys)
     if not len(rows):
-        raise InputError(f"{root}: none of the {len(keys)} rows of {captions} has a picture there, such as "
-                         f"{(missing or keys)[0]}; give --images DIR")
+        raise InputError(f"{root}: no row of {captions} has a picture there, such as {(missing or keys)[0]}; "
+                         "give --images DIR")
     return rows, files, places
 
 
@@ -121,7 +121,7 @@ def first_of_each_row(pictures, keys):
 def index_tars(keys, tars, index):
     """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
     about = [(tar, *os.stat(tar)[6:9:2]) for tar in tars]  # bytes, time of change
-    stamp = json.dumps([hashlib.sha256("\n".join(keys).encode()).hexdigest(), *about])
+    stamp = hashlib.sha256(json.dumps([keys, about]).encode()).hexdigest()
     if index and os.path.exists(index):
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
