@@ -363,8 +363,11 @@ def spool(scratch, names, rows, skipped):
     path = Path(scratch, "rows.tsv")
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for place, fields in rows:
+            line = "\t".join(fields)
+            if "\n" in line or "\r" in line or line.count("\t") >= len(fields):
+                line = "\t".join(re.sub("[\t\r\n]", " ", field) for field in fields)
             try:
-                file.write("\t".join(re.sub("[\t\r\n]", " ", field) for field in fields) + "\n")
+                file.write(line + "\n")
             except UnicodeEncodeError:
                 skip(skipped, "invalid encoding", place)
     return delimited([path], names, "delim='\t', quote='', escape='', header=false")
