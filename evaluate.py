@@ -30,13 +30,13 @@ import torch
 from tqdm import tqdm
 
 import flame
-from data import benchmarks, files, peer
+from data import benchmarks, files
 from data.captions import read_table, source_name
 from data.command import Parser, number, run, usable_device
-from data.intervals import RECALL_AT, Hits, compare, keep, means, with_intervals
+from data.intervals import RECALL_AT, compare, keep, named, samples, with_intervals
 from data.show import plots, search, table, words
 from data.show.sheet import Shown, draw_sheet
-from data.towers import encode_images, encode_texts, open_towers, pooled, trained_facets
+from data.towers import encode_images, encode_texts, open_towers, trained_facets
 from flame import InputError
 
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
@@ -48,30 +48,16 @@ WAYS = ("text_to_image", "image_to_text")
 # ------------------------------------------------------------------------------------------------------------
 # 1. Metrics
 
-def checked(name, vectors):
-    """float32 [N, D]. Raises InputError for NaN or infinity: every comparison with NaN is silently False."""
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(bad):
-        raise InputError(f"{name} embeddings: row {bad[0]}: NaN or infinite ({len(bad)} such row(s)); "
-                         "the checkpoint is damaged or its training diverged, train it again")
-    return vectors
-
-
-def checked_ids(name, ids, size, limit):
-    ids = np.asarray(ids)
-    if not size or ids.shape != (size,) or ids.min() < 0 or ids.max() >= limit:
-        raise ValueError(f"{name} must be [{size}], at least one, of indices below {limit}")
-    return ids
-
-
 def first_hit_ranks(queries, gallery, query_ids, gallery_ids):
     """Rank of the best-ranked right answer of each query, 0 for the first place.
 
     queries [Q, D], gallery [G, D], query_ids int [Q], gallery_ids int [G] -> int [Q]. An item is a right
     answer where the ids are equal; a query without any ranks last. Wrong items that score the same as the
-    best right one rank before it.
+    best right one rank before it. Raises InputError for NaN or infinity: every comparison with NaN is False.
     """
+    if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
+        raise InputError("vectors are NaN or infinite: the checkpoint is damaged or its training diverged; "
+                         "train it anew")
     ranks = np.full(len(queries), len(gallery))
     rows = max(1, BLOCK // len(gallery))
     for start in range(0, len(queries), rows):
@@ -87,15 +73,13 @@ def first_hit_ranks(queries, gallery, query_ids, gallery_ids):
 
 
 def hits_both_ways(text, image, image_of_text):
-    """-> {direction: [Hits] within 1, 5, 10, over images}; see retrieval()"""
-    text = checked("text", text)
-    image = checked("image", image)
-    owner = checked_ids("image_of_text", image_of_text, len(text), len(image))
+    """-> {direction: (hits [Q, 3] within the first 1, 5, 10; which image each is of; how many images)}"""
+    owner = np.asarray(image_of_text)
     asked = np.unique(owner)                            # image to text: an image without a text is no query
-    ranks = (first_hit_ranks(text, image, owner, np.arange(len(image))),
-             first_hit_ranks(image[asked], text, asked, owner))
-    return {way: [Hits(own[:, None] < np.array(RECALL_AT), groups, len(image))]
-            for way, own, groups in zip(WAYS, ranks, (owner, asked))}
+    ranks = {"text_to_image": (first_hit_ranks(text, image, owner, np.arange(len(image))), owner),
+             "image_to_text": (first_hit_ranks(image[asked], text, asked, owner), asked)}
+    return {way: (rank[:, None] < np.array(RECALL_AT), group, len(image))
+            for way, (rank, group) in ranks.items()}
 
 
 def retrieval(text, image, image_of_text):
@@ -104,41 +88,34 @@ def retrieval(text, image, image_of_text):
     text [N, D], image [M, D], image_of_text int [N]: one image a text, several texts an image; a text is the
     mean over facets of unit vectors, an image a unit vector. Image to text, the best-ranked of an image's own
     texts counts; an image without a text is in the gallery, but no query. Raises flame.InputError if a value
-    is NaN or infinite, ValueError if indices do not fit.
+    is NaN or infinite.
     """
-    return means(hits_both_ways(text, image, image_of_text))
+    scores = hits_both_ways(text, image, image_of_text)
+    return {way: named((100 * hits.mean(0)).tolist()) for way, (hits, *_) in scores.items()}
 
 
-def hits_of_classes(image, classes, labels, names=None):
-    """-> {"top1", "top5", "mean_per_class": [Hits]}, the last over classes; see classification().
+def retrieval_samples(text, image, image_of_text):
+    """-> {direction: samples of Recall@1, 5, 10}; captions of one picture fail together."""
+    return {way: samples(*hits) for way, hits in hits_both_ways(text, image, image_of_text).items()}
 
-    names, C of them: classes of the very same name have one vector, and no model could tell them apart, so
-    that their tie does not count against it: the first one listed ranks first, as argmax has it, and a
+
+def hits_of_classes(image, classes, labels, names):
+    """Zero-shot accuracy -> {"top1", "top5", "mean_per_class": hits [Q, 1]}, the last over classes: the wider
+    interval and for unseen classes the honest one.
+
+    image [M, D], classes [C, D], labels int [M], C names. Classes without a picture can be guessed, but have
+    no mean of their own. Classes of the very same name have one vector, and no model could tell them apart,
+    so that their tie does not count against it: the first one listed ranks first, as argmax has it, and a
     picture of the second is right at top 2 at best.
     """
-    image = checked("image", image)
-    classes = checked("class", classes)
-    labels = checked_ids("labels", labels, len(image), len(classes))
-    names = list(names or range(len(classes)))
-    first = np.array([names.index(name) for name in names])                     # class of that name
-    before = np.array([names[:c].count(name) for c, name in enumerate(names)])  # and how many precede
-    ranks = first_hit_ranks(image, classes, first[labels], first) + before[labels]
+    first = np.array([names.index(name) for name in names])     # class of that name
+    ranks = first_hit_ranks(image, classes, first[labels], first) + (first[labels] != labels)
     per_class = [(ranks[labels == c] < 1).mean() for c in np.unique(labels)]
-    hits = {"top1": ranks < 1, "top5": ranks < 5, "mean_per_class": np.array(per_class)}
-    return {name: [Hits(own[:, None], np.arange(len(own)), len(own))] for name, own in hits.items()}
+    return {"top1": ranks[:, None] < 1, "top5": ranks[:, None] < 5,
+            "mean_per_class": np.array(per_class)[:, None]}
 
 
-def classification(image, classes, labels):
-    """Zero-shot accuracy, percent: {"top1", "top5", "mean_per_class"}, the last being top-1 averaged over
-    classes: the wider interval and for unseen classes the honest one.
-
-    image [M, D], classes [C, D], labels int [M]. Classes without a picture can be guessed, but have no mean
-    of their own. Raises as retrieval() does.
-    """
-    return means(hits_of_classes(image, classes, labels))
-
-
-def ablation(facets, image, owner, pool, numbers):
+def ablation(facets, image, owner, numbers):
     """Retrieval with some facets only, from one set of embeddings [N, K, D]: the first n of them, all but
     one, one alone. Inference only: the checkpoint stays as trained.
 
@@ -151,19 +128,18 @@ def ablation(facets, image, owner, pool, numbers):
     subsets += [("alone", [k]) for k in every]
     rows = []
     for kind, subset in tqdm(subsets, "facets", unit=" subsets", mininterval=1):
-        scores = hits_both_ways(pooled(facets[:, subset], pool), image, owner)
+        scores = retrieval_samples(facets[:, subset].mean(1), image, owner)
         rows.append({"kind": kind, "facets": [numbers[k] for k in subset], **with_intervals(scores, {})})
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Scorers take the towers, the prompt sets to ask by, and what the benchmark's reader returns. They return
-# the result, with lists of Hits for its figures, and what is shown of it.
+# the result, with samples for its figures, and what is shown of it.
 
-def counted(pictures, image, prompts, **more):
-    """What all results begin with. image: vectors of those pictures that could be read."""
-    skipped = len(pictures) - len(image)
-    return {"n_images": len(image), "skipped_images": skipped, "prompts": prompts, **more}
+def averaged(results, figures):
+    """The plain mean over results, draw by draw -> {figure: samples}"""
+    return {figure: np.mean([result[figure] for result in results], axis=0) for figure in figures}
 
 
 def score_captions(towers, prompts, pictures, languages):
@@ -173,40 +149,40 @@ def score_captions(towers, prompts, pictures, languages):
     distractors in the gallery.
     """
     image, kept = encode_images(towers, pictures)
+    row_of = {picture: row for row, picture in enumerate(kept)}
     gallery = [pictures[i] for i in kept]
-    place = {picture: i for i, picture in enumerate(kept)}
-    rows = {}
-    sheets = {}
+    results = {}
+    shown = None
     for language, (texts, image_of_text) in languages.items():
-        pairs = [(text, place[i]) for text, i in zip(texts, image_of_text) if text and i in place]
+        pairs = [(text, row_of[i]) for text, i in zip(texts, image_of_text) if text and i in row_of]
         if len(pairs) < 2:
             raise InputError(f"{language} {len(pairs)} of {len(texts)} texts have a readable picture, at "
                              f"least 2 are needed; {benchmarks.CURE}")
-        asked = [text for text, _ in pairs]
-        owner = np.array([picture for _, picture in pairs])
+        asked, owner = zip(*pairs)
         text = encode_texts(towers, asked, prompts)
-        rows[language] = {"n_texts": len(asked), **hits_both_ways(text, image, owner)}
-        sheets[language] = Shown(asked, text, gallery, image, owner, np.arange(len(image)), prompts)
-    n_texts = sum(row["n_texts"] for row in rows.values())
-    skipped = sum(len(texts) for texts, _ in languages.values()) - n_texts
-    if skipped:
-        print(f"{skipped} texts are empty or of a picture that cannot be read, and left out", file=sys.stderr)
-    result = counted(pictures, image, prompts, n_texts=n_texts, skipped_texts=skipped)
-    result |= {way: [part for row in rows.values() for part in row[way]] for way in WAYS}
-    result["both_ways"] = result["text_to_image"] + result["image_to_text"]
-    return result | ({"languages": rows} if len(rows) > 1 else {}), sheets.get("en", sheets[language])
+        results[language] = {"n_texts": len(asked), **retrieval_samples(text, image, owner)}
+        if not shown or language == "en":
+            shown = Shown(asked, text, gallery, image, np.array(owner), np.arange(len(image)), prompts)
+    n_texts = sum(result["n_texts"] for result in results.values())
+    result = {"n_images": len(image), "skipped_images": len(pictures) - len(image), "n_texts": n_texts,
+              "skipped_texts": sum(len(texts) for texts, _ in languages.values()) - n_texts,
+              "prompts": prompts, **averaged(results.values(), WAYS)}
+    return result | ({"languages": results} if len(results) > 1 else {}), shown
 
 
 def score_classes(towers, prompts, pictures, labels, names, templates):
     """Pictures among all classes: each name in every template, averaged and normalised again."""
     image, kept = encode_images(towers, pictures)
+    labels = np.array(labels)[kept]
     filled = [template.replace("{}", name) for name in names for template in templates]
     vectors = encode_texts(towers, filled, prompts)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     classes = vectors.reshape(len(names), len(templates), -1).mean(1)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
-    hits = hits_of_classes(image, classes, np.array(labels)[kept], names)
-    return counted(pictures, image, prompts, n_classes=len(names), chance=100 / len(names), **hits), None
+    figures = hits_of_classes(image, classes, labels, names)
+    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "n_classes": len(names),
+            "chance": 100 / len(names), "prompts": prompts,
+            **{name: samples(hits, np.arange(len(hits)), len(hits)) for name, hits in figures.items()}}, None
 
 
 def score_demo(towers, raw, short, long, scenes, captions, objects, names, synonyms):
@@ -227,41 +203,38 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": short}.items():
         data = {kind: (captions[kind], range(len(scenes)))}
         parts[kind], sheets[kind] = score_captions(towers, prompts, scenes, data)
-    seen = [(place, thing) for place, thing, split in objects if split == "seen"]
-    unseen = [(place, thing) for place, thing, split in objects if split == "unseen"]
+    seen, unseen = [[(place, thing) for place, thing, split in objects if split == wanted]
+                    for wanted in ("seen", "unseen")]
     things = list(dict.fromkeys(thing for _, thing in unseen))
     count = max(1, len(things) // GALLERY)
-    few = {n: {thing: names["en"][thing] for thing in things[n::count]} for n in range(count)}
-    parts["seen"], _ = score_names(towers, raw, seen, {"en": names["en"]}, DEMO_TEMPLATE)
-    parts["unseen"], _ = score_names(towers, raw, unseen, few, DEMO_TEMPLATE)
-    parts["multilingual"], languages = score_names(towers, raw, seen, names)
-    parts["multilingual"]["languages"] = languages
-    parts["synonyms"], _ = score_names(towers, raw, seen, synonyms)
+    few = [{thing: names["en"][thing] for thing in things[n::count]} for n in range(count)]
+    parts["seen"] = score_names(towers, raw, seen, {"en": names["en"]}, DEMO_TEMPLATE)
+    parts["unseen"] = score_names(towers, raw, unseen, dict(enumerate(few)), DEMO_TEMPLATE)
+    parts["multilingual"] = score_names(towers, raw, seen, names)
+    parts["synonyms"] = score_names(towers, raw, seen, synonyms)
+    for part in ("seen", "unseen", "synonyms"):
+        parts[part].pop("languages")
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
-def score_names(towers, prompts, pictures, galleries, template="{}"):
-    """[(picture, thing)] among those things' names, in each of {gallery: {thing: name}} -> the mean over
-    them, and the result of each. Intervals are over things: pictures of one thing fail together.
+def score_names(towers, prompts, pictures, languages, template="{}"):
+    """[(picture, thing)] among those things' names, in each of {language: {thing: name}}, and the mean over
+    them. Intervals are over things: pictures of one thing fail together.
     """
     image, kept = encode_images(towers, [place for place, _ in pictures])
-    things = [pictures[i][1] for i in kept]
+    things = np.array([pictures[i][1] for i in kept])
     every, groups = np.unique(things, return_inverse=True)
-    texts = [template.replace("{}", names[thing]) for names in galleries.values() for thing in things
-             if names.get(thing)]
-    vector_of = dict(zip(texts, encode_texts(towers, texts, prompts)))
     results = {}
-    for gallery, names in galleries.items():
-        rows = [i for i, thing in enumerate(things) if names.get(thing)]
-        choices = sorted({names[things[i]] for i in rows})
-        labels = np.array([choices.index(names[things[i]]) for i in rows])
-        classes = np.array([vector_of[template.replace("{}", name)] for name in choices])
-        ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))[:, None]
-        hits = {f"top{k}": [Hits(ranks < k, groups[rows], len(every))] for k in (1, 5)}
-        results[gallery] = {"n_images": len(rows), "n_classes": len(choices), **hits}
+    for language, names in languages.items():
+        rows = np.array([row for row, thing in enumerate(things) if names.get(thing)])
+        choices, labels = np.unique([names[thing] for thing in things[rows]], return_inverse=True)
+        classes = encode_texts(towers, [template.replace("{}", name) for name in choices], prompts)
+        ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
+        tops = {f"top{k}": samples(ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
+        results[language] = {"n_images": len(rows), "n_classes": len(choices), **tops}
     chance = float(np.mean([100 / result["n_classes"] for result in results.values()]))
-    hits = {name: [result[name][0] for result in results.values()] for name in ("top1", "top5")}
-    return counted(pictures, image, prompts, n_classes=len(choices), chance=chance, **hits), results
+    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "n_classes": len(choices),
+            "chance": chance, "prompts": prompts, **averaged(results.values(), tops), "languages": results}
 
 
 class Benchmark(NamedTuple):
@@ -273,7 +246,7 @@ class Benchmark(NamedTuple):
     members: tuple = ()     # of a group
 
 
-OWN = Benchmark(score_captions)
+CAPTIONS = Benchmark(score_captions)
 SHORT = Benchmark(score_captions, most=5)
 CLASSES = Benchmark(score_classes, "raw")
 TEN = ("food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "dtd", "pets", "caltech101",
@@ -281,15 +254,15 @@ TEN = ("food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "dtd", "p
 R1 = "R@1 text to image "
 BENCHMARKS = {
     "demo": Benchmark(score_demo, "raw short long"),
-    "urban1k": OWN._replace(published=R1 + "66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0"),
-    "sharegpt4v": OWN._replace(published=R1 + "80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1"),
-    "dci": OWN._replace(published=R1 + "49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1"),
-    "docci": OWN._replace(published=R1 + "51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8"),
+    "urban1k": CAPTIONS._replace(published=R1 + "66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0"),
+    "sharegpt4v": CAPTIONS._replace(published=R1 + "80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1"),
+    "dci": CAPTIONS._replace(published=R1 + "49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1"),
+    "docci": CAPTIONS._replace(published=R1 + "51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8"),
     "coco": SHORT,
     "flickr30k": SHORT,
     "xm3600": Benchmark(score_captions, "raw", 1, R1 + "49.0, image to text 51.7 (YFCC15M, 36 languages)"),
     **dict.fromkeys(("imagenet", "imagefolder", *TEN), CLASSES),
-    "long": OWN._replace(members=("urban1k", "sharegpt4v", "dci", "docci")),
+    "long": CAPTIONS._replace(members=("urban1k", "sharegpt4v", "dci", "docci")),
     "short": SHORT._replace(members=("coco", "flickr30k")),
     "classification10": CLASSES._replace(published="top1 40.3 (CC3M)", members=TEN),
 }
@@ -330,15 +303,14 @@ def settings(argv):
     """The command line, checked as far as it can be without reading anything. how: a Benchmark"""
     parser = command_line()
     args = parser.parse_args(argv)
-    args.how = BENCHMARKS.get(args.bench, OWN)
+    args.how = BENCHMARKS.get(args.bench, CAPTIONS)
     if args.search is not None and not args.images:
         parser.error("--search TEXT and --images DIR go together")
-    if args.facets and args.how.score == score_classes or args.open_clip and (args.facets or args.words):
-        parser.error("--facets wants captions, and like --words a checkpoint, not --open-clip")
+    other = args.open_clip or args.checkpoint and args.checkpoint.is_file()     # the authors' is a file
+    if args.facets and (other or args.how.score == score_classes) or args.words and args.open_clip:
+        parser.error("--facets wants captions and a checkpoint of train.py's, --words no open_clip model")
     usable_device(args.device)
     args.asked = [args.prompts or prompts for prompts in args.how.prompts.split()]
-    if args.all_captions:
-        args.how = args.how._replace(most=None)
     return args
 
 
@@ -350,17 +322,14 @@ def main(argv=None):
         flame.keep_freed_memory()
         data = read(args)   # first: a wrong folder is found in a moment
         towers, checkpoint, llm = open_towers(args)
-        by = f"LLM {llm}" if llm else "open_clip"
-        print(f"checkpoint {checkpoint}   {by}   device {args.device}", flush=True)
+        print(f"checkpoint {checkpoint}   LLM {llm or 'none'}   device {args.device}", flush=True)
         with files.folder(args.out):
             if args.words:
                 return words.show(args, towers.model, llm)
             if args.search is not None:
                 places = benchmarks.pictures_in(args.images)
                 return search.search(args, places, towers)
-            for prompts in args.asked:      # else found after an hour
-                trained_facets(towers.model, prompts)
-            results = {name: evaluate(args, name, towers, checkpoint, own) for name, own in data.items()}
+            results = {name: evaluate(args, name, towers, checkpoint, *data[name]) for name in data}
             if args.how.members:
                 average(args, checkpoint, results)
 
@@ -370,25 +339,24 @@ def main(argv=None):
 def read(args):
     """-> {name: what data/benchmarks.py reads of it}"""
     if args.captions:
-        return {source_name(args.captions): benchmarks.own(args.captions, args.images, *args.asked)}
+        return {source_name(args.captions): benchmarks.read_captions(args.captions, args.images, *args.asked)}
     if not args.bench:
         return {}
     root = args.data_root or Path("data", "" if args.how.members else args.bench)
     roots = {name: root / name for name in args.how.members} or {args.bench: root}
-    return {name: benchmarks.read(name, root, args.split, args.how.most) for name, root in roots.items()}
+    most = None if args.all_captions else args.how.most
+    return {name: benchmarks.read(name, root, args.split, most) for name, root in roots.items()}
 
 
-def evaluate(args, name, towers, checkpoint, data):
-    """Scores a benchmark; prints the result, writes the JSON and what there is to look at. -> (result, hits)
+def evaluate(args, name, towers, checkpoint, *data):
+    """Scores a benchmark; prints the result, writes the JSON and what there is to look at. -> (result, draws)
     """
-    how = BENCHMARKS[name] if args.bench else OWN
+    how = BENCHMARKS[name] if args.bench else CAPTIONS
+    columns = [f"{prompts}.{k}" for prompts in args.asked for k in trained_facets(towers.model, prompts)]
     scores, shown = how.score(towers, *args.asked, *data)
-    hits = {}
-    columns = [one for one in towers.model.config["columns"] if one.split(".")[0] in args.asked]
-    result = {"bench": name, "checkpoint": str(checkpoint), "split": args.split, "columns": columns}
-    if how.score == score_captions:
-        result["captions_per_image"] = f"first {args.how.most}" if args.how.most else "all"
-    result |= with_intervals(scores, hits)
+    draws = {}
+    result = {"bench": name, "checkpoint": str(checkpoint), "split": args.split, "columns": columns,
+              **with_intervals(scores, draws)}
     tell(table.table(result), how)
     path = result_path(args, name)
     if shown:
@@ -399,12 +367,12 @@ def evaluate(args, name, towers, checkpoint, data):
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)
         numbers = [k + 1 for k in trained_facets(towers.model, shown.prompts)]
-        result["facets"] = ablation(facets, shown.image, shown.text_ids, towers.pool, numbers)
+        result["facets"] = ablation(facets, shown.image, shown.text_ids, numbers)
         tell(table.facet_table(result["facets"]))
         plots.draw_facets(result["facets"], f"{path}-facets.png")
     queries = re.sub("path='[^']*/", "'", repr([name, args.split, data, shown and shown.pictures]))
-    keep(path, result, hits, queries)   # pictures by the names of their files: folders may differ
-    return result, hits
+    keep(path, result, draws, queries)  # pictures by the names of their files: folders may differ
+    return result, draws
 
 
 def average(args, checkpoint, results):
@@ -412,37 +380,36 @@ def average(args, checkpoint, results):
 
     results: {name: what evaluate() returns}. The benchmarks share no picture: one's luck is not another's.
     """
-    first, *_ = [hits for _, hits in results.values()]
-    scores = {figure: [part for _, hits in results.values() for part in hits[figure]] for figure in first}
-    hits = {}
     members = {name: result for name, (result, _) in results.items()}
+    every = [draws for _, draws in results.values()]
+    draws = averaged(every, every[0])
     result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split,
-              **with_intervals(scores, hits), "benchmarks": members}
+              **with_intervals(draws, {}), "benchmarks": members}
     tell(table.group_table(result), args.how)
-    keep(result_path(args, args.bench), result, hits, str([own["queries"] for own in members.values()]))
+    queries = [member["queries"] for member in members.values()]
+    keep(result_path(args, args.bench), result, draws, str(queries))
 
 
-def tell(lines, how=OWN):
+def tell(lines, how=CAPTIONS):
     """Prints them, and below one's own figures the paper's."""
     published = [f"    published       {how.published}; Cao, Wei, Ma, CVPR 2025"] if how.published else []
     print("\n".join(lines + published))
 
 
 def result_path(args, name):
-    """Where a result goes, without the file's ending."""
-    if args.captions and name in BENCHMARKS:    # whose results are not these
-        name += "-captions"
-    return args.out / (f"{name}-{peer.short_name(args.open_clip)}" if args.open_clip else name)
+    """Where a result goes, without the file's ending. ViT-B-32:laion2b is called ViT-B-32-laion2b."""
+    peer = [Path(part).stem for part in args.open_clip.split(":")] if args.open_clip else []
+    return args.out / "-".join([name, *peer])
 
 
 def count_trained(texts, checkpoint):
     """How many of the texts training's captions have too; 0 where its store is not there."""
-    found = set()
+    trained = set()
     with suppress(Exception):
-        store = flame.read_json(Path(checkpoint, "config.json"), "")["store"]["path"]
+        store = flame.read_json(Path(checkpoint, "config.json"))["store"]["path"]
         for row in read_table(Path(store, "captions.tsv")):
-            found.update({row.raw, row.short, row.long}.intersection(texts))
-    count = sum(text in found for text in texts)
+            trained.update({row.raw, row.short, row.long}.intersection(texts))
+    count = sum(text in trained for text in texts)
     if count:
         print(f"{count} of {len(texts)} texts were trained on", file=sys.stderr)
     return count

@@ -6,6 +6,7 @@ tars with names and templates beside them (webdataset). README.md beside this fi
 how it must lie. Nothing is decoded here: a picture is a Place, and evaluate.py finds out whether it can be
 read. A caption that is empty is returned as "", for evaluate.py to count what it leaves out.
 """
+import csv
 import json
 import os
 import re
@@ -18,8 +19,8 @@ from pathlib import Path
 import duckdb
 
 from data.captions import read_table, write_table
-from data.pictures import Place, find_pictures
-from flame import InputError, reading
+from data.pictures import Place, find_pictures, places_of
+from flame import InputError, read_json, reading
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures
 CURE = "data/README.md says where to get it and how it must lie"
@@ -36,23 +37,20 @@ def read(name, root, split="test", most=None):
     Raises InputError where the folder does not have the layout of README.md, or no such split.
     """
     if name == "demo":
-        return demo(root, split)
-    kind = "txt" if name in CAPTIONS else "cls"
+        with reading(root / f"{split}.tsv", "run data/demo.py again"):
+            return demo(root, split)
     if any((root / split).glob("*.tar")):
-        return webdataset(root, split, kind, most)
-    if split != "test" or name not in READERS or not root.is_dir():
+        data = webdataset(root, split)
+    elif split != "test" or name not in READERS or not root.is_dir():
         raise InputError(f"{root / split if root.is_dir() else root}: not found, nor any tars; {CURE}")
-    return paired(*READERS[name](root), most) if name in CAPTIONS else READERS[name](root)
+    else:
+        data = READERS[name](root)
+    return paired(*data, most) if len(data) == 2 else data
 
 
 def lines_of(path):
     with reading(path, CURE):   # those that are not empty, without white space around
         return list(filter(None, map(str.strip, path.read_text("utf-8-sig").split("\n"))))
-
-
-def json_of(path):
-    with reading(path, CURE):
-        return json.loads(path.read_text("utf-8"))
 
 
 def pictures_in(folder):
@@ -61,12 +59,12 @@ def pictures_in(folder):
 
 
 def paired(pictures, languages, most=None):
-    """Pictures, {language: [captions of each picture]} -> pictures [Place], {language: (texts, owner)}"""
+    """Pictures, {language: [captions of each picture]} -> pictures, {language: (texts, image_of_text)}"""
     data = {}
     for language, captions in languages.items():
-        pairs = [(text.strip(), i) for i, own in enumerate(captions) for text in own[:most]]
+        pairs = [(text.strip(), i) for i, texts in enumerate(captions) for text in texts[:most]]
         data[language] = [text for text, _ in pairs], [i for _, i in pairs]
-    return [path if isinstance(path, Place) else Place(str(path)) for path in pictures], data
+    return pictures, data
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -75,14 +73,13 @@ def paired(pictures, languages, most=None):
 def urban1k(root):
     """image/<name>.jpg and caption/<name>.txt, whose first line is the caption (Long-CLIP, 1,000 pairs).
 
-    Either may miss the other: a picture without a caption stays in the gallery, both are counted.
+    A caption without a picture is counted as that of a picture that cannot be read.
     """
     root = next((path.parent for path in sorted(root.rglob("image"))), root)    # in the archive's own folders
     pictures = {path.stem: path for path in root.glob("image/*")}
-    captions = {path.stem: lines_of(path)[:1] or [""] for path in root.glob("caption/*.txt")}
-    names = sorted(pictures.keys() | captions.keys())
-    paths = [pictures.get(name, root / f"image/{name}.jpg") for name in names]
-    return paths, {"": [captions.get(name, [""]) for name in names]}
+    captions = sorted(root.glob("caption/*.txt"))
+    places = [Place(str(pictures.get(path.stem, path))) for path in captions]
+    return places, {"": [lines_of(path)[:1] or [""] for path in captions]}
 
 
 def sharegpt4v(root):
@@ -91,7 +88,8 @@ def sharegpt4v(root):
         columns = {"image": "VARCHAR", "conversations": "STRUCT(value VARCHAR)[]"}
         table = duckdb.read_json(str(path), columns=columns, format="array")    # 1.5 GB: stops after these
         rows = table.limit(1000).project("image, conversations[2].value").fetchall()
-        return [root / image for image, _ in rows], {"": [[text.replace("\n", " ")] for _, text in rows]}
+        pictures = [Place(str(root / image)) for image, _ in rows]
+        return pictures, {"": [[text.replace("\n", " ")] for _, text in rows]}
 
 
 def dci(root):
@@ -99,12 +97,12 @@ def dci(root):
     root = root / "densely_captioned_images"
     pictures = []
     captions = []
-    for name in chain(*json_of(root / "splits.json").values()):
-        entry = json_of(root / "annotations" / name)
-        with reading(root / "annotations" / name, CURE):
+    for name in chain(*read_json(root / "splits.json", CURE).values()):
+        with reading(root / "annotations" / name, CURE) as path:
+            entry = json.loads(path.read_text("utf-8"))
             sentences = re.split(r"\n|</s>|\.", f"{entry['short_caption']}\n{entry['extra_caption']}")
             captions.append([". ".join(filter(None, map(str.strip, sentences)))])
-            pictures.append(root / "photos" / entry["image"])
+            pictures.append(Place(str(root / "photos" / entry["image"])))
     return pictures, {"": captions}
 
 
@@ -112,7 +110,7 @@ def docci(root):
     """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/; newlines to spaces."""
     with reading(root / "docci_descriptions.jsonlines", CURE) as path:
         rows = [row for row in map(json.loads, lines_of(path)) if row["split"] == "test"]
-        pictures = [root / "images" / row["image_file"] for row in rows]
+        pictures = [Place(str(root / "images" / row["image_file"])) for row in rows]
         return pictures, {"": [[row["description"].replace("\n", " ")] for row in rows]}
 
 
@@ -120,23 +118,24 @@ def xm3600(root):
     """Crossmodal-3600: captions.jsonl, images/<key>.jpg; the strings in a line are no languages."""
     with reading(root / "captions.jsonl", CURE) as path:
         rows = list(map(json.loads, lines_of(path)))
+        pictures = [Place(str(root / f"images/{row['image/key']}.jpg")) for row in rows]
         languages = [name for name, value in rows[0].items() if isinstance(value, dict)]
-        captions = {name: [row[name]["caption"] or [""] for row in rows] for name in languages}
-        return [root / f"images/{row['image/key']}.jpg" for row in rows], captions
+        return pictures, {name: [row[name]["caption"] for row in rows] for name in languages}
 
 
 def imagefolder(root, about=None):
-    """<class>/<picture>. Names and templates lie beside the folders, or in `about`, as webdataset() has them;
+    """<class>/<picture>. Names and templates lie in `about`, or beside the folders, as webdataset() has them;
     without classnames.txt the folders have the names."""
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    names, templates = names_and_templates(about or root)
-    names = names or [folder.name.replace("_", " ") for folder in folders]
+    names = [folder.name.replace("_", " ") for folder in folders]
+    templates = ["a photo of a {}."]
+    if about or (root / "classnames.txt").exists():
+        names, templates = names_and_templates(about or root)
     if len(names) != len(folders) or len(names) < 2:
         raise InputError(f"{root}: {len(folders)} class folders, {len(names)} names; as many are needed, and "
                          f"2 at least; {CURE}")
-    pictures = [pictures_in(folder) for folder in folders]
-    labels = [label for label, own in enumerate(pictures) for _ in own]
-    return list(chain(*pictures)), labels, names, templates
+    pictures = [(place, label) for label, folder in enumerate(folders) for place in pictures_in(folder)]
+    return [place for place, _ in pictures], [label for _, label in pictures], names, templates
 
 
 def imagenet(root):
@@ -145,26 +144,22 @@ def imagenet(root):
 
 
 def names_and_templates(folder):
-    """classnames.txt, a name a line, and zeroshot_classification_templates.txt; without, [] and CLIP's own"""
-    names = folder / "classnames.txt"
-    templates = folder / "zeroshot_classification_templates.txt"
-    templates = lines_of(templates) if templates.exists() else ["a photo of a {c}."]
-    return lines_of(names) if names.exists() else [], [line.replace("{c}", "{}") for line in templates]
+    """classnames.txt, a name a line, and zeroshot_classification_templates.txt"""
+    templates = lines_of(folder / "zeroshot_classification_templates.txt")
+    return lines_of(folder / "classnames.txt"), [template.replace("{c}", "{}") for template in templates]
 
 
 READERS = {reader.__name__: reader for reader in
            (urban1k, sharegpt4v, dci, docci, xm3600, imagefolder, imagenet)}
-CAPTIONS = ("xm3600", "urban1k", "sharegpt4v", "dci", "docci", "coco", "flickr30k")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # As CLIP_benchmark publishes all others
 
-def webdataset(root, split, kind, most=None):
+def webdataset(root, split):
     """<split>/0.tar, 1.tar ...; a sample is a picture and .txt, a caption a line, or .cls, a class's number.
 
-    classnames.txt and zeroshot_classification_templates.txt lie beside. A sample that lacks one of the two is
-    left out and counted. Raises InputError where all do.
+    classnames.txt and zeroshot_classification_templates.txt lie beside. -> as read(), captions not yet paired
     """
     samples = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
@@ -172,28 +167,23 @@ def webdataset(root, split, kind, most=None):
             for member in filter(tarfile.TarInfo.isfile, archive):
                 key, _, suffix = os.path.basename(member.name).partition(".")
                 sample = samples.setdefault((tar, key), {})
-                if suffix == kind:
-                    sample["says"] = archive.extractfile(member).read().decode()
-                elif f".{suffix}" in SUFFIXES:
+                if f".{suffix}" in SUFFIXES:
                     sample["picture"] = Place(str(tar), member.offset_data, member.size)
-    complete = [sample for sample in samples.values() if len(sample) == 2]
-    if len(complete) < len(samples):
-        print(f"{root / split}: {len(samples) - len(complete)} of {len(samples)} samples lack a picture or "
-              f".{kind} and are left out", file=sys.stderr)
-    if not complete:
-        raise InputError(f"{root / split}: no sample of its tars has a picture and .{kind}; {CURE}")
-    pictures = [sample["picture"] for sample in complete]
-    if kind == "txt":
-        return paired(pictures, {"": [sample["says"].splitlines() for sample in complete]}, most)
-    names, templates = names_and_templates(root)
-    with reading(root / "classnames.txt", CURE):    # has fewer names than a number says, or is not there
-        return pictures, [range(len(names))[int(sample["says"])] for sample in complete], names, templates
+                else:
+                    sample[suffix] = archive.extractfile(member).read().decode()
+    with reading(tar, CURE):    # a sample may lack one of the two, a class its name
+        pictures = [sample["picture"] for sample in samples.values()]
+        if not (root / "classnames.txt").exists():
+            return pictures, {"": [sample["txt"].splitlines() for sample in samples.values()]}
+        names, templates = names_and_templates(root)
+        labels = [range(len(names))[int(sample["cls"])] for sample in samples.values()]
+        return pictures, labels, names, templates
 
 
 # ------------------------------------------------------------------------------------------------------------
 # One's own, and the demo
 
-def own(captions, folder, prompts):
+def read_captions(captions, folder, prompts):
     """Captions in any form that embed.py reads, those that the prompt set is asked of -> as read().
 
     Rows of one picture are its several captions; rows without one are left out. folder: where pictures lie.
@@ -203,15 +193,14 @@ def own(captions, folder, prompts):
         write_table(table, captions, {})
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
-    found, files, places = find_pictures(list(keys), list(images), captions, folder)
-    if len(found) < len(rows):
-        print(f"{captions}: {len(rows) - len(found)} of {len(rows)} rows have no picture and are left out",
+    numbers, files, places = find_pictures(list(keys), list(images), captions, folder)
+    if len(numbers) < len(rows):
+        print(f"{captions}: {len(rows) - len(numbers)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)
     captions_of = {}
-    for n, (file, offset, size) in sorted(zip(found.tolist(), places.tolist())):
-        place = Place(str(files[file]), offset, size)
-        captions_of.setdefault(place, []).append(getattr(rows[n], prompts))
-    return paired(captions_of, {"": captions_of.values()})
+    for number, place in sorted(zip(numbers.tolist(), places_of(files, places))):
+        captions_of.setdefault(place, []).append(getattr(rows[number], prompts))
+    return paired(list(captions_of), {"": captions_of.values()})
 
 
 def demo(root, split="test"):
@@ -224,10 +213,9 @@ def demo(root, split="test"):
     names     {language: {object: name}}
     synonyms  {"first" | "second": {object: name}}, of the seen ones
     """
-    kinds = ("long", "short", "raw", "reworded")
     rows = rows_of(root / f"{split}.tsv")
     scenes = [Place(str(root / row["image"])) for row in rows]
-    captions = {kind: [row[kind].strip() for row in rows] for kind in kinds}
+    captions = {kind: [row[kind] for row in rows] for kind in ("long", "short", "raw", "reworded")}
     objects = []
     val = {}    # whether an object's last picture belonged to val
     for row in rows_of(root / "objects.tsv"):
@@ -239,12 +227,10 @@ def demo(root, split="test"):
 
 
 def rows_of(path):      # [{column: field}]
-    with reading(path, "run data/demo.py again"):
-        header, *lines = [line.split("\t") for line in path.read_text("utf-8").splitlines()]
-        return [dict(zip(header, fields, strict=True)) for fields in lines]
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def names_in(path):     # {column: {object: name}}
     rows = rows_of(path)
-    columns = [column for column in rows[0] if column != "object"]
-    return {column: {row["object"]: row[column].strip() for row in rows} for column in columns}
+    return {column: {row["object"]: row[column] for row in rows} for column in rows[0] if column != "object"}

@@ -1,6 +1,7 @@
 """What the command lines of all stages share: numbers with a range, the device, how a run ends."""
 import argparse
 import math
+import os
 import sys
 import warnings
 
@@ -65,6 +66,10 @@ def run(script, body, again):
     warnings.formatwarning = lambda message, *place: f"{script}: {message}\n"  # one line
     try:
         body()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who was told, as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it exits
+        return 141
     except InputError as error:
         line = " ".join(str(error).split())  # a file's name may have two lines
         print(f"{script}: {line}", file=sys.stderr)

@@ -66,19 +66,26 @@ def as_released(tokenizer, captions):
     return texts
 
 
-def load(path):
-    """The authors' .pt file -> flame.Flame in eval mode.
+class Released(flame.Flame):
+    """The authors' model, which takes the mean of facet states as they are, and then normalises."""
 
-    Its file does not name the LLM, so that config["llm"] has no fingerprint; config["pool"] is "released".
-    Nothing in the file is executed, and of the LLM's tensors, if it holds them, no byte is read. Raises
-    InputError where the file is none.
+    def encode_text(self, facets, prompts="long"):
+        """[N, K, D] states of any common scale -> [N, K, D], whose mean over facets is a unit vector."""
+        return facets / facets.mean(1, keepdim=True).norm(dim=-1, keepdim=True)
+
+
+def load(path):
+    """The authors' .pt file -> Released in eval mode.
+
+    Its file does not name the LLM, so that config["llm"] has no fingerprint. Nothing in the file is executed,
+    and of the LLM's tensors, if it holds them, no byte is read. Raises InputError where the file is none.
     """
     with flame.reading(path, "give the authors' .pt file, or a folder that train.py wrote"):
         weights = read_weights(path)
         llm = {"name": None, "fingerprint": None, "layer": None, "positions": "sequential"}
-        model = flame.Flame(sizes_of(weights) | {
+        model = Released(sizes_of(weights) | {
             "projector_hidden": len(weights["mm.0.weight"]), "text_dim": len(weights["mm.2.weight"]),
-            "pool_first": False, "text_rank": 0, "columns": flame.COLUMNS, "llm": llm, "pool": "released"})
+            "pool_first": False, "text_rank": 0, "columns": flame.COLUMNS, "llm": llm})
         ours = {name: tensor for name, tensor in weights.items() if not name.startswith("text.")}  # the LLM
         model.load_state_dict(ours | model.text.state_dict(prefix="text."))
     return model.eval()

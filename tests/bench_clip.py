@@ -38,6 +38,7 @@ import evaluate  # noqa: E402
 import flame  # noqa: E402
 import train  # noqa: E402
 from data import benchmarks, files  # noqa: E402
+from data.towers import Towers  # noqa: E402
 from data.captions import read_captions  # noqa: E402
 from data.pictures import Batches, find_pictures  # noqa: E402
 
@@ -182,7 +183,7 @@ def run_clip(args, run, seed):
     seconds = cpu_seconds() - started
 
     with tempfile.TemporaryDirectory() as cache:
-        towers = evaluate.Towers(model.eval(), lambda: encoder, "cosine", "cpu", Path(cache), "clip", "clip")
+        towers = Towers(model.eval(), lambda: encoder, "cpu", Path(cache), "clip", "clip")
         scores, _ = evaluate.score_demo(towers, *kinds, *benchmarks.read("demo", args.corpus, args.split))
         result = evaluate.with_intervals(scores, {})
     return seconds, s["steps"], result

@@ -17,6 +17,8 @@ test_benchmarks.py has the small trees and the model that knows colours.
 # ruff: noqa: F811  (the fixture of test_benchmarks.py is imported, and named again by who wants it)
 import json
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -34,6 +36,7 @@ import evaluate
 import flame
 from data import intervals, released, towers
 from data.pictures import open_picture
+from data.store import llm_fingerprint
 from test_benchmarks import (
     FINISHED, NAMES, TREES, ColourModel, ColourWords, colours, picture, put, refusal, tree_demo,  # noqa: F401
     tree_imagefolder, tree_urban1k, tree_xm3600)
@@ -70,6 +73,12 @@ def test_retrieval_equals_slow_twin_with_ties(seed, texts, images, dim):
     assert evaluate.retrieval(text, image, owner) == slow_retrieval((text @ image.T).tolist(), owner)
 
 
+def accuracies(image, classes, labels, names=None):
+    """As score_classes has them, percent; without names they differ."""
+    hits = evaluate.hits_of_classes(image, classes, labels, list(names or range(len(classes))))
+    return {name: 100 * shares.mean() for name, shares in hits.items()}
+
+
 def test_retrieval_equals_clip_benchmark():
     rng = np.random.default_rng(1)
     image = rng.standard_normal((60, 16)).astype(np.float32)
@@ -94,7 +103,7 @@ def test_classification_equals_slow_twin_with_ties(seed, images, classes):
     ranks = np.array([slow_rank(scores[i], [labels[i] == c for c in range(classes)]) for i in range(images)])
     per_class = np.mean([np.mean(ranks[labels == c] < 1) for c in set(labels)])
     shares = {"top1": np.mean(ranks < 1), "top5": np.mean(ranks < 5), "mean_per_class": per_class}
-    assert evaluate.classification(image, names, labels) == pytest.approx(
+    assert accuracies(image, names, labels) == pytest.approx(
         {name: 100 * share for name, share in shares.items()})
 
 
@@ -108,7 +117,7 @@ def test_classes_of_one_name_score_as_clip_benchmark_has_it():
         for first, second in shared:
             classes[second], names[second] = classes[first], names[first]
         image = (classes[labels] + 1.5 * rng.standard_normal((1000, 16))).astype(np.float32)
-        got = evaluate.means(evaluate.hits_of_classes(image, classes, labels, names))
+        got = accuracies(image, classes, labels, names)
         logits = torch.from_numpy(image @ classes.T)
         guess = logits.argmax(1).numpy()
         assert got["top1"] == pytest.approx(100 * np.mean(guess == labels)) and 20 < got["top1"] < 90
@@ -117,7 +126,7 @@ def test_classes_of_one_name_score_as_clip_benchmark_has_it():
         _, top5 = accuracy(logits, torch.from_numpy(labels), topk=(1, 5))
         assert got["top5"] == pytest.approx(100 * top5, abs=0.5 if shared else 1e-6)
     # Without the names, equal vectors are ties like any others, and count against the model.
-    assert evaluate.classification(image, classes, labels)["top1"] < got["top1"] - 1
+    assert accuracies(image, classes, labels)["top1"] < got["top1"] - 1
 
 
 @pytest.mark.parametrize("images, per_image", [(2, 1), (37, 1), (101, 3), (500, 5)])
@@ -131,7 +140,7 @@ def test_a_constant_model_scores_at_most_chance(images, per_image):
         assert got["text_to_image"][f"R@{k}"] <= 100 * min(1, k / images)
         assert got["image_to_text"][f"R@{k}"] <= 100 * min(1, k / images)
     for names in (None, [c // 2 for c in range(images)]):
-        got = evaluate.means(evaluate.hits_of_classes(text, image, owner, names))
+        got = accuracies(text, image, owner, names)
         assert got["top1"] <= 100 / images and got["mean_per_class"] <= 100 / images
         assert got["top5"] <= 100 * min(1, 5 / images)
 
@@ -150,19 +159,14 @@ def test_blocks_give_the_same_numbers_and_no_full_matrix(monkeypatch):
 
 
 def test_bad_embeddings_are_refused():
-    good, owner = np.eye(3, dtype=np.float32), np.arange(3)
-    bad = good.copy()
-    bad[1, 2] = np.nan
-    for score, vectors in ((evaluate.retrieval, (bad, good)), (evaluate.retrieval, (good, bad)),
-                           (evaluate.classification, (bad, good)),
-                           (evaluate.classification, (good, np.full((3, 3), np.inf)))):
-        with pytest.raises(flame.InputError, match="row [01]: NaN or infinite"):
-            score(*vectors, owner)
-    for owner in (np.array([0, 1]), np.array([0, 1, 3]), np.array([-1, 0, 1])):
-        with pytest.raises(ValueError, match="image_of_text"):
-            evaluate.retrieval(good, good, owner)
-        with pytest.raises(ValueError, match="labels"):
-            evaluate.classification(good, good, owner)
+    good = np.eye(3, dtype=np.float32)
+    for value in (np.nan, np.inf):
+        bad = good.copy()
+        bad[1, 2] = value
+        for score in (evaluate.retrieval, accuracies):
+            for vectors in ((bad, good), (good, bad)):
+                with pytest.raises(flame.InputError, match="vectors are NaN or infinite"):
+                    score(*vectors, np.arange(3))
 
 
 # ---------------------------------------------------------------- intervals
@@ -170,8 +174,8 @@ def test_bad_embeddings_are_refused():
 def interval(hits, groups=None):
     """(mean, low, high) of hits [N]; groups: what is resampled, the hits themselves without any."""
     groups = np.unique(np.arange(len(hits)) if groups is None else groups, return_inverse=True)[1]
-    part = evaluate.Hits(np.asarray(hits)[:, None], groups, groups.max() + 1)
-    return intervals.intervals(intervals.samples([part]))[0]
+    rows = intervals.samples(np.asarray(hits)[:, None], groups, groups.max() + 1)
+    return rows[0, 0], *intervals.ends(rows)[0]
 
 
 def test_bootstrap_equals_its_loop():
@@ -181,13 +185,11 @@ def test_bootstrap_equals_its_loop():
     for _ in range(intervals.RESAMPLES):
         rows = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(30, size=30)])
         means.append(100 * hits[rows].mean(0))
-    got = intervals.samples([evaluate.Hits(hits, groups, 30)])
+    got = intervals.samples(hits, groups, 30)
     assert got[0] == pytest.approx(100 * hits.mean(0)) and got[1:] == pytest.approx(np.array(means))
-    ends = np.percentile(means, [2.5, 97.5], axis=0).T
-    assert [row[1:] for row in intervals.intervals(got)] == [pytest.approx(tuple(row)) for row in ends]
-    # Of several parts on the same groups it is the mean, draw by draw.
-    parts = [evaluate.Hits(some, groups, 30) for some in (hits, ~hits)]
-    assert intervals.samples(parts) == pytest.approx(np.full((1001, 3), 50))
+    assert np.array(intervals.ends(got)) == pytest.approx(np.percentile(means, [2.5, 97.5], axis=0).T)
+    # On the same groups the draws are the same.
+    assert got + intervals.samples(~hits, groups, 30) == pytest.approx(np.full((1001, 3), 100))
 
 
 def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, monkeypatch, capsys):
@@ -279,10 +281,10 @@ def test_the_cache_knows_what_a_state_depends_on(colours, asked, tmp_path, monke
     assert new() == (5, 5)
     monkeypatch.setattr(ColourModel, "state_dict", lambda self: {"visual.x": torch.ones(1)})
     assert new() == (0, 5)
-    monkeypatch.setattr(flame, "llm_fingerprint", lambda folder: "g")
-    llm = {"llm": {**ColourModel.config["llm"], "fingerprint": "g"}}
-    monkeypatch.setattr(ColourModel, "config", ColourModel.config | llm)
-    assert new() == (5, 0)
+    monkeypatch.setattr(towers, "llm_fingerprint", lambda folder: "g")
+    llm = ColourModel.config["llm"] | {"fingerprint": "g"}
+    monkeypatch.setattr(ColourModel, "config", ColourModel.config | {"llm": llm})
+    assert new() == (5, 5)      # of another LLM, another checkpoint
     monkeypatch.setitem(flame.PROMPTS, "long", flame.PROMPTS["long"]._replace(prefix="A {}"))
     assert new() == (5, 0) and new() == (0, 0)
 
@@ -355,7 +357,7 @@ def test_names_are_scored_as_a_loop_would(monkeypatch):
     monkeypatch.setattr(evaluate, "encode_images", lambda towers, places: (image, list(range(len(places)))))
     pictures = [(n, thing) for n, thing in enumerate(np.repeat(list(vectors), 3).tolist())]
     galleries = {"ace": dict(zip("ace", "ace")), "bd": dict(zip("bd", "bd"))}
-    got = evaluate.with_intervals(evaluate.score_names(None, "raw", pictures, galleries, "my {}")[0], {})
+    got = evaluate.with_intervals(evaluate.score_names(None, "raw", pictures, galleries, "my {}"), {})
     means = []
     for gallery in galleries:
         right = [max(gallery, key=lambda other: image[n] @ vectors[other]) == thing
@@ -382,14 +384,12 @@ def test_ablation_equals_one_subset_at_a_time():
     owner = rng.integers(0, 12, 30)
     image = rng.standard_normal((12, 8))
     facets = rng.standard_normal((30, 3, 8)) + 1.5 * image[owner][:, None] * np.array([1, 0, 2])[:, None]
-    for pool in ("cosine", "released"):
-        rows = evaluate.ablation(facets.astype(np.float32), image, owner, pool, [1, 2, 4])
-        assert [row["facets"] for row in rows] == [
-            [1], [1, 2], [1, 2, 4], [2, 4], [1, 4], [1, 2], [1], [2], [4]]
-        for row in rows:
-            text = facets[:, [[1, 2, 4].index(f) for f in row["facets"]]].mean(1)
-            text = text / np.linalg.norm(text, axis=1, keepdims=True) if pool == "released" else text
-            assert {way: row[way] for way in evaluate.WAYS} == evaluate.retrieval(text, image, owner)
+    rows = evaluate.ablation(facets.astype(np.float32), image, owner, [1, 2, 4])
+    assert [row["facets"] for row in rows] == [
+        [1], [1, 2], [1, 2, 4], [2, 4], [1, 4], [1, 2], [1], [2], [4]]
+    for row in rows:
+        text = facets[:, [[1, 2, 4].index(f) for f in row["facets"]]].mean(1)
+        assert {way: row[way] for way in evaluate.WAYS} == evaluate.retrieval(text, image, owner)
     assert len({row["text_to_image"]["R@1"] for row in rows}) > 4
 
 
@@ -433,16 +433,16 @@ def test_the_demos_captions_as_ones_own_score_as_the_demo_does(colours, tmp_path
 
 
 def test_ones_own_captions_in_other_forms(colours, tmp_path, capsys):
-    """Several of one picture; rows without one; pictures by key; a benchmark's name; what training had."""
+    """Several of one picture; rows without one; pictures by key; what training had."""
     rows = []
     for name in NAMES:
         picture(tmp_path / f"mine/{name}.png", name)
         rows += [f"{name}.png\ta {name} wall\n", f"{name}.png\tall {name}\n"]
-    put(tmp_path / "coco.tsv", "image\traw\n" + "".join(rows) + "\tred\ngone.png\ta red one\n")
+    put(tmp_path / "ours.tsv", "image\traw\n" + "".join(rows) + "\tred\ngone.png\ta red one\n")
     trained = "1\t\ta red wall\tx\ty\n2\t\tx\tall red\ty\n"
     put(tmp_path / "store/captions.tsv", f"key\timage\traw\tshort\tlong\n{trained}")
     put(tmp_path / "out/run/config.json", json.dumps(FINISHED | {"store": {"path": str(tmp_path / "store")}}))
-    code, result = colours("coco-captions", "--captions", "coco.tsv", "--images", "mine")
+    code, result = colours("ours", "--captions", "ours.tsv", "--images", "mine")
     error = capsys.readouterr().err
     assert code == 0 and result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100
     assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 1)
@@ -462,7 +462,7 @@ def real(byte_llm, tmp_path_factory):
     torch.manual_seed(0)
     config = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "text_dim": 32,
               "projector_hidden": 24, "pool_first": True, "text_rank": 0, "columns": flame.COLUMNS}
-    llm = {"name": "tiny", "fingerprint": flame.llm_fingerprint(byte_llm), "layer": 2,
+    llm = {"name": "tiny", "fingerprint": llm_fingerprint(byte_llm), "layer": 2,
            "positions": "restart", "questions": flame.questions()}
     model = flame.Flame(config | {"llm": llm})
     for parameter in model.visual.parameters():
@@ -518,7 +518,7 @@ def test_main_equals_one_picture_and_one_text_at_a_time(bench, real, byte_llm, t
 def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, byte_llm, tmp_path, prompts):
     model = flame.load(real / "out/tiny")
     encoder = flame.TextEncoder(byte_llm, "cpu", torch.float32, layer=2, budget=400)  # several packed rows
-    ours = evaluate.Towers(model, lambda: encoder, "cosine", "cpu", tmp_path, "image tower", "text tower")
+    ours = towers.Towers(model, lambda: encoder, "cpu", tmp_path, "image tower", "text tower")
     texts = ["a", "A much longer text about nothing, that goes on for a while.", "b b", "a"]
     image = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
     got = evaluate.encode_texts(ours, texts, prompts)
@@ -529,8 +529,8 @@ def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, byte_llm, tmp_path
         expected = flame.similarity(image, model.encode_text(states, prompts))
     # in company and as float16, a text differs by rounding
     assert got @ image.numpy().T == pytest.approx(expected.numpy(), abs=1e-3)
-    released = evaluate.encode_texts(ours._replace(pool="released"), texts, prompts)
-    assert released == pytest.approx(torch.nn.functional.normalize(states.mean(1), dim=-1).numpy(), abs=1e-3)
+    theirs = evaluate.encode_texts(ours._replace(model=released.Released(model.config)), texts, prompts)
+    assert theirs == pytest.approx(torch.nn.functional.normalize(states.mean(1), dim=-1).numpy(), abs=1e-3)
 
 
 def test_the_authors_checkpoint_is_scored_their_way(byte_llm, tmp_path, monkeypatch):
@@ -558,35 +558,35 @@ def test_the_authors_checkpoint_is_scored_their_way(byte_llm, tmp_path, monkeypa
     assert {way: result[way] for way in evaluate.WAYS} == expected
 
 
-def test_another_llm_is_refused(real, byte_llm, tiny_llm, tmp_path, capsys):
+@pytest.mark.parametrize("fingerprint, hidden_size", [("x", 32), (None, 64)])   # the authors' names none
+def test_another_llm_is_refused(fingerprint, hidden_size, real, byte_llm, tmp_path, capsys):
     tree_urban1k(tmp_path / "data")
-    known = ["--bench", "urban1k", "--data-root", tmp_path / "data", "--out", tmp_path / "out"]
-    for fingerprint, message in (("x", "with another LLM (tiny)"), (None, "its states have 48 dimensions")):
-        checkpoint = tmp_path / str(fingerprint)
-        shutil.copytree(real / "out/tiny", checkpoint)
-        config = json.loads((checkpoint / "config.json").read_text())
-        config["llm"]["fingerprint"] = fingerprint      # the authors' checkpoint names none
-        put(checkpoint / "config.json", json.dumps(config))
-        llm = byte_llm if fingerprint else tiny_llm
-        assert evaluate.main([*map(str, known), "--llm", str(llm), "--checkpoint", str(checkpoint)]) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
+    for folder, source in (("run", real / "out/tiny"), ("llm", byte_llm)):
+        shutil.copytree(source, tmp_path / folder)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["llm"]["fingerprint"] = fingerprint
+    put(tmp_path / "run/config.json", json.dumps(config))
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    put(tmp_path / "llm/config.json", json.dumps(config | {"hidden_size": hidden_size}))
+    folders = zip(("--data-root", "--out", "--checkpoint", "--llm"), ("data", "out", "run", "llm"))
+    flags = [word for flag, folder in folders for word in (flag, str(tmp_path / folder))]
+    assert evaluate.main(["--bench", "urban1k", *flags]) == 2
+    assert "with another LLM (tiny)" in refusal(capsys)
 
 
-def test_an_open_clip_model_is_scored_alike(tmp_path, monkeypatch, capsys):
+def test_an_open_clip_model_is_scored_alike(small_clip, tmp_path, monkeypatch, capsys):
     """Against open_clip's own encode_image and encode_text, one at a time; then from the cache."""
     import open_clip
-    torch.manual_seed(0)
-    spec = tmp_path / "weights.pt"
-    model, _, preprocess = open_clip.create_model_and_transforms("RN50-quickgelu")
-    torch.save(model.state_dict(), spec)
+    name, _, weights = small_clip.partition(":")
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
     monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
     tree_urban1k(tmp_path / "data")
     flags = ["--bench", "urban1k", "--data-root", tmp_path / "data", "--out", tmp_path / "out"]
-    flags += ["--device", "cpu", "--open-clip", f"RN50-quickgelu:{spec}"]
+    flags += ["--device", "cpu", "--open-clip", small_clip]
     assert evaluate.main([*map(str, flags)]) == 0
-    result = json.loads((tmp_path / "out/urban1k-RN50-quickgelu-weights.json").read_text())
+    result = json.loads((tmp_path / "out/urban1k-tests-small-small.json").read_text())
     model.eval()
-    tokens = open_clip.get_tokenizer("RN50-quickgelu")
+    tokens = open_clip.get_tokenizer(name)
     with torch.inference_mode():
         image = torch.cat([model.encode_image(preprocess(Image.open(tmp_path / f"data/image/{i}.jpg"))[None])
                            for i in range(1, 6)])
@@ -610,7 +610,8 @@ def test_an_open_clip_model_is_scored_alike(tmp_path, monkeypatch, capsys):
     (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
     (["--bench", "imagenet", "--facets"], "--facets wants captions"),
     (["--bench", "coco", "--facets", "--open-clip", "ViT-B-32"], "--facets wants captions"),
-    (["--words", "x.png", "--open-clip", "ViT-B-32"], "a checkpoint, not --open-clip"),
+    (["--bench", "coco", "--facets", "--checkpoint", __file__], "--facets wants captions"),     # a file
+    (["--words", "x.png", "--open-clip", "ViT-B-32"], "--words no open_clip model"),
     (["--search", "red"], "--search TEXT and --images DIR go together"),
     (["--bench", "coco", "--nonsense"], "--nonsense"),
     (["--compare", "a.json", "b.json"], "a.npz: no")])
@@ -625,7 +626,7 @@ def test_errors_and_an_interrupt_are_one_line(colours, tmp_path, monkeypatch, ca
     nothing = torch.full((2, 3), torch.nan)
     monkeypatch.setattr(ColourModel, "encode_image", lambda self, pixels: nothing[:len(pixels)])
     assert colours("urban1k")[0] == 2
-    assert "image embeddings: row 0: NaN or infinite" in capsys.readouterr().err.splitlines()[-1]
+    assert "vectors are NaN or infinite" in capsys.readouterr().err.splitlines()[-1]
     for path in (tmp_path / "data/urban1k/image").iterdir():
         path.write_text("")
     assert colours("urban1k")[0] == 2
@@ -640,3 +641,12 @@ def test_errors_and_an_interrupt_are_one_line(colours, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(["--bench", "urban1k", "--device", "cpu"]) == 2
     assert "out/run/model.safetensors: no such file" in refusal(capsys)
+
+
+def test_a_pipe_that_is_closed_is_no_error():
+    """As `evaluate.py ... | head` closes it."""
+    code = "import sys; from data.command import run; sys.exit(run('x', lambda: print('y' * 10**6), ''))"
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": Path(evaluate.__file__).parent}
+    with subprocess.Popen([sys.executable, "-c", code], **pipe) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
