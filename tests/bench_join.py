@@ -26,13 +26,16 @@ WORDS = "a red kite above the calm sea at sunset with one small boat to its left
 
 def write(folder, rows):
     parts = [" ".join(WORDS[(k + j * j) % len(WORDS)] for j in range(14)) for k in range(30)]
-    lists = " || ' ' || ".join(f"{parts[3 * k:3 * k + 3]}[1 + (key // {7 ** (k % 8)}) % 3]" for k in range(10))
+    long = " || ' ' || ".join(f"{parts[3 * k:3 * k + 3]}[1 + key // {7 ** (k % 8)} % 3]" for k in range(10))
+    # What a picture shows, so that a recaption shares a word with its caption: "boat" and a number.
     with duckdb.connect() as database:
-        database.execute(f"COPY (SELECT format('{{:09d}}', n) AS key, 'photo ' || n || ' of a red kite' AS raw "
-                         f"FROM range({rows}) t(n)) TO '{folder}/raw.tsv' (HEADER, DELIMITER '\t', QUOTE '')")
-        database.execute(f"COPY (SELECT format('{{:09d}}', key) AS __key__, key || ': ' || {lists} AS minicpm "
-                         f"FROM (SELECT n * {STEP} % {rows} AS key FROM range({rows}) t(n))) "
-                         f"TO '{folder}/long.json' (FORMAT json, ARRAY true)")
+        database.execute(
+            "COPY (SELECT format('{:09d}', n) AS key, 'a photo of boat' || n AS raw "
+            f"FROM range({rows}) t(n)) TO '{folder}/raw.tsv' (HEADER, DELIMITER '\t', QUOTE '')")
+        database.execute(
+            f"COPY (SELECT format('{{:09d}}', key) AS __key__, 'boat' || key || ' and ' || {long} AS minicpm "
+            f"FROM (SELECT n * {STEP} % {rows} AS key FROM range({rows}) t(n))) "
+            f"TO '{folder}/long.json' (FORMAT json, ARRAY true)")
 
 
 def watch(folder, largest):
