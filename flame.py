@@ -1079,7 +1079,7 @@ class Store:
         columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
         out = np.empty((*columns.shape, self.D), np.float16)
         for i, (w, row) in enumerate(zip(*np.divmod(rows, self.window))):
-            np.take(self.vectors(int(w))[row], columns[i], axis=0, out=out[i], mode="clip")  # one copy
+            np.take(self.vectors(int(w))[row], columns[i], axis=0, out=out[i])
         vectors = torch.from_numpy(out).float()
         return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
 
