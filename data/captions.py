@@ -1,9 +1,9 @@
 """Captions: every source becomes one table, captions.tsv, which is all that the rest of the house reads.
 
 A source is a file (TSV, CSV, JSON or JSONL, .gz too; Parquet; a tar), several by a range or a glob
-("cc3m/{0000..0575}.tar", "x-*.parquet"), or a folder of tars or Parquet or with metadata.jsonl or .csv
-(data/README.md). Python reads TSV, CSV and tars row by row; DuckDB reads JSON and Parquet, joins, sorts and
-writes, out of core. Without keys, the row's number in the file is the key, nine digits, as img2dataset names
+("cc3m/{0000..0575}.tar", "x-*.parquet"), or a folder of tars, of Parquet, of pictures with a .txt each, or
+with metadata.jsonl or .csv (data/README.md). Python reads TSV, CSV, tars and texts row by row; DuckDB reads
+JSON and Parquet, joins, sorts and writes, out of core. Without keys, the row's number in the file is the key, nine digits, as img2dataset names
 its samples. A bad row is skipped, counted and named, never fatal.
 """
 import csv
@@ -39,7 +39,7 @@ NAMES = {
 }
 NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "license", ""}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.parquet")
+FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 DAMAGED = "tar that is none, or damaged from there on"
 LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
@@ -242,6 +242,8 @@ def load(database, scratch, source, skipped, field=None):
     with reading(files[0], WANTED):
         if kind == ".tar":
             files = spool(scratch, tar_rows(files, skipped), skipped)
+        elif kind == ".txt" and os.path.isdir(source):
+            files = spool(scratch, text_rows(Path(source), files, skipped), skipped)
         elif kind not in (".json", ".jsonl", ".parquet"):
             files = spool(scratch, csv_rows(files, kind == ".csv", skipped), skipped)
         paths = ", ".join(quoted(glob.escape(str(file))) for file in files)
@@ -362,6 +364,19 @@ def tar_rows(files, skipped):
                     except (ValueError, AttributeError, RecursionError):
                         skip(skipped, "no UTF-8 text, no JSON object, or too large", f"{place}.{suffix}")
                 yield place, row
+
+
+def text_rows(folder, files, skipped):
+    """Each a.txt that has a picture beside it; the picture's path is key and image."""
+    for file in files:
+        pictures = [file.with_suffix(suffix) for suffix in PICTURES if file.with_suffix(suffix).is_file()]
+        if not pictures:
+            skip(skipped, "text without a picture beside it", str(file))
+            continue
+        image = pictures[0].relative_to(folder)
+        with open(file, encoding="utf-8-sig", errors="surrogateescape") as opened:
+            yield str(file), {"key": str(image.with_suffix("")), "image": str(image),
+                              "raw": opened.read(LARGEST_TEXT)}
 
 
 def sample_name(path):

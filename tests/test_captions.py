@@ -370,6 +370,16 @@ def test_ranges_globs_and_folders(tmp_path, table):
     assert {source: source_name(source) for source in names} == names
 
 
+def test_a_folder_of_pictures_with_a_text_each(tmp_path, table):
+    for name in ("a/x.jpg", "a/x.txt", "b/y.png", "b/y.txt", "b/z.txt", "b/bad.jpg", "b/bad.txt"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"\xff" if "bad" in name else f"caption of {name}".encode())
+    rows, _, err = table(tmp_path / "photos")
+    assert [row[:3] for row in rows] == [("a/x", "a/x.jpg", "caption of a/x.txt"),
+                                         ("b/y", "b/y.png", "caption of b/y.txt")]
+    assert "1: text without a picture beside it" in err and "b/z.txt" in err and "1: no UTF-8" in err
+
+
 @pytest.mark.parametrize("name", ["a.tsv", "a.json", "a.csv", "a.parquet", "a.tar", "a-{0..0}.tar"])
 def test_a_pipe_is_refused_in_one_line(tmp_path, table, name):
     pipe = tmp_path / name.replace("{0..0}", "0")
