@@ -974,16 +974,17 @@ def call(kernel, at, *operands):
 def usable_kernels(decoder):
     """NATIVE where flame_ext may run this decoder, else TWINS; on a GPU a warning says why not.
 
-    No GPU has run its kernels yet. So on a GPU, where they know bfloat16 alone, they are used only after they
-    gave what the twins give: the first two blocks' states of a small forest, the mean subtracted.
+    No GPU has run its kernels yet. So on a GPU they are used only after they gave what the twins give: the
+    first two blocks' states of a small forest, the mean subtracted. (There they know bfloat16 alone.)
     """
     at = decoder.embedding
     if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16):
         return TWINS
     if at.is_cpu:
         return NATIVE if flame_ext.cpu else TWINS
-    if not at.is_cuda or at.dtype != torch.bfloat16:
+    if not at.is_cuda:
         return TWINS
+    limit = 0.05 if at.dtype == torch.bfloat16 else 1e-3
     try:
         if not flame_ext.cuda:
             raise RuntimeError("it was built without CUDA")
@@ -995,7 +996,7 @@ def usable_kernels(decoder):
         twin = decode(trial, forest)
         error = (decode(trial._replace(kernels=NATIVE), forest) - twin).norm(dim=1)
         worst = (error / (twin - twin.mean(0)).norm(dim=1)).max()
-        if not worst < 0.05:  # nor NaN
+        if not worst < limit:  # nor NaN
             raise RuntimeError(f"its states differ from the twins' by {worst:.1%}")
     except Exception as error:
         warnings.warn(f"{at.device}: PyTorch runs in place of flame_ext: {explained(error)}", stacklevel=2)

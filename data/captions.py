@@ -3,8 +3,8 @@
 A source is a file (TSV, CSV, JSON or JSONL, .gz too; Parquet; a tar), several by a range or a glob
 ("cc3m/{0000..0575}.tar", "x-*.parquet"), or a folder of tars, of Parquet, of pictures with a .txt each, or
 with metadata.jsonl or .csv (data/README.md). Python reads TSV, CSV, tars and texts row by row; DuckDB reads
-JSON and Parquet, joins, sorts and writes, out of core. Without keys, the row's number in the file is the key, nine digits, as img2dataset names
-its samples. A bad row is skipped, counted and named, never fatal.
+JSON and Parquet, joins, sorts and writes, out of core. Without keys, the row's number in the file is the key,
+nine digits, as img2dataset names its samples. A bad row is skipped, counted and named, never fatal.
 """
 import csv
 import glob
