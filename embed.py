@@ -12,13 +12,9 @@ but its captions and the recorded settings. So windows can be split over process
 (--shard), and after a crash, or kill -9, the same command makes those that are missing and ends with the same
 bytes.
 """
-import argparse
 import os
-import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -29,16 +25,13 @@ from tqdm import tqdm
 import flame
 from data import files, store
 from data.captions import fingerprint, read_table, source_name, write_table
-from data.command import Parser, number, run, usable_device
-from data.pictures import warn_of_missing_pictures
-from data.ranks import rank, ranks
+from data.command import Parser, number, run
+from data.pictures import named_pictures
+from data.ranks import rank, ranks, say, start_ranks, wait_for_all
 from data.show import look
 
 # Rows of a window, at most lost by a crash: a minute of work.
 WINDOW = {"cpu": 256, "cuda": 8192}
-
-RANK = rank()
-WORLD = ranks()
 
 
 def embed(args):
@@ -50,29 +43,29 @@ def embed(args):
         nonlocal encoder
         write_table(path, args.captions, args.join)
         rows = list(islice(read_table(path), 1000))
-        warn_of_missing_pictures(args.captions, [row.image for row in rows])
+        _, _, sample, missing = named_pictures(Path(args.captions), [row.image for row in rows])
+        if missing:
+            print(f"{args.captions}: {len(missing)} of the first {len(sample)} pictures that it names are "
+                  f"not there (first: {missing[0]}); train.py looks by key, or where --images DIR says",
+                  file=sys.stderr)
         encoder = load_encoder(args)
         check_states(encoder, [row.long for row in rows])
 
-    if WORLD > 1:  # for the ranks to wait for one another, however long one takes
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    shared = [None]
+    missing = [None]
     with files.folder(out):
-        if RANK == 0:
-            shared = [store.windows_to_make(out, settings_of(args), make_table, args.overwrite)]
-        if WORLD > 1:
-            torch.distributed.broadcast_object_list(shared)
+        if rank() == 0:
+            missing = [store.windows_to_make(out, settings_of(args), make_table, args.overwrite)]
+        if ranks() > 1:
+            torch.distributed.broadcast_object_list(missing)
         shard, shards = args.shard
-        missing = [w for w in shared[0] if w % shards == shard]
-        if missing:
-            run_windows(out, encoder or load_encoder(args), missing[RANK::WORLD], len(missing))
-        if WORLD > 1:
-            torch.distributed.barrier()
-    if RANK == 0:
-        meta = flame.read_json(out / "meta.json")
-        absent = sum(not store.window_file(out, w).exists() for w in range(len(meta["starts"])))
-        print(f"{out}: {meta['N']} x {len(flame.COLUMNS)} embeddings of {meta['D']}, "
-              + (f"{absent} of {len(meta['starts'])} windows missing" if absent else "finished"))
+        windows = [w for w in missing[0] if w % shards == shard]
+        if windows:
+            run_windows(out, encoder or load_encoder(args), windows[rank()::ranks()], len(windows))
+        wait_for_all()
+    meta = flame.read_json(out / "meta.json")
+    absent = sum(not store.window_file(out, w).exists() for w in range(len(meta["starts"])))
+    say(f"{out}: {meta['N']} x {len(flame.COLUMNS)} embeddings of {meta['D']}, "
+        + (f"{absent} of {len(meta['starts'])} windows missing" if absent else "finished"))
 
 
 def settings_of(args):
@@ -82,7 +75,7 @@ def settings_of(args):
         "llm": {
             "name": args.llm_name,
             "path": os.path.abspath(args.llm),  # so that evaluate.py finds it again
-            "fingerprint": flame.llm_fingerprint(args.llm),
+            "fingerprint": store.llm_fingerprint(args.llm),
             "layer": args.layer,
             "positions": args.positions,
             "questions": flame.questions(),
@@ -108,7 +101,7 @@ def load_encoder(args):
 def check_states(encoder, captions):
     """Raises InputError where a packed row's states are no embeddings, as damaged weights make them."""
     rows, forest = next(encoder.pack(captions, "long"))
-    units, _ = start(encoder, forest, len(rows))()
+    units = start(encoder, forest, len(rows))()
     if (units - units[0, 0]).abs().max() < 1e-3:
         raise flame.InputError(f"{encoder.llm_dir}: its states are all equal; download its weights anew")
 
@@ -119,43 +112,34 @@ def run_windows(out, encoder, windows, total):
     A GPU always has the next packed row before the last one is fetched, and a thread writes the windows.
     """
     meta = flame.read_json(out / "meta.json")
-    columns = {name: flame.COLUMNS.index(f"{name}.0") for name in flame.PROMPTS}
     todo = sum(min(meta["window"], meta["N"] - w * meta["window"]) for w in windows)
-    if RANK == 0:
-        print(f"{out}: {total} of {len(meta['starts'])} windows of {meta['window']} rows to make; layer "
-              f"{encoder.layer}, {meta['dtype']} on {WORLD} x {meta['device']}, {encoder.kernels}")
+    say(f"{out}: {total} of {len(meta['starts'])} windows of {meta['window']} rows to make; layer "
+        f"{encoder.layer}, {meta['dtype']} on {ranks()} x {meta['device']}, {encoder.kernels}")
     work = packed_rows(out, meta, windows, encoder)
     if meta["device"] == "cuda":
         work = ahead(work)
-    started = time.time()
-    busy = 0.0  # seconds of the LLM at work
-    writing = None
+    writing = []
+    block = None
     with ThreadPoolExecutor(1) as thread, tqdm(
             total=todo * len(flame.COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
-            disable=RANK > 0) as bar:
-        block = None
+            disable=rank() > 0) as bar:
         for w, height, prompts, takers, wait, last in one_behind(work, encoder):
-            clock = time.time()
-            units, seconds = wait()
-            busy += time.time() - clock + seconds
+            units = wait()
             if block is None:
                 block = torch.empty(height, len(flame.COLUMNS), encoder.dim, dtype=torch.float16)
-            first = columns[prompts]
+            first = flame.COLUMNS.index(f"{prompts}.0")
             for rows, facets in zip(takers, units):
                 block[rows, first:first + len(facets)] = facets
                 bar.update(len(rows) * len(facets))
             if last:
                 if writing:
-                    writing.result()  # no more than two windows in memory
-                writing = thread.submit(store.write_window, out, w, block.numpy())
+                    writing.pop().result()  # no more than two windows in memory
+                writing.append(thread.submit(store.write_window, out, w, block.numpy()))
                 block = None
         if writing:
-            writing.result()
-    if RANK == 0:
-        seconds = time.time() - started
-        print(f"{todo / seconds:.2f} captions/s a process, {seconds:.0f} s, LLM busy {busy / seconds:.1%}")
-        if encoder.truncated:
-            print(f"{encoder.truncated} captions were cut to the model's context")
+            writing.pop().result()
+    if encoder.truncated:
+        say(f"{encoder.truncated} captions were cut to the model's context")
 
 
 def packed_rows(out, meta, windows, encoder):
@@ -189,10 +173,7 @@ def one_behind(work, encoder):
 
 
 def start(encoder, forest, n):
-    """Hands a packed row to the device. -> wait(), which gives its n captions' unit vectors, float16
-    [n, K, D], and the seconds that handing it over took: on CPU all that there is to do.
-    """
-    clock = time.time()
+    """Hands a packed row to the device. -> wait(), which gives its n captions' unit vectors, [n, K, D]"""
     states = flame.decode(encoder.decoder, forest).view(n, -1, encoder.dim)
     units = normalize(states, dim=-1).half()
     copied = None
@@ -201,7 +182,6 @@ def start(encoder, forest, n):
         units.copy_(on_device, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-    seconds = time.time() - clock
 
     def wait():
         if copied:
@@ -209,7 +189,7 @@ def start(encoder, forest, n):
         if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # nor NaN
             raise flame.InputError(f"{encoder.llm_dir}: its states are zero or not finite; give --dtype "
                                    "bfloat16 or float32, or download its weights anew")
-        return units, seconds
+        return units
     return wait
 
 
@@ -226,16 +206,16 @@ def ahead(items):
 # What the command line says
 
 def shard(text):
-    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with i from 0 to n - 1")
-    return int(found[1]), int(found[2])
+    i, n = map(int, text.split("/"))
+    if not 0 <= i < n:
+        raise ValueError
+    return i, n
 
 
 def join(text):
-    name, equals, file = text.partition("=")
+    name, _, file = text.partition("=")
     if name not in flame.PROMPTS or not file:
-        raise argparse.ArgumentTypeError(f"{text!r} is not SET=FILE, SET one of {', '.join(flame.PROMPTS)}")
+        raise ValueError
     return name, file
 
 
@@ -268,13 +248,13 @@ def command_line():
         help="print tokens, FLOPs, hours and bytes instead (as if there were N such captions)")
     add("--inspect", metavar="STORE", help="print what is in a store and check it instead")
     add("--draw", metavar="CAPTION", help="write a picture of this caption's segment forest instead")
-    return parser.parse_args()
+    return parser
 
 
-def chosen():
+def chosen(argv):
     """Does what the command line asks for."""
-    args = command_line()
-    args.join = {name: [file for own, file in args.join if own == name] for name, _ in args.join}
+    args = command_line().parse_args(argv)
+    args.join = {name: [file for other, file in args.join if other == name] for name, _ in args.join}
     args.llm_name = Path(args.llm).resolve().name  # of a folder, or of a Hugging Face id
     args.llm = flame.llm_folder(args.llm)
     if args.draw is not None:
@@ -285,23 +265,19 @@ def chosen():
         raise flame.InputError("--captions FILE is missing; see --help")
     if args.overwrite and args.shard[1] > 1:
         raise flame.InputError("--overwrite would throw away the other shards' windows; remove --out by hand")
-    one_of_many = args.device == "cuda" and WORLD > 1
-    args.device = usable_device(f"cuda:{os.environ['LOCAL_RANK']}" if one_of_many else args.device)
+    args.device = start_ranks(args.device)
     args.dtype = args.dtype or str(flame.default_dtype(args.device)).removeprefix("torch.")
     blocks = flame.llm_config(args.llm)["num_hidden_layers"]
     args.layer = args.layer or blocks - 1
     if args.layer > blocks:
         raise flame.InputError(f"--layer {args.layer}: {args.llm} has {blocks} blocks; choose 1 to {blocks}")
-    if RANK == 0:
-        print(f"LLM: {args.llm}")
+    say(f"LLM: {args.llm}")
     return embed(args) if args.plan is None else look.plan(args)
 
 
-def main():
-    code = run("embed.py", chosen, "the same command makes the windows that are missing")
-    if code:
-        sys.exit(code)
+def main(argv=None):
+    return run("embed.py", lambda: chosen(argv), "the same command makes the windows that are missing")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,6 @@ The stages embed.py, train.py and evaluate.py import this file; README.md shows 
 """
 import ctypes
 import functools
-import hashlib
 import json
 import os
 import re
@@ -736,10 +735,10 @@ def rope_frequencies(entries, head_dim):
 
 
 def weights_reader(llm_dir):
-    """(read(name) -> tensor, names) over a folder's safetensors files, all that there are."""
+    """(read(name) -> tensor, names) over a folder's model*.safetensors."""
     from safetensors import safe_open
     files = {}
-    for file in sorted(Path(llm_dir).glob("*.safetensors")):
+    for file in sorted(Path(llm_dir).glob("model*.safetensors")):
         with reading(file, LLM_CURE), safe_open(file, framework="pt") as opened:
             for name in opened.keys():
                 if name in files:  # shards of two downloads
@@ -818,30 +817,6 @@ def load_block(llm_dir, config, weight, names, prefix):
     }
 
 
-def llm_fingerprint(llm_dir):
-    """Names an LLM by what is read of it: 16 hexadecimal digits of a SHA-256.
-
-    Over what llm_config takes of config.json, the tokenizer's file, and each safetensors file's name, header
-    and every tensor's first 4 KiB: under a second for a 24-GB model, and a fine-tune of few tensors and its
-    base are told apart.
-    """
-    config = llm_config(llm_dir)
-    config["inv_freq"] = config["inv_freq"].float().tolist()
-    tokenizer = tokenizer_file(llm_dir)
-    bos = tokenizer.name == "tokenizer.model" and adds_bos(tokenizer)
-    digest = hashlib.sha256(repr((sorted(config.items()), tokenizer.name, bos)).encode())
-    digest.update(tokenizer.read_bytes())
-    for path in sorted(Path(llm_dir).glob("*.safetensors")):
-        with reading(path, LLM_CURE), open(path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = file.read(start - 8)
-            digest.update(path.name.encode() + header)
-            for entry in json.loads(header).values():
-                file.seek(start + entry.get("data_offsets", [0])[0])
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
@@ -883,21 +858,13 @@ def read_tokenizer_json(path):
 
 
 def read_sentencepiece(path):
-    """With BOS in front where the model wants it. As every published tokenizer.json does, it takes a literal
-    <s> in a text for BOS.
-    """
     from sentencepiece import SentencePieceProcessor
     pieces = SentencePieceProcessor(model_file=str(path))
-    bos = [pieces.bos_id()]
-    start = bos if adds_bos(path) else []
-
-    def encode(text):
-        first, *rest = pieces.encode(text.split("<s>"))
-        return start + first + [token for part in rest for token in bos + part]
+    start = [pieces.bos_id()] if adds_bos(path) else []
 
     def encode_batch(texts):
-        return [encode(text) for text in texts]
-    return Tokenizer(encode, encode_batch, pieces.decode)
+        return [start + ids for ids in pieces.encode(texts)]
+    return Tokenizer(lambda text: start + pieces.encode(text), encode_batch, pieces.decode)
 
 
 def adds_bos(path):
@@ -1007,16 +974,17 @@ def call(kernel, at, *operands):
 def usable_kernels(decoder):
     """NATIVE where flame_ext may run this decoder, else TWINS; on a GPU a warning says why not.
 
-    No GPU has run its kernels yet. So on a GPU, where they know bfloat16 alone, they are used only after they
-    gave what the twins give: the first two blocks' states of a small forest, the mean subtracted.
+    No GPU has run its kernels yet. So on a GPU they are used only after they gave what the twins give: the
+    first two blocks' states of a small forest, the mean subtracted. (There they know bfloat16 alone.)
     """
     at = decoder.embedding
     if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16):
         return TWINS
     if at.is_cpu:
         return NATIVE if flame_ext.cpu else TWINS
-    if not at.is_cuda or at.dtype != torch.bfloat16:
+    if not at.is_cuda:
         return TWINS
+    limit = 0.05 if at.dtype == torch.bfloat16 else 1e-3
     try:
         if not flame_ext.cuda:
             raise RuntimeError("it was built without CUDA")
@@ -1028,7 +996,7 @@ def usable_kernels(decoder):
         twin = decode(trial, forest)
         error = (decode(trial._replace(kernels=NATIVE), forest) - twin).norm(dim=1)
         worst = (error / (twin - twin.mean(0)).norm(dim=1)).max()
-        if not worst < 0.05:  # nor NaN
+        if not worst < limit:  # nor NaN
             raise RuntimeError(f"its states differ from the twins' by {worst:.1%}")
     except Exception as error:
         warnings.warn(f"{at.device}: PyTorch runs in place of flame_ext: {explained(error)}", stacklevel=2)
@@ -1112,7 +1080,7 @@ class Store:
         columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
         out = np.empty((*columns.shape, self.D), np.float16)
         for i, (w, row) in enumerate(zip(*np.divmod(rows, self.window))):
-            out[i] = self.vectors(int(w))[row, columns[i]]
+            np.take(self.vectors(int(w))[row], columns[i], axis=0, out=out[i])
         vectors = torch.from_numpy(out).float()
         return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
 

@@ -3,13 +3,13 @@
 They are files that the captions name, or files or tars whose names are the keys (data/README.md).
 """
 import functools
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import stat
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
-from data.captions import DAMAGED, PICTURES, report_skipped, sample_name, skip, source_files, tar_files
+from data.captions import PICTURES, report_skipped, sample_name, source_files, tar_files
 from data.files import write
-from flame import InputError
+from flame import InputError, reading
 
 LARGEST = 1 << 30  # bytes of a picture's file
 LOOKED_AT = 1000   # pictures that stand for all of them where it is asked whether they are there
@@ -60,133 +59,76 @@ def find_pictures(keys, images, captions, folder=None, index=None):
     A place is (which of files, first byte, bytes; -1: to the end). keys, images: of a table that was made of
     the source `captions`. folder: where the images' paths start, or where files or tars (*.tar, as
     img2dataset and webdataset write them; never unpacked) lie by key. Without one these are the tars that
-    were captioned, else beside the captions. index: file (.npz) that keeps what was found in the tars. Raises
-    InputError where no row has a picture, or none that the captions name is there.
+    were captioned, else in the folder named as the captions. index: file (.npz) that keeps what was seen in
+    the tars. Raises InputError where no row has a picture.
     """
     captions = Path(captions)
-    named = {row: image for row, image in enumerate(images) if image}
-    tars = []
-    if folder:
-        root = Path(folder)
-        tars = sorted(map(str, root.glob("*.tar")))
-    elif named:
-        root = start_of_paths(captions)
-    else:
-        root, tars = where_keys_lie(captions)
-    looked, missing = missing_pictures([os.path.join(root, image) for image in named.values()])
-    if tars and looked == len(missing):  # else the tars are others that lie there too
-        rows, places = index_tars(keys, tars, index)
-        files = tars
-    elif named and looked == len(missing):
-        raise InputError(f"{missing[0]}: no such picture, nor any other of {looked} looked for; {captions} "
-                         f"names it {named[min(named)]}; give --images DIR where that starts")
-    else:
-        found = {row: os.path.join(root, image) for row, image in named.items()}
-        if not named:
-            found, _ = first_of_each_row(folder_pictures(root), keys)
-        rows = np.array(sorted(found), np.int64)
-        files = [found[row] for row in rows.tolist()]
+    root, files, sample, missing = named_pictures(captions, images, folder)
+    if not files and not folder:
+        root = captions.with_name(captions.name.split(".")[0])
+    captioned = captions.suffix == ".tar" and not folder
+    tars = source_files(captions) if captioned else sorted(root.glob("*.tar"))
+    if len(missing) < len(sample):  # else the pictures are in tars, or lie by key
+        rows = np.array([row for row, image in enumerate(images) if image], np.int64)
         places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
+    elif tars:
+        files = list(map(str, tars))
+        rows, places = index_tars(keys, files, index)
+    else:
+        files = []
+        rows, places = first_of_each_row(folder_pictures(root, files), keys)
     if not len(rows):
-        raise InputError(f"{root}: none of the {len(keys)} keys of {captions} has a picture there, such as "
-                         f"{keys[0]}.jpg; give --images DIR")
+        raise InputError(f"{root}: no row of {captions} has a picture there, such as {(missing or keys)[0]}; "
+                         "give --images DIR")
     return rows, files, places
 
 
-def start_of_paths(captions):
-    """Where the paths in captions start: the folder that is captioned, or that the file lies in."""
-    return captions if captions.is_dir() else captions.parent
-
-
-def where_keys_lie(captions):
-    """Of pictures that the captions do not name -> folder, tars: the captioned ones, else those in a folder
-    named as the captions, or in images/ beside them.
-    """
-    if captions.suffix == ".tar":
-        return captions.parent, list(map(str, source_files(captions)))
-    for root in (captions.with_name(captions.name.split(".")[0]), captions.with_name("images")):
-        if root.is_dir():
-            return root, sorted(map(str, root.glob("*.tar")))
-    raise InputError(f"{captions}: names no pictures, and there is no folder {root} nor one of its own name; "
-                     "give --images DIR with files or tars named by key")
-
-
-def missing_pictures(paths):
-    """An evenly spaced sample of the paths -> (how many it has, those of them that are no regular files)."""
+def named_pictures(captions, images, folder=None):
+    """-> where the images' paths start, the paths, an evenly spaced sample of them, those that are missing"""
+    root = Path(folder or (captions if captions.is_dir() else captions.parent))
+    paths = [os.path.join(root, image) for image in images if image]
     sample = paths[::1 + len(paths) // LOOKED_AT]
-    return len(sample), [path for path in sample if not os.path.isfile(path)]
+    return root, paths, sample, [path for path in sample if not os.path.isfile(path)]
 
 
-def warn_of_missing_pictures(captions, images):
-    """Says on stderr, before hours are spent, how many of these pictures are not there."""
-    root = start_of_paths(Path(captions))
-    looked, missing = missing_pictures([root / image for image in images if image])
-    if missing:
-        print(f"{captions}: {len(missing)} of the first {looked} pictures that it names are not there "
-              f"(first: {missing[0]}); train.py leaves them out, unless --images DIR says where they are",
-              file=sys.stderr)
-
-
-def folder_pictures(root):
-    """Yields (key, suffix, path) of the pictures in a folder and its subfolders."""
-    for folder, folders, names in os.walk(root):
-        folders.sort()  # the walk goes on in this order
-        for name in sorted(names):
-            _, key, suffix = sample_name(name)
-            if f".{suffix}".endswith(PICTURES):
-                yield key, suffix, os.path.join(folder, name)
+def folder_pictures(root, files):
+    """Yields (key, place) of the pictures in a folder and its subfolders, and appends them to files."""
+    for path in sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True)):
+        _, key, suffix = sample_name(path)
+        if f".{suffix}" in PICTURES:
+            yield key, (len(files), 0, -1)
+            files.append(path)
 
 
 def tar_pictures(tars, skipped):
-    """Yields (key, suffix, place) of the pictures in tars."""
-    for number, path in enumerate(tqdm(tars, desc="indexing tars", unit=" tars")):
+    """Yields (key, place) of the pictures in tars."""
+    for number, path in enumerate(tars):
         for _, key, suffix, offset, size in tar_files(path, skipped):
-            if not f".{suffix}".endswith(PICTURES):
-                continue
-            if size > LARGEST:
-                skip(skipped, "file too large for a picture", f"{path}:{key}.{suffix}")
-            else:
-                yield key, suffix, (number, offset, size)
+            if f".{suffix}" in PICTURES and size <= LARGEST:
+                yield key, (number, offset, size)
 
 
 def first_of_each_row(pictures, keys):
-    """-> {row: place}, pictures left out. Of a row's, "a.jpg" goes before "a.mask.jpg", then the first."""
+    """-> rows [n], places [n, 3]"""
     row_of = {key: row for row, key in enumerate(keys)}
-    plain = {}
-    other = {}
-    seen = 0
-    for seen, (key, suffix, place) in enumerate(pictures, 1):
+    firsts = {}
+    for key, place in pictures:
         if key in row_of:
-            found = other if "." in suffix else plain
-            found.setdefault(row_of[key], place)
-    found = other | plain
-    return found, seen - len(found)
+            firsts.setdefault(row_of[key], place)
+    return np.array([*firsts], np.int64), np.array([*firsts.values()], np.int64).reshape(-1, 3)
 
 
 def index_tars(keys, tars, index):
     """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
-    about = [(tar, os.stat(tar).st_size, os.stat(tar).st_mtime_ns) for tar in tars]
-    stamp = json.dumps([hashlib.sha256("\n".join(keys).encode()).hexdigest(), *about])
-    try:
-        if index and os.path.isfile(index):  # to open a pipe is to wait without end
-            with np.load(index) as saved:
-                if str(saved["stamp"]) == stamp:
-                    return saved["rows"], saved["places"]
-    except Exception:  # damaged in one of many ways: made anew
-        pass
+    about = [(tar, *os.stat(tar)[6:9:2]) for tar in tars]  # bytes, time of change
+    stamp = hashlib.sha256(json.dumps([keys, about]).encode()).hexdigest()
+    if index and os.path.exists(index):
+        with reading(index, "delete it") as path, np.load(path) as saved:
+            if str(saved["stamp"]) == stamp:
+                return saved["rows"], saved["places"]
     skipped = {}
-    found, strangers = first_of_each_row(tar_pictures(tars, skipped), keys)
-    folder = os.path.dirname(tars[0])
-    if strangers:
-        print(f"{folder}: {strangers} pictures left out whose key no caption has, or came before",
-              file=sys.stderr)
-    if DAMAGED in skipped:
-        print(f"{folder}: {skipped[DAMAGED][0]} of {len(tars)} tars are used as far as they go",
-              file=sys.stderr)
-    report_skipped(folder, skipped)
-    rows = sorted(found, key=found.get)
-    places = np.array([found[row] for row in rows], np.int64).reshape(-1, 3)
-    rows = np.array(rows, np.int64)
+    rows, places = first_of_each_row(tar_pictures(tars, skipped), keys)
+    report_skipped(os.path.dirname(tars[0]), skipped)
     if index:
         write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
     return rows, places

@@ -5,6 +5,13 @@ captions.tsv is the table of captions, meta.json says what the vectors are made 
 the writer is killed or the disk is full, the same command makes those that are missing, and ends with the
 same bytes. Two runs at once write the same bytes under the same names.
 """
+import hashlib
+import json
+from functools import reduce
+from itertools import accumulate, islice
+from operator import getitem
+from pathlib import Path
+
 import numpy as np
 
 import flame
@@ -12,6 +19,9 @@ from data import files
 from data.captions import Row
 from flame import InputError
 
+# What the bytes depend on. Captions and LLM may have moved: their hashes tell.
+FIXED = ("llm: fingerprint", "llm: layer", "llm: positions", "llm: questions", "captions: sha256", "columns",
+         "dtype", "device", "budget", "window")
 CURE = "choose another --out, or --overwrite"
 
 
@@ -43,44 +53,59 @@ def windows_to_make(out, settings, make_table, overwrite):
     return [w for w in range(len(flame.read_json(meta, CURE)["starts"])) if not window_file(out, w).exists()]
 
 
+def llm_fingerprint(llm_dir):
+    """Names an LLM by what is read of it: 16 hexadecimal digits of a SHA-256.
+
+    Over what llm_config takes of config.json, the tokenizer's file, and each safetensors file's name, header
+    and every tensor's first 4 KiB: under a second for a 24-GB model, and a fine-tune of few tensors and its
+    base are told apart.
+    """
+    config = flame.llm_config(llm_dir)
+    config["inv_freq"] = config["inv_freq"].float().tolist()
+    tokenizer = flame.tokenizer_file(llm_dir)
+    bos = tokenizer.name == "tokenizer.model" and flame.adds_bos(tokenizer)
+    digest = hashlib.sha256(repr((sorted(config.items()), tokenizer.name, bos)).encode())
+    digest.update(tokenizer.read_bytes())
+    for path in sorted(Path(llm_dir).glob("model*.safetensors")):
+        with flame.reading(path, flame.LLM_CURE), open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = file.read(start - 8)
+            digest.update(path.name.encode() + header)
+            for entry in json.loads(header).values():
+                file.seek(start + entry.get("data_offsets", [0])[0])
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
 def windows(out):
     return sorted(out.glob("[0-9]" * 6 + ".npy"))
 
 
 def refuse_other_settings(meta, settings):
-    """Raises InputError that names the setting. Captions and LLM may have moved: their hashes tell."""
+    """Raises InputError that names the setting."""
     with flame.reading(meta, CURE):
         recorded = flame.read_json(meta, CURE)
-        for name, value in settings.items():
-            pairs = {name: (recorded[name], value)}
-            if isinstance(value, dict):
-                pairs = {f"{name}: {key}": (recorded[name][key], value[key])
-                         for key in value if key not in ("name", "path", "joins")}
-            for setting, (was, now) in pairs.items():
-                if was != now:
-                    raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
+        for setting in FIXED:
+            was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
+            if was != now:
+                raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
 
 
 def window_starts(table, window):
     """-> how many rows the table has, and the byte where each window of them begins"""
     starts = []
-    N = 0
     with open(table, "rb") as file:
-        place = len(file.readline())
-        for line in file:
+        for N, place in enumerate(accumulate(map(len, file))):  # of the header, then of each row: its end
             if N % window == 0:
                 starts.append(place)
-            place += len(line)
-            N += 1
-    return N, starts
+    return N, starts[:-(-N // window)]
 
 
 def window_rows(out, meta, w):
     """The rows of window w, [Row]."""
-    count = min(meta["window"], meta["N"] - w * meta["window"])
     with open(out / "captions.tsv", "rb") as file:
         file.seek(meta["starts"][w])
-        return [Row(*file.readline().decode()[:-1].split("\t")) for _ in range(count)]
+        return [Row(*line.decode()[:-1].split("\t")) for line in islice(file, meta["window"])]
 
 
 def write_window(out, w, block):

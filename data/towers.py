@@ -23,6 +23,7 @@ import flame
 from data import files, released
 from data.checkpoint import newest_checkpoint
 from data.pictures import open_picture
+from data.store import llm_fingerprint
 from flame import InputError
 
 BATCH = 64      # pictures encoded at once: enough to keep a GPU busy, little to hold
@@ -216,7 +217,7 @@ def open_towers(args):
     trained_with = source.get("path") or ""
     default = trained_with if os.path.isdir(trained_with) else "data/demo/llm"
     llm = flame.llm_folder(args.llm or os.environ.get("FLAME_LLM") or default)
-    fingerprint = flame.llm_fingerprint(llm)
+    fingerprint = llm_fingerprint(llm)
     same = source["fingerprint"] in (None, fingerprint)     # the authors' says nothing
     if not same or flame.llm_config(llm)["hidden_size"] != model.config["text_dim"]:
         raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source['name']}) than "

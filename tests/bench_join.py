@@ -1,80 +1,69 @@
-"""What `--join` takes at YFCC15M's size: seconds and memory of rank 0, which reads the file, and of others.
+"""What a join takes at YFCC15M's size: seconds, peak memory, and the disk while captions.tsv is made.
 
-    python tests/bench_join.py [--rows 15000000] [--ranks 8] [--folder DIR]
+    python tests/bench_join.py [--rows 15000000] [--folder DIR]
 
-The file is a JSON list of {"__key__", "minicpm"}, captions of about 600 bytes, its keys in another order than
-the captions'. Each rank is a process; memory is the peak, over the imports' own. All look up keys at the same
-time.
+The captions are a TSV; the recaptions a JSON list of {"__key__", "minicpm"} of about 600 bytes, their keys in
+another order. Both are written by DuckDB first; some 60 GB of disk at 15 million rows.
 """
 import argparse
-import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import duckdb
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.captions import open_join, read_join  # noqa: E402
+from data.captions import write_table  # noqa: E402
 
-LOOKUPS = 200_000
 STEP = 7_368_787  # a prime: n * STEP % rows goes through all keys, far from their order
 WORDS = "a red kite above the calm sea at sunset with one small boat to its left, two people on sand".split()
 
 
-def peak():
-    """MB; ru_maxrss would begin at the parent's."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+def write(folder, rows):
+    parts = [" ".join(WORDS[(k + j * j) % len(WORDS)] for j in range(14)) for k in range(30)]
+    long = " || ' ' || ".join(f"{parts[3 * k:3 * k + 3]}[1 + key // {7 ** (k % 8)} % 3]" for k in range(10))
+    # What a picture shows, so that a recaption shares a word with its caption: "boat" and a number.
+    with duckdb.connect() as database:
+        database.execute(
+            "COPY (SELECT format('{:09d}', n) AS key, 'a photo of boat' || n AS raw "
+            f"FROM range({rows}) t(n)) TO '{folder}/raw.tsv' (HEADER, DELIMITER '\t', QUOTE '')")
+        database.execute(
+            f"COPY (SELECT format('{{:09d}}', key) AS __key__, 'boat' || key || ' and ' || {long} AS minicpm "
+            f"FROM (SELECT n * {STEP} % {rows} AS key FROM range({rows}) t(n))) "
+            f"TO '{folder}/long.json' (FORMAT json, ARRAY true)")
 
 
-def write(path, rows):
-    with open(path, "w") as file:
-        for n in range(rows):
-            key = n * STEP % rows
-            text = " ".join(WORDS[(key + i * i) % len(WORDS)] for i in range(140))
-            row = {"__key__": f"{key:09d}", "minicpm": f"{key}: {text}."}
-            file.write(("[" if n == 0 else ", ") + json.dumps(row))
-        file.write("]")
-
-
-def rank(number, folder, rows):
-    before = peak()
-    start = time.perf_counter()
-    index = folder / "join-long.sqlite"
-    joined = open_join(index) if number else read_join("long", folder / "long.json", {}, index)
-    opened = time.perf_counter()
-    if number:
-        for key in range(LOOKUPS):
-            assert joined.get(f"{key:09d}").startswith(f"{key}: ")
-    else:
-        assert len(joined) == rows
-    print(json.dumps({"open": opened - start, "rest": time.perf_counter() - opened, "peak": peak() - before}))
+def watch(folder, largest):
+    while True:
+        with os.popen(f"du -sb {folder}") as du:
+            largest[0] = max(largest[0], int(du.read().split()[0]))
+        time.sleep(1)
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=15_000_000)
-    parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--folder")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank is not None:
-        return rank(args.rank, Path(args.folder), args.rows)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        write(Path(folder) / "long.json", args.rows)
-        print(f"{args.rows} rows, {os.path.getsize(Path(folder) / 'long.json') / 1e9:.1f} GB")
-        command = [sys.executable, __file__, "--rows", str(args.rows), "--folder", folder, "--rank"]
-        first = json.loads(subprocess.check_output([*command, "0"]))
-        size = os.path.getsize(Path(folder) / "join-long.sqlite") / 1e9
-        print(f"rank 0: {first['open']:.0f} s to read, {first['rest']:.0f} s to count, "
-              f"peak {first['peak']:.0f} MB; {size:.1f} GB on disk", flush=True)
-        others = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE) for n in range(1, args.ranks)]
-        for number, process in enumerate(others, 1):
-            found = json.loads(process.communicate()[0])
-            print(f"rank {number}: {LOOKUPS / found['rest']:.0f} captions/s, peak {found['peak']:.0f} MB")
+        write(folder, args.rows)
+        sizes = [os.path.getsize(f"{folder}/{name}") / 1e9 for name in ("raw.tsv", "long.json")]
+        print(f"{args.rows} rows: {sizes[0]:.1f} GB of captions, {sizes[1]:.1f} GB of recaptions", flush=True)
+        (Path(folder) / "store").mkdir()
+        largest = [0]
+        threading.Thread(target=watch, args=(f"{folder}/store", largest), daemon=True).start()
+        start = time.perf_counter()
+        table = f"{folder}/store/captions.tsv"
+        write_table(table, f"{folder}/raw.tsv", {"long": [f"{folder}/long.json"]})
+        seconds = time.perf_counter() - start
+        memory = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+        print(f"{seconds:.0f} s, peak memory {memory:.1f} GB, peak disk {largest[0] / 1e9:.1f} GB; "
+              f"captions.tsv {os.path.getsize(table) / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@
 
 The peer is how the released FLAME code keeps them: a float16 [11, D] tensor a file, loaded whole. Cold: the
 files' pages are dropped from the system's cache before every batch. Warm: they were read just before. Rows
-are drawn anew for every batch.
+are drawn anew for every batch; the ways take turns.
 """
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,32 +20,25 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import flame  # noqa: E402
-from data import store  # noqa: E402
+from data import files, store  # noqa: E402
 
 M, PICKED, BATCH = 11, 6, 256
 
 
-def make(folder, rows, D):
-    """The same random vectors as a float16 store, an int8 store and a folder of .pth files."""
+def make(folder, rows, D, window):
+    """The same random vectors as a store and as a folder of .pth files."""
     vectors = np.random.default_rng(0).standard_normal((rows, M, D), np.float32)
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    statistics = np.stack([vectors.mean(0), vectors.std(0)])
-    for name in ("float16", "int8"):
-        out = folder / name
-        out.mkdir()
-        llm = {"name": "none", "fingerprint": "", "layer": 0, "positions": "restart"}
-        meta = {"N": rows, "D": D, "columns": flame.COLUMNS, "store": name,
-                "llm": llm, "captions": {"path": "", "sha256": ""}}
-        store.allocate(out, meta, rows, D)
-        int8 = store.quantised(vectors, statistics)
-        store.write_rows(out, int8 if name == "int8" else {"embeddings": vectors.astype(np.float16)}, 0)
-        np.save(out / "statistics.npy", statistics)
-        for file in ("keys.txt", "images.txt"):
-            (out / file).write_text("".join(f"{i}\n" for i in range(rows)))
-        (out / "meta.json").write_text(json.dumps(meta))
-    (folder / "pth").mkdir()
+    vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float16)
+    for name in ("store", "pth"):
+        (folder / name).mkdir()
+    table = "".join(f"{i}\t\tA\tA\tA\n" for i in range(rows))
+    (folder / "store/captions.tsv").write_text(f"key\timage\traw\tshort\tlong\n{table}")
+    meta = {"N": rows, "D": D, "window": window, "llm": {"questions": flame.questions()}}
+    files.write_json(folder / "store/meta.json", meta)
+    for w in range(-(-rows // window)):
+        store.write_window(folder / "store", w, vectors[w * window:(w + 1) * window])
     for i in range(rows):
-        torch.save(torch.from_numpy(vectors[i]).half(), folder / "pth" / f"{i}.pth")
+        torch.save(torch.from_numpy(vectors[i]).clone(), folder / "pth" / f"{i}.pth")
     os.sync()
 
 
@@ -60,42 +52,41 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4000, help="in the store (default 4000)")
     parser.add_argument("--dims", default="576,5120", help="widths D (default 576,5120)")
+    parser.add_argument("--window", type=int, default=256, help="rows a window (default 256)")
     parser.add_argument("--batches", type=int, default=20, help="timed batches of 256 rows (default 20)")
     args = parser.parse_args()
     flame.keep_freed_memory()  # as train.py does, for all ways alike
     print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads; {args.rows} rows x {M}, "
           f"batches of {BATCH} rows, {PICKED} embeddings a row -> float32 unit vectors")
-    print(f"{'D':>6} {'cache':6} {'':26} {'rows/s':>10} {'x .pth':>8}")
+    print(f"{'D':>6} {'cache':6} {'':20} {'rows/s':>10} {'x .pth':>8}")
     for D in map(int, args.dims.split(",")):
         with tempfile.TemporaryDirectory(dir=".") as folder:
             folder = Path(folder)
-            make(folder, args.rows, D)
+            make(folder, args.rows, D, args.window)
 
             def from_files(rows, columns):
-                picked = []
-                for row, own in zip(rows, torch.from_numpy(columns)):
-                    picked.append(torch.load(folder / "pth" / f"{row}.pth", map_location="cpu")[own])
+                picked = [torch.load(folder / "pth" / f"{row}.pth", map_location="cpu")[chosen]
+                          for row, chosen in zip(rows, torch.from_numpy(columns))]
                 return torch.stack(picked).float()
 
-            ways = {"pth": (".pth file per sample", from_files)}
-            for name in ("float16", "int8"):
-                ways[name] = (f"store, {name}", flame.open_store(folder / name).read)
+            ways = {"pth": from_files, "store": flame.open_store(folder / "store").read}
             for cache in ("warm", "cold"):
-                base = None
-                for name, (label, read) in ways.items():
-                    random = np.random.default_rng(1)
-                    seconds = 0.0
-                    for _ in range(args.batches if cache == "warm" else max(2, args.batches // 4)):
-                        rows = random.integers(0, args.rows, BATCH)
-                        columns = random.random((BATCH, M)).argsort(1)[:, :PICKED]
+                random = np.random.default_rng(1)
+                seconds = dict.fromkeys(ways, 0.0)
+                batches = args.batches if cache == "warm" else max(2, args.batches // 4)
+                for _ in range(batches):
+                    rows = random.integers(0, args.rows, BATCH)
+                    columns = random.random((BATCH, M)).argsort(1)[:, :PICKED]
+                    for name, read in ways.items():
                         read(rows, columns) if cache == "warm" else drop(folder / name)
                         started = time.perf_counter()
                         out = read(rows, columns)
-                        seconds += time.perf_counter() - started
+                        seconds[name] += time.perf_counter() - started
                         assert out.shape == (BATCH, PICKED, D)
-                    rate = BATCH * (args.batches if cache == "warm" else max(2, args.batches // 4)) / seconds
-                    base = base or rate
-                    print(f"{D:6} {cache:6} {label:26} {rate:10.0f} {rate / base:8.1f}", flush=True)
+                for name, label in (("pth", ".pth file per sample"), ("store", "store")):
+                    rate = BATCH * batches / seconds[name]
+                    print(f"{D:6} {cache:6} {label:20} {rate:10.0f} {seconds['pth'] / seconds[name]:8.1f}",
+                          flush=True)
 
 
 if __name__ == "__main__":

@@ -168,10 +168,11 @@ def patch_driver(monkeypatch, shim):
         _get_device_properties=lambda number: shim.properties)
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer, raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # what a loader asks
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: shim.current)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda number: None)
+    for name, answer in dict(  # what a loader asks
+            is_available=lambda: True, current_accelerator=lambda *_, **__: torch.device("cuda"),
+            current_device_index=lambda: shim.current, set_device_index=lambda number: None,
+            current_stream=current_stream).items():
+        monkeypatch.setattr(torch.accelerator, name, answer)
 
 
 def patch_tensors(monkeypatch, shim):

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import flame
 from conftest import CAPTIONS, centered_cosine, centered_error, memory_grown
 from data import released
+from data.store import llm_fingerprint
 
 
 # --- states
@@ -119,7 +120,7 @@ def test_states_equal_transformers(make, path, name, layer):
 
 @pytest.mark.parametrize("prompts", ["raw", "long"])
 def test_states_of_smollm2_equal_transformers(llm, path, prompts):
-    captions = tuple(CAPTIONS[:7])
+    captions = tuple(CAPTIONS[:5])
     ours = flame.TextEncoder(llm, dtype=torch.float32).encode(captions, prompts)
     assert centered_error(ours, separate_passes(llm, prompts, 29, captions)) <= 1e-4
 
@@ -314,7 +315,7 @@ def sentencepiece(llm_dir):
 def test_a_fingerprint_changes_with_all_that_is_read(folder, make_random_llm):
     llm_dir = folder()
     other = make_random_llm(seed=1, **DECODERS[LLAMA])
-    known = [flame.llm_fingerprint(llm_dir), flame.llm_fingerprint(other)]
+    known = [llm_fingerprint(llm_dir), llm_fingerprint(other)]
     for change in (
             config(rms_norm_eps=1e-3), config(max_position_embeddings=300), config(num_key_value_heads=2),
             config(rope_parameters=UNSCALED), config(model_type="mistral"),
@@ -322,7 +323,7 @@ def test_a_fingerprint_changes_with_all_that_is_read(folder, make_random_llm):
             lambda llm_dir: edit_json(llm_dir / "tokenizer.json", normalizer={"type": "Lowercase"}),
             sentencepiece, holding("tokenizer_config.json", '{"add_bos_token": false}')):
         change(llm_dir)
-        known.append(flame.llm_fingerprint(llm_dir))
+        known.append(llm_fingerprint(llm_dir))
     assert len(set(known)) == len(known)
 
 
@@ -332,7 +333,7 @@ def test_a_fingerprint_ignores_what_is_not_read(make, folder, name):
     edit_json(llm_dir / "config.json", transformers_version="9.9", torch_dtype="float16", bos_token_id=7)
     (llm_dir / "tokenizer.model").write_bytes(b"where there is a tokenizer.json, nobody reads this")
     (llm_dir / "tokenizer_config.json").write_text('{"add_bos_token": false}')  # goes with tokenizer.model
-    assert flame.llm_fingerprint(llm_dir) == flame.llm_fingerprint(make(name))
+    assert llm_fingerprint(llm_dir) == llm_fingerprint(make(name))
     flame.TextEncoder(llm_dir)
 
 
@@ -432,7 +433,7 @@ def released_states(llm_dir, prompts):
     tokenizer, model = their_tokenizer(llm_dir), their_model(llm_dir, attn_implementation="eager")
     comma = tokenizer(RELEASED["raw"]).input_ids[-10]
     out = []
-    for caption in THEIR_CAPTIONS:
+    for caption in THEIR_CAPTIONS[:-1]:  # a long one takes long
         ids = torch.tensor(released_ids(tokenizer, caption, prompts))
         ends = (ids == ids[-1]).nonzero().flatten()[-len(flame.PROMPTS[prompts].facets):].tolist()
         starts = [(ids == comma).nonzero()[-1].item()] + ends[:-1]
@@ -461,10 +462,10 @@ def test_the_text_path_equals_the_released_one(nemo, prompts):
     theirs = released_states(nemo, prompts)
     for dtype, cosine in ((torch.float32, 0.9999), (torch.float16, 0.999)):
         encoder = released.text_encoder(nemo, dtype=dtype, positions="sequential")
-        ours = encoder.encode(THEIR_CAPTIONS, prompts)
+        ours = encoder.encode(THEIR_CAPTIONS[:-1], prompts)
         assert centered_cosine(ours, theirs).min() >= cosine
     if prompts != "raw":
-        plain = flame.TextEncoder(nemo, dtype=torch.float32).encode(THEIR_CAPTIONS, prompts)
+        plain = flame.TextEncoder(nemo, dtype=torch.float32).encode(THEIR_CAPTIONS[:-1], prompts)
         assert centered_cosine(plain, theirs).mean() < 0.99
 
 
@@ -675,6 +676,8 @@ def test_a_checkpoint_loads_as_it_was_saved_or_is_refused(tmp_path):
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
     model = flame.Flame(CONFIG)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
     refused("config.json: no such file")
     save(CONFIG)
     refused("model.safetensors: no such file")

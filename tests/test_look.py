@@ -26,6 +26,7 @@ import embed
 import flame
 from data.pictures import Place, open_picture
 from data.show import look, page, search, sheet, words
+from data.store import llm_fingerprint
 from data.towers import Towers, encode_images, encode_texts
 from flame import COLUMNS, InputError
 
@@ -244,7 +245,7 @@ def test_inspect_finds_what_is_wrong(tiny_llm, here, capsys, monkeypatch):
     look.inspect(embed_args(tiny_llm, inspect="store"))
     assert "not of unit length: 3 k9 k11 k13\n" in capsys.readouterr().out
     meta = Path("store/meta.json")
-    meta.write_text(meta.read_text().replace(flame.llm_fingerprint(tiny_llm), "another"))
+    meta.write_text(meta.read_text().replace(llm_fingerprint(tiny_llm), "another"))
     with pytest.raises(InputError, match="another LLM"):
         look.inspect(embed_args(tiny_llm, inspect="store"))
 

@@ -34,6 +34,7 @@ import evaluate
 import flame
 from data import intervals, released, towers
 from data.pictures import open_picture
+from data.store import llm_fingerprint
 from test_benchmarks import (
     FINISHED, NAMES, TREES, ColourModel, ColourWords, colours, picture, put, refusal,  # noqa: F401
     tree_demo, tree_urban1k, tree_xm3600)
@@ -261,7 +262,7 @@ def test_the_cache_knows_what_a_state_depends_on(colours, asked, tmp_path, monke
     assert new() == (5, 5)
     monkeypatch.setattr(ColourModel, "state_dict", lambda self: {"visual.x": torch.ones(1)})
     assert new() == (0, 5)
-    monkeypatch.setattr(flame, "llm_fingerprint", lambda folder: "g")
+    monkeypatch.setattr(towers, "llm_fingerprint", lambda folder: "g")
     llm = ColourModel.config["llm"] | {"fingerprint": "g"}
     monkeypatch.setattr(ColourModel, "config", ColourModel.config | {"llm": llm})
     assert new() == (5, 5)      # of another LLM, another checkpoint
@@ -374,7 +375,7 @@ def real(byte_llm, tmp_path_factory):
     torch.manual_seed(0)
     config = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "text_dim": 32,
               "projector_hidden": 24, "pool_first": True, "text_rank": 0, "columns": flame.COLUMNS}
-    llm = {"name": "tiny", "fingerprint": flame.llm_fingerprint(byte_llm), "layer": 2,
+    llm = {"name": "tiny", "fingerprint": llm_fingerprint(byte_llm), "layer": 2,
            "positions": "restart", "questions": flame.questions()}
     model = flame.Flame(config | {"llm": llm})
     for parameter in model.visual.parameters():

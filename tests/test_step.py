@@ -432,8 +432,6 @@ def test_whitening_is_its_formula(long_store, monkeypatch, rank):
         gains = 1 / (s + 0.01 * s[0])
         gains[rank:] = gains[min(rank, 23)]
         np.testing.assert_allclose(ours, normalised((u - u.mean(0)) @ Vt.T * gains @ Vt), atol=2e-4)
-    u, ours = projected(long_store, "none+linear", 2)
-    np.testing.assert_allclose(ours, u, atol=1e-6)
 
 
 def test_a_store_of_few_rows_is_shrunk_as_sklearn_does(store):
@@ -706,13 +704,11 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
     done = fit(run, small[0], "--steps 4 --holdout 2 --eval-every 2 --name none")
     assert done.returncode == 0 and "held-out Recall@1: no picture read" in done.stdout
     assert not any("held_out_R@1" in entry for entry in entries(tmp_path / "out/none"))
-
-
-def test_where_no_picture_can_be_read_nothing_is_left(run, small, tmp_path):
     for key in small[1]:
-        (tmp_path / "data" / f"{key}.png").write_text("not a picture")
-    one_line(fit(run, small[0]), "no picture of step 0's batch", "UnidentifiedImageError", "--images")
-    assert not (tmp_path / "out").exists()
+        (tmp_path / "data" / f"{key}.png").unlink(missing_ok=True)
+    (tmp_path / "data" / "p000.png").write_text("not a picture")
+    one_line(fit(run, small[0], "--name bad"), "no picture of step 0's batch", "--images")
+    assert not (tmp_path / "out/bad").exists()
 
 
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):

@@ -17,6 +17,7 @@ import flame
 from data import captions, files, released
 from data.show.plots import new_figure
 from data.show.words import load_unembedding
+from data.store import llm_fingerprint
 from flame import COLUMNS, PROMPTS, InputError
 
 SAMPLE = 1000            # at most so many captions or rows are looked at: means are within a few percent
@@ -114,7 +115,7 @@ def inspect(args):
     for line in cosines.tolist():
         print(" ", *(f"{cosine:6.2f}" for cosine in line))
 
-    if store.meta["llm"]["fingerprint"] != flame.llm_fingerprint(args.llm):
+    if store.meta["llm"]["fingerprint"] != llm_fingerprint(args.llm):
         raise InputError(f"{args.llm}: the store was made with another LLM; name it with --llm")
     print("\nthe words that set each facet apart: the LLM's unembedding of its state, less the corpus mean's")
     norm, unembedding = load_unembedding(args.llm)
