@@ -515,7 +515,6 @@ def test_an_open_clip_model_is_scored_alike(small_clip, tmp_path, monkeypatch, c
 # ---------------------------------------------------------------- the command line
 
 @pytest.mark.parametrize("wrong, message", [
-    (["--bench", "coco", "--device", "cuda:99"], "--device cuda:99"),
     (["--bench", "imagenet", "--facets"], "--facets wants captions"),
     (["--bench", "coco", "--facets", "--open-clip", "ViT-B-32"], "--facets wants captions"),
     (["--bench", "coco", "--facets", "--checkpoint", __file__], "--facets wants captions"),     # a file
