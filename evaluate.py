@@ -142,6 +142,11 @@ def averaged(results, figures):
     return {figure: np.mean([result[figure] for result in results], axis=0) for figure in figures}
 
 
+def counted(pictures, image, prompts):
+    """What all results begin with. image: vectors of those pictures that could be read."""
+    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "prompts": prompts}
+
+
 def score_captions(towers, prompts, pictures, languages):
     """Retrieval in each of {language: (texts, image_of_text)} and the plain average; mostly there is one.
 
@@ -164,9 +169,9 @@ def score_captions(towers, prompts, pictures, languages):
         if not shown or language == "en":
             shown = Shown(asked, text, gallery, image, np.array(owner), np.arange(len(image)), prompts)
     n_texts = sum(result["n_texts"] for result in results.values())
-    result = {"n_images": len(image), "skipped_images": len(pictures) - len(image), "n_texts": n_texts,
-              "skipped_texts": sum(len(texts) for texts, _ in languages.values()) - n_texts,
-              "prompts": prompts, **averaged(results.values(), WAYS)}
+    skipped = sum(len(texts) for texts, _ in languages.values()) - n_texts
+    result = {**counted(pictures, image, prompts), "n_texts": n_texts, "skipped_texts": skipped,
+              **averaged(results.values(), WAYS)}
     return result | ({"languages": results} if len(results) > 1 else {}), shown
 
 
@@ -180,9 +185,9 @@ def score_classes(towers, prompts, pictures, labels, names, templates):
     classes = vectors.reshape(len(names), len(templates), -1).mean(1)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     figures = hits_of_classes(image, classes, labels, names)
-    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "n_classes": len(names),
-            "chance": 100 / len(names), "prompts": prompts,
-            **{name: samples(hits, np.arange(len(hits)), len(hits)) for name, hits in figures.items()}}, None
+    tops = {name: samples(hits, np.arange(len(hits)), len(hits)) for name, hits in figures.items()}
+    chance = 100 / len(names)
+    return {**counted(pictures, image, prompts), "n_classes": len(names), "chance": chance, **tops}, None
 
 
 def score_demo(towers, raw, short, long, scenes, captions, objects, names, synonyms):
@@ -207,9 +212,9 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
                     for wanted in ("seen", "unseen")]
     things = list(dict.fromkeys(thing for _, thing in unseen))
     count = max(1, len(things) // GALLERY)
-    few = [{thing: names["en"][thing] for thing in things[n::count]} for n in range(count)]
+    few = {n: {thing: names["en"][thing] for thing in things[n::count]} for n in range(count)}
     parts["seen"] = score_names(towers, raw, seen, {"en": names["en"]}, DEMO_TEMPLATE)
-    parts["unseen"] = score_names(towers, raw, unseen, dict(enumerate(few)), DEMO_TEMPLATE)
+    parts["unseen"] = score_names(towers, raw, unseen, few, DEMO_TEMPLATE)
     parts["multilingual"] = score_names(towers, raw, seen, names)
     parts["synonyms"] = score_names(towers, raw, seen, synonyms)
     for part in ("seen", "unseen", "synonyms"):
@@ -224,17 +229,20 @@ def score_names(towers, prompts, pictures, languages, template="{}"):
     image, kept = encode_images(towers, [place for place, _ in pictures])
     things = np.array([pictures[i][1] for i in kept])
     every, groups = np.unique(things, return_inverse=True)
+    filled = [template.replace("{}", names[thing]) for names in languages.values() for thing in things
+              if names.get(thing)]
+    vector_of = dict(zip(filled, encode_texts(towers, filled, prompts)))    # in one pass of the LLM
     results = {}
     for language, names in languages.items():
         rows = np.array([row for row, thing in enumerate(things) if names.get(thing)])
         choices, labels = np.unique([names[thing] for thing in things[rows]], return_inverse=True)
-        classes = encode_texts(towers, [template.replace("{}", name) for name in choices], prompts)
+        classes = np.array([vector_of[template.replace("{}", name)] for name in choices])
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
         tops = {f"top{k}": samples(ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **tops}
     chance = float(np.mean([100 / result["n_classes"] for result in results.values()]))
-    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "n_classes": len(choices),
-            "chance": chance, "prompts": prompts, **averaged(results.values(), tops), "languages": results}
+    return {**counted(pictures, image, prompts), "n_classes": len(choices), "chance": chance,
+            **averaged(results.values(), tops), "languages": results}
 
 
 class Benchmark(NamedTuple):
@@ -272,8 +280,8 @@ BENCHMARKS = {
 # 3. The command line
 
 def command_line():
-    usage = "evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT"
-    parser = Parser(width=80, usage=usage,
+    parser = Parser(width=80,
+                    usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT",
                     description="Scores a checkpoint; writes <out>/<bench>.json, .npz and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -403,15 +411,15 @@ def result_path(args, name):
 
 
 def count_trained(texts, checkpoint):
-    """How many of the texts training's captions have too; 0 where its store is not there."""
+    """How many of the texts training's captions have too, as far as its store is there."""
+    wanted = set(texts)
     trained = set()
     with suppress(Exception):
         store = flame.read_json(Path(checkpoint, "config.json"))["store"]["path"]
         for row in read_table(Path(store, "captions.tsv")):
-            trained.update({row.raw, row.short, row.long}.intersection(texts))
+            trained |= wanted.intersection(row)
     count = sum(text in trained for text in texts)
-    if count:
-        print(f"{count} of {len(texts)} texts were trained on", file=sys.stderr)
+    print(f"{count} of {len(texts)} texts were trained on", file=sys.stderr)
     return count
 
 

@@ -42,7 +42,7 @@ def read(name, root, split="test", most=None):
     if any((root / split).glob("*.tar")):
         data = webdataset(root, split)
     elif split != "test" or name not in READERS or not root.is_dir():
-        raise InputError(f"{root / split if root.is_dir() else root}: not found, nor any tars; {CURE}")
+        raise InputError(f"{root}: no such folder, or split {split} is not in it; {CURE}")
     else:
         data = READERS[name](root)
     return paired(*data, most) if len(data) == 2 else data

@@ -84,6 +84,6 @@ def compare(*paths):
     print("{:36}{!s:26}{!s:26}difference".format("R@1 or accuracy", *paths))
     for figure, rows in first.items():
         columns = [figure.ljust(36)]
-        for some in (rows, second[figure], rows - second[figure]):
-            columns.append("{:7.1f} [{:5.1f}, {:5.1f}]   ".format(some[0, 0], *ends(some)[0]))
+        for percents in (rows, second[figure], rows - second[figure]):
+            columns.append("{:7.1f} [{:5.1f}, {:5.1f}]   ".format(percents[0, 0], *ends(percents)[0]))
         print("".join(columns))

@@ -62,8 +62,7 @@ def cached(towers, about, make):
     with suppress(Exception):   # numpy raises nearly anything on a damaged file
         return np.load(path, mmap_mode="r")
     array = make()
-    with files.disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, lambda temporary: np.save(temporary, array))
     return array
 
@@ -109,8 +108,8 @@ def encode_images(towers, places, least=2):
     about = [towers.image_tower, [stamp(place) for place in places]]
     vectors = cached(towers, about, make)
     bad = np.flatnonzero(~vectors.any(1))
-    report = f"{len(bad)} of {len(places)} pictures cannot be read"
-    report += f", the first is {places[bad[0]].path}" if len(bad) else ""
+    examples = ", ".join(places[i].path for i in bad[:3])
+    report = f"{len(bad)} of {len(places)} pictures cannot be read ({examples} ...)"
     if len(places) - len(bad) < least:
         raise InputError(f"{report}; at least {least} are needed; data/README.md says where they must lie")
     if len(bad):

@@ -1,6 +1,4 @@
 """Results as lines of text, from the JSON that evaluate.py writes."""
-from data.show.plots import FACETS
-
 COUNTS = {"n_texts": "texts", "n_images": "pictures", "n_classes": "names"}
 
 
@@ -49,7 +47,5 @@ def facet_table(subsets):
     lines = ["R@1 with some facets only, from one set of embeddings (inference only, the checkpoint stays)"]
     for subset in subsets:
         facets = ",".join(map(str, subset["facets"]))
-        if subset["kind"] == "alone":
-            facets += f" {FACETS[subset['facets'][0] - 1]}"
-        lines.append(f"    {subset['kind']:12} {facets:32} {row(subset)}")
+        lines.append(f"    {subset['kind']:12} {facets:16}{row(subset)}")
     return lines
