@@ -115,6 +115,14 @@ def hits_of_classes(image, classes, labels, names):
             "mean_per_class": np.array(per_class)[:, None]}
 
 
+def classification(image, classes, labels):
+    """Zero-shot accuracy, percent: {"top1", "top5", "mean_per_class"}, the last being top-1 averaged over
+    classes. image [M, D], classes [C, D], labels int [M]; see hits_of_classes().
+    """
+    hits = hits_of_classes(image, classes, np.asarray(labels), list(range(len(classes))))
+    return {name: 100 * float(column.mean()) for name, column in hits.items()}
+
+
 def ablation(facets, image, owner, numbers):
     """Retrieval with some facets only, from one set of embeddings [N, K, D]: the first n of them, all but
     one, one alone. Inference only: the checkpoint stays as trained.
