@@ -51,15 +51,15 @@ TARGET inline void softmax(const float* s, int keys, float scale, float* p, floa
   const vec base = now == splat(LOWEST) ? vec{} : now * log2_scale;  // nothing seen yet: keep -inf - -inf out
   int j = 0;
   for (; j < keys; j += per_unit(M), p += GROUP) {
-    const vec even = exp2_of(load(s + j * GROUP) * log2_scale - base);
+    const vec even = exp2_of<M != FLOATS>(load(s + j * GROUP) * log2_scale - base);
     const bool paired = M != FLOATS && j + 1 < keys;
-    const vec odd = paired ? exp2_of(load(s + (j + 1) * GROUP) * log2_scale - base) : vec{};
+    const vec odd = paired ? exp2_of<M != FLOATS>(load(s + (j + 1) * GROUP) * log2_scale - base) : vec{};
     added += even + odd;
-    const uvec low = (uvec)even + 0x8000 >> 16, high = (uvec)odd + 0x8000 & 0xffff0000;  // rounds half up
+    const uvec low = ((uvec)even + 0x8000) >> 16, high = ((uvec)odd + 0x8000) & 0xffff0000;  // rounds half up
     store(p, M == FLOATS ? even : (vec)(low | high));
   }
   for (; j < round_up(keys, key_block(M)); j += per_unit(M), p += GROUP) store(p, vec{});
-  const vec factor = exp2_of(before * log2_scale - base);
+  const vec factor = exp2_of<false>(before * log2_scale - base);
   store(alpha, factor);
   store(maximum, now);
   store(total, load(total) * factor + added);

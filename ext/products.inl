@@ -71,6 +71,8 @@ TARGET void product(int rows, int columns, Units a, Units b, int steps, float* c
 
 // to[j * to_row + i] = from[i * from_row + j] for i, j below 16.
 TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
+  for (int i = 0; WIDTH < 16 && i < 256; ++i) to[i / 16 * to_row + i % 16] = from[i % 16 * from_row + i / 16];
+  if (WIDTH < 16) return;
   typedef int32_t row __attribute__((vector_size(64), aligned(4), may_alias));
   const row lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   row x[16];
