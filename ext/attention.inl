@@ -27,15 +27,6 @@ TARGET inline void to_value_units(const T* from, int64_t stride, int n, int dim,
   }
 }
 
-// Scores [GROUP] of one key: -inf for the rows that may not see it.
-TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first,
-                        const int32_t* __restrict q_depth, const Token key) {
-  for (int r = 0; r < GROUP; ++r) {
-    const float x = s[r];
-    s[r] = visible({q_first[r], 0, q_depth[r]}, key) ? x : LOWEST;
-  }
-}
-
 // A step for WIDTH rows: scores s of `keys` keys -> units p of their weights, zeros behind them. maximum and
 // total are the rows' so far; alpha gets what earlier sums are to be multiplied by.
 template <Math M>
@@ -71,10 +62,11 @@ struct Task {
   static constexpr int PER = per_unit(M);
   const Attention& a;
   const Plan& plan;
-  const int32_t* query;
-  const int queries, kv_head;
+  const Tile* tile;
+  const int kv_head;
   float* const scratch;
-  const int share = a.heads / a.kv_heads, rows = queries * share;
+  const int32_t* query = plan.query + tile[0].query;
+  const int share = a.heads / a.kv_heads, rows = (tile[1].query - tile[0].query) * share;
   const int padded = (int)round_up(rows, GROUP);
   const int units = (int)round_up(a.dim, 16 * PER) / PER;  // of a row of Q or K
   const int width = (int)round_up(a.dim, 16);              // of a row of O
@@ -123,23 +115,22 @@ struct Task {
     const T* k = (const T*)a.k + start * a.k_stride + kv_head * a.dim;
     const T* v = (const T*)a.v + start * a.v_stride + kv_head * a.dim;
     const bool k_in_place = sizeof(T) * PER == 4 && a.dim == units * PER && a.k_stride % PER == 0;
-    const bool v_in_place = sizeof(T) == 4 && a.dim == width;
     Units keys{(const uint32_t*)k, a.k_stride / PER, 1}, values{(const uint32_t*)v, a.v_stride, 1};
     if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is no memory
       for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k_stride, a.dim, k_copy + j * units, units);
       keys = {k_copy, units, 1};
     }
-    if (!v_in_place) {
+    if (sizeof(T) == 2 || a.dim != width) {
       to_value_units<M>(v, a.v_stride, n, a.dim, v_copy, width);
       values = {v_copy, width, 1};
     }
     for (int r = 0; r < rows; r += GROUP) {
+      const Token* key = plan.token + start;
       int low = 0, high = n;
-      if (masked) trim(plan.token + start, r, low, high);
-      if (low >= high) continue;
-      const Units some_keys{keys.at + low * keys.row, keys.row, 1};
-      take_in_group(plan.token + start + low, r, high - low, masked, some_keys,
-                    {values.at + low / PER * values.row, values.row, 1});
+      if (masked) trim(key, r, low, high);
+      if (low < high)
+        take_in_group(key + low, r, high - low, masked, {keys.at + low * keys.row, keys.row, 1},
+                      {values.at + low / PER * values.row, values.row, 1});
     }
   }
 
@@ -160,11 +151,14 @@ struct Task {
   TARGET void take_in_group(const Token* key, int r, int n, bool masked, Units keys, Units values) {
     alignas(64) float alpha[GROUP];
     product<M>(n, lanes(r), keys, {q + r, padded, 1}, units, s, GROUP, nullptr);
-    for (int j = 0; masked && j < n; ++j) hide(s + j * GROUP, q_first + r, q_depth + r, key[j]);
+    const int32_t *first = q_first + r, *depth = q_depth + r;
+    float* score = s;
+    for (int j = 0; masked && j < n; ++j, score += GROUP)
+      for (int i = 0; i < GROUP; ++i) score[i] = visible({first[i], 0, depth[i]}, key[j]) ? score[i] : LOWEST;
     for (int i = 0; i < lanes(r); i += WIDTH)
       softmax<M>(s + i, n, a.scale, p + i, maximum + r + i, total + r + i, alpha + i);
-    product<M>(std::min(lanes(r), rows - r), width, {(const uint32_t*)p, 1, GROUP}, values, (n + PER - 1) / PER,
-               o + r * width, width, alpha);
+    product<M>(std::min(lanes(r), rows - r), width, {(const uint32_t*)p, 1, GROUP}, values,
+               (n + PER - 1) / PER, o + r * width, width, alpha);
   }
 
   TARGET void end() const {
@@ -175,23 +169,24 @@ struct Task {
 };
 
 template <class T>
-TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_head) {
+TARGET void attend(const Attention& a, const Plan& plan, int64_t item) {
   struct alignas(64) Line { float x[16]; };
   thread_local std::vector<Line> scratch;
-  const Tile &now = plan.tile[tile], &next = plan.tile[tile + 1];
-  const int32_t* query = plan.query + now.query;
-  const int queries = next.query - now.query;
-  const size_t lines = Task<T>{a, plan, query, queries, kv_head, nullptr}.floats / 16;
+  const Tile* tile = plan.tile + item / a.kv_heads;
+  const int kv_head = (int)(item % a.kv_heads);
+  const size_t lines = Task<T>{a, plan, tile, kv_head, nullptr}.floats / 16;
   if (scratch.size() < lines) scratch.resize(lines);
-  Task<T> task{a, plan, query, queries, kv_head, scratch[0].x};
+  Task<T> task{a, plan, tile, kv_head, scratch[0].x};
 #ifdef AMX
-  configure_tiles();
+  alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
+  for (int t = 0; t < 3; ++t) config[16 + 2 * t] = 4 * (config[48 + t] = TILE);
+  _tile_loadconfig(config);
 #endif
   task.begin();
-  for (int32_t run = now.run; run < next.run; ++run) {
+  for (int32_t run = tile[0].run; run < tile[1].run; ++run) {
     const auto [start, stop, before] = plan.run[run];
     for (int64_t key = start; key < stop; key += KEYS)
-      task.take_in(key, (int)std::min<int64_t>(KEYS, stop - key), before >= now.common);
+      task.take_in(key, (int)std::min<int64_t>(KEYS, stop - key), before >= tile->common);
   }
   task.end();
 #ifdef AMX
@@ -202,7 +197,5 @@ TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_he
 template <class T>
 void attention(const Attention& a, const Forest& forest) {
   const Plan plan = forest.plan(forest.buffer.data());
-  parallel((int64_t)plan.tiles * a.kv_heads, [&](int64_t item) {
-    attend<T>(a, plan, (int32_t)(item / a.kv_heads), (int)(item % a.kv_heads));
-  });
+  parallel((int64_t)plan.tiles * a.kv_heads, [&](int64_t item) { attend<T>(a, plan, item); });
 }

@@ -1,5 +1,4 @@
-// The CPU's kernels: threads, and the choice of an instruction set at run time. The kernels are compiled once
-// per set; machines that have none of them have no kernels.
+// The CPU's kernels: threads, and the choice of an instruction set at run time; without AVX2 there are none.
 #include "flame_ext.h"
 
 #include <dlfcn.h>
@@ -10,7 +9,6 @@
 #include <cstring>
 #include <functional>
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -45,8 +43,6 @@ void over_rows(const Task& task, RowKernel<Task> kernel, int64_t rows) {
            [&](int64_t i) { kernel(task, i * CHUNK, std::min(rows, (i + 1) * CHUNK)); });
 }
 
-// ---- Instruction sets -------------------------------------------------------------------------------------
-
 struct Kernels {  // [2]: for float32, for bfloat16
   const char* name;
   void (*attention[2])(const Attention&, const Forest&);
@@ -57,6 +53,7 @@ struct Kernels {  // [2]: for float32, for bfloat16
 
 #define QUOTE(x) #x
 #define NAME(x) QUOTE(x)
+#define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
 
 struct bf16 { uint16_t bits; };
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -80,12 +77,9 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 #define AMX
 #include "kernels.inl"
 
-bool has_amx() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool bf16_tiles = d >> 22 & 1, tiles = d >> 24 & 1;
-  const int request_permission = 0x1023, tile_data = 18;  // Linux hands out the tiles' state on request
-  return bf16_tiles && tiles && !syscall(SYS_arch_prctl, request_permission, tile_data);
+bool tiles_permitted() {  // Linux hands out their state on request
+  const int request_permission = 0x1023, tile_data = 18;
+  return !syscall(SYS_arch_prctl, request_permission, tile_data);
 }
 #endif
 
@@ -97,7 +91,7 @@ std::vector<const Kernels*> usable() {  // best last; each needs what the one be
   list.push_back(&avx2::kernels);
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq")) return list;
   list.push_back(&avx512_bf16::kernels);
-  if (has_amx()) list.push_back(&avx512_amx::kernels);
+  if (__builtin_cpu_supports("amx-bf16") && tiles_permitted()) list.push_back(&avx512_amx::kernels);
 #endif
   return list;
 }
@@ -119,9 +113,7 @@ std::string simd(const std::string& name) {
   return used;
 }
 
-void cpu_attention(const Attention& a, Dtype dtype, const Forest& forest) {
-  kernels().attention[dtype](a, forest);
-}
+void cpu_attention(const Attention& a, Dtype dtype, const Forest& f) { kernels().attention[dtype](a, f); }
 void cpu_rows(const Rope& r, Dtype dtype, int64_t rows) { over_rows(r, kernels().rope[dtype], rows); }
 void cpu_rows(const RmsNorm& r, Dtype dtype, int64_t rows) { over_rows(r, kernels().rmsnorm[dtype], rows); }
 void cpu_rows(const SwiGlu& g, Dtype dtype, int64_t rows) { over_rows(g, kernels().swiglu[dtype], rows); }

@@ -74,8 +74,7 @@ __device__ float exp2_of(float x) {
 template <int DIM>
 struct Shared {
   // Two blocks of K and V: one is fetched while the other is read. Q comes through K's second one, so that at
-  // head_dim 128 two tiles fit an A100's 164 KB. Three of what is known of their keys: of the block that is
-  // being worked on, the one that is being fetched and the one after it.
+  // head_dim 128 two tiles fit an A100's 164 KB. What is known of keys is also found one block ahead: three.
   bf16 k[2][KEYS * DIM], v[2][KEYS * DIM];
   int32_t key[3][KEYS];
   Token token[3][KEYS];
@@ -111,9 +110,9 @@ struct Work {
     for (int half : {0, 1})  // rows past the end repeat the last one; they are not stored
       token[half] = plan.token[query[min(row_of(half), rows - 1) / share]];
     for (int i = thread; i < ROWS * CHUNKS; i += THREADS) {
-      const int row = i / CHUNKS, chunk = i % CHUNKS, safe = row < rows ? row : 0;
-      const auto* from = (const bf16*)a.q + offset(safe, a.q_stride) + chunk * 8;
-      copy_16_bytes(at<DIM>(shared.k[1], row, chunk), from, row < rows);
+      const int row = i / CHUNKS, chunk = i % CHUNKS;
+      const auto* from = (const bf16*)a.q + offset(min(row, rows - 1), a.q_stride) + chunk * 8;
+      copy_16_bytes(at<DIM>(shared.k[1], row, chunk), from, true);
     }
     commit_copies();
   }
@@ -159,8 +158,7 @@ struct Work {
   __device__ void softmax(float (&s)[KEYS / 8][4], int half) {  // online; four lanes share a row
     float top = maximum[half];
     UNROLL for (int n = 0; n < KEYS / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    top = fmaxf(top, __shfl_xor_sync(WARP, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(WARP, top, 2));
+    for (int step : {1, 2}) top = fmaxf(top, __shfl_xor_sync(WARP, top, step));
     const float log2_scale = a.scale * 1.44269504f;
     const float base = top == -INFINITY ? 0 : top * log2_scale;  // nothing seen yet: keep -inf - -inf out
     const float factor = exp2_of(maximum[half] * log2_scale - base);
@@ -191,8 +189,7 @@ struct Work {
   }
 
   __device__ void end(int half) {
-    total[half] += __shfl_xor_sync(WARP, total[half], 1);
-    total[half] += __shfl_xor_sync(WARP, total[half], 2);
+    for (int step : {1, 2}) total[half] += __shfl_xor_sync(WARP, total[half], step);
     const float scale = 1 / total[half];
     const int row = row_of(half);
     if (row >= rows) return;
@@ -215,13 +212,13 @@ __global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
   work.fetch_keys(0);
   wait_for_copies<1>();
   __syncthreads();  // Q has arrived for all threads
+  const int row = work.warp * 16 + work.lane % 16, chunk = work.lane / 16;
   UNROLL for (int d = 0; d < DIM / 16; ++d)
-    load_matrices(work.q[d], at<DIM>(work.shared.k[1], work.warp * 16 + work.lane % 16, d * 2 + work.lane / 16));
+    load_matrices(work.q[d], at<DIM>(work.shared.k[1], row, d * 2 + chunk));
   for (int block = 0; block < blocks; ++block) {
-    const bool more = block + 1 < blocks;
     __syncthreads();  // the next keys are known, and no warp reads the other buffer any more
-    if (more) work.fetch_keys(block + 1);
-    if (more) wait_for_copies<1>();
+    if (block + 1 < blocks) work.fetch_keys(block + 1);
+    if (block + 1 < blocks) wait_for_copies<1>();
     else wait_for_copies<0>();
     __syncthreads();  // this block has arrived for all threads
     work.find_keys(block + 2);
@@ -271,14 +268,6 @@ __global__ void __launch_bounds__(THREADS) rotate(Rope r) {
   }
 }
 
-// Of all threads, for all threads. shared: a float a warp.
-__device__ float sum_of_block(float x, float* shared) {
-  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(WARP, x, step);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();  // the warps' sums are there
-  return shared[0] + shared[1] + shared[2] + shared[3];
-}
-
 __global__ void __launch_bounds__(THREADS) normalize(RmsNorm r) {
   extern __shared__ __align__(128) unsigned char memory[];
   float* row = (float*)memory;  // [width] waits for its scale; then come the warps' sums
@@ -294,7 +283,11 @@ __global__ void __launch_bounds__(THREADS) normalize(RmsNorm r) {
     put(row + i, x);
     UNROLL for (int j = 0; j < N; ++j) squares += x[j] * x[j];
   }
-  const float scale = 1 / sqrtf(sum_of_block(squares, row + r.width) / r.width + r.eps);
+  float* sums = row + r.width;
+  for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(WARP, squares, step);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+  __syncthreads();  // the warps' sums are there
+  const float scale = 1 / sqrtf((sums[0] + sums[1] + sums[2] + sums[3]) / r.width + r.eps);
   for (int64_t i = threadIdx.x * N; i < r.width; i += THREADS * N) {
     get(x, row + i);
     get(y, r.weight + i);
@@ -314,20 +307,13 @@ __global__ void __launch_bounds__(THREADS) gate(SwiGlu g) {
   }
 }
 
-// ---- Launches ---------------------------------------------------------------------------------------------
-
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // forgets it, or our next launch would be told of it
-  throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-}
-
 template <class... Task>
-void launch(void (*kernel)(Task...), dim3 grid, int shared_bytes, uintptr_t stream, const Task&... task) {
+void launch(void (*kernel)(Task...), dim3 grid, int bytes, uintptr_t stream, const Task&... task) {
   if (!grid.x || !grid.y) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, THREADS, shared_bytes, (cudaStream_t)stream>>>(task...);
-  check(cudaGetLastError());
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess)
+    kernel<<<grid, THREADS, bytes, (cudaStream_t)stream>>>(task...);
+  const cudaError_t error = cudaGetLastError();  // and forgets it, or our next launch would be told of it
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
 }  // namespace

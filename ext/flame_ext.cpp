@@ -39,20 +39,16 @@ struct View {  // of a tensor
       right &= wanted[i] == ANY || shape[i] == wanted[i];
       right &= shape[i] < 2 || strides[i] == step || (gaps && i == 0);
     }
-    if (cuda) right &= address % 16 == 0 && (shape.size() < 2 || strides[0] % 8 == 0);
-    if (!right) {
-      const auto message = py::str("{} is {} {}, strides {}, on {}; expected {} {}, contiguous (on CUDA rows "
-                                   "of whole 16 bytes), on {}");
-      throw py::value_error(message.format(name, dtype, shape, strides, device, dtypes, wanted, place));
-    }
+    if (cuda)  // kernels move 16 bytes at once, and know bfloat16 alone
+      right &= address % 16 == 0 && (shape.size() < 2 || strides[0] % 8 == 0) &&
+               (dtypes != FLOATING || floating() == BF16);
+    if (!right)
+      throw py::value_error(py::str("{} is {} {}, strides {}, on {}; expected {} {}, contiguous, on {}")
+                                .format(name, dtype, shape, strides, device, dtypes, wanted, place));
     if (!shape.empty()) stride = strides[0];
   }
 
   Dtype floating() const { return dtype == "torch.float32" ? F32 : BF16; }
-  bool on_cuda() const {  // of what a kernel writes
-    if (cuda && floating() != BF16) throw py::value_error("on CUDA the kernels write bfloat16");
-    return cuda;
-  }
   template <class T>
   T* data() const { return (T*)address; }
 };
@@ -77,7 +73,7 @@ void attention(const py::object& q_, const py::object& k_, const py::object& v_,
   const Attention a{q.data<void>(), k.data<void>(), v.data<void>(), out.data<void>(),
                     q.stride, k.stride, v.stride, out.stride, heads, kv_heads, dim, scale};
   if constexpr (CUDA)
-    if (out.on_cuda()) {
+    if (out.cuda) {
       const View plan(plan_, "plan", "torch.int32", {(int64_t)forest.buffer.size()}, q.device);
       return cuda_attention(a, forest.plan(plan.data<int32_t>()), forest.tile_size, stream);
     }
@@ -88,7 +84,7 @@ void attention(const py::object& q_, const py::object& k_, const py::object& v_,
 template <class Task>
 void run(const Task& task, const View& out, uintptr_t stream) {  // over all rows, where `out` lies
   if constexpr (CUDA)
-    if (out.on_cuda()) return cuda_rows(task, out.shape[0], stream);
+    if (out.cuda) return cuda_rows(task, out.shape[0], stream);
   py::gil_scoped_release release;
   cpu_rows(task, out.floating(), out.shape[0]);
 }
@@ -126,12 +122,11 @@ PYBIND11_MODULE(flame_ext, m) {
   m.attr("cpu") = !simd("").empty();  // are there kernels for this CPU (x86 with AVX2)?
   m.attr("cuda") = CUDA;
   const auto plan = [](const Forest& f) { return py::array_t<int32_t>(f.buffer.size(), f.buffer.data()); };
-  py::class_<Forest>(m, "Layout")
-      .def_property_readonly("plan", plan, "int32 [P], what kernels read, for CUDA; begins with [T, 3] numbers "
-                             "of each token: its segment in preorder, its last descendant, its depth");
-  m.def("layout", &std::make_unique<Forest, const Sizes&, const Sizes&, const int64_t&>,
-        "lengths"_a, "parents"_a, "tile"_a = 64, "parents[i] is -1 or an index < i. tile: how many queries at "
-        "most share a list of keys; on CUDA at most 64 // (heads a KV head)");
+  py::class_<Forest>(m, "Layout").def_property_readonly("plan", plan, "int32 [P], what kernels read; "
+      "begins with [T, 3]: a token's segment in preorder, that one's last descendant, the token's depth");
+  m.def("layout", &std::make_unique<Forest, const Sizes&, const Sizes&, const int64_t&>, "lengths"_a,
+        "parents"_a, "tile"_a = 64, "parents[i] is -1 or an index < i. tile: how many queries at most share "
+        "a list of keys; on CUDA at most 64 // (heads a KV head)");
   m.def("mask", mask, "layout"_a, "out"_a, "Writes into bool [T, T]: out[q, k] = k is visible to q");
   m.def("attention", attention, "q"_a, "k"_a, "v"_a, "out"_a, "layout"_a, "scale"_a, "plan"_a = py::none(),
         "stream"_a = 0, "q, out: [T, H, d]; k, v: [T, Hkv, d]; float32 or bfloat16; tokens may lie apart. "

@@ -61,14 +61,12 @@ struct Attention {
   int heads, kv_heads, dim;
   float scale;
 };
-
 struct Rope {  // rotates the first `heads` heads of each row in place
   void* qkv;
   int64_t stride;
   int heads, dim;
   const float *cos, *sin;  // [rows, dim / 2]
 };
-
 struct RmsNorm {  // x += delta, out = x / sqrt(mean(x^2) + eps) * weight
   float* x;
   const void* delta;  // may be null
@@ -77,7 +75,6 @@ struct RmsNorm {  // x += delta, out = x / sqrt(mean(x^2) + eps) * weight
   int64_t width;
   float eps;
 };
-
 struct SwiGlu {  // out = silu(gate) * up
   const void* gate_up;  // [rows, 2 width]
   void* out;

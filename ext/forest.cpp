@@ -13,38 +13,31 @@ struct Segment {
   int32_t length() const { return stop - start; }
 };
 
-std::vector<Segment> read(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents) {
+std::vector<Segment> numbered(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents) {
   if (lengths.size() != parents.size()) throw std::invalid_argument("as many lengths as parents, please");
   std::vector<Segment> all;
   int64_t tokens = 0;
   for (int64_t s = 0; s < (int64_t)lengths.size(); ++s) {
-    const int64_t parent = parents[s], stop = tokens + lengths[s];
-    if (lengths[s] < 0 || lengths[s] > INT32_MAX || stop > INT32_MAX || parent < -1 || parent >= s)
+    const int64_t parent = parents[s], start = tokens;
+    if (lengths[s] < 0 || lengths[s] > INT32_MAX - tokens || parent < -1 || parent >= s)
       throw std::invalid_argument("segment " + std::to_string(s) + ": its length is negative or too large, "
                                   "or its parent is neither -1 nor an earlier segment");
+    tokens += lengths[s];
     const int32_t depth = parent < 0 ? 0 : all[parent].depth + all[parent].length();
-    all.push_back({(int32_t)tokens, (int32_t)stop, (int32_t)parent, depth});
-    tokens = stop;
+    all.push_back({(int32_t)start, (int32_t)tokens, (int32_t)parent, depth});
   }
-  return all;
-}
-
-// Without recursion: subtree sizes from the back, then a child takes the next free stretch of its parent's
-// numbers. Returns the segments' places by number.
-std::vector<int32_t> number(std::vector<Segment>& all) {
-  std::vector<int32_t> order(all.size());
+  // Without recursion: subtree sizes from the back, then a child takes its parent's next free numbers.
   for (size_t s = all.size(); s-- > 0;)
     if (all[s].parent >= 0) all[all[s].parent].count += all[s].count;
   int32_t free_root = 0;
-  for (size_t s = 0; s < all.size(); ++s) {
-    int32_t& free = all[s].parent < 0 ? free_root : all[all[s].parent].free;
-    all[s].first = free;
-    all[s].last = free + all[s].count - 1;
-    all[s].free = free + 1;
-    order[free] = (int32_t)s;
-    free += all[s].count;
+  for (Segment& s : all) {
+    int32_t& free = s.parent < 0 ? free_root : all[s.parent].free;
+    s.first = free;
+    s.free = free + 1;
+    free += s.count;
+    s.last = free - 1;
   }
-  return order;
+  return all;
 }
 
 // Appends the runs of a tile's keys, first of those that all queries see; returns how many keys these are.
@@ -78,22 +71,16 @@ int32_t add_keys(std::vector<Segment>& needed, const std::vector<Token>& queries
   return common;
 }
 
-template <class T>
-void append(std::vector<int32_t>& buffer, const std::vector<T>& part) {
-  const auto* from = (const int32_t*)part.data();
-  buffer.insert(buffer.end(), from, from + part.size() * sizeof(T) / 4);
-}
-
 }  // namespace
 
 Forest::Forest(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents, int64_t tile64) {
   if (tile64 < 1) throw std::invalid_argument("tile must be at least 1 query");
-  std::vector<Segment> segments = read(lengths, parents), needed;
-  const std::vector<int32_t> order = number(segments);
+  std::vector<Segment> segments = numbered(lengths, parents), needed;
   std::vector<Token> token, queries;  // queries: of the tile so far
-  std::vector<int32_t> query;
+  std::vector<int32_t> query, order(segments.size());
   std::vector<Tile> tile;
   std::vector<Run> run;
+  for (size_t s = 0; s < segments.size(); ++s) order[segments[s].first] = (int32_t)s;
   for (const Segment& s : segments)
     for (int32_t i = 0; i < s.length(); ++i) token.push_back({s.first, s.last, s.depth + i});
   tokens = (int32_t)token.size();
@@ -126,8 +113,11 @@ Forest::Forest(const std::vector<int64_t>& lengths, const std::vector<int64_t>& 
   finish_tile();
   tiles = (int32_t)tile.size();
   tile.push_back({tokens, (int32_t)run.size(), 0});
-  append(buffer, token);
-  append(buffer, query);
-  append(buffer, tile);
-  append(buffer, run);
+  const auto append = [this](const auto& part) {
+    buffer.insert(buffer.end(), (const int32_t*)part.data(), (const int32_t*)(part.data() + part.size()));
+  };
+  append(token);
+  append(query);
+  append(tile);
+  append(run);
 }

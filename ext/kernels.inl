@@ -5,7 +5,6 @@
 namespace ISA {
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
 typedef float vec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint16_t halves_at __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
@@ -77,16 +76,14 @@ TARGET void rmsnorm(const RmsNorm& r, int64_t from, int64_t to) {
     float* x = r.x + t * width;
     const T* delta = r.delta ? (const T*)r.delta + t * width : nullptr;
     T* out = (T*)r.out + t * width;
-    vec squares[4] = {};
-    for (int64_t i = 0, part = 0; i < width; i += WIDTH, part = (part + 1) % 4) {
+    vec squares{};
+    for (int64_t i = 0; i < width; i += WIDTH) {
       vec value = get(x + i, width - i);
-      if (delta) value += get(delta + i, width - i);
-      if (delta) put(x + i, value, width - i);
-      squares[part] += value * value;
+      if (delta) put(x + i, value += get(delta + i, width - i), width - i);
+      squares += value * value;
     }
-    const vec sums = (squares[0] + squares[1]) + (squares[2] + squares[3]);
     float total = 0;
-    for (int i = 0; i < WIDTH; ++i) total += sums[i];
+    for (int i = 0; i < WIDTH; ++i) total += squares[i];
     const vec scale = splat(1 / std::sqrt(total / width + r.eps));
     for (int64_t i = 0; i < width; i += WIDTH)
       put(out + i, get(x + i, width - i) * scale * get(r.weight + i, width - i), width - i);

@@ -1,8 +1,6 @@
 // Products of small matrices. The operands' unit is 32 bits: one float32, or a pair of bfloat16, neighbours
 // in the summed dimension, that are multiplied and added at once.
 
-#define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
-
 enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
 #ifdef AMX
 constexpr Math BF16_MATH = TILES;
@@ -30,9 +28,7 @@ TARGET inline vec multiply_add(vec sum, const uint32_t* a, vec b) {
 #if WIDTH == 16
   if (M == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
 #endif
-  float value;
-  std::memcpy(&value, a, 4);
-  return sum + splat(value) * b;
+  return sum + __builtin_bit_cast(float, *a) * b;
 }
 
 // c[STEP][V * WIDTH] = alpha c + a b; a null alpha starts from 0. Fewer vectors where fewer columns are left.
@@ -62,16 +58,15 @@ TARGET void product(int rows, int columns, Units a, Units b, int steps, float* c
                     const float* alpha) {
   constexpr int V = WIDTH == 16 ? 4 : 2;
   for (int j = 0; j < columns; j += V * WIDTH)
-    for (int r = 0; r < rows; r += STEP) {
-      const Units a_block{a.at + r * a.row, a.row, a.step}, b_block{b.at + j, b.row, 1};
-      const float* alpha_block = alpha ? alpha + r : nullptr;
-      product_block<M, V>(columns - j, a_block, b_block, steps, c + r * c_row + j, c_row, alpha_block);
-    }
+    for (int r = 0; r < rows; r += STEP)
+      product_block<M, V>(columns - j, {a.at + r * a.row, a.row, a.step}, {b.at + j, b.row, 1}, steps,
+                          c + r * c_row + j, c_row, alpha ? alpha + r : nullptr);
 }
 
 // to[j * to_row + i] = from[i * from_row + j] for i, j below 16.
 TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
-  for (int i = 0; WIDTH < 16 && i < 256; ++i) to[i / 16 * to_row + i % 16] = from[i % 16 * from_row + i / 16];
+  for (int j = 0; WIDTH < 16 && j < 16; ++j)  // its shuffles would be slower
+    for (int i = 0; i < 16; ++i) to[j * to_row + i] = from[i * from_row + j];
   if (WIDTH < 16) return;
   typedef int32_t row __attribute__((vector_size(64), aligned(4), may_alias));
   const row lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -91,12 +86,6 @@ TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* t
 }
 
 #ifdef AMX
-TARGET inline void configure_tiles() {
-  alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
-  for (int t = 0; t < 3; ++t) config[16 + 2 * t] = 4 * (config[48 + t] = TILE);
-  _tile_loadconfig(config);
-}
-
 // Rows, columns and steps are rounded up to multiples of TILE.
 template <>
 TARGET void product<TILES>(int rows, int columns, Units a, Units b, int steps, float* c, int64_t c_row,
@@ -125,4 +114,3 @@ TARGET void product<TILES>(int rows, int columns, Units a, Units b, int steps, f
 }
 #endif
 
-#undef UNROLL
