@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["ext/flame_ext.cpp", "ext/forest.cpp", "ext/cpu.cpp"]
-HEADERS = ["ext/forest.h", "ext/tasks.h", "ext/kernels.inl", "ext/products.inl", "ext/attention.inl"]
+HEADERS = ["ext/flame_ext.h", "ext/kernels.inl", "ext/products.inl", "ext/attention.inl"]
 CUDA_SOURCE = "ext/cuda.cu"
 # Machine code for A100 and H100; the PTX lets the driver compile for anything newer. nvcc before 11.8 does
 # not know the H100.

@@ -21,34 +21,10 @@ TARGET inline void to_value_units(const T* from, int64_t stride, int n, int dim,
   static const T zeros[MAX_DIM] = {};
   const auto key = [&](int j) { return j < n ? from + j * stride : zeros; };
   for (int j = 0; j < round_up(n, key_block(M)); j += per_unit(M), to += width) {
-    if (M == FLOATS) {
-      to_units<FLOATS>(key(j), dim, to, width);
-      continue;
-    }
-    const auto *low = (const uint16_t*)key(j), *high = (const uint16_t*)key(j + 1);
-    for (int i = 0; i < dim; ++i) to[i] = low[i] | (uint32_t)high[i] << 16;
-    std::fill(to + dim, to + width, 0);
+    const auto *even = (const uint16_t*)key(j), *odd = (const uint16_t*)key(j + 1);
+    if (M == FLOATS) to_units<FLOATS>(key(j), dim, to, width);
+    else for (int i = 0; i < width; ++i) to[i] = i < dim ? even[i] | (uint32_t)odd[i] << 16 : 0;
   }
-}
-
-// Asks for a row well before it is read: rows that lie apart escape the hardware's own prefetching.
-template <class T>
-TARGET inline void prefetch(const T* row, int dim) {
-  for (int i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
-}
-
-// Scores [GROUP] of one key: -inf for the rows that may not see it.
-TARGET inline void hide(float* __restrict s, const int32_t* __restrict q_first,
-                        const int32_t* __restrict q_depth, int32_t k_first, int32_t k_last, int32_t k_depth) {
-  for (int r = 0; r < GROUP; ++r) {
-    const float x = s[r];
-    s[r] = visible(q_first[r], q_depth[r], k_first, k_last, k_depth) ? x : LOWEST;
-  }
-}
-
-// Two keys' weights as a unit, rounded to bfloat16 (half up: they are not negative).
-TARGET inline vec pair_of(vec even, vec odd) {
-  return (vec)((((uvec)even + 0x8000) >> 16) | (((uvec)odd + 0x8000) & 0xffff0000));
 }
 
 // A step for WIDTH rows: scores s of `keys` keys -> units p of their weights, zeros behind them. maximum and
@@ -56,7 +32,6 @@ TARGET inline vec pair_of(vec even, vec odd) {
 template <Math M>
 TARGET inline void softmax(const float* s, int keys, float scale, float* p, float* maximum, float* total,
                            float* alpha) {
-  constexpr bool ROUGH = M != FLOATS;
   const vec before = load(maximum);
   vec now = before, added{};
   for (int j = 0; j < keys; ++j) {
@@ -67,11 +42,12 @@ TARGET inline void softmax(const float* s, int keys, float scale, float* p, floa
   const vec base = now == splat(LOWEST) ? vec{} : now * log2_scale;  // nothing seen yet: keep -inf - -inf out
   int j = 0;
   for (; j < keys; j += per_unit(M), p += GROUP) {
-    const vec even = exp2_of<ROUGH>(load(s + j * GROUP) * log2_scale - base);
+    const vec even = exp2_of<M != FLOATS>(load(s + j * GROUP) * log2_scale - base);
     const bool paired = M != FLOATS && j + 1 < keys;
-    const vec odd = paired ? exp2_of<ROUGH>(load(s + (j + 1) * GROUP) * log2_scale - base) : vec{};
+    const vec odd = paired ? exp2_of<M != FLOATS>(load(s + (j + 1) * GROUP) * log2_scale - base) : vec{};
     added += even + odd;
-    store(p, M == FLOATS ? even : pair_of(even, odd));
+    const uvec low = ((uvec)even + 0x8000) >> 16, high = ((uvec)odd + 0x8000) & 0xffff0000;  // rounds half up
+    store(p, M == FLOATS ? even : (vec)(low | high));
   }
   for (; j < round_up(keys, key_block(M)); j += per_unit(M), p += GROUP) store(p, vec{});
   const vec factor = exp2_of<false>(before * log2_scale - base);
@@ -86,10 +62,11 @@ struct Task {
   static constexpr int PER = per_unit(M);
   const Attention& a;
   const Plan& plan;
-  const int32_t* query;
-  const int queries, kv_head;
+  const Tile* tile;
+  const int kv_head;
   float* const scratch;
-  const int share = a.heads / a.kv_heads, rows = queries * share;
+  const int32_t* query = plan.query + tile[0].query;
+  const int share = a.heads / a.kv_heads, rows = (tile[1].query - tile[0].query) * share;
   const int padded = (int)round_up(rows, GROUP);
   const int units = (int)round_up(a.dim, 16 * PER) / PER;  // of a row of Q or K
   const int width = (int)round_up(a.dim, 16);              // of a row of O
@@ -119,15 +96,14 @@ struct Task {
     for (int r = 0; r < padded; r += 16) {  // rows past the end repeat the last one
       for (int i = 0; i < 16; ++i) {
         const T* row = (const T*)a.q + offset(std::min(r + i, rows - 1), a.q_stride);
-        prefetch((const T*)a.q + offset(std::min(r + i + 16, rows - 1), a.q_stride), a.dim);
         to_units<M>(row, a.dim, k_copy + i * units, units);
       }
       for (int u = 0; u < units; u += 16) transpose(k_copy + u, units, q + (int64_t)u * padded + r, padded);
     }
     for (int r = 0; r < padded; ++r) {
-      const int32_t token = query[std::min(r, rows - 1) / share];
-      q_first[r] = plan.first[token];
-      q_depth[r] = plan.depth[token];
+      const Token& token = plan.token[query[std::min(r, rows - 1) / share]];
+      q_first[r] = token.first;
+      q_depth[r] = token.depth;
       maximum[r] = LOWEST;
       total[r] = 0;
     }
@@ -139,52 +115,50 @@ struct Task {
     const T* k = (const T*)a.k + start * a.k_stride + kv_head * a.dim;
     const T* v = (const T*)a.v + start * a.v_stride + kv_head * a.dim;
     const bool k_in_place = sizeof(T) * PER == 4 && a.dim == units * PER && a.k_stride % PER == 0;
-    const bool v_in_place = sizeof(T) == 4 && a.dim == width;
-    Left keys{(const uint32_t*)k, a.k_stride / PER, 1};
-    Right values{(const uint32_t*)v, a.v_stride};
+    Units keys{(const uint32_t*)k, a.k_stride / PER, 1}, values{(const uint32_t*)v, a.v_stride, 1};
     if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is no memory
       for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k_stride, a.dim, k_copy + j * units, units);
       keys = {k_copy, units, 1};
     }
-    if (!v_in_place) {
+    if (sizeof(T) == 2 || a.dim != width) {
       to_value_units<M>(v, a.v_stride, n, a.dim, v_copy, width);
-      values = {v_copy, width};
+      values = {v_copy, width, 1};
     }
     for (int r = 0; r < rows; r += GROUP) {
-      const int lanes = std::min(GROUP, (int)round_up(rows - r, 16));
+      const Token* key = plan.token + start;
       int low = 0, high = n;
-      if (masked) trim(start, r, lanes, low, high);
-      if (low < high) take_in_group(start, r, lanes, low, high, masked, keys, values);
+      if (masked) trim(key, r, low, high);
+      if (low < high)
+        take_in_group(key + low, r, high - low, masked, {keys.at + low * keys.row, keys.row, 1},
+                      {values.at + low / PER * values.row, values.row, 1});
     }
   }
 
+  int lanes(int r) const { return std::min(GROUP, (int)round_up(rows - r, 16)); }
+
   // Leaves out keys at both ends that no row of the group sees.
-  TARGET void trim(int64_t start, int r, int lanes, int& low, int& high) const {
-    const int32_t lowest = q_first[r], highest = q_first[r + lanes - 1];
-    const int32_t deepest = *std::max_element(q_depth + r, q_depth + r + lanes);
-    const auto needed = [&](int64_t key) {
-      return plan.first[key] <= highest && lowest <= plan.last[key] && plan.depth[key] <= deepest;
+  TARGET void trim(const Token* key, int r, int& low, int& high) const {
+    const int32_t lowest = q_first[r], highest = q_first[r + lanes(r) - 1];
+    const int32_t deepest = *std::max_element(q_depth + r, q_depth + r + lanes(r));
+    const auto needed = [&](const Token& k) {
+      return k.first <= highest && lowest <= k.last && k.depth <= deepest;
     };
-    while (low < high && !needed(start + high - 1)) --high;
-    while (low < high && !needed(start + low)) ++low;
-    if (low < high) low -= low % key_block(M);
+    while (low < high && !needed(key[high - 1])) --high;
+    while (low < high && !needed(key[low])) ++low;
+    low -= low % key_block(M);
   }
 
-  TARGET void take_in_group(int64_t start, int r, int lanes, int low, int high, bool masked, Left keys,
-                            Right values) {
-    float* scores = s + low * GROUP;
-    float* weights = p + low / PER * GROUP;
+  TARGET void take_in_group(const Token* key, int r, int n, bool masked, Units keys, Units values) {
     alignas(64) float alpha[GROUP];
-    keys.at += low * keys.row;
-    values.at += low / PER * values.step;
-    product<M>(high - low, lanes, keys, {q + r, padded}, units, scores, GROUP, nullptr);
-    for (int64_t j = start + low; masked && j < start + high; ++j)
-      hide(s + (j - start) * GROUP, q_first + r, q_depth + r, plan.first[j], plan.last[j], plan.depth[j]);
-    for (int i = 0; i < lanes; i += WIDTH)
-      softmax<M>(scores + i, high - low, a.scale, weights + i, maximum + r + i, total + r + i, alpha + i);
-    const int taken = std::min(lanes, rows - r), steps = (high - low + PER - 1) / PER;
-    const Left left{(const uint32_t*)weights, 1, GROUP};
-    product<M>(taken, width, left, values, steps, o + r * width, width, alpha);
+    product<M>(n, lanes(r), keys, {q + r, padded, 1}, units, s, GROUP, nullptr);
+    const int32_t *first = q_first + r, *depth = q_depth + r;
+    float* score = s;
+    for (int j = 0; masked && j < n; ++j, score += GROUP)
+      for (int i = 0; i < GROUP; ++i) score[i] = visible({first[i], 0, depth[i]}, key[j]) ? score[i] : LOWEST;
+    for (int i = 0; i < lanes(r); i += WIDTH)
+      softmax<M>(s + i, n, a.scale, p + i, maximum + r + i, total + r + i, alpha + i);
+    product<M>(std::min(lanes(r), rows - r), width, {(const uint32_t*)p, 1, GROUP}, values,
+               (n + PER - 1) / PER, o + r * width, width, alpha);
   }
 
   TARGET void end() const {
@@ -195,18 +169,24 @@ struct Task {
 };
 
 template <class T>
-TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_head, float* scratch) {
-  const int32_t begin = plan.tile[tile], end = plan.tile[tile + 1];
-  Task<T> task{a, plan, plan.query + begin, end - begin, kv_head, scratch};
+TARGET void attend(const Attention& a, const Plan& plan, int64_t item) {
+  struct alignas(64) Line { float x[16]; };
+  thread_local std::vector<Line> scratch;
+  const Tile* tile = plan.tile + item / a.kv_heads;
+  const int kv_head = (int)(item % a.kv_heads);
+  const size_t lines = Task<T>{a, plan, tile, kv_head, nullptr}.floats / 16;
+  if (scratch.size() < lines) scratch.resize(lines);
+  Task<T> task{a, plan, tile, kv_head, scratch[0].x};
 #ifdef AMX
-  configure_tiles();
+  alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
+  for (int t = 0; t < 3; ++t) config[16 + 2 * t] = 4 * (config[48 + t] = TILE);
+  _tile_loadconfig(config);
 #endif
   task.begin();
-  for (int32_t run = plan.run[tile]; run < plan.run[tile + 1]; ++run) {
-    const bool masked = plan.before[run] >= plan.common[tile];
-    const int64_t stop = plan.run_stop[run];
-    for (int64_t start = plan.run_start[run]; start < stop; start += KEYS)
-      task.take_in(start, (int)std::min<int64_t>(KEYS, stop - start), masked);
+  for (int32_t run = tile[0].run; run < tile[1].run; ++run) {
+    const auto [start, stop, before] = plan.run[run];
+    for (int64_t key = start; key < stop; key += KEYS)
+      task.take_in(key, (int)std::min<int64_t>(KEYS, stop - key), before >= tile->common);
   }
   task.end();
 #ifdef AMX
@@ -216,13 +196,6 @@ TARGET void attend(const Attention& a, const Plan& plan, int32_t tile, int kv_he
 
 template <class T>
 void attention(const Attention& a, const Forest& forest) {
-  struct alignas(64) Line { float x[16]; };
   const Plan plan = forest.plan(forest.buffer.data());
-  const int64_t items = (int64_t)plan.tiles * a.kv_heads;
-  const int workers = (int)std::min<int64_t>(threads(), items);
-  const size_t lines = Task<T>{a, plan, nullptr, forest.tile_size, 0, nullptr}.floats / 16;
-  const std::unique_ptr<Line[]> scratch(new Line[workers * lines]);
-  parallel(items, workers, [&](int64_t item, int thread) {
-    attend<T>(a, plan, (int32_t)(item / a.kv_heads), (int)(item % a.kv_heads), scratch[thread * lines].x);
-  });
+  parallel((int64_t)plan.tiles * a.kv_heads, [&](int64_t item) { attend<T>(a, plan, item); });
 }

@@ -1,6 +1,5 @@
-// The CPU's kernels: threads, and the choice of an instruction set at run time. The kernels are compiled once
-// per set; machines that have none of them have no kernels.
-#include "tasks.h"
+// The CPU's kernels: threads, and the choice of an instruction set at run time; without AVX2 there are none.
+#include "flame_ext.h"
 
 #include <dlfcn.h>
 
@@ -9,10 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <stdexcept>
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,40 +16,32 @@
 
 namespace {
 
-// ---- Threads ----------------------------------------------------------------------------------------------
-// torch's OpenMP threads spin for a while after each operation. Threads of our own would fight them for the
-// cores, so we run on torch's pool, which also makes torch.set_num_threads hold here. torch loads it for all
-// to see; where there is no torch, one thread works.
-
-struct Job {
-  const std::function<void(int64_t item, int thread)>& work;
-  const int64_t items;
-  std::atomic<int64_t> next_item{0};
-  std::atomic<int> next_thread{0};
-};
-
-void run(void* data) {
-  Job& job = *(Job*)data;
-  const int thread = job.next_thread++;
-  for (int64_t item; (item = job.next_item++) < job.items;) job.work(item, thread);
-}
-
-int threads() {
-  static const auto max_threads = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_max_threads");
-  return max_threads ? max_threads() : 1;
-}
-
-// Calls work(item, thread) for all items, on threads that are numbered below `threads`. It must not throw.
-void parallel(int64_t items, int threads, const std::function<void(int64_t item, int thread)>& work) {
-  using Pool = void(void (*work)(void*), void* data, unsigned threads, unsigned flags);
-  static const auto pool = (Pool*)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-  Job job{work, items};
-  if (pool && threads > 1 && items > 1) pool(run, &job, (unsigned)std::min<int64_t>(threads, items), 0);
-  else run(&job);
+// Calls work(item) for all items on torch's OpenMP threads, which spin for a while after each operation:
+// threads of our own would fight them for the cores. torch.set_num_threads holds here too. torch loads the
+// pool for all to see; where there is none, one thread works. `work` must not throw.
+void parallel(int64_t items, const std::function<void(int64_t item)>& work) {
+  using Work = const std::function<void()>;
+  static const auto threads = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_max_threads");
+  static const auto pool = (void (*)(void (*)(void*), void*, unsigned, unsigned))dlsym(RTLD_DEFAULT,
+                                                                                       "GOMP_parallel");
+  std::atomic<int64_t> next{0};
+  Work some = [&] {
+    for (int64_t item; (item = next++) < items;) work(item);
+  };
+  const unsigned workers = threads && pool ? (unsigned)std::min<int64_t>(threads(), items) : 1;
+  if (workers > 1) pool([](void* some) { (*(Work*)some)(); }, (void*)&some, workers, 0);
+  else some();
 }
 
 template <class Task>
 using RowKernel = void (*)(const Task&, int64_t from, int64_t to);
+
+template <class Task>
+void over_rows(const Task& task, RowKernel<Task> kernel, int64_t rows) {
+  constexpr int64_t CHUNK = 32;
+  parallel((rows + CHUNK - 1) / CHUNK,
+           [&](int64_t i) { kernel(task, i * CHUNK, std::min(rows, (i + 1) * CHUNK)); });
+}
 
 struct Kernels {  // [2]: for float32, for bfloat16
   const char* name;
@@ -63,17 +51,9 @@ struct Kernels {  // [2]: for float32, for bfloat16
   RowKernel<SwiGlu> swiglu[2];
 };
 
-template <class Task>
-void over_rows(const Task& task, RowKernel<Task> kernel, int64_t rows) {
-  constexpr int64_t CHUNK = 32;
-  parallel((rows + CHUNK - 1) / CHUNK, threads(),
-           [&](int64_t i, int) { kernel(task, i * CHUNK, std::min(rows, (i + 1) * CHUNK)); });
-}
-
-// ---- Instruction sets -------------------------------------------------------------------------------------
-
 #define QUOTE(x) #x
 #define NAME(x) QUOTE(x)
+#define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
 
 struct bf16 { uint16_t bits; };
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -97,12 +77,9 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 #define AMX
 #include "kernels.inl"
 
-bool has_amx() {
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool bf16_tiles = d >> 22 & 1, tiles = d >> 24 & 1;
-  const int request_permission = 0x1023, tile_data = 18;  // Linux hands out the tiles' state on request
-  return bf16_tiles && tiles && !syscall(SYS_arch_prctl, request_permission, tile_data);
+bool tiles_permitted() {  // Linux hands out their state on request
+  const int request_permission = 0x1023, tile_data = 18;
+  return !syscall(SYS_arch_prctl, request_permission, tile_data);
 }
 #endif
 
@@ -114,7 +91,7 @@ std::vector<const Kernels*> usable() {  // best last; each needs what the one be
   list.push_back(&avx2::kernels);
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq")) return list;
   list.push_back(&avx512_bf16::kernels);
-  if (has_amx()) list.push_back(&avx512_amx::kernels);
+  if (__builtin_cpu_supports("amx-bf16") && tiles_permitted()) list.push_back(&avx512_amx::kernels);
 #endif
   return list;
 }
@@ -129,19 +106,14 @@ const Kernels& kernels() {
 }  // namespace
 
 std::string simd(const std::string& name) {
-  std::string names;
-  for (const Kernels* kernels : usable()) {
-    names += text(" ", kernels->name);
+  for (const Kernels* kernels : usable())
     if (name == kernels->name) chosen = kernels;
-  }
   const std::string used = chosen ? chosen.load()->name : "";
-  if (!name.empty() && name != used) throw std::invalid_argument("no " + name + "; there are:" + names);
+  if (!name.empty() && name != used) throw std::invalid_argument("this CPU has no " + name);
   return used;
 }
 
-void cpu_attention(const Attention& a, Dtype dtype, const Forest& forest) {
-  kernels().attention[dtype](a, forest);
-}
+void cpu_attention(const Attention& a, Dtype dtype, const Forest& f) { kernels().attention[dtype](a, f); }
 void cpu_rows(const Rope& r, Dtype dtype, int64_t rows) { over_rows(r, kernels().rope[dtype], rows); }
 void cpu_rows(const RmsNorm& r, Dtype dtype, int64_t rows) { over_rows(r, kernels().rmsnorm[dtype], rows); }
 void cpu_rows(const SwiGlu& g, Dtype dtype, int64_t rows) { over_rows(g, kernels().swiglu[dtype], rows); }

@@ -1,177 +1,123 @@
-// Layout of a segment forest: depths, preorder numbers, and the query tiles that both attention kernels work
-// on.
-#include "forest.h"
+// Layout of a segment forest: depths, preorder numbers, and the query tiles that attention works on.
+#include "flame_ext.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace {
 
-using Ints = std::vector<int32_t>;
-constexpr int64_t LIMIT = INT32_MAX;
+struct Segment {
+  int32_t start, stop, parent, depth;  // its packed tokens; depth of the first
+  int32_t first = 0, last = 0;         // preorder numbers: its own, its last descendant's
+  int32_t count = 1, free = 0;         // segments of its subtree; the next number for a child
+  int32_t tile = -1;                   // the last that needed it
+  int32_t length() const { return stop - start; }
+};
 
-void check(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents, int64_t tile_size) {
-  const auto need = [](bool right, const auto&... parts) {
-    if (!right) throw std::invalid_argument(text(parts...));
-  };
-  need(lengths.size() == parents.size(), "lengths has ", lengths.size(), " segments, parents has ",
-       parents.size());
-  need(tile_size >= 1, "tile is ", tile_size, ", expected at least 1 query");
+std::vector<Segment> numbered(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents) {
+  if (lengths.size() != parents.size()) throw std::invalid_argument("as many lengths as parents, please");
+  std::vector<Segment> all;
   int64_t tokens = 0;
   for (int64_t s = 0; s < (int64_t)lengths.size(); ++s) {
-    need(lengths[s] >= 0 && lengths[s] <= LIMIT - tokens, "lengths[", s, "] = ", lengths[s],
-         " is negative or makes more than 2^31 - 1 tokens");
-    need(parents[s] >= -1 && parents[s] < s, "parents[", s, "] = ", parents[s],
-         " is neither -1 (a root) nor an earlier segment");
+    const int64_t parent = parents[s], start = tokens;
+    if (lengths[s] < 0 || lengths[s] > INT32_MAX - tokens || parent < -1 || parent >= s)
+      throw std::invalid_argument("segment " + std::to_string(s) + ": its length is negative or too large, "
+                                  "or its parent is neither -1 nor an earlier segment");
     tokens += lengths[s];
+    const int32_t depth = parent < 0 ? 0 : all[parent].depth + all[parent].length();
+    all.push_back({(int32_t)start, (int32_t)tokens, (int32_t)parent, depth});
   }
+  // Without recursion: subtree sizes from the back, then a child takes its parent's next free numbers.
+  for (size_t s = all.size(); s-- > 0;)
+    if (all[s].parent >= 0) all[all[s].parent].count += all[s].count;
+  int32_t free_root = 0;
+  for (Segment& s : all) {
+    int32_t& free = s.parent < 0 ? free_root : all[s.parent].free;
+    s.first = free;
+    s.free = free + 1;
+    free += s.count;
+    s.last = free - 1;
+  }
+  return all;
 }
 
-struct Preorder {
-  Ints first, last, order;  // [S] a segment's number and its last descendant's; [S] segments by number
-};
-
-// Without recursion: subtree sizes from the back, then a child takes the next free stretch of its parent's
-// numbers.
-Preorder number_segments(const Ints& parents) {
-  const int32_t segments = (int32_t)parents.size();
-  Preorder p{Ints(segments), Ints(segments), Ints(segments)};
-  Ints count(segments, 1), next(segments);
-  int32_t next_root = 0;
-  for (int32_t s = segments - 1; s >= 0; --s)
-    if (parents[s] >= 0) count[parents[s]] += count[s];
-  for (int32_t s = 0; s < segments; ++s) {
-    int32_t& free = parents[s] < 0 ? next_root : next[parents[s]];
-    p.first[s] = free;
-    p.last[s] = free + count[s] - 1;
-    p.order[free] = s;
-    next[s] = free + 1;
-    free += count[s];
+// Appends the runs of a tile's keys, first of those that all queries see; returns how many keys these are.
+// needed: the segments on the paths from the queries to their roots.
+int32_t add_keys(std::vector<Segment>& needed, const std::vector<Token>& queries, std::vector<Run>& runs) {
+  int32_t shallowest = INT32_MAX, deepest = 0, keys = 0, common = 0;
+  for (const Token& q : queries) {
+    shallowest = std::min(shallowest, q.depth);
+    deepest = std::max(deepest, q.depth);
   }
-  return p;
+  const auto down_to = [](const Segment& s, int32_t depth) {  // end of the keys that are no deeper
+    return s.start + std::clamp(depth + 1 - s.depth, 0, s.length());
+  };
+  const auto seen_by_all = [&](const Segment& s) {
+    const bool above = s.first <= queries.front().first && queries.back().first <= s.last;
+    return above ? down_to(s, shallowest) : s.start;
+  };
+  std::sort(needed.begin(), needed.end(), [](auto& a, auto& b) { return a.first < b.first; });
+  for (const bool all : {true, false}) {
+    const size_t first_run = runs.size();
+    for (const Segment& s : needed) {
+      const int32_t start = all ? s.start : seen_by_all(s);
+      const int32_t stop = all ? seen_by_all(s) : down_to(s, deepest);
+      if (start >= stop) continue;
+      if (runs.size() > first_run && runs.back().stop == start) runs.back().stop = stop;
+      else runs.push_back({start, stop, keys});
+      keys += stop - start;
+    }
+    if (all) common = keys;
+  }
+  return common;
 }
-
-// The arrays of a Plan, grown tile by tile.
-struct Tiling {
-  const Forest& forest;
-  const Preorder& preorder;
-  Ints query, tile{0}, run{0}, common, run_start, run_stop, before;
-  Ints owner;        // [S] the last tile that needed the segment
-  Ints needed;       // segments on the paths from this tile's queries to their roots
-  int32_t keys = 0;  // of this tile so far
-
-  Tiling(const Forest& f, const Preorder& p) : forest(f), preorder(p), owner(f.lengths.size(), -1) {
-    for (int32_t s : p.order)
-      for (int32_t t = f.start[s]; t < f.start[s + 1]; ++t) query.push_back(t);
-    while (tile.back() < (int32_t)query.size()) add_tile();
-  }
-
-  // A neighbour that would bring in more ancestor keys than a tile has queries is better off in a tile of its
-  // own.
-  bool too_foreign(int32_t segment, int32_t number) const {
-    int64_t foreign = 0;
-    for (int32_t a = forest.parents[segment]; a >= 0 && owner[a] != number; a = forest.parents[a]) {
-      foreign += forest.lengths[a];
-      if (foreign > forest.tile_size) return true;
-    }
-    return false;
-  }
-
-  void add_tile() {
-    const int32_t number = (int32_t)common.size(), begin = tile.back();
-    const int64_t limit = std::min<int64_t>(query.size(), (int64_t)begin + forest.tile_size);
-    int64_t end = begin;
-    needed.clear();
-    while (end < limit) {
-      const int32_t segment = forest.segment[query[end]];
-      if (end > begin && too_foreign(segment, number)) break;
-      for (int32_t a = segment; a >= 0 && owner[a] != number; a = forest.parents[a]) {
-        owner[a] = number;
-        needed.push_back(a);
-      }
-      end = std::min<int64_t>(limit, end + forest.start[segment + 1] - query[end]);
-    }
-    const auto earlier = [&](int32_t a, int32_t b) { return preorder.first[a] < preorder.first[b]; };
-    std::sort(needed.begin(), needed.end(), earlier);
-    tile.push_back((int32_t)end);
-    add_keys(begin, (int32_t)end);
-  }
-
-  void add_keys(int32_t begin, int32_t end) {
-    const int32_t lowest = forest.first[query[begin]], highest = forest.first[query[end - 1]];
-    int32_t shallowest = INT32_MAX, deepest = 0;
-    for (int32_t i = begin; i < end; ++i) {
-      shallowest = std::min(shallowest, forest.depth[query[i]]);
-      deepest = std::max(deepest, forest.depth[query[i]]);
-    }
-    const auto down_to = [&](int32_t a, int32_t depth) {  // end of segment a's keys that are no deeper
-      const int32_t base = forest.lengths[a] ? forest.depth[forest.start[a]] : 0;
-      return forest.start[a] + std::clamp(depth + 1 - base, 0, forest.lengths[a]);
-    };
-    const auto seen_by_all = [&](int32_t a) {
-      const bool above = preorder.first[a] <= lowest && highest <= preorder.last[a];
-      return above ? down_to(a, shallowest) : forest.start[a];
-    };
-    keys = 0;
-    size_t first_run = before.size();
-    for (int32_t a : needed) add_run(first_run, forest.start[a], seen_by_all(a));
-    common.push_back(keys);
-    first_run = before.size();
-    for (int32_t a : needed) add_run(first_run, seen_by_all(a), down_to(a, deepest));
-    run.push_back((int32_t)before.size());
-  }
-
-  // Appends start..stop, joined to the run before where they touch, if that is first_run or later.
-  void add_run(size_t first_run, int32_t start, int32_t stop) {
-    if (start >= stop) return;
-    if (before.size() > first_run && run_stop.back() == start) {
-      run_stop.back() = stop;
-    } else {
-      run_start.push_back(start);
-      run_stop.push_back(stop);
-      before.push_back(keys);
-    }
-    keys += stop - start;
-  }
-};
 
 }  // namespace
 
-Forest::Forest(const std::vector<int64_t>& lengths64, const std::vector<int64_t>& parents64, int64_t tile64) {
-  check(lengths64, parents64, tile64);
-  lengths.assign(lengths64.begin(), lengths64.end());
-  parents.assign(parents64.begin(), parents64.end());
+Forest::Forest(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents, int64_t tile64) {
+  if (tile64 < 1) throw std::invalid_argument("tile must be at least 1 query");
+  std::vector<Segment> segments = numbered(lengths, parents), needed;
+  std::vector<Token> token, queries;  // queries: of the tile so far
+  std::vector<int32_t> query, order(segments.size());
+  std::vector<Tile> tile;
+  std::vector<Run> run;
+  for (size_t s = 0; s < segments.size(); ++s) order[segments[s].first] = (int32_t)s;
+  for (const Segment& s : segments)
+    for (int32_t i = 0; i < s.length(); ++i) token.push_back({s.first, s.last, s.depth + i});
+  tokens = (int32_t)token.size();
+  tile_size = (int32_t)std::min<int64_t>(tile64, std::max(1, tokens));
 
-  const Preorder preorder = number_segments(parents);
-  Ints base;  // depth of each segment's first token
-  start.push_back(0);
-  for (int32_t s = 0; s < (int32_t)lengths.size(); ++s) {
-    base.push_back(parents[s] < 0 ? 0 : base[parents[s]] + lengths[parents[s]]);
-    start.push_back(start[s] + lengths[s]);
-    segment.insert(segment.end(), lengths[s], s);
-    first.insert(first.end(), lengths[s], preorder.first[s]);
-    last.insert(last.end(), lengths[s], preorder.last[s]);
-    for (int32_t i = 0; i < lengths[s]; ++i) depth.push_back(base[s] + i);
-  }
-
-  tile_size = (int32_t)std::min<int64_t>(tile64, std::max<size_t>(1, segment.size()));
-  const Tiling t(*this, preorder);
-  tiles = (int32_t)t.common.size();
-  runs = (int32_t)t.before.size();
-  for (const Ints& part : {first, last, depth, t.query, t.tile, t.run, t.common, t.run_start, t.run_stop,
-                           t.before})
-    buffer.insert(buffer.end(), part.begin(), part.end());
-}
-
-Plan Forest::plan(const int32_t* at) const {
-  const auto take = [&at](size_t n) {
-    const int32_t* part = at;
-    at += n;
-    return part;
+  const auto finish_tile = [&] {
+    if (queries.empty()) return;
+    tile.push_back({(int32_t)(query.size() - queries.size()), (int32_t)run.size(), 0});
+    tile.back().common = add_keys(needed, queries, run);
+    needed.clear();
+    queries.clear();
   };
-  const size_t tokens = segment.size();
-  return {(int32_t)tokens, tiles,  // braces: in this order
-          take(tokens), take(tokens), take(tokens), take(tokens),
-          take(tiles + 1), take(tiles + 1), take(tiles),
-          take(runs), take(runs), take(runs)};
+  for (int32_t s : order)
+    for (int32_t t = segments[s].start; t < segments[s].stop;) {
+      // A neighbour that would bring in more ancestor keys than a tile has queries is better off in its own.
+      const auto missing = [&](int32_t a) { return a >= 0 && segments[a].tile != (int32_t)tile.size(); };
+      int64_t foreign = 0;
+      for (int32_t a = segments[s].parent; missing(a); a = segments[a].parent)
+        foreign += segments[a].length();
+      if ((int32_t)queries.size() == tile_size || foreign > tile_size) finish_tile();
+      for (int32_t a = s; missing(a); a = segments[a].parent) {
+        segments[a].tile = (int32_t)tile.size();
+        needed.push_back(segments[a]);
+      }
+      for (; t < segments[s].stop && (int32_t)queries.size() < tile_size; ++t) {
+        query.push_back(t);
+        queries.push_back(token[t]);
+      }
+    }
+  finish_tile();
+  tiles = (int32_t)tile.size();
+  tile.push_back({tokens, (int32_t)run.size(), 0});
+  const auto append = [this](const auto& part) {
+    buffer.insert(buffer.end(), (const int32_t*)part.data(), (const int32_t*)(part.data() + part.size()));
+  };
+  append(token);
+  append(query);
+  append(tile);
+  append(run);
 }

@@ -1,12 +1,10 @@
 // All CPU kernels, included by cpu.cpp once per instruction set with ISA (a name), TARGET (the function
-// attribute), WIDTH (floats in a vector; 16 brings products of bfloat16 pairs) and perhaps AMX (and products
-// of 16 x 16 tiles of them). Here: vectors, and the element-wise parts of a decoder block, each in one pass
-// over memory.
+// attribute), WIDTH (floats in a vector; 16 brings products of bfloat16 pairs) and perhaps AMX (products of
+// 16 x 16 tiles of them). Here: vectors, and the element-wise parts of a decoder block.
 
 namespace ISA {
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
 typedef float vec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint16_t halves_at __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
@@ -14,15 +12,12 @@ typedef uint16_t halves_at __attribute__((vector_size(2 * WIDTH), aligned(2), ma
 TARGET inline vec splat(float x) { return x - vec{}; }
 TARGET inline vec load(const float* p) { return *(const vec_at*)p; }
 TARGET inline void store(float* p, vec x) { *(vec_at*)p = x; }
-#if WIDTH == 16
-TARGET inline vec load(const bf16* p) {
-  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(*(const __m256i_u*)p), 16);
-}
-TARGET inline void store(bf16* p, vec x) { *(__m256i_u*)p = (__m256i)_mm512_cvtneps_pbh((__m512)x); }
-#else
 TARGET inline vec load(const bf16* p) {
   return (vec)(__builtin_convertvector(*(const halves_at*)p, uvec) << 16);
 }
+#if WIDTH == 16
+TARGET inline void store(bf16* p, vec x) { *(__m256i_u*)p = (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+#else
 TARGET inline void store(bf16* p, vec x) {  // to nearest even; a NaN stays one
   const uvec bits = (uvec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   *(halves_at*)p = __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, halves_at);
@@ -42,8 +37,7 @@ TARGET inline void put(T* p, vec y, int64_t n) {
   if (__builtin_expect(n >= WIDTH, true)) return store(p, y);
   alignas(64) T x[WIDTH];
   store(x, y);
-  for (int i = 0; i < WIDTH; ++i)
-    if (i < n) p[i] = x[i];
+  for (int i = 0; i < n; ++i) p[i] = x[i];
 }
 
 // 2^x for x <= 0, 0 below -126. 2^(x - round(x)) is a minimax polynomial: relative error 7.5e-5 (far below
@@ -51,23 +45,11 @@ TARGET inline void put(T* p, vec y, int64_t n) {
 // from where a shift moves it into the exponent.
 template <bool ROUGH>
 TARGET inline vec exp2_of(vec x) {
-  const vec magic = splat(12582912.f);
-  const vec shifted = x + magic;
-  const vec f = x - (shifted - magic);
+  const vec shifted = x + 12582912.f, f = x - (shifted - 12582912.f);
   const vec rough = ((0.05517167f * f + 0.24261113f) * f + 0.69326097f) * f + 0.99992806f;
-  const vec half = (0.0013276472f * f + 0.0096755410f) * f + 0.055507131f;
-  const vec fine = ((half * f + 0.24022120f) * f + 0.69314694f) * f + 1.f;
-  const vec p = ROUGH ? rough : fine;
-  const vec y = (vec)((uvec)p + ((uvec)shifted << 23));
-  return x >= splat(-126.f) ? y : vec{};
-}
-
-template <bool ROUGH>
-TARGET inline vec reciprocal(vec x) {
-#if WIDTH == 16
-  if (ROUGH) return (vec)_mm512_rcp14_ps((__m512)x);  // 14 bits are enough for bfloat16's 8
-#endif
-  return 1.f / x;
+  const vec high = (0.0013276472f * f + 0.0096755410f) * f + 0.055507131f;
+  const vec p = ROUGH ? rough : ((high * f + 0.24022120f) * f + 0.69314694f) * f + 1.f;
+  return x >= -126.f ? (vec)((uvec)p + ((uvec)shifted << 23)) : vec{};
 }
 
 template <class T>
@@ -94,16 +76,14 @@ TARGET void rmsnorm(const RmsNorm& r, int64_t from, int64_t to) {
     float* x = r.x + t * width;
     const T* delta = r.delta ? (const T*)r.delta + t * width : nullptr;
     T* out = (T*)r.out + t * width;
-    vec squares[4] = {};
-    for (int64_t i = 0, part = 0; i < width; i += WIDTH, part = (part + 1) % 4) {
+    vec squares{};
+    for (int64_t i = 0; i < width; i += WIDTH) {
       vec value = get(x + i, width - i);
-      if (delta) value += get(delta + i, width - i);
-      if (delta) put(x + i, value, width - i);
-      squares[part] += value * value;
+      if (delta) put(x + i, value += get(delta + i, width - i), width - i);
+      squares += value * value;
     }
-    const vec sums = (squares[0] + squares[1]) + (squares[2] + squares[3]);
     float total = 0;
-    for (int i = 0; i < WIDTH; ++i) total += sums[i];
+    for (int i = 0; i < WIDTH; ++i) total += squares[i];
     const vec scale = splat(1 / std::sqrt(total / width + r.eps));
     for (int64_t i = 0; i < width; i += WIDTH)
       put(out + i, get(x + i, width - i) * scale * get(r.weight + i, width - i), width - i);
@@ -112,14 +92,13 @@ TARGET void rmsnorm(const RmsNorm& r, int64_t from, int64_t to) {
 
 template <class T>
 TARGET void swiglu(const SwiGlu& g, int64_t from, int64_t to) {
-  constexpr bool ROUGH = sizeof(T) == 2;
   for (int64_t t = from; t < to; ++t)
     for (int64_t i = 0; i < g.width; i += WIDTH) {
       const int64_t n = g.width - i;
       const T* gate = (const T*)g.gate_up + 2 * t * g.width + i;
       const vec x = get(gate, n), zero{};
-      const vec e = exp2_of<ROUGH>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
-      const vec sigmoid = (x < zero ? e : splat(1)) * reciprocal<ROUGH>(1.f + e);
+      const vec e = exp2_of<sizeof(T) == 2>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
+      const vec sigmoid = (x < zero ? e : splat(1)) / (1.f + e);
       put((T*)g.out + t * g.width + i, x * sigmoid * get(gate + g.width, n), n);
     }
 }
@@ -127,11 +106,8 @@ TARGET void swiglu(const SwiGlu& g, int64_t from, int64_t to) {
 #include "products.inl"
 #include "attention.inl"
 
-const Kernels kernels{NAME(ISA),
-                      {attention<float>, attention<bf16>},
-                      {rope<float>, rope<bf16>},
-                      {rmsnorm<float>, rmsnorm<bf16>},
-                      {swiglu<float>, swiglu<bf16>}};
+const Kernels kernels{NAME(ISA), {attention<float>, attention<bf16>}, {rope<float>, rope<bf16>},
+                      {rmsnorm<float>, rmsnorm<bf16>}, {swiglu<float>, swiglu<bf16>}};
 
 }  // namespace ISA
 

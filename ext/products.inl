@@ -1,8 +1,6 @@
 // Products of small matrices. The operands' unit is 32 bits: one float32, or a pair of bfloat16, neighbours
 // in the summed dimension, that are multiplied and added at once.
 
-#define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
-
 enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
 #ifdef AMX
 constexpr Math BF16_MATH = TILES;
@@ -19,13 +17,9 @@ constexpr int PAST = 16;   // rows that a product may read past its last: it rou
 constexpr int per_unit(Math m) { return m == FLOATS ? 1 : 2; }             // elements
 constexpr int key_block(Math m) { return m == TILES ? 32 : per_unit(m); }  // keys that P V takes at once
 
-struct Left {  // unit (r, s) is at[r * row + s * step]
+struct Units {  // of a left operand: (r, s) is at[r * row + s * step]; of a right one: (s, j), step is 1
   const uint32_t* at;
   int64_t row, step;
-};
-struct Right {  // unit (s, j) is at[s * step + j]
-  const uint32_t* at;
-  int64_t step;
 };
 
 // sum += a b, where a is one unit for all lanes.
@@ -34,14 +28,12 @@ TARGET inline vec multiply_add(vec sum, const uint32_t* a, vec b) {
 #if WIDTH == 16
   if (M == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
 #endif
-  float value;
-  std::memcpy(&value, a, 4);
-  return sum + splat(value) * b;
+  return sum + __builtin_bit_cast(float, *a) * b;
 }
 
 // c[STEP][V * WIDTH] = alpha c + a b; a null alpha starts from 0. Fewer vectors where fewer columns are left.
 template <Math M, int V>
-TARGET inline void product_block(int columns, Left a, Right b, int steps, float* c, int64_t c_row,
+TARGET inline void product_block(int columns, Units a, Units b, int steps, float* c, int64_t c_row,
                                  const float* alpha) {
   if constexpr (V > 1)
     if (columns < V * WIDTH) return product_block<M, V - 1>(columns, a, b, steps, c, c_row, alpha);
@@ -51,7 +43,7 @@ TARGET inline void product_block(int columns, Left a, Right b, int steps, float*
       sum[r][j] = alpha ? splat(alpha[r]) * load(c + r * c_row + j * WIDTH) : vec{};
   for (int s = 0; s < steps; ++s) {
     vec row[V];
-    UNROLL for (int j = 0; j < V; ++j) row[j] = load((const float*)b.at + s * b.step + j * WIDTH);
+    UNROLL for (int j = 0; j < V; ++j) row[j] = load((const float*)b.at + s * b.row + j * WIDTH);
     UNROLL for (int r = 0; r < STEP; ++r)
       UNROLL for (int j = 0; j < V; ++j)
         sum[r][j] = multiply_add<M>(sum[r][j], a.at + r * a.row + s * a.step, row[j]);
@@ -62,54 +54,41 @@ TARGET inline void product_block(int columns, Left a, Right b, int steps, float*
 
 // The same for `rows`, rounded up to a multiple of STEP, and `columns`, a multiple of 16.
 template <Math M>
-TARGET void product(int rows, int columns, Left a, Right b, int steps, float* c, int64_t c_row,
+TARGET void product(int rows, int columns, Units a, Units b, int steps, float* c, int64_t c_row,
                     const float* alpha) {
   constexpr int V = WIDTH == 16 ? 4 : 2;
   for (int j = 0; j < columns; j += V * WIDTH)
-    for (int r = 0; r < rows; r += STEP) {
-      const Left a_block{a.at + r * a.row, a.row, a.step};
-      const Right b_block{b.at + j, b.step};
-      const float* alpha_block = alpha ? alpha + r : nullptr;
-      product_block<M, V>(columns - j, a_block, b_block, steps, c + r * c_row + j, c_row, alpha_block);
-    }
+    for (int r = 0; r < rows; r += STEP)
+      product_block<M, V>(columns - j, {a.at + r * a.row, a.row, a.step}, {b.at + j, b.row, 1}, steps,
+                          c + r * c_row + j, c_row, alpha ? alpha + r : nullptr);
 }
 
 // to[j * to_row + i] = from[i * from_row + j] for i, j below 16.
 TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
-#if WIDTH == 16
-  const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  __m512i x[16];
-  UNROLL for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * from_row);
+  for (int j = 0; WIDTH < 16 && j < 16; ++j)  // its shuffles would be slower
+    for (int i = 0; i < 16; ++i) to[j * to_row + i] = from[i * from_row + j];
+  if (WIDTH < 16) return;
+  typedef int32_t row __attribute__((vector_size(64), aligned(4), may_alias));
+  const row lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  row x[16];
+  UNROLL for (int i = 0; i < 16; ++i) x[i] = *(const row*)(from + i * from_row);
   UNROLL for (int side = 8; side; side /= 2) {  // of a square's four quarters: two change places
-    const ivec low = (lane & side) != 0 ? lane + 16 - side : lane;  // from 16 on: of the second operand
-    const ivec high = (lane & side) != 0 ? lane + 16 : lane + side;
+    const row low = (lane & side) != 0 ? lane + 16 - side : lane;  // from 16 on: of the second operand
+    const row high = (lane & side) != 0 ? lane + 16 : lane + side;
     UNROLL for (int i = 0; i < 16; ++i) {
       if (i & side) continue;
-      const __m512i above = x[i], below = x[i + side];
-      x[i] = _mm512_permutex2var_epi32(above, (__m512i)low, below);
-      x[i + side] = _mm512_permutex2var_epi32(above, (__m512i)high, below);
+      const row above = x[i], below = x[i + side];
+      x[i] = __builtin_shuffle(above, below, low);
+      x[i + side] = __builtin_shuffle(above, below, high);
     }
   }
-  UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_row, x[i]);
-#else
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
-#endif
+  UNROLL for (int i = 0; i < 16; ++i) *(row*)(to + i * to_row) = x[i];
 }
 
 #ifdef AMX
-TARGET inline void configure_tiles() {
-  alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
-  for (int t = 0; t < 8; ++t) {
-    config[16 + 2 * t] = 4 * TILE;
-    config[48 + t] = TILE;
-  }
-  _tile_loadconfig(config);
-}
-
 // Rows, columns and steps are rounded up to multiples of TILE.
 template <>
-TARGET void product<TILES>(int rows, int columns, Left a, Right b, int steps, float* c, int64_t c_row,
+TARGET void product<TILES>(int rows, int columns, Units a, Units b, int steps, float* c, int64_t c_row,
                            const float* alpha) {
   alignas(64) uint32_t turned[GROUP][KEYS / 2];
   if (a.step != 1) {  // a tile is loaded by rows
@@ -127,7 +106,7 @@ TARGET void product<TILES>(int rows, int columns, Left a, Right b, int steps, fl
       else _tile_zero(0);
       for (int s = 0; s < steps; s += TILE) {
         _tile_loadd(1, a.at + r * a.row + s, a.row * 4);
-        _tile_loadd(2, b.at + s * b.step + j, b.step * 4);
+        _tile_loadd(2, b.at + s * b.row + j, b.row * 4);
         _tile_dpbf16ps(0, 1, 2);
       }
       _tile_stored(0, c + r * c_row + j, c_row * 4);
@@ -135,4 +114,3 @@ TARGET void product<TILES>(int rows, int columns, Left a, Right b, int steps, fl
 }
 #endif
 
-#undef UNROLL

@@ -294,9 +294,9 @@ BYTES = 0.85 * 3.35e12  # bytes/s of memory: 85% of the data sheet's
 def attention_flops(layout, T, config):
     """What the CUDA kernel multiplies in one block: whole tiles of 64 rows by whole blocks of 64 keys."""
     rest = layout.plan[4 * T:]
-    tiles = int(np.argmax(rest == T))  # where the last tile ends
-    run = rest[tiles + 1:2 * tiles + 2]
-    start, stop, before = rest[3 * tiles + 2:].reshape(3, run[-1])
+    tiles = int(np.argmax(rest[::3] == T)) + 1  # with the mark behind the last
+    run = rest[1:3 * tiles:3]
+    start, stop, before = rest[3 * tiles:].reshape(-1, 3).T
     last = run[1:] - 1
     keys = before[last] + stop[last] - start[last]
     return int(np.ceil(keys / 64).sum()) * 64 * 64 * 4 * config["head_dim"] * config["num_key_value_heads"]

@@ -111,8 +111,8 @@ def random_qkv(T, heads, kv_heads, dim, dtype, seed, gap=0):
 def test_layout_and_mask_are_the_rule(forest):
     layout = flame_ext.layout(forest[0], np.array(forest[1], np.int64))
     visible, segment, depth = rule(*forest)
-    assert (layout.segment == segment).all() and (layout.depth == depth).all()
-    first, last = layout.first, layout.last  # preorder numbers, which the kernels compare
+    first, last, depths = layout.plan[:3 * len(segment)].reshape(-1, 3).T  # preorder numbers
+    assert (depths == depth).all()
     below = (first[None, :] <= first[:, None]) & (first[:, None] <= last[None, :])
     assert (below & (depth[None, :] <= depth[:, None]) == visible).all()
     mask = torch.zeros(visible.shape, dtype=torch.bool)
@@ -176,7 +176,7 @@ def test_the_rest_of_the_batch_changes_nothing():
     layout = flame_ext.layout([6, 100, 30, 9, 50, 8], [-1, 0, 0, 1, 2, 1])
     together = torch.empty(q.shape)
     flame_ext.attention(q, k, v, together, layout, 0.125)
-    kept = torch.from_numpy(np.isin(layout.segment, [0, 1, 3, 5]))
+    kept = torch.from_numpy(np.isin(np.repeat(range(6), [6, 100, 30, 9, 50, 8]), [0, 1, 3, 5]))
     alone = torch.empty(123, 4, 64)
     layout = flame_ext.layout([6, 100, 9, 8], [-1, 0, 1, 1])
     flame_ext.attention(q[kept], k[kept], v[kept], alone, layout, 0.125)
@@ -272,31 +272,31 @@ def attention(q=ZEROS, k=ZEROS[:, :2], v=None, out=None):
 
 
 @pytest.mark.parametrize("call, error, words", [
-    (lambda: flame_ext.layout([1, 2], [-1]), ValueError, "lengths has 2 segments, parents has 1"),
-    (lambda: flame_ext.layout([1, -2], [-1, 0]), ValueError, r"lengths\[1\] = -2"),
-    (lambda: flame_ext.layout([1, 2], [-1, 1]), ValueError, r"parents\[1\] = 1"),
-    (lambda: flame_ext.layout([1], [-2]), ValueError, r"parents\[0\] = -2"),
-    (lambda: flame_ext.layout([2 ** 31 - 1, 1], [-1, -1]), ValueError, r"lengths\[1\]"),
+    (lambda: flame_ext.layout([1, 2], [-1]), ValueError, "as many lengths as parents"),
+    (lambda: flame_ext.layout([1, -2], [-1, 0]), ValueError, "segment 1"),
+    (lambda: flame_ext.layout([1, 2], [-1, 1]), ValueError, "segment 1"),
+    (lambda: flame_ext.layout([1], [-2]), ValueError, "segment 0"),
+    (lambda: flame_ext.layout([2 ** 31 - 1, 1], [-1, -1]), ValueError, "segment 1"),
     (lambda: flame_ext.layout([1.5], [-1]), TypeError, "incompatible"),
-    (lambda: flame_ext.layout([1], [-1], 0), ValueError, "tile is 0"),
-    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 4, dtype=torch.bool)), ValueError, "out is bool"),
-    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 5)), ValueError, "out is float32"),
+    (lambda: flame_ext.layout([1], [-1], 0), ValueError, "at least 1 query"),
+    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 4, dtype=torch.bool)), ValueError, "out is torch.bool"),
+    (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 5)), ValueError, "out is torch.float32"),
     (lambda: flame_ext.mask(LAYOUT, torch.zeros(5, 5, dtype=torch.bool).T), ValueError, "contiguous"),
-    (lambda: attention(ZEROS[:4]), ValueError, r"q is float32 \[4, 4, 8\].*\[5, any, any\]"),
+    (lambda: attention(ZEROS[:4]), ValueError, r"q is torch.float32 \[4, 4, 8\].*\[5, -1, -1\]"),
     (lambda: attention(ZEROS[:, 0]), ValueError, "q is"),
-    (lambda: attention(ZEROS[:, :3]), ValueError, "q has 3 heads"),
-    (lambda: attention(k=ZEROS[:, :0]), ValueError, "k has 0"),
+    (lambda: attention(ZEROS[:, :3]), ValueError, "must divide q's"),
+    (lambda: attention(k=ZEROS[:, :0]), ValueError, "must divide q's"),
     (lambda: attention(k=ZEROS[:, :2, :4].clone()), ValueError, "k is"),
     (lambda: attention(v=ZEROS[:, :1]), ValueError, "v is"),
     (lambda: attention(out=torch.zeros(5, 4, 9)), ValueError, "out is"),
-    (lambda: attention(ZEROS.half()), ValueError, "q is float16"),
-    (lambda: attention(k=ZEROS[:, :2].bfloat16()), ValueError, "k is bfloat16.*expected float32"),
+    (lambda: attention(ZEROS.half()), ValueError, "q is torch.float16"),
+    (lambda: attention(k=ZEROS[:, :2].bfloat16()), ValueError, "k is torch.bfloat16.*expected torch.float32"),
     (lambda: attention(torch.zeros(5, 8, 4).transpose(1, 2)), ValueError, "q is"),
     (lambda: attention(ZEROS.to("meta"), out=ZEROS), ValueError, "q is .* on meta"),
     (lambda: attention(*[torch.zeros(5, 2, 520)] * 2), ValueError, "at most 512"),
     (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 3), torch.zeros(5, 3), 1), ValueError, "qkv is"),
-    (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 4), torch.zeros(5, 4), 5), ValueError, "heads is 5"),
-    (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 4).double(), ZEROS, 1), ValueError, "cos is float64"),
+    (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 4), torch.zeros(5, 4), 5), ValueError, "qkv has fewer heads"),
+    (lambda: flame_ext.rope(ZEROS, torch.zeros(5, 4).double(), ZEROS, 1), ValueError, "cos is torch.float64"),
     (lambda: flame_ext.rmsnorm(ZEROS[0], torch.zeros(7), ZEROS[0], 0.1), ValueError, "weight is"),
     (lambda: flame_ext.rmsnorm(ZEROS[0], torch.zeros(8), ZEROS[0], 0.1, ZEROS), ValueError, "delta is"),
     (lambda: flame_ext.swiglu(torch.zeros(5, 7), torch.zeros(5, 3)), ValueError, "gate_up is"),
@@ -410,10 +410,10 @@ def test_cuda_rope_rmsnorm_swiglu(cuda):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda cuda: attend(cuda, "one token", 64, 65, 1), "tiles of 1 queries, too many for 65 heads"),
-    (lambda cuda: attend(cuda, "one token", 40, 1, 1), "q has head_dim 40"),
-    (lambda cuda: check_rope(cuda, torch.bfloat16, 9, 3, 32, 3), "multiples of 16 bytes"),
-    (lambda cuda: check_rmsnorm(cuda, torch.bfloat16, 5, 1001), "multiples of 16 bytes"),
+    (lambda cuda: attend(cuda, "one token", 64, 65, 1), "tile at most 64"),
+    (lambda cuda: attend(cuda, "one token", 40, 1, 1), "head_dim is 64 or 128"),
+    (lambda cuda: check_rope(cuda, torch.bfloat16, 9, 3, 32, 3), "contiguous|misaligned|past the end"),
+    (lambda cuda: check_rmsnorm(cuda, torch.bfloat16, 5, 1001), "contiguous|misaligned|past the end"),
 ])
 def test_cuda_refusals(cuda, call, words):
     with pytest.raises((AssertionError, ValueError), match=words):
@@ -423,7 +423,7 @@ def test_cuda_refusals(cuda, call, words):
 def test_an_error_of_cuda_is_told_once(emulator):
     """A row that is too long for shared memory: nothing is written, and no later call hears of it."""
     x, weight, out = torch.ones(1, 60_000), torch.ones(60_000), torch.zeros(1, 60_000).bfloat16()
-    with pytest.raises(AssertionError, match="CUDA: rmsnorm failed: invalid argument"):
+    with pytest.raises(AssertionError, match="CUDA: invalid argument"):
         emulator.rmsnorm(x, weight, out, 1e-5, out)
     assert x.eq(1).all() and out.eq(0).all() and not emulator.error_left()
 
@@ -433,7 +433,7 @@ def test_an_error_of_cuda_is_told_once(emulator):
     ("__syncthreads();  // the next keys", "// the next keys", "race|never written"),
     ("__syncthreads();  // this block has", "// this block has", "race|in flight"),
     ("__syncthreads();  // Q has", "// Q has", "race|in flight"),
-    ("more) wait_for_copies<1>()", "more) wait_for_copies<2>()", "in flight"),
+    ("blocks) wait_for_copies<1>()", "blocks) wait_for_copies<2>()", "in flight"),
     ("wait_for_copies<0>()", "wait_for_copies<1>()", "in flight"),
     ("block % 3", "block % 2", "race"),
     ("(chunk ^ (row & 7))", "chunk", "bank conflicts"),
@@ -449,7 +449,7 @@ def test_mistakes_in_attention_are_noticed(tmp_path, right, mistaken, seen):
 def test_mistakes_in_elementwise_kernels_are_noticed(tmp_path):
     source = CUDA_SOURCE.read_text()
     for right, mistaken in [
-        ("put(at + half, y)", "put(at + N, y)"),  # rope's threads meet
+        ("put(at + half, turned)", "put(at + N, turned)"),  # rope's threads meet
         ("__syncthreads();  // the warps' sums", "// the warps' sums"),
         ("i < g.width; i += THREADS * N", "i < g.width; i += THREADS"),  # swiglu's meet
     ]:

@@ -425,16 +425,19 @@ UNSEEN inline void ex2_approx_ftz_f32(float& y, float x) {
 
 // ---- What else cuda.cu uses -------------------------------------------------------------------------------
 
-struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat16 {
+  uint16_t bits;
+  __nv_bfloat16() = default;
+  UNSEEN explicit __nv_bfloat16(float x) {  // to nearest even
+    uint32_t wide;
+    memcpy(&wide, &x, 4);
+    bits = x == x ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fff;
+  }
+  UNSEEN explicit operator float() const { return ptx::bf16_at(bits, 0); }
+};
 struct __nv_bfloat162 { __nv_bfloat16 x, y; };
-UNSEEN inline float __bfloat162float(__nv_bfloat16 x) { return ptx::bf16_at(x.bits, 0); }
-UNSEEN inline __nv_bfloat16 __float2bfloat16(float x) {  // to nearest even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return {(uint16_t)(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff)};
-}
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-  return {__float2bfloat16(x), __float2bfloat16(y)};
+  return {__nv_bfloat16(x), __nv_bfloat16(y)};
 }
 inline int min(int a, int b) { return a < b ? a : b; }
 

@@ -42,7 +42,7 @@ extern "C" const char* attention(int segments, const int64_t* lengths, const int
                                  unsigned seed) {
   return reported(seed, [&] {
     const Forest forest({lengths, lengths + segments}, {parents, parents + segments}, tile);
-    const int64_t n = forest.segment.size();
+    const int64_t n = forest.tokens;
     const OnDevice plan(forest.buffer.data(), forest.buffer.size() * 4);
     const OnDevice dq(q, n, strides[0] * 2, heads * dim * 2), dk(k, n, strides[1] * 2, kv_heads * dim * 2);
     const OnDevice dv(v, n, strides[2] * 2, kv_heads * dim * 2), to(out, n, strides[3] * 2, heads * dim * 2);
