@@ -269,8 +269,8 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
     (LLAMA, pipe("config.json"), "config.json: not a regular file"),
     (LLAMA, pipe("model.safetensors"), "model.safetensors: not a regular file"),
     (LLAMA, holding("model.safetensors", None), "no tensor model.embed_tokens.weight in its safetensors"),
-    (LLAMA, lambda llm_dir: shutil.copy(llm_dir / "model.safetensors", llm_dir / "part-1.safetensors"),
-     "part-1.safetensors: tensor .* is also in model.safetensors"),
+    (LLAMA, lambda llm_dir: shutil.copy(llm_dir / "model.safetensors", llm_dir / "model-1.safetensors"),
+     "model.safetensors: tensor .* is also in model-1.safetensors"),
     (LLAMA, holding("tokenizer.json", None), "no tokenizer.json or tokenizer.model"),
 ])
 def test_what_is_not_supported_is_refused_in_one_line(folder, name, change, words):

@@ -16,10 +16,6 @@ ORANGE = "#d9822b"
 RED = "#dc2626"
 
 
-def facet_names():
-    return FACETS
-
-
 def new_figure(width, height, layout="constrained"):
     """An empty Figure, sizes in inches of 100 pixels; None without matplotlib."""
     try:
