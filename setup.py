@@ -93,7 +93,7 @@ TEST = DEMO + APP + [
     "pytest", "hypothesis", "ruff",
     "setuptools>=64", "wheel", "pybind11>=2.12",  # a test builds the wheel
     "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark",
-    "mistral-common", "tiktoken", "scikit-image", "scikit-learn", "scipy",
+    "mistral-common", "scikit-image", "scikit-learn",
 ]
 
 setup(
@@ -107,8 +107,6 @@ setup(
     extras_require={
         "demo": DEMO,
         "app": APP,
-        "tekken": ["tiktoken"],  # tekken.json
-        "mat": ["scipy"],        # MATLAB files of Cars and Flowers-102
         "test": TEST,
     },
     ext_modules=[Extension("flame_ext", SOURCES, depends=HEADERS, include_dirs=[pybind11.get_include()],
