@@ -1064,8 +1064,12 @@ class Store:
     @functools.cached_property
     def table(self):
         """[N] of [key, the picture's path as the captions' source gives it, or ""]"""
-        with open(self.path / "captions.tsv", encoding="utf-8", newline="\n") as file:
-            return [line.split("\t", 2)[:2] for line in file][1:]
+        with reading(self.path / "captions.tsv", "make the store anew") as path:
+            with open(path, encoding="utf-8", newline="\n") as file:
+                rows = [line.split("\t", 2)[:2] for line in file][1:]
+            if [len(row) for row in rows] != [2] * self.N:
+                raise ValueError(f"not the table of {self.N} rows that meta.json speaks of")
+            return rows
 
     @functools.cached_property
     def keys(self):

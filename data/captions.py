@@ -112,7 +112,7 @@ class Row(NamedTuple):
 
 def read_table(path):
     """Yields Row after Row of a captions.tsv that write_table wrote."""
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with reading(path, "make it anew with embed.py"), open(path, encoding="utf-8", newline="\n") as file:
         next(file)
         for line in file:
             yield Row(*line[:-1].split("\t"))

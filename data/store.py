@@ -43,6 +43,10 @@ def windows_to_make(out, settings, make_table, overwrite):
         raise InputError(f"{others[0]}: no run of embed.py left this here; {CURE}")
     if meta.exists() and table.exists() and not overwrite:
         refuse_other_settings(meta, settings)
+        recorded = flame.read_json(meta, CURE)
+        with flame.reading(table, CURE):
+            if window_starts(table, settings["window"]) != (recorded["N"], recorded["starts"]):
+                raise ValueError("not the table that meta.json speaks of")
     else:
         with files.replacing(table) as temporary:
             make_table(temporary)
@@ -103,7 +107,7 @@ def window_starts(table, window):
 
 def window_rows(out, meta, w):
     """The rows of window w, [Row]."""
-    with open(out / "captions.tsv", "rb") as file:
+    with flame.reading(out / "captions.tsv", CURE) as path, open(path, "rb") as file:
         file.seek(meta["starts"][w])
         return [Row(*line.decode()[:-1].split("\t")) for line in islice(file, meta["window"])]
 
