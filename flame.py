@@ -8,7 +8,6 @@ Cao, Wei, Ma: "FLAME: Frozen Large Language Models Enable Data-Efficient Languag
     similarity of the two = mean over facets of the cosine
 
 Below the line are files: an LLM's folder, tokenizers, the embedding store, checkpoints.
-The stages embed.py, train.py and evaluate.py import this file; README.md shows how to use it from Python.
 """
 import ctypes
 import functools
@@ -65,8 +64,7 @@ FACETS = (
     'the overall atmosphere or emotion of this image means in just one word:"',
 )
 PREFIX = 'Image description : "{}" . After thinking step by step ,'
-# To ask questions of your own, edit them here: stores and checkpoints record theirs, and are refused by a
-# flame.py that asks others.
+# To ask questions of your own, edit these; stores and checkpoints record theirs, those of others are refused.
 PROMPTS = {
     "raw": PromptSet(PREFIX, FACETS[:1]),
     "short": PromptSet(PREFIX, FACETS[:3]),
@@ -360,8 +358,7 @@ class TextEncoder:
         self.truncated = 0  # captions cut so far because the model's context is shorter
 
     def encode(self, captions, prompts="long"):
-        """list[str] -> float32 [N, K, D] on the CPU: the states at the facets' last tokens, not normalised.
-        """
+        """list[str] -> float32 [N, K, D] on the CPU: states at the facets' last tokens, not normalised."""
         if isinstance(captions, str):
             raise ValueError("captions must be a list of str, not one str")
         out = torch.empty(len(captions), len(PROMPTS[prompts].facets), self.dim)
@@ -377,9 +374,8 @@ class TextEncoder:
     def pack(self, captions, prompts="long"):
         """Yields (rows, Forest of their strings), each a packed row; a thread may run ahead of the decoder.
 
-        Captions are sorted by length, so that progress and memory are steady; none is padded. The packed rows
-        are as few as the budget allows and about equally long: filled to the brim they would leave a short
-        last one, which is slow.
+        Captions are sorted by length, none is padded. The packed rows are as few as the budget allows and
+        about equally long: filled to the brim they would leave a short last one, which is slow.
         """
         prefixes, suffixes = self.tokenize(self.tokenizer, captions, prompts)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
@@ -449,8 +445,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's ViT up to the last block's raw output: FLAME uses neither ln_post nor proj.
 
-    Published config (ViT-B/16): image 224, patch 16, width 768, 12 blocks, 12 heads; LayerNorm eps 1e-5,
-    exact GELU. The initial weights are train.py's affair.
+    Published ViT-B/16: image 224, patch 16, width 768, 12 blocks, 12 heads; LayerNorm eps 1e-5, exact GELU.
     """
 
     def __init__(self, image_size, patch_size, width, layers, heads):
@@ -485,10 +480,9 @@ class VisionTransformer(nn.Module):
 class TextProjection(nn.Module):
     """A linear map of each store column: unit facet state u -> normalise(A (u - mean) (I + M)).
 
-    A = rest * I + basis diag(gain) basis^T is closed-form and frozen (data/projection.py computes it from the
-    store); it is kept in this low-rank form since eleven full 5120 x 5120 maps are 1.15 GB. M is trained with
-    the image tower, for the columns in `mapped` alone; it starts at zero and is [D, D], or of low rank. The
-    published recipe has neither.
+    A = rest * I + basis diag(gain) basis^T is closed-form and frozen (data/projection.py); of low rank, since
+    eleven full 5120 x 5120 maps are 1.15 GB. M is trained with the image tower, for the columns in `mapped`;
+    it starts at zero and is [D, D], or of low rank. The published recipe has neither.
     """
 
     def __init__(self, dim, rank=0, mapped=(), map_rank=0):
@@ -522,8 +516,7 @@ class Flame(nn.Module):
     """The trained half: image tower (visual.*), projector (mm.*), text projection (text.*), scale and bias.
 
     config: image_size, patch_size, width, layers, heads; text_dim (D), projector_hidden, pool_first;
-    text_rank, text_mapped, text_map_rank (shape of the text projection); columns (names of the store columns
-    it is trained on); llm (which LLM the texts came from).
+    text_rank, text_mapped, text_map_rank (of the text projection); columns (trained on); llm (of the texts).
     """
 
     def __init__(self, config):
@@ -565,12 +558,9 @@ class Flame(nn.Module):
         return self.text(facets.to(self.text.mean.device), columns)
 
     def preprocess(self, image):
-        """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise.
-
-        Raises ValueError where a side is more than 100 times the other: scaled up it would fill the memory.
-        """
+        """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise."""
         w, h = image.size
-        if max(w, h) > 100 * min(w, h):
+        if max(w, h) > 100 * min(w, h):  # scaled up it would fill the memory
             raise ValueError(f"a picture of {w} x {h} pixels is too thin")
         size = self.config["image_size"]
         w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
@@ -600,8 +590,8 @@ ANEW = "download or write it anew"
 def reading(path, cure=ANEW):
     """The boundary to what others wrote: whatever goes wrong inside becomes one line of file, fault and cure.
 
-    -> the path. Parsers raise nearly anything on a damaged file, so read, and coerce the values, inside.
-    Raises InputError, also where no regular file is there: a pipe would be waited for without end.
+    Parsers raise nearly anything on a damaged file: read, and coerce the values, inside. Raises InputError,
+    also where no regular file is there: a pipe would be waited for without end.
     """
     path = Path(path)
     if not path.is_file():
@@ -656,8 +646,7 @@ LLM_CURE = ("--llm wants a Hugging Face checkpoint folder with config.json, *.sa
 
 
 def llm_folder(name):
-    """A folder as it is. Of a Hugging Face id, owner/name, the folder in its cache: what is read of the model
-    is fetched where it is not there yet, and nothing more.
+    """A folder as it is. Of a Hugging Face id, owner/name, the folder in its cache, what is read fetched.
 
     Raises InputError where the id is neither cached nor to be had.
     """
@@ -710,11 +699,8 @@ def llm_config(llm_dir):
 
 
 def rope_frequencies(entries, head_dim):
-    """-> float64 [head_dim / 2]. Scaling slows them down, so that far positions look like the near ones of
-    training.
-    """
-    # transformers 5 and 4 name it differently
-    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    """-> float64 [head_dim / 2]. Scaling makes far positions look like the near ones of training."""
+    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5's, 4's
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
@@ -725,8 +711,7 @@ def rope_frequencies(entries, head_dim):
     factor = float(rope["factor"])
     if kind == "linear":
         return freq / factor
-    # What turns often within the first training's context is kept, what turns seldom slowed, in between a
-    # blend.
+    # What turns often within the first training's context is kept, what turns seldom slowed; then a blend.
     low = float(rope["low_freq_factor"])
     high = float(rope["high_freq_factor"])
     turns = freq * float(rope["original_max_position_embeddings"]) / (2 * np.pi)
@@ -759,9 +744,8 @@ def weights_reader(llm_dir):
 def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     """Reads the first `layer` blocks (default: all but the last) of a Hugging Face checkpoint folder.
 
-    Tensors are read one at a time, straight to device and dtype, so that the host never holds a whole shard;
-    norms stay float32. Raises InputError where the folder lacks a file, is of another family, or a shape does
-    not match its config.
+    Tensors go one at a time to device and dtype, so that the host never holds a shard; norms stay float32.
+    Raises InputError where the folder lacks a file, is of another family, or a shape is not its config's.
     """
     config = llm_config(llm_dir)
     blocks = config["num_hidden_layers"]
@@ -785,9 +769,7 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
 
 
 def load_block(llm_dir, config, weight, names, prefix):
-    """weight(name, *shape) -> the tensors of the block whose names begin with prefix; q, k, v are one matrix,
-    so are gate, up.
-    """
+    """weight(name, *shape) -> the tensors of one block; q, k, v are one matrix, so are gate and up."""
     family = config["model_type"]
     D = config["hidden_size"]
     inner = config["intermediate_size"]
@@ -868,9 +850,7 @@ def read_sentencepiece(path):
 
 
 def adds_bos(path):
-    """Does the tokenizer.model want BOS in front? tokenizer_config.json beside it says so; else
-    LlamaTokenizer's default.
-    """
+    """Does the tokenizer.model want BOS in front? tokenizer_config.json beside it says so."""
     settings = path.with_name("tokenizer_config.json")
     return bool(read_json(settings, LLM_CURE).get("add_bos_token", True)) if settings.exists() else True
 
@@ -974,8 +954,8 @@ def call(kernel, at, *operands):
 def usable_kernels(decoder):
     """NATIVE where flame_ext may run this decoder, else TWINS; on a GPU a warning says why not.
 
-    No GPU has run its kernels yet. So on a GPU they are used only after they gave what the twins give: the
-    first two blocks' states of a small forest, the mean subtracted. (There they know bfloat16 alone.)
+    No GPU has run its kernels yet: there they are used only after they gave what the twins give, the first
+    two blocks' states of a small forest, the mean subtracted. (They know bfloat16 alone.)
     """
     at = decoder.embedding
     if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16):
@@ -1018,9 +998,8 @@ def default_dtype(device):
 
 
 def keep_freed_memory():
-    """Lets glibc keep what is freed (where there is a glibc). Every block of a tower frees and takes the same
-    large buffers again; given back to the system in between, their pages are zeroed anew each time, a sixth
-    of the time on CPU."""
+    """Lets glibc keep what is freed. Every block of a tower frees and takes the same large buffers again;
+    given back in between, their pages are zeroed anew each time, a sixth of the time on CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD
@@ -1032,9 +1011,8 @@ def keep_freed_memory():
 
 class Store:
     """A finished store: captions.tsv (key, image, raw, short, long), meta.json, and 000000.npy, 000001.npy
-    ..., windows of its rows, float16 [window, 11, D] of unit vectors.
-
-    Raises InputError where the folder is none, is unfinished, or was made with other questions.
+    ..., windows of its rows, float16 [window, 11, D] of unit vectors. Raises InputError where the folder is
+    none, is unfinished, or was made with other questions.
     """
 
     def __init__(self, path):
@@ -1098,8 +1076,8 @@ open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys
 def load(checkpoint):
     """Checkpoint folder written by train.py -> Flame in eval mode.
 
-    In its config: "columns", names of the store columns it was trained on; "llm", the text tower's name,
-    path, fingerprint, layer, positions and questions. Raises InputError where it is missing or does not fit.
+    In its config: "columns", names of the store columns it was trained on; "llm", how its texts were made.
+    Raises InputError where it is missing or does not fit.
     """
     from safetensors.torch import load_file
     cure = "train or download it anew"
