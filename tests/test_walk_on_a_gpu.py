@@ -7,6 +7,8 @@
 * bfloat16 is the choice on GPUs that have it;
 * every stage makes on a GPU what it makes on the CPU: the same store, losses, figures;
 * a full GPU is one line.
+
+Its name makes it the last file: what other libraries learn of this machine on the stand-in, they remember.
 """
 import importlib
 import json
