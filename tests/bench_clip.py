@@ -39,13 +39,13 @@ import flame  # noqa: E402
 import train  # noqa: E402
 from data import benchmarks, files  # noqa: E402
 from data.towers import Towers  # noqa: E402
-from data.captions import read_captions  # noqa: E402
+from data.captions import read_table  # noqa: E402
 from data.pictures import Batches, find_pictures  # noqa: E402
 
 FLAME = {
     "mapped": [],
-    "agree": ["--text-projection", "raw=agree:0.1,short=agree:0.01,long=agree:0.01"],
-    "whitened": ["--text-projection", "raw=whiten:0.3,short=whiten,long=whiten"],
+    "agree": ["--text-projection", "agree"],
+    "whitened": ["--text-projection", "whiten"],
     "published": ["--text-projection", "none", "--loss", "sigmoid", "--init-scale", "10"],
 }
 RUNS = ["mapped", "clip", "clip-seconds", "agree", "whitened", "published"]
@@ -142,26 +142,28 @@ def run_clip(args, run, seed):
     s |= {"seed": seed, "steps": clip_steps(args, run, seed), "positives": 1, "lr": args.lr or CLIP["lr"]}
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
     store = flame.open_store(args.store)
-    captions = {row.key: row.captions for row in read_captions(args.corpus / "demo.tsv")}
+    rows = read_table(store.path / "captions.tsv")
     tokenizer = SimpleTokenizer()
     kinds = ("raw", "short", "long")
-    texts = [[captions[key][kind] for kind in kinds] for key in store.keys]
+    texts = [[getattr(row, kind) for kind in kinds] for row in rows]
     tokens = torch.stack([tokenizer(own) for own in texts])  # [N, 3, 77]
 
     torch.manual_seed(seed)
     D = store.meta["D"]
-    sizes = ("image_size", "patch_size", "width", "layers", "heads", "pool_first", "init")
-    config = {name: s[name] for name in sizes} | {"init_logit_scale": float(np.log(s["init_scale"]))}
+    sizes = ("image_size", "patch_size", "width", "layers", "heads", "pool_first")
+    config = {name: s[name] for name in sizes}
     config |= {"projector_hidden": D, "text_dim": D, "text_rank": 0, "columns": flame.COLUMNS}
     model = flame.Flame(config)
+    train.initialise(model.visual, s)
+    torch.nn.init.constant_(model.logit_scale, float(np.log(s["init_scale"])))
     tower = TextTransformer(77, tokenizer.vocab_size, width=192, heads=3, layers=4, output_dim=D)
     encoder = ClipTexts(tokenizer, tower)
     parameters = [*model.parameters(), *tower.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": s["weight_decay"]},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, s["beta2"]), fused=True)
-    pictures = find_pictures(store)
-    batches = Batches(store, range(len(store.meta["columns"])), pictures, s, s["steps"])
+    pictures = find_pictures(store.keys, store.images, store.meta["captions"]["path"])
+    batches = Batches(store, range(len(flame.COLUMNS)), pictures, s, s["steps"])
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=s["workers"])
     fast = flame.default_dtype("cpu") == torch.bfloat16
 
