@@ -8,7 +8,6 @@
     python evaluate.py --compare a/urban1k.json b/urban1k.json
     python evaluate.py --search "a red kite" --images DIR # any folder, any text -> results/search.png
     python evaluate.py --search --images DIR              # the same as a page that answers
-    python evaluate.py --words picture.jpg                # what each patch says, in the LLM's own words
 
 data/README.md says which benchmarks there are, where each comes from and how it must lie. Texts of retrieval
 go through the seven facets of the *long* prompt set, the demo's raw captions, class names and other languages
@@ -33,8 +32,8 @@ import flame
 from data import benchmarks, files
 from data.captions import read_table, source_name
 from data.command import Parser, number, run, usable_device
-from data.intervals import RECALL_AT, compare, keep, named, samples, with_intervals
-from data.show import plots, search, table, words
+from data.intervals import RECALL_AT, compare, keep, named, scored, with_intervals
+from data.show import search, table
 from data.show.sheet import Shown, draw_sheet
 from data.towers import encode_images, encode_texts, open_towers, trained_facets
 from flame import InputError
@@ -94,11 +93,6 @@ def retrieval(text, image, image_of_text):
     return {way: named((100 * hits.mean(0)).tolist()) for way, (hits, *_) in scores.items()}
 
 
-def retrieval_samples(text, image, image_of_text):
-    """-> {direction: samples of Recall@1, 5, 10}; captions of one picture fail together."""
-    return {way: samples(*hits) for way, hits in hits_both_ways(text, image, image_of_text).items()}
-
-
 def hits_of_classes(image, classes, labels, names):
     """Zero-shot accuracy -> {"top1", "top5", "mean_per_class": hits [Q, 1]}, the last over classes: the wider
     interval and for unseen classes the honest one.
@@ -136,7 +130,7 @@ def ablation(facets, image, owner, numbers):
     subsets += [("alone", [k]) for k in every]
     rows = []
     for kind, subset in tqdm(subsets, "facets", unit=" subsets", mininterval=1):
-        scores = retrieval_samples(facets[:, subset].mean(1), image, owner)
+        scores = scored(hits_both_ways(facets[:, subset].mean(1), image, owner))
         rows.append({"kind": kind, "facets": [numbers[k] for k in subset], **with_intervals(scores, {})})
     return rows
 
@@ -148,6 +142,13 @@ def ablation(facets, image, owner, numbers):
 def averaged(results, figures):
     """The plain mean over results, draw by draw -> {figure: samples}"""
     return {figure: np.mean([result[figure] for result in results], axis=0) for figure in figures}
+
+
+def together(results, figures):
+    """The one result of {language: result}; of several the mean, and each of them."""
+    if len(results) == 1:
+        return next(iter(results.values()))
+    return averaged(results.values(), figures) | {"languages": results}
 
 
 def counted(pictures, image, prompts):
@@ -173,14 +174,14 @@ def score_captions(towers, prompts, pictures, languages):
                              f"least 2 are needed; {benchmarks.CURE}")
         asked, owner = zip(*pairs)
         text = encode_texts(towers, asked, prompts)
-        results[language] = {"n_texts": len(asked), **retrieval_samples(text, image, owner)}
+        # captions of one picture fail together
+        results[language] = {"n_texts": len(asked), **scored(hits_both_ways(text, image, owner))}
         if not shown or language == "en":
             shown = Shown(asked, text, gallery, image, np.array(owner), np.arange(len(image)), prompts)
     n_texts = sum(result["n_texts"] for result in results.values())
     skipped = sum(len(texts) for texts, _ in languages.values()) - n_texts
-    result = {**counted(pictures, image, prompts), "n_texts": n_texts, "skipped_texts": skipped,
-              **averaged(results.values(), WAYS)}
-    return result | ({"languages": results} if len(results) > 1 else {}), shown
+    return {**counted(pictures, image, prompts), "n_texts": n_texts, "skipped_texts": skipped,
+            **together(results, WAYS)}, shown
 
 
 def score_classes(towers, prompts, pictures, labels, names, templates):
@@ -193,7 +194,7 @@ def score_classes(towers, prompts, pictures, labels, names, templates):
     classes = vectors.reshape(len(names), len(templates), -1).mean(1)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     figures = hits_of_classes(image, classes, labels, names)
-    tops = {name: samples(hits, np.arange(len(hits)), len(hits)) for name, hits in figures.items()}
+    tops = scored({name: (hits, np.arange(len(hits)), len(hits)) for name, hits in figures.items()})
     chance = 100 / len(names)
     return {**counted(pictures, image, prompts), "n_classes": len(names), "chance": chance, **tops}, None
 
@@ -225,8 +226,6 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     parts["unseen"] = score_names(towers, raw, unseen, few, DEMO_TEMPLATE)
     parts["multilingual"] = score_names(towers, raw, seen, names)
     parts["synonyms"] = score_names(towers, raw, seen, synonyms)
-    for part in ("seen", "unseen", "synonyms"):
-        parts[part].pop("languages")
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
@@ -246,11 +245,11 @@ def score_names(towers, prompts, pictures, languages, template="{}"):
         choices, labels = np.unique([names[thing] for thing in things[rows]], return_inverse=True)
         classes = np.array([vector_of[template.replace("{}", name)] for name in choices])
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
-        tops = {f"top{k}": samples(ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
-        results[language] = {"n_images": len(rows), "n_classes": len(choices), **tops}
+        tops = {f"top{k}": (ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
+        results[language] = {"n_images": len(rows), "n_classes": len(choices), **scored(tops)}
     chance = float(np.mean([100 / result["n_classes"] for result in results.values()]))
     return {**counted(pictures, image, prompts), "n_classes": len(choices), "chance": chance,
-            **averaged(results.values(), tops), "languages": results}
+            **together(results, tops)}
 
 
 class Benchmark(NamedTuple):
@@ -297,7 +296,6 @@ def command_line():
     what("--captions", type=Path, metavar="FILE", help="score on one's own: any file that embed.py reads")
     what("--compare", type=Path, nargs=2, metavar="JSON", help="two results' difference, of the same queries")
     what("--search", metavar="TEXT", nargs="*", help="rank pictures by texts or a picture; without, a page")
-    what("--words", type=Path, metavar="FILE", help="the word that each patch of a picture is nearest to")
     add = parser.add_argument
     add("--top", type=number(int, 1), default=10, metavar="N", help="how many --search shows, default 10")
     add("--images", type=Path, metavar="DIR", help="what --search searches; where --captions' pictures lie")
@@ -323,8 +321,8 @@ def settings(argv):
     if args.search is not None and not args.images:
         parser.error("--search TEXT and --images DIR go together")
     other = args.open_clip or args.checkpoint and args.checkpoint.is_file()     # the authors' is a file
-    if args.facets and (other or args.how.score == score_classes) or args.words and args.open_clip:
-        parser.error("--facets wants captions and a checkpoint of train.py's, --words no open_clip model")
+    if args.facets and (other or args.how.score == score_classes):
+        parser.error("--facets wants captions and a checkpoint of train.py's")
     usable_device(args.device)
     args.asked = [args.prompts or prompts for prompts in args.how.prompts.split()]
     return args
@@ -340,8 +338,6 @@ def main(argv=None):
         towers, checkpoint, llm = open_towers(args)
         print(f"checkpoint {checkpoint}   LLM {llm or 'none'}   device {args.device}", flush=True)
         with files.folder(args.out):
-            if args.words:
-                return words.show(args, towers.model, llm)
             if args.search is not None:
                 places = benchmarks.pictures_in(args.images)
                 return search.search(args, places, towers)
@@ -385,7 +381,6 @@ def evaluate(args, name, towers, checkpoint, *data):
         numbers = [k + 1 for k in trained_facets(towers.model, shown.prompts)]
         result["facets"] = ablation(facets, shown.image, shown.text_ids, numbers)
         tell(table.facet_table(result["facets"]))
-        plots.draw_facets(result["facets"], f"{path}-facets.png")
     queries = re.sub("path='[^']*/", "'", repr([name, args.split, data, shown and shown.pictures]))
     keep(path, result, draws, queries)  # pictures by the names of their files: folders may differ
     return result, draws

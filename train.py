@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,10 +29,11 @@ from tqdm import tqdm
 
 import flame
 from data import checkpoint, command, files, progress
-from data.pictures import Batches, find_pictures, patches_kept, places_of
+from data.pictures import Batches, find_pictures, patches_kept
 from data.projection import fit_text_projection, parse_projection, text_config
 from data.ranks import gather, rank, ranks, say, start_ranks, wait_for_all
 from data.released import image_tower
+from data.show import plots
 
 # ---------------------------------------------------------------------------------------------------------
 # Losses of this rank's images [b, D] and all ranks' texts [B, P, D], all unit vectors. Texts from index
@@ -127,14 +127,12 @@ SETTINGS = {
     "crop_scale":       (0.5,       0.9,         real(0, 1, True),     "smallest share in a random crop"),
     "patch_dropout":    (0.5,       0.0,         real(0, 0.999),       "share of patches a step leaves out"),
     "compile":          (False,     False,       bool,                 "torch.compile the ViT"),
-    "holdout":          (0,         0,           count(0, 10**9),      "images for the curve of Recall@1"),
-    "eval_every":       (100,       1000,        count(0, 10**9),      "steps; 0: only at the end"),
     "checkpoint_every": (200,       1000,        count(0, 10**9),      "steps; 0: only at the end"),
     "workers":          (1,         8,           count(0, 1024),       "loader processes of a rank"),
     "seed":             (0,         0,           count(0, 2**63 - 1),  "of weights, order, crops, positives"),
 }
 # An interrupted run may go on with others of these: they change a gradient in its last bits, or not at all.
-FREE = ("chunk", "eval_every", "checkpoint_every", "workers")
+FREE = ("chunk", "checkpoint_every", "workers")
 MAX_LOGIT_SCALE = math.log(100)
 STOP = []  # not empty once SIGTERM has come: save and leave
 
@@ -148,7 +146,6 @@ class Run(NamedTuple):
     out: Path                # the checkpoint's folder
     images: str              # root of the pictures, None: where the captions lie
     batches: Batches         # of the store's rows that are trained on, a step's each (data/pictures.py)
-    held_out: tuple          # for the curve of Recall@1: rows of the store [n], places [n]
     device: torch.device
     model: flame.Flame
     encode: torch.nn.Module  # the model itself, or DistributedDataParallel around it
@@ -166,7 +163,7 @@ def train(args, s):
         s |= sizes
     out = Path("out") / (args.name or store.path.resolve().name)
     with files.folder(out, "log.jsonl", "nan-batch.txt") if rank() == 0 else contextlib.nullcontext():
-        pictures, held_out = split_pictures(store, args.images, out, s)
+        pictures = pictures_of(store, args.images, out)
         settle(s, len(pictures[0]), len(columns), store.meta["D"])
         fixed = {name: value for name, value in s.items() if name not in FREE}
         earlier = None if args.overwrite else checkpoint.earlier_run(out, store, fixed)
@@ -180,7 +177,7 @@ def train(args, s):
         say(f"{s['images']} images x {len(columns)} embeddings -> {out}, {ranks()} ranks, from step {start}")
         say("  ".join(f"{name}={value}" for name, value in s.items()))
         batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
-        run = Run(s, out, args.images, batches, held_out, device, model, encode, optimizer)
+        run = Run(s, out, args.images, batches, device, model, encode, optimizer)
         take_steps(run, start, args.tensorboard)
 
 
@@ -193,17 +190,15 @@ def chosen_columns(names):
     return [c for c, name in enumerate(flame.COLUMNS) if name in names]
 
 
-def split_pictures(store, folder, out, s):
-    """-> the pictures to train on, (rows [n], files, places [n, 3]); those held out for the curve."""
+def pictures_of(store, folder, out):
+    """-> the pictures to train on: rows of the store [n], files, places [n, 3] (data/pictures.py)"""
     if rank() > 0:
         wait_for_all()  # rank 0 writes the index of the tars, the others read it
     captions = store.meta["captions"]["path"]
-    rows, paths, places = find_pictures(store.keys, store.images, captions, folder, out / "tars.npz")
+    pictures = find_pictures(store.keys, store.images, captions, folder, out / "tars.npz")
     if rank() == 0:
         wait_for_all()
-    order = np.random.default_rng([s["seed"], 3]).permutation(len(rows))
-    held, trained = map(np.sort, np.split(order, [s["holdout"]]))
-    return (rows[trained], paths, places[trained]), (rows[held], places_of(paths, places[held]))
+    return pictures
 
 
 def settle(s, images, columns, D):
@@ -212,8 +207,8 @@ def settle(s, images, columns, D):
     if s["batch"] > images:
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
-        raise flame.InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, at most the "
-                               f"{images} images that --holdout {s['holdout']} leaves")
+        raise flame.InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, at most {images}, "
+                               "the images")
     s["positives"] = min(s["positives"], columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))
@@ -312,27 +307,35 @@ def take_steps(run, start, tensorboard=False):
     if tensorboard and rank() == 0:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(out / "tensorboard")
-    waited, stop = 0.0, False
+    waited, stop, taken, failures = 0.0, False, 0, []
     begun = clock = time.time()
     with tqdm(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
               disable=rank() > 0) as bar:
         for step, (batch, failed) in enumerate(loader, start):
             waited += time.time() - clock
-            loss, stop = take_step(run, step, batch, failed)
-            if step == start:
+            loss, stop = take_step(run, step, batch)
+            taken += loss is not None
+            failures += failed
+            due = stop or step + 1 == s["steps"] or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
+            if step == start > 0 or taken == 1 and loss is not None:  # what was there is not touched before
                 if rank() == 0:
                     checkpoint.begin(out, start)
                 wait_for_all()
-            progress.note_skipped(out, failed)
-            if rank() == 0:
+            if taken or start:
+                failures = progress.note_skipped(out, failures)
+            elif due:
+                raise flame.InputError(f"{out}: no picture of {step + 1} steps could be read (first: key "
+                                       f"{': '.join(failures[0])}); give the right --images DIR")
+            bar.update()
+            if rank() == 0 and loss is not None:
                 spent = time.time() - begun
                 rate = (step + 1 - start) * s["batch"] / spent
                 entry = {"step": step, "loss": loss, "lr": learning_rate(step, s), "images_per_s": rate,
                          "waited": waited / spent}
-                held_out = s["holdout"] and due(s, "eval_every", step)
-                progress.log_step(run, entry, held_out, bar, board)
-                if stop or due(s, "checkpoint_every", step):
-                    checkpoint.save(run, step + 1)
+                progress.log_step(run, entry, bar, board)
+            if rank() == 0 and due:
+                checkpoint.save(run, step + 1)
+                plots.draw_curve(out)
             if stop:
                 break
             clock = time.time()
@@ -342,16 +345,18 @@ def take_steps(run, start, tensorboard=False):
         print(f"{out}: {bar.n} steps, {bar.postfix or 'nothing left to do'}{stopped}")
 
 
-def take_step(run, step, batch, failed):
-    """One step of AdamW, on every rank alike; -> (mean loss over ranks, whether any was told to stop)."""
+def take_step(run, step, batch):
+    """One step of AdamW, on every rank alike; -> (mean loss over ranks, whether any was told to stop).
+
+    Where no rank can read a picture of the batch nothing is learnt, and the loss is None.
+    """
     s, batches = run.s, run.batches
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
+    told = torch.tensor(float(len(STOP)), device=run.device)
     if loss is None:
-        raise flame.InputError(f"{run.out}: no picture of step {step}'s batch could be read "
-                               f"(first: key {': '.join(failed[0])}); give the right --images DIR")
-    status = torch.stack([loss, torch.tensor(float(len(STOP)), device=run.device)])
-    loss, stop = gather(status).mean(0).tolist()
+        return None, gather(told).any().item()
+    loss, stop = gather(torch.stack([loss, told])).mean(0).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
         keys = [batches.store.keys[row] for row in batches.rows[batches.pictures(step)]]
         files.write_text(run.out / "nan-batch.txt", "\n".join(keys))
@@ -420,11 +425,6 @@ def learning_rate(step, s):
         return s["lr"] * (step + 1) / s["warmup"]
     share = (step - s["warmup"]) / max(1, s["steps"] - s["warmup"])
     return s["lr"] * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def due(s, every, step):
-    """Whether what comes every so many steps, and after the last, is due after this one."""
-    return step + 1 == s["steps"] or s[every] > 0 and (step + 1) % s[every] == 0
 
 
 def outlive_sigterm(worker):

@@ -22,7 +22,6 @@ data/corpus makes, in data/demo:
     images/, demo.json       the pictures, 96 px; the settings, written last
 """
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -76,25 +75,18 @@ def make_files(root, name, seed):
 
 
 def run_stage(line, root):
-    """Runs a stage's command line in the folder root -> (seconds, peak memory in GiB).
-
-    Raises InputError where its exit code is not 0.
-    """
+    """Runs a stage's command line in the folder root -> seconds. Raises InputError where it fails."""
     print(f"\n$ python {line}", flush=True)
     script, *arguments = shlex.split(line)
     started = time.time()
-    process = subprocess.Popen([sys.executable, REPOSITORY / script, *arguments], cwd=root)
-    # wait4 tells this one child's peak memory, though never less than this process's own
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise InputError(f"{script} failed with exit code {process.returncode}; {AGAIN}")
-    per_gib = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # ru_maxrss: bytes there, KiB elsewhere
-    return time.time() - started, usage.ru_maxrss / per_gib
+    code = subprocess.call([sys.executable, REPOSITORY / script, *arguments], cwd=root)
+    if code:
+        raise InputError(f"{script} failed with exit code {code}; {AGAIN}")
+    return time.time() - started
 
 
 def run_stages(root, name, quick):
-    """embed.py, train.py and evaluate.py on the corpus; then their time, memory and pictures."""
+    """embed.py, train.py and evaluate.py on the corpus; then their seconds and pictures."""
     corpus, store, out = f"data/{name}", f"data/embeddings/{name}", f"out/{name}"
     results = "results/quick" if quick else "results"
     small = " --steps 80 --batch 100" if quick else ""
@@ -104,10 +96,8 @@ def run_stages(root, name, quick):
         f"train.py --embeddings {store} --preset demo --name {name}{small}",
         f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} {llm} --out {results}",
     ]
-    figures = [run_stage(line, root) for line in lines]
-    print()
-    for line, (seconds, gib) in zip(lines, figures):
-        print(f"{line.split()[0]:12} {seconds:6.0f} s   peak memory {gib:.2f} GiB")
+    seconds = [run_stage(line, root) for line in lines]
+    print("\nseconds: " + ", ".join(f"{line.split()[0]} {spent:.0f}" for line, spent in zip(lines, seconds)))
     pictures = [path for folder in (results, out) for path in sorted((root / folder).glob("*.png"))]
     print("pictures to look at: " + ", ".join(str(path.relative_to(root)) for path in pictures))
 

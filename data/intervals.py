@@ -2,7 +2,7 @@
 
 A figure is the mean of hits. Its interval is a bootstrap's: groups of queries that fail together, as captions
 of one picture do, are drawn again a thousand times, always the same draws. Beside each JSON lies an .npz of
-what each draw gave, so that two results of the same queries can be subtracted draw by draw.
+every query's hits and of what each draw gave, so that two results of the same queries can be subtracted.
 """
 import hashlib
 
@@ -35,6 +35,12 @@ def samples(hits, groups, size):
     return np.array(rows)
 
 
+def scored(figures):
+    """{figure: (hits, groups, size)} -> {figure: their samples, "hits of <figure>": its hits}"""
+    return ({name: samples(*hits) for name, hits in figures.items()}
+            | {f"hits of {name}": hits for name, (hits, *_) in figures.items()})
+
+
 def ends(rows):
     """What samples() gives, or a difference -> [F] of [low, high], 95%"""
     return np.nanpercentile(rows[1:], [2.5, 97.5], axis=0).T.tolist()
@@ -48,7 +54,7 @@ def named(columns):
 def with_intervals(scores, draws, path=""):
     """A scorer's result -> the same for the JSON: samples become percentages, intervals under "ci95".
 
-    draws: {"part/figure": samples}, to be filled with them.
+    draws: {"part/figure": samples, "part/hits of figure": hits}, to be filled with them.
     """
     result = {}
     ci95 = {}
@@ -57,6 +63,8 @@ def with_intervals(scores, draws, path=""):
             value = with_intervals(value, draws, f"{path}{name}/")
         if isinstance(value, np.ndarray):
             draws[path + name] = value
+            if name.startswith("hits of"):
+                continue
             ci95[name] = named(ends(value))
             value = named(value[0].tolist())
         result[name] = value
@@ -64,7 +72,7 @@ def with_intervals(scores, draws, path=""):
 
 
 def keep(path, result, draws, queries):
-    """Writes the JSON and its draws. queries: text that names them, kept as a hash."""
+    """Writes the JSON, and an .npz of what with_intervals gathered. queries: text that names them, hashed."""
     result["queries"] = hashlib.sha256(queries.encode("utf-8", "replace")).hexdigest()
     arrays = draws | {"queries": result["queries"]}
     files.write(f"{path}.npz", lambda temporary: np.savez_compressed(temporary, **arrays))
@@ -83,6 +91,8 @@ def compare(*paths):
         raise InputError("{} and {}: of other queries; score both on the same texts".format(*paths))
     print("{:36}{!s:26}{!s:26}difference".format("R@1 or accuracy", *paths))
     for figure, rows in first.items():
+        if "hits of" in figure:
+            continue
         columns = [figure.ljust(36)]
         for percents in (rows, second[figure], rows - second[figure]):
             columns.append("{:7.1f} [{:5.1f}, {:5.1f}]   ".format(percents[0, 0], *ends(percents)[0]))

@@ -220,35 +220,21 @@ class Batches(torch.utils.data.Dataset):
         patches = (size // s["patch_size"]) ** 2
         kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
         chosen = self.pictures(step)[self.mine]
-
-        def look(i, image):
-            return random_crop(image, size, s["crop_scale"], draws[i])
-
-        crops, failed = read_pictures(places_of(self.files, self.places[chosen]), look)
         pixels = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
         readable = torch.zeros(len(chosen), dtype=torch.bool)
-        for i, crop in crops.items():
-            pixels[i] = crop
-            readable[i] = True
-        failed = [(self.store.keys[self.rows[chosen[i]]], why) for i, why in failed]
+        failed = []
+        for i, place in enumerate(places_of(self.files, self.places[chosen])):
+            try:
+                pixels[i] = random_crop(open_picture(place), size, s["crop_scale"], draws[i])
+                readable[i] = True
+            except Exception as error:  # decoders raise nearly anything on a stranger's bytes
+                failed.append((self.store.keys[self.rows[chosen[i]]], reason(place, error)))
         facets = self.store.read(self.rows[chosen], columns).half()
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 
     def some(self, rng, n, k):
         """k of n for each picture of this rank, without replacement."""
         return rng.random((self.batch, n)).argsort(1)[self.mine, :k]
-
-
-def read_pictures(places, look):
-    """-> {n: look(n, PIL image)} of the places' pictures that can be read, [(n, why)] of the others."""
-    seen = {}
-    failed = []
-    for n, place in enumerate(places):
-        try:
-            seen[n] = look(n, open_picture(place))
-        except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-            failed.append((n, reason(place, error)))
-    return seen, failed
 
 
 def places_of(files, places):

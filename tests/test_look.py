@@ -20,7 +20,6 @@ import pytest
 import torch
 from gradio_client import Client, handle_file
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import embed
 import flame
@@ -176,20 +175,19 @@ def test_patch_states_are_led_back_through_the_text_projection(side):
             torch.testing.assert_close(words.patch_states(model, pixels)[y, x] @ u, z @ A @ u)
 
 
-def test_words_of_a_picture(world, tiny_llm, tmp_path, capsys):
+def test_words_of_a_picture(world, tiny_llm):
     """The best of all tokens that are whole words, looked for one by one; and over the picture."""
     _, places, towers = world
     norm, unembedding = words.load_unembedding(tiny_llm)
     tokenizer = flame.load_tokenizer(tiny_llm)
     texts = map(tokenizer.decode, zip(range(len(unembedding))))
     names = {i: text[1:] for i, text in enumerate(texts) if re.fullmatch(r" [^\W\d_]{3,}", text)}
-    args = SimpleNamespace(words=places[2].path, out=tmp_path)
-    words.show(args, towers.model, tiny_llm)
     with open_picture(places[2]) as image:
         states = words.patch_states(towers.model, towers.model.preprocess(image)).flatten(0, 1)
+        grid = words.words_of(towers.model, tiny_llm, image)
+        assert words.draw_words(image, grid).size == (720, 720)
     best = [max(names, key=row.__getitem__) for row in (states * norm @ unembedding.T).tolist()]
-    assert capsys.readouterr().out.split("->")[0].split() == [names[i] for i in best]
-    assert Image.open(tmp_path / "words.png").size == (720, 720)
+    assert sum(grid, []) == [names[i] for i in best]
 
 
 def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
@@ -219,18 +217,20 @@ def here(tmp_path, monkeypatch):
     Path("c.tsv").write_text("\n".join(["key\traw\tshort\tlong", *rows]))
 
 
-def test_plan_counts_what_pytorch_counts(tiny_llm, here, capsys):
+def test_plan_counts_tokens_and_weights(tiny_llm, here, capsys):
     look.plan(embed_args(tiny_llm, plan=1_000_000))
-    assert "[1000000, 11, 48] in float16, 1.1 GB" in capsys.readouterr().out
-    encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
-    rows, forest = next(encoder.pack(["A thing.", "There is another thing."], "long"))
-    with FlopCounterMode(display=False) as counter:
-        flame.decode(encoder.decoder, forest)
-    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
-    config = encoder.decoder.config
-    attention = 4 * config["num_attention_heads"] * config["head_dim"]      # of a pair, in one of 3 blocks
-    pairs = flame.visible(forest.lengths, forest.parents).sum()
-    assert look.flops(config, 3, forest) == products + 3 * attention * pairs
+    out = capsys.readouterr().out
+    assert "[1000000, 11, 48] in float16, 1.1 GB" in out
+    blocks = flame.load_decoder(tiny_llm, 3, dtype=torch.float32).blocks
+    weights = sum(block[name].numel() for block in blocks for name in ("wqkv", "wo", "w_gate_up", "w_down"))
+    assert f"3 blocks, {weights} weights: " in out
+    encode = flame.load_tokenizer(tiny_llm).encode
+    rows = [line.split("\t")[1:] for line in Path("c.tsv").read_text().split("\n")[1:]]
+    strings = [[prompt.prefix.replace("{}", flame.clean(text)) + f" {facet}" for text in column
+                for facet in prompt.facets] for prompt, column in zip(flame.PROMPTS.values(), zip(*rows))]
+    apart = sum(len(encode(string)) for string in sum(strings, [])) / 23
+    shared = sum(len(flame.build_forest([*map(encode, some)]).tokens) for some in strings) / 23
+    assert f"{apart:.0f}, {shared:.0f} where shared" in out
 
 
 def test_inspect_finds_what_is_wrong(tiny_llm, here, capsys, monkeypatch):

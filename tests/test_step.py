@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this fi
 import flame
 import train
 from cuda_shim import Gpus, patch_driver, patch_tensors
-from data import pictures, progress, projection
+from data import pictures, projection
 from data.pictures import DRAWS, Batches, crop_box, find_pictures, random_crop
 from data.show import plots
 
@@ -480,12 +480,10 @@ def test_a_trained_map_follows_the_closed_form(rank):
 
 def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     store, colors = small
-    done = fit(run, store, "--steps 60 --name colors --holdout 2 --eval-every 20 --lr 3e-3")
-    assert done.returncode == 0 and "22 images" in done.stdout, done.stderr
-    assert done.stdout.count("held-out Recall@1: ") == 3
+    done = fit(run, store, "--steps 60 --name colors --lr 3e-3")
+    assert done.returncode == 0 and "24 images" in done.stdout, done.stderr
     log = entries(tmp_path / "out/colors")
     assert [e["step"] for e in log] == list(range(60)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
-    assert [e["step"] for e in log if "held_out_R@1" in e] == [19, 39, 59]
     model = flame.load(tmp_path / "out/colors")
     assert model.config["llm"]["fingerprint"] == "tiny" and not model.training
     files = [store.parent / f"{key}.png" for key in colors]
@@ -497,8 +495,7 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     made = {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
     assert {path.name for path in (tmp_path / "out/colors").iterdir()} == made
     curve = np.array(Image.open(tmp_path / "out/colors/curve.png").convert("RGB")).reshape(-1, 3)
-    drawn = set(map(tuple, curve.tolist()))
-    assert {ImageColor.getrgb(plots.BLUE), ImageColor.getrgb(plots.RED)} <= drawn  # both lines are there
+    assert ImageColor.getrgb(plots.BLUE) in set(map(tuple, curve.tolist()))
 
 
 @pytest.mark.parametrize("flags", [
@@ -511,22 +508,6 @@ def test_every_option_trains(run, small, tmp_path, flags):
     assert log[-1]["loss"] < log[0]["loss"]
     columns = ["raw.0", "long.3"] if "--columns" in flags else flame.COLUMNS
     assert flame.load(tmp_path / "out/store").config["columns"] == columns
-
-
-def test_held_out_recall_is_that_of_evaluate(store):
-    import evaluate
-    s = settings_for(text_projection="none", **TOWER)
-    model, _ = train.build(store, EVERY, s, torch.device("cpu"), fit=True)
-    batches = batches_of(store)
-    rows, files, places = found(store)
-    held_out = rows, pictures.places_of(files, places)
-    run = train.Run({}, None, None, batches, held_out, torch.device("cpu"), model, model, None)
-    ours, failed = progress.held_out_recall(run)
-    pixels = [model.preprocess(Image.open(file)) for file in files]
-    image = model.encode_image(torch.stack(pixels)).numpy()
-    text = store.read(rows, range(4, 11)).mean(1).numpy()
-    theirs = evaluate.retrieval(text, image, np.arange(24))["text_to_image"]["R@1"]
-    assert ours["held_out_R@1"] == pytest.approx(theirs, abs=0.01) and not failed
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -675,10 +656,9 @@ def test_a_damaged_checkpoint_is_one_line(run, small, tmp_path, name, damage):
 # --- pictures that cannot be read, losses that are no numbers
 
 def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
-    """In training, and of those held out; where none of these can be read the curve has no such point."""
-    held = np.random.default_rng([0, 3]).permutation(24)[:2]
-    bad = {"p003", "p004", "p005", "p006"} - {f"p{n:03d}" for n in held}
-    for key, damage in zip(sorted(bad), ("cut", "other", "pipe", "missing")):
+    """A batch without a readable one is no step of the optimizer; the run goes on, and ends."""
+    bad = ["p003", "p004", "p005", "p006"]
+    for key, damage in zip(bad, ("cut", "other", "pipe", "missing")):
         path = tmp_path / "data" / f"{key}.png"
         start = path.read_bytes()[:300]
         path.unlink()
@@ -686,21 +666,18 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
             path.write_bytes(start if damage == "cut" else b"not a picture")
         elif damage == "pipe":
             os.mkfifo(path)
-    for n in held[:1]:
-        (tmp_path / "data" / f"p{n:03d}.png").write_text("not a picture")
-    done = fit(run, small[0], "--steps 6 --holdout 2 --eval-every 3")  # of six epochs
-    assert done.returncode == 0 and f"skipped {len(bad) + 1} unreadable pictures" in done.stderr, done.stderr
-    skipped = dict(line.split("\t") for line in (tmp_path / "out/store/skipped.txt").read_text().splitlines())
-    assert set(skipped) == bad | {f"p{held[0]:03d}"}
-    assert "UnidentifiedImageError" in skipped[sorted(bad)[1]]
-    (tmp_path / "data" / f"p{held[1]:03d}.png").write_text("not a picture")
-    done = fit(run, small[0], "--steps 4 --holdout 2 --eval-every 2 --name none")
-    assert done.returncode == 0 and "held-out Recall@1: no picture read" in done.stdout
-    assert not any("held_out_R@1" in entry for entry in entries(tmp_path / "out/none"))
+    for name, batch, steps in (("store", 12, 6), ("single", 1, 48)):  # three epochs, two
+        done = fit(run, small[0], f"--batch {batch} --steps {steps} --name {name}")
+        assert done.returncode == 0 and "skipped 4 unreadable pictures" in done.stderr, done.stderr
+        out = tmp_path / "out" / name
+        skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
+        assert sorted(skipped) == bad and "UnidentifiedImageError" in skipped["p004"]
+        assert len(entries(out)) == (steps if batch > 1 else 2 * 20)
+        assert json.loads((out / "config.json").read_text())["step"] == steps
     for key in small[1]:
         (tmp_path / "data" / f"{key}.png").unlink(missing_ok=True)
     (tmp_path / "data" / "p000.png").write_text("not a picture")
-    one_line(fit(run, small[0], "--name bad"), "no picture of step 0's batch", "--images")
+    one_line(fit(run, small[0], "--steps 3 --name bad"), "no picture of 3 steps could be read", "--images")
     assert not (tmp_path / "out/bad").exists()
 
 
@@ -727,8 +704,8 @@ def tree(folder):
 
 REFUSED = """
     lr=nan lr=-1 lr=inf lr=much epochs=-1 steps=1e3 init-scale=0 seed=1.0 heads=0 heads=5 width=0 layers=9999
-    patch-size=64 image-size=65 positives=12 batch=0 chunk=0 crop-scale=1.1 patch-dropout=nan holdout=-1
-    holdout=24 workers=-1 loss=hinge loss=infonce-slots init=random columns=raw.1 pool-first=y preset=cc12m
+    patch-size=64 image-size=65 positives=12 batch=0 chunk=0 crop-scale=1.1 patch-dropout=nan
+    workers=-1 loss=hinge loss=infonce-slots init=random columns=raw.1 pool-first=y preset=cc12m
     device=foo device=cuda:99 lock-image=1 images=none embeddings=none embeddings=data no-such=1
     text-projection=sharpen text-projection=center text-projection=agree:0.1 text-projection=raw=agree
     text-projection=whiten+linear:-1 image-tower=none.safetensors image-tower=empty.safetensors

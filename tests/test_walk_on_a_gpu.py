@@ -215,15 +215,15 @@ def test_a_store_made_on_the_gpu(here, gpu, tmp_path, monkeypatch, device):
 
 
 @pytest.mark.parametrize("device, flags", [
-    ("cuda", "--loss sigmoid --text-projection none+linear:4 --holdout 4 --eval-every 2"),
+    ("cuda", "--loss sigmoid --text-projection none+linear:4"),
     ("cuda:1", "--loss infonce --chunk 5 --text-projection agree+linear")])
 def test_training_on_the_gpu(here, gpu, device, flags):
-    """The same losses and the same curve as on the CPU."""
+    """The same losses as on the CPU."""
     logs = []
     for where in ("cpu", device):
         stage("train", "--name", f"on-{where}", "--device", where, "--overwrite", *SMALL, *flags.split())
         entries = map(json.loads, Path("out", f"on-{where}", "log.jsonl").read_text().splitlines())
-        logs.append([(entry["loss"], entry.get("held_out_R@1", 0)) for entry in entries])
+        logs.append([entry["loss"] for entry in entries])
     np.testing.assert_allclose(*logs, rtol=1e-4)
 
 

@@ -41,20 +41,20 @@ def plan(args):
     tokenizer = flame.load_tokenizer(args.llm)
     costs = []
     for prompts in PROMPTS:
-        texts = [getattr(row, prompts) for row in sample]
-        forest, apart = forest_of(args, tokenizer, texts, prompts)
-        work = flops(config, args.layer, forest)
-        costs.append([apart, len(forest.tokens), work])
-    apart, shared, work = np.sum(costs, 0) / len(sample)    # of one caption
+        forest, apart = forest_of(args, tokenizer, [getattr(row, prompts) for row in sample], prompts)
+        costs.append([apart, len(forest.tokens)])
+    apart, shared = np.sum(costs, 0) / len(sample)  # of one caption
 
     N = args.plan or total
     D = config["hidden_size"]
-    hours = N * work / H100 / 3600
+    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
+    weights = args.layer * D * (heads * config["head_dim"] + 3 * config["intermediate_size"])
+    hours = N * shared * 2 * weights / H100 / 3600  # attention adds a few percent
     size = 2e-9 * N * len(COLUMNS) * D
     print(f"{args.captions}: {total} captions, planned as {N}")
     print(f"tokens of a caption and its questions, in the mean of {len(sample)}: {apart:.0f}, "
           f"{shared:.0f} where shared ones count once")
-    print(f"{args.layer} blocks: {hours:.3g} hours on an H100 at 40% of its peak, "
+    print(f"{args.layer} blocks, {weights} weights: {hours:.3g} hours on an H100 at 40% of its peak, "
           f"{hours / 8:.3g} on 8")
     print(f"store: [{N}, {len(COLUMNS)}, {D}] in float16, {size:.1f} GB")
 
@@ -65,24 +65,6 @@ def forest_of(args, tokenizer, texts, prompts):
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
     depths = flame.token_depths(forest.lengths, forest.parents)
     return forest, (depths[forest.answers] + 1).sum()
-
-
-def flops(config, layer, forest):
-    """-> of one packed row; a multiply-add counts twice.
-
-    config: of the LLM, as flame.llm_config() gives it. layer: how many blocks run. What follows the last
-    block's attention is done for the answers only.
-    """
-    D = config["hidden_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    seen = flame.token_depths(forest.lengths, forest.parents) + 1  # keys that a token sees
-    T = len(seen)
-    before = 2 * D * (queries + 2 * keys)                       # products for q, k and v, a token
-    after = 2 * D * (queries + 3 * config["intermediate_size"])     # output projection and MLP, a token
-    attention = 4 * queries * seen.sum()
-    answers = len(np.unique(forest.answers))
-    return layer * (before * T + attention) + after * ((layer - 1) * T + answers)
 
 
 # -----------------------------------------------------------------------------

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from data.pictures import Place, open_picture
-from data.show.plots import FACETS
 from data.show.sheet import best_of, printable, thumbnail
 from data.show.words import draw_words, words_of
 from data.towers import encode_images, encode_texts, trained_facets
 from flame import InputError
 
+# What each of the questions of flame.PROMPTS asks for, in order.
+FACETS = ("the whole", "main object", "main trait", "minor object", "minor trait", "action", "atmosphere")
 LONG = 15     # words; a longer text is asked the long set's questions
 TILES = 24    # pictures shown at once, or --top
 SIDE = 240    # pixels of a thumbnail

@@ -1,4 +1,4 @@
-"""evaluate.py --words: what each patch of a picture says, in the LLM's own words."""
+"""What each patch of a picture says, in the LLM's own words: of the page, a click on a picture."""
 import functools
 
 import numpy as np
@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from PIL import ImageDraw, ImageOps
 
 import flame
-from data import files
-from data.pictures import Place, open_picture
 from data.show.sheet import font_of
 
 
@@ -58,18 +56,6 @@ def words_of(model, llm, picture):
     device = next(model.parameters()).device
     states = patch_states(model, model.preprocess(picture).to(device)).cpu()
     return words[(states @ vectors.T).argmax(-1).numpy()].tolist()
-
-
-def show(args, model, llm):
-    """Prints the word of each patch of args.words, and writes them over the picture: <out>/words.png."""
-    with flame.reading(args.words, "--words wants a picture") as path, open_picture(Place(path)) as image:
-        grid = words_of(model, llm, image)
-        drawn = draw_words(image, grid)
-    for row in grid:
-        print("  ".join(f"{word:14}" for word in row).rstrip())
-    path = args.out / "words.png"
-    files.write(path, drawn.save)
-    print(f"-> {path}")
 
 
 def draw_words(image, grid, side=720):
