@@ -26,7 +26,6 @@ import flame
 from data import files, store
 from data.captions import fingerprint, read_table, source_name, write_table
 from data.command import Parser, number, run
-from data.pictures import named_pictures
 from data.ranks import rank, ranks, say, start_ranks, wait_for_all
 from data.show import look
 
@@ -42,14 +41,8 @@ def embed(args):
     def make_table(path):
         nonlocal encoder
         write_table(path, args.captions, args.join)
-        rows = list(islice(read_table(path), 1000))
-        _, _, sample, missing = named_pictures(Path(args.captions), [row.image for row in rows])
-        if missing:
-            print(f"{args.captions}: {len(missing)} of the first {len(sample)} pictures that it names are "
-                  f"not there (first: {missing[0]}); train.py looks by key, or where --images DIR says",
-                  file=sys.stderr)
         encoder = load_encoder(args)
-        check_states(encoder, [row.long for row in rows])
+        check_states(encoder, [row.long for row in islice(read_table(path), 1000)])
 
     missing = [None]
     with files.folder(out):
@@ -267,10 +260,7 @@ def chosen(argv):
         raise flame.InputError("--overwrite would throw away the other shards' windows; remove --out by hand")
     args.device = start_ranks(args.device)
     args.dtype = args.dtype or str(flame.default_dtype(args.device)).removeprefix("torch.")
-    blocks = flame.llm_config(args.llm)["num_hidden_layers"]
-    args.layer = args.layer or blocks - 1
-    if args.layer > blocks:
-        raise flame.InputError(f"--layer {args.layer}: {args.llm} has {blocks} blocks; choose 1 to {blocks}")
+    args.layer = args.layer or flame.llm_config(args.llm)["num_hidden_layers"] - 1
     say(f"LLM: {args.llm}")
     return embed(args) if args.plan is None else look.plan(args)
 

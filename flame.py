@@ -831,12 +831,9 @@ def read_tokenizer_json(path):
     published.no_padding()  # a file may carry settings for both
     published.no_truncation()
 
-    def encode(text):
-        return published.encode(text).ids
-
     def encode_batch(texts):
         return [encoding.ids for encoding in published.encode_batch_fast(texts)]
-    return Tokenizer(encode, encode_batch, published.decode)
+    return Tokenizer(lambda text: published.encode(text).ids, encode_batch, published.decode)
 
 
 def read_sentencepiece(path):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import flame
 from data import checkpoint, command, files, progress
 from data.pictures import Batches, find_pictures, patches_kept
-from data.projection import fit_text_projection, parse_projection, text_config
+from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
 from data.ranks import gather, rank, ranks, say, start_ranks, wait_for_all
 from data.released import image_tower
 from data.show import plots
@@ -162,9 +162,12 @@ def train(args, s):
         sizes, tower = image_tower(s["image_tower"])
         s |= sizes
     out = Path("out") / (args.name or store.path.resolve().name)
-    with files.folder(out, "log.jsonl", "nan-batch.txt") if rank() == 0 else contextlib.nullcontext():
+    with files.folder(out) if rank() == 0 else contextlib.nullcontext():
         pictures = pictures_of(store, args.images, out)
         settle(s, len(pictures[0]), len(columns), store.meta["D"])
+        if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
+            say("text projection: whiten, as a picture has one caption, which would agree with itself")
+            s["text_projection"] = s["text_projection"].replace("agree", "whiten")
         fixed = {name: value for name, value in s.items() if name not in FREE}
         earlier = None if args.overwrite else checkpoint.earlier_run(out, store, fixed)
         if earlier and earlier["step"] == s["steps"]:
@@ -230,7 +233,7 @@ def build(store, columns, s, device, fit, tower=None):
     initialise(model.visual, s)
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
     if fit and rank() == 0:
-        fit_text_projection(model.text, store, s["text_projection"], device)
+        fit_text_projection(model.text, store, s["text_projection"], columns, device)
     if tower:
         with flame.reading(s["image_tower"], "give a CLIP's, a ViT"):
             model.visual.load_state_dict(tower)
@@ -350,7 +353,7 @@ def take_step(run, step, batch):
 
     Where no rank can read a picture of the batch nothing is learnt, and the loss is None.
     """
-    s, batches = run.s, run.batches
+    s = run.s
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
     told = torch.tensor(float(len(STOP)), device=run.device)
@@ -358,11 +361,8 @@ def take_step(run, step, batch):
         return None, gather(told).any().item()
     loss, stop = gather(torch.stack([loss, told])).mean(0).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
-        keys = [batches.store.keys[row] for row in batches.rows[batches.pictures(step)]]
-        files.write_text(run.out / "nan-batch.txt", "\n".join(keys))
-        raise flame.InputError(
-            f"{run.out}: the loss is {loss} at step {step}, batch {keys[0]} ... (all in nan-batch.txt there)"
-            "; the last checkpoint is kept; lower --lr, and check the store with a fresh embed.py run")
+        raise flame.InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept; "
+                               "lower --lr, and check the store by embed.py --inspect")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s)
     if step < s["lock_image"]:
@@ -484,11 +484,7 @@ def main(argv=None):
         args, s = read_arguments(argv)
         say(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
-        try:
-            train(args, s)
-        except torch.OutOfMemoryError:
-            raise flame.InputError(f"out of memory on the GPU with --chunk {s['chunk']} (any gives the same "
-                                   f"gradient) and --batch {s['batch']}; lower one of these") from None
+        train(args, s)
         if ranks() > 1:
             dist.destroy_process_group()
     return command.run("train.py", body, "the same command goes on (without --overwrite)")

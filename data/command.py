@@ -22,20 +22,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message.removeprefix('argument ')}; see --help")
 
 
-def number(kind, low=-math.inf, high=math.inf, above=False):
-    """An argparse type: a finite int or float from low to high; above=True leaves low itself out."""
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or a float from low to high; above=True leaves low itself out."""
     def parse(text):
-        try:
-            value = kind(text)
-            finite = math.isfinite(value)
-        except (ValueError, OverflowError):
-            finite = False
-        if not finite or not low <= value <= high or above and value == low:
-            wanted = "a whole number" if kind is int else "a number"
-            reach = f" {'above' if above else 'from'} {low} to {high}"
-            reach = reach.replace(" from -inf", "").replace(" to inf", "")
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}{reach}")
+        value = kind(text)
+        if not low <= value <= high or above and value == low:  # nor NaN
+            raise ValueError
         return value
+    parse.__name__ = f"{kind.__name__} {'above' if above else 'from'} {low} to {high}"  # for the message
     return parse
 
 
@@ -75,8 +69,8 @@ def run(script, body, again):
         print(f"{script}: {line}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:  # a GPU's
-        print(f"{script}: out of memory on the GPU; free its memory, take another, or give --device cpu",
-              file=sys.stderr)
+        print(f"{script}: out of memory on the GPU; free memory, give train.py a lower --chunk or --batch, "
+              "or --device cpu", file=sys.stderr)
         return 2
     except ConnectionError:  # by which a process hears that another has ended
         print(f"{script}: a loader process was killed, likely for memory; give fewer --workers",

@@ -1,7 +1,6 @@
 """Writing files so that a reader finds the whole of one or nothing, if a writer is killed or a disk full."""
 import json
 import os
-import shutil
 import socket
 import tempfile
 from contextlib import contextmanager, suppress
@@ -22,11 +21,10 @@ def disk_errors(path, cure="free space or choose another place, then run the sam
 
 
 @contextmanager
-def folder(path, *signs):
+def folder(path):
     """Makes a folder; takes it away again, and what it made above it, where nothing came in.
 
-    signs: patterns of the files that count, if not all do. Raises InputError where it cannot be made, or
-    nothing be written there.
+    Raises InputError where it cannot be made, or nothing be written there.
     """
     path = Path(path)
     made = [one for one in (path, *path.parents) if not one.exists()]
@@ -36,11 +34,9 @@ def folder(path, *signs):
             tempfile.TemporaryFile(dir=path).close()
         yield
     finally:
-        if made and not any(any(path.glob(sign)) for sign in signs or "*"):
-            shutil.rmtree(path, ignore_errors=True)
-            with suppress(OSError):  # somebody else's files are there by now
-                for one in made[1:]:
-                    one.rmdir()
+        with suppress(OSError):  # one that is not empty stays
+            for one in made:
+                one.rmdir()
 
 
 @contextmanager

@@ -41,8 +41,9 @@ def windows_to_make(out, settings, make_table, overwrite):
     others = [path for path in (table, *windows(out)) if path.exists() and not meta.exists()]
     if others and not overwrite:
         raise InputError(f"{others[0]}: no run of embed.py left this here; {CURE}")
-    if meta.exists() and table.exists() and not overwrite:
+    if meta.exists() and not overwrite:
         refuse_other_settings(meta, settings)
+    if meta.exists() and table.exists() and not overwrite:
         recorded = flame.read_json(meta, CURE)
         with flame.reading(table, CURE):
             if window_starts(table, settings["window"]) != (recorded["N"], recorded["starts"]):
@@ -51,7 +52,7 @@ def windows_to_make(out, settings, make_table, overwrite):
         with files.replacing(table) as temporary:
             make_table(temporary)
             N, starts = window_starts(temporary, settings["window"])
-            for path in [*windows(out), table]:  # so that at no moment it lies beside another's meta.json
+            for path in [*windows(out), table] if overwrite else ():  # none lies beside another's meta.json
                 path.unlink(missing_ok=True)
             files.write_json(meta, settings | {"N": N, "starts": starts})
     return [w for w in range(len(flame.read_json(meta, CURE)["starts"])) if not window_file(out, w).exists()]
@@ -60,16 +61,14 @@ def windows_to_make(out, settings, make_table, overwrite):
 def llm_fingerprint(llm_dir):
     """Names an LLM by what is read of it: 16 hexadecimal digits of a SHA-256.
 
-    Over what llm_config takes of config.json, the tokenizer's file, and each safetensors file's name, header
-    and every tensor's first 4 KiB: under a second for a 24-GB model, and a fine-tune of few tensors and its
-    base are told apart.
+    Over config.json, the tokenizer's file, and each safetensors file's name, header and every tensor's first
+    4 KiB: under a second for a 24-GB model, and a fine-tune of few tensors and its base are told apart.
     """
-    config = flame.llm_config(llm_dir)
-    config["inv_freq"] = config["inv_freq"].float().tolist()
     tokenizer = flame.tokenizer_file(llm_dir)
-    bos = tokenizer.name == "tokenizer.model" and flame.adds_bos(tokenizer)
-    digest = hashlib.sha256(repr((sorted(config.items()), tokenizer.name, bos)).encode())
-    digest.update(tokenizer.read_bytes())
+    bos = tokenizer.suffix == ".model" and flame.adds_bos(tokenizer)
+    digest = hashlib.sha256(f"{tokenizer.name} {bos}".encode() + tokenizer.read_bytes())
+    with flame.reading(Path(llm_dir, "config.json"), flame.LLM_CURE) as path:
+        digest.update(path.read_bytes())
     for path in sorted(Path(llm_dir).glob("model*.safetensors")):
         with flame.reading(path, flame.LLM_CURE), open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")

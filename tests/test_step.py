@@ -288,7 +288,7 @@ def test_a_chunk_is_halved_until_it_fits(run, small, monkeypatch):
             assert fitted["chunk"] == chunk
         assert all(p.grad is None for p in model.parameters())
         shim.room = 20_000
-        one_line(fit(run, small[0], "--device cuda"), "out of memory", "--chunk", "--batch 12")
+        one_line(fit(run, small[0], "--device cuda"), "out of memory", "--chunk")
 
 
 def test_batches_that_ranks_cannot_share_are_refused(monkeypatch):
@@ -358,6 +358,26 @@ def test_jpeg_decoded_at_reduced_scale_shows_the_same(mode):
 
 # --- batches
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_pictures_that_are_kept_decoded_change_nothing(small, tmp_path, monkeypatch, suffix):
+    """Of 32 x 24 pixels for 16: kept; for 8 they might be decoded by draft, and are not."""
+    store = flame.open_store(small[0])
+    rows, files, places = found(store)
+    for file in files:
+        Image.open(file).save(file.replace(".png", suffix))
+    pictures_there = rows, [file.replace(".png", suffix) for file in files], places
+    for size, count in ((16, 24), (8, 0)):
+        batches = []
+        for room in (1 << 28, 0):
+            monkeypatch.setattr(pictures, "KEPT", room)
+            s = settings_for(image_size=size, patch_size=8, crop_scale=0.3)
+            batches.append(Batches(store, EVERY, pictures_there, s, 6))
+            seen = torch.stack([batches[-1][step][0][0] for step in range(6)])
+            if room:
+                kept = seen
+        assert kept.equal(seen) and [len(one.kept) for one in batches] == [count, 0]
+
+
 def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
     store = flame.open_store(small[0])
     first, other = batches_of(store), batches_of(store, seed=1)
@@ -407,7 +427,7 @@ def projected(store, spec, column):
     shape = projection.text_config(spec, store.meta["D"], flame.COLUMNS)
     mapped = [flame.COLUMNS.index(name) for name in shape["text_mapped"]]
     text = flame.TextProjection(store.meta["D"], shape["text_rank"], mapped, shape["text_map_rank"])
-    projection.fit_text_projection(text, store, spec)
+    projection.fit_text_projection(text, store, spec, EVERY)
     u = store.read(range(len(store)), [column])
     return u[:, 0].double().numpy(), text(u, [column])[:, 0].detach().double().numpy()
 
@@ -439,8 +459,8 @@ def test_a_store_of_few_rows_is_shrunk_as_sklearn_does(store):
     np.testing.assert_allclose(ours, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("column, ridge", [(0, 0.1), (2, 0.01), (10, 0.01)])  # raw's is its own
-def test_agreement_is_regression_on_the_other_sets(long_store, column, ridge):
+@pytest.mark.parametrize("column", [0, 2, 10])
+def test_agreement_is_regression_on_the_other_sets(long_store, column):
     own = flame.COLUMNS[column].split(".")[0]
     views = {name: projected(long_store, "whiten", c)[1] for c, name in enumerate(flame.COLUMNS)}
     others = [np.mean([view for name, view in views.items() if name.startswith(f"{other}.")], axis=0)
@@ -449,7 +469,7 @@ def test_agreement_is_regression_on_the_other_sets(long_store, column, ridge):
     x, y = u - u.mean(0), np.mean(others, axis=0)
     covariance = x.T @ x / len(u)
     largest = np.linalg.eigvalsh(covariance)[-1]
-    regression = np.linalg.inv(covariance + ridge * largest * np.eye(24)) @ (x.T @ y / len(u))
+    regression = np.linalg.inv(covariance + 0.01 * largest * np.eye(24)) @ (x.T @ y / len(u))
     values, vectors = np.linalg.eigh((regression + regression.T) / 2)
     expected = normalised(x @ vectors * np.maximum(values, 0) @ vectors.T)
     np.testing.assert_allclose(ours, expected, atol=5e-4)
@@ -689,10 +709,9 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):
     batches = batches_of(flame.open_store(small[0]), batch=4)
     at = next(step for step in range(6) if 7 in batches.pictures(step))
     done = fit(run, small[0], "--batch 4 --steps 9 --text-projection none --checkpoint-every 1")
-    one_line(done, f"at step {at}", store.keys[batches.pictures(at)[0]], "nan-batch.txt")
-    assert at > 0 and "p007" in (tmp_path / "out/store/nan-batch.txt").read_text().split()
+    one_line(done, f"the loss is nan at step {at}; the last checkpoint is kept")
     saved = torch.load(tmp_path / "out/store/training.pt", weights_only=True)
-    assert saved["step"] == at and all(x.isfinite().all() for x in saved["model"].values())
+    assert saved["step"] == at > 0 and all(x.isfinite().all() for x in saved["model"].values())
 
 
 # --- refusals: all settings are looked at before anything is made
