@@ -1,7 +1,6 @@
 """Stage 1: captions + frozen LLM -> embedding store.
 
     python embed.py --captions cc3m.tsv                 # -> data/embeddings/cc3m
-    python embed.py --captions cc3m.tsv --plan          # what it would take, before any hours are spent
     python embed.py --inspect data/embeddings/cc3m      # is it whole? are the facets distinct? which words?
     python embed.py --draw "A red kite above a beach."  # -> a picture of that caption's forest and mask
     torchrun --nproc_per_node 8 embed.py --captions "cc3m/{0000..0575}.tar" --join long=long.parquet
@@ -20,14 +19,14 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 import flame
 from data import files, store
 from data.captions import fingerprint, read_table, source_name, write_table
-from data.command import Parser, number, run
+from data.command import Parser, bar, number, run
 from data.ranks import rank, ranks, say, start_ranks, wait_for_all
 from data.show import look
+from flame import COLUMNS, InputError, PROMPTS, read_json
 
 # Rows of a window, at most lost by a crash: a minute of work.
 WINDOW = {"cpu": 256, "cuda": 8192}
@@ -55,9 +54,9 @@ def embed(args):
         if windows:
             run_windows(out, encoder or load_encoder(args), windows[rank()::ranks()], len(windows))
         wait_for_all()
-    meta = flame.read_json(out / "meta.json")
+    meta = read_json(out / "meta.json")
     absent = sum(not store.window_file(out, w).exists() for w in range(len(meta["starts"])))
-    say(f"{out}: {meta['N']} x {len(flame.COLUMNS)} embeddings of {meta['D']}, "
+    say(f"{out}: {meta['N']} x {len(COLUMNS)} embeddings of {meta['D']}, "
         + (f"{absent} of {len(meta['starts'])} windows missing" if absent else "finished"))
 
 
@@ -78,7 +77,7 @@ def settings_of(args):
             "joins": {name: list(map(os.path.abspath, args.join[name])) for name in args.join},
             "sha256": fingerprint(sources),
         },
-        "columns": flame.COLUMNS,
+        "columns": COLUMNS,
         "D": flame.llm_config(args.llm)["hidden_size"],
         "dtype": args.dtype,
         "device": args.device.type,
@@ -96,7 +95,7 @@ def check_states(encoder, captions):
     rows, forest = next(encoder.pack(captions, "long"))
     units = start(encoder, forest, len(rows))()
     if (units - units[0, 0]).abs().max() < 1e-3:
-        raise flame.InputError(f"{encoder.llm_dir}: its states are all equal; download its weights anew")
+        raise InputError(f"{encoder.llm_dir}: its states are all equal; download its weights anew")
 
 
 def run_windows(out, encoder, windows, total):
@@ -104,26 +103,27 @@ def run_windows(out, encoder, windows, total):
 
     A GPU always has the next packed row before the last one is fetched, and a thread writes the windows.
     """
-    meta = flame.read_json(out / "meta.json")
+    meta = read_json(out / "meta.json")
     todo = sum(min(meta["window"], meta["N"] - w * meta["window"]) for w in windows)
-    say(f"{out}: {total} of {len(meta['starts'])} windows of {meta['window']} rows to make; layer "
-        f"{encoder.layer}, {meta['dtype']} on {ranks()} x {meta['device']}, {encoder.kernels}")
+    size = 2e-9 * meta["N"] * len(COLUMNS) * meta["D"]
+    say(f"{out}: {size:.2g} GB, {len(meta['starts'])} windows of {meta['window']} rows, {total} to make; "
+        f"layer {encoder.layer}, {meta['dtype']} on {ranks()} x {meta['device']}, {encoder.kernels}")
     work = packed_rows(out, meta, windows, encoder)
     if meta["device"] == "cuda":
         work = ahead(work)
     writing = []
     block = None
-    with ThreadPoolExecutor(1) as thread, tqdm(
-            total=todo * len(flame.COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
-            disable=rank() > 0) as bar:
+    with ThreadPoolExecutor(1) as thread, bar(
+            total=todo * len(COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
+            disable=rank() > 0) as done:
         for w, height, prompts, takers, wait, last in one_behind(work, encoder):
             units = wait()
             if block is None:
-                block = torch.empty(height, len(flame.COLUMNS), encoder.dim, dtype=torch.float16)
-            first = flame.COLUMNS.index(f"{prompts}.0")
+                block = torch.empty(height, len(COLUMNS), encoder.dim, dtype=torch.float16)
+            first = COLUMNS.index(f"{prompts}.0")
             for rows, facets in zip(takers, units):
                 block[rows, first:first + len(facets)] = facets
-                bar.update(len(rows) * len(facets))
+                done.update(len(rows) * len(facets))
             if last:
                 if writing:
                     writing.pop().result()  # no more than two windows in memory
@@ -142,7 +142,7 @@ def packed_rows(out, meta, windows, encoder):
     for w in windows:
         rows = store.window_rows(out, meta, w)
         packs = []
-        for prompts in flame.PROMPTS:
+        for prompts in PROMPTS:
             takers = {}
             for n, row in enumerate(rows):
                 takers.setdefault(getattr(row, prompts), []).append(n)
@@ -180,7 +180,7 @@ def start(encoder, forest, n):
         if copied:
             copied.synchronize()
         if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # nor NaN
-            raise flame.InputError(f"{encoder.llm_dir}: its states are zero or not finite; give --dtype "
+            raise InputError(f"{encoder.llm_dir}: its states are zero or not finite; give --dtype "
                                    "bfloat16 or float32, or download its weights anew")
         return units
     return wait
@@ -207,7 +207,7 @@ def shard(text):
 
 def join(text):
     name, _, file = text.partition("=")
-    if name not in flame.PROMPTS or not file:
+    if name not in PROMPTS or not file:
         raise ValueError
     return name, file
 
@@ -237,8 +237,6 @@ def command_line():
     add("--shard", metavar="i/n", type=shard, default=(0, 1),
         help="make every n-th window only, from the i-th on (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; in one "
         "folder, or in folders that are then copied together")
-    add("--plan", metavar="N", type=number(int, 1), nargs="?", const=0,
-        help="print tokens, FLOPs, hours and bytes instead (as if there were N such captions)")
     add("--inspect", metavar="STORE", help="print what is in a store and check it instead")
     add("--draw", metavar="CAPTION", help="write a picture of this caption's segment forest instead")
     return parser
@@ -255,14 +253,14 @@ def chosen(argv):
     if args.inspect:
         return look.inspect(args)
     if not args.captions:
-        raise flame.InputError("--captions FILE is missing; see --help")
+        raise InputError("--captions FILE is missing; see --help")
     if args.overwrite and args.shard[1] > 1:
-        raise flame.InputError("--overwrite would throw away the other shards' windows; remove --out by hand")
+        raise InputError("--overwrite would throw away the other shards' windows; remove --out by hand")
     args.device = start_ranks(args.device)
     args.dtype = args.dtype or str(flame.default_dtype(args.device)).removeprefix("torch.")
     args.layer = args.layer or flame.llm_config(args.llm)["num_hidden_layers"] - 1
     say(f"LLM: {args.llm}")
-    return embed(args) if args.plan is None else look.plan(args)
+    return embed(args)
 
 
 def main(argv=None):

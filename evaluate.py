@@ -26,12 +26,11 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import flame
 from data import benchmarks, files
 from data.captions import read_table, source_name
-from data.command import Parser, number, run, usable_device
+from data.command import Parser, bar, number, run, usable_device
 from data.intervals import RECALL_AT, compare, keep, named, scored, with_intervals
 from data.show import search, table
 from data.show.sheet import Shown, draw_sheet
@@ -86,7 +85,7 @@ def retrieval(text, image, image_of_text):
 
     text [N, D], image [M, D], image_of_text int [N]: one image a text, several texts an image; a text is the
     mean over facets of unit vectors, an image a unit vector. Image to text, the best-ranked of an image's own
-    texts counts; an image without a text is in the gallery, but no query. Raises flame.InputError if a value
+    texts counts; an image without a text is in the gallery, but no query. Raises InputError if a value
     is NaN or infinite.
     """
     scores = hits_both_ways(text, image, image_of_text)
@@ -129,7 +128,7 @@ def ablation(facets, image, owner, numbers):
     subsets += [("all but one", every[:k] + every[k + 1:]) for k in every if len(every) > 1]
     subsets += [("alone", [k]) for k in every]
     rows = []
-    for kind, subset in tqdm(subsets, "facets", unit=" subsets", mininterval=1):
+    for kind, subset in bar(subsets, "facets", unit=" subsets", mininterval=1):
         scores = scored(hits_both_ways(facets[:, subset].mean(1), image, owner))
         rows.append({"kind": kind, "facets": [numbers[k] for k in subset], **with_intervals(scores, {})})
     return rows
@@ -209,7 +208,8 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     unseen             the same for objects that training never had, in galleries of GALLERY, averaged. They
                        take turns, so that each has some of every kind: related things are listed together.
     multilingual       the pictures of seen objects among the bare names of all seen objects in one language,
-                       for each language, and the average. Objects that share a name share a class.
+                       for each but English, and the average. Objects that share a name share a class.
+    english            the same in the language that was trained
     synonyms           the same among the first and among the second synonyms of all seen objects, averaged
     """
     parts = {}
@@ -224,7 +224,9 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     few = {n: {thing: names["en"][thing] for thing in things[n::count]} for n in range(count)}
     parts["seen"] = score_names(towers, raw, seen, {"en": names["en"]}, DEMO_TEMPLATE)
     parts["unseen"] = score_names(towers, raw, unseen, few, DEMO_TEMPLATE)
-    parts["multilingual"] = score_names(towers, raw, seen, names)
+    others = {language: names[language] for language in names if language != "en"}
+    parts["multilingual"] = score_names(towers, raw, seen, others)
+    parts["english"] = score_names(towers, raw, seen, {"en": names["en"]})
     parts["synonyms"] = score_names(towers, raw, seen, synonyms)
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
@@ -318,6 +320,8 @@ def settings(argv):
     parser = command_line()
     args = parser.parse_args(argv)
     args.how = BENCHMARKS.get(args.bench, CAPTIONS)
+    if args.checkpoint and args.checkpoint.name == "model.safetensors":     # one of ours is its folder
+        args.checkpoint = args.checkpoint.parent
     if args.search is not None and not args.images:
         parser.error("--search TEXT and --images DIR go together")
     other = args.open_clip or args.checkpoint and args.checkpoint.is_file()     # the authors' is a file
@@ -371,11 +375,14 @@ def evaluate(args, name, towers, checkpoint, *data):
               **with_intervals(scores, draws)}
     tell(table.table(result), how)
     path = result_path(args, name)
-    if shown:
-        ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
-        draw_sheet(shown, ranks, f"{path}.png")
     if args.captions:
         result["trained_texts"] = count_trained(shown.texts, checkpoint)
+    if shown:
+        ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
+        title = (f"{name} by {checkpoint}: {len(ranks)} texts, {len(shown.pictures)} pictures; chance "
+                 "{:.1f}%; left out {skipped_texts} texts, {skipped_images} pictures; trained on {}".format(
+                     100 / len(shown.pictures), result.get("trained_texts", "unknown"), **result))
+        draw_sheet(shown, ranks, title, f"{path}.png")
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)
         numbers = [k + 1 for k in trained_facets(towers.model, shown.prompts)]

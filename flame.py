@@ -24,8 +24,11 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Resampling
+from PIL.Image import Image, Resampling
 from torch import nn
+
+__version__ = "0.2.0"
+__all__ = ["InputError", "PROMPTS", "TextEncoder", "load", "load_tokenizer", "open_store", "similarity"]
 
 try:
     import flame_ext  # the C++/CUDA extension in ext/; all that it does has a PyTorch twin here
@@ -324,6 +327,7 @@ def caption_forest(prefixes, suffixes, positions="restart"):
     return build_forest(sequences, consecutive or None)
 
 
+LETTERS = 16  # of a caption a token of context is worth; what lies behind is not even tokenized
 BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row; on CPU its activations stay in cache
 POSITIONS = ("restart", "sequential", "causal")
 
@@ -338,8 +342,8 @@ class TextEncoder:
     budget     tokens in one packed row, up to a caption more (default: BUDGET)
     """
 
-    def __init__(self, llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart",
-                 budget=None):
+    def __init__(self, llm_dir: str | Path, device="cpu", dtype=torch.bfloat16, layer: int | None = None,
+                 positions: str = "restart", budget: int | None = None):
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, not {positions!r}")
         device = torch.device(device)
@@ -357,8 +361,8 @@ class TextEncoder:
         self.budget = budget or BUDGET.get(device.type, 2048)
         self.truncated = 0  # captions cut so far because the model's context is shorter
 
-    def encode(self, captions, prompts="long"):
-        """list[str] -> float32 [N, K, D] on the CPU: states at the facets' last tokens, not normalised."""
+    def encode(self, captions: list[str], prompts: str = "long") -> torch.Tensor:
+        """-> float32 [N, K, D] on the CPU: states at the facets' last tokens, not normalised."""
         if isinstance(captions, str):
             raise ValueError("captions must be a list of str, not one str")
         out = torch.empty(len(captions), len(PROMPTS[prompts].facets), self.dim)
@@ -377,9 +381,11 @@ class TextEncoder:
         Captions are sorted by length, none is padded. The packed rows are as few as the budget allows and
         about equally long: filled to the brim they would leave a short last one, which is slow.
         """
+        limit = LETTERS * self.context
+        captions = [caption[:limit] for caption in captions]
         prefixes, suffixes = self.tokenize(self.tokenizer, captions, prompts)
         for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
-            if longest_string(prefix, facets, self.positions) > self.context:
+            if len(captions[i]) == limit or longest_string(prefix, facets, self.positions) > self.context:
                 prefixes[i], suffixes[i] = longest_beginning(self, captions[i], prompts)
                 self.truncated += 1
         sizes = [len(prefix) + sum(map(len, facets)) for prefix, facets in zip(prefixes, suffixes)]
@@ -425,15 +431,22 @@ class Attention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).reshape(B, S, width))
 
 
+class QuickGELU(nn.Module):
+    """What OpenAI's CLIP was trained with in GELU's place."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Block(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, quick_gelu=False):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
             c_fc=nn.Linear(width, 4 * width),
-            gelu=nn.GELU(),
+            gelu=QuickGELU() if quick_gelu else nn.GELU(),
             c_proj=nn.Linear(4 * width, width),
         ))
 
@@ -448,7 +461,7 @@ class VisionTransformer(nn.Module):
     Published ViT-B/16: image 224, patch 16, width 768, 12 blocks, 12 heads; LayerNorm eps 1e-5, exact GELU.
     """
 
-    def __init__(self, image_size, patch_size, width, layers, heads):
+    def __init__(self, image_size, patch_size, width, layers, heads, quick_gelu=False):
         super().__init__()
         patches = (image_size // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
@@ -456,7 +469,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.transformer.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
 
     def forward(self, pixels, kept=None):
         """[B, 3, H, W] normalised pixels -> [B, 1 + patches, width]; token 0 is the class token.
@@ -515,8 +528,9 @@ class TextProjection(nn.Module):
 class Flame(nn.Module):
     """The trained half: image tower (visual.*), projector (mm.*), text projection (text.*), scale and bias.
 
-    config: image_size, patch_size, width, layers, heads; text_dim (D), projector_hidden, pool_first;
-    text_rank, text_mapped, text_map_rank (of the text projection); columns (trained on); llm (of the texts).
+    config: image_size, patch_size, width, layers, heads, quick_gelu; text_dim (D), projector_hidden,
+    pool_first; text_rank, text_mapped, text_map_rank (of the text projection); columns (trained on); llm (of
+    the texts).
     """
 
     def __init__(self, config):
@@ -525,7 +539,7 @@ class Flame(nn.Module):
         sizes = [config[name] for name in ("image_size", "patch_size", "width", "layers", "heads")]
         hidden = config["projector_hidden"]
         D = config["text_dim"]
-        self.visual = VisionTransformer(*sizes)
+        self.visual = VisionTransformer(*sizes, config.get("quick_gelu", False))
         self.mm = nn.Sequential(
             nn.Linear(config["width"], hidden),
             nn.GELU(),
@@ -547,17 +561,17 @@ class Flame(nn.Module):
         return F.normalize(x.float(), dim=-1)
 
     @torch.inference_mode()
-    def encode_image(self, pixels):
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] normalised pixels, as `preprocess` makes them -> [B, D], L2-normalised."""
         return self(pixels.to(self.visual.conv1.weight))
 
     @torch.inference_mode()
-    def encode_text(self, facets, prompts="long"):
+    def encode_text(self, facets: torch.Tensor, prompts: str = "long") -> torch.Tensor:
         """[N, K, D] facet states of a prompt set -> [N, K, D], its text projection applied, L2-normalised."""
         columns = [i for i, name in enumerate(COLUMNS) if name.startswith(f"{prompts}.")]
         return self.text(facets.to(self.text.mean.device), columns)
 
-    def preprocess(self, image):
+    def preprocess(self, image: Image) -> torch.Tensor:
         """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise."""
         w, h = image.size
         if max(w, h) > 100 * min(w, h):  # scaled up it would fill the memory
@@ -566,7 +580,7 @@ class Flame(nn.Module):
         w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
         left = round((w - size) / 2)
         top = round((h - size) / 2)
-        resized = image.convert("RGB").resize((w, h), Resampling.BICUBIC)
+        resized = rgb(image).resize((w, h), Resampling.BICUBIC)
         square = resized.crop((left, top, left + size, top + size))
         return to_pixels(torch.from_numpy(np.array(square)).permute(2, 0, 1))
 
@@ -574,7 +588,7 @@ class Flame(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 6. The two meet
 
-def similarity(image, facets):
+def similarity(image: torch.Tensor, facets: torch.Tensor) -> torch.Tensor:
     """[M, D], [N, K, D] -> [N, M], mean over facets of the cosine."""
     return F.normalize(facets, dim=-1).mean(1) @ F.normalize(image, dim=-1).T
 
@@ -641,8 +655,8 @@ def check_questions(recorded, path):
 
 # model_type: Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5; Qwen3
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LLM_CURE = ("--llm wants a Hugging Face checkpoint folder with config.json, *.safetensors and a tokenizer, "
-            "not quantised; download it anew")
+LLM_CURE = ("--llm or $FLAME_LLM wants a Hugging Face checkpoint folder, config.json, *.safetensors and a "
+            "tokenizer, not quantised; python data/demo.py --make-only makes a small one")
 
 
 def llm_folder(name):
@@ -816,7 +830,7 @@ def tokenizer_file(llm_dir):
     raise InputError(f"{llm_dir}: no tokenizer.json or tokenizer.model; {LLM_CURE}")
 
 
-def load_tokenizer(llm_dir):
+def load_tokenizer(llm_dir: str | Path) -> Tokenizer:
     """-> Tokenizer. Raises InputError where the folder has none, or one that cannot be read."""
     with reading(tokenizer_file(llm_dir), LLM_CURE) as path:
         tokenizer = read_tokenizer_json(path) if path.suffix == ".json" else read_sentencepiece(path)
@@ -898,6 +912,13 @@ def longest_beginning(encoder, caption, prompts):
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def rgb(image):
+    """PIL image -> RGB. Raises ValueError where a channel has more than 8 bits: PIL would make it white."""
+    if image.mode[0] in "IF":
+        raise ValueError(f"a picture of mode {image.mode}; give it 8 bits a channel")
+    return image.convert("RGB")
 
 
 def to_pixels(image):
@@ -1054,7 +1075,7 @@ class Store:
     def images(self):
         return [image for _, image in self.table]
 
-    def read(self, rows, columns):
+    def read(self, rows, columns) -> torch.Tensor:
         """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors"""
         columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
         out = np.empty((*columns.shape, self.D), np.float16)
@@ -1070,7 +1091,7 @@ open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints, written by train.py
 
-def load(checkpoint):
+def load(checkpoint: str | Path) -> Flame:
     """Checkpoint folder written by train.py -> Flame in eval mode.
 
     In its config: "columns", names of the store columns it was trained on; "llm", how its texts were made.

@@ -6,9 +6,11 @@ Without a working C++ compiler the installation goes on: flame.py then runs on i
 """
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile
@@ -98,7 +100,7 @@ TEST = DEMO + APP + [
 
 setup(
     name="flame-pretrain",
-    version="0.1.0",
+    version=re.search('__version__ = "(.*)"', Path("flame.py").read_text())[1],
     description="FLAME: language-image pre-training with a frozen LLM as text tower",
     python_requires=">=3.11",  # hashlib.file_digest
     py_modules=["flame"],

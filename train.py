@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
-from tqdm import tqdm
 
 import flame
 from data import checkpoint, command, files, progress
@@ -34,6 +33,7 @@ from data.projection import captions_differ, fit_text_projection, parse_projecti
 from data.ranks import gather, rank, ranks, say, start_ranks, wait_for_all
 from data.released import image_tower
 from data.show import plots
+from flame import COLUMNS, InputError
 
 # ---------------------------------------------------------------------------------------------------------
 # Losses of this rank's images [b, D] and all ranks' texts [B, P, D], all unit vectors. Texts from index
@@ -107,6 +107,7 @@ SETTINGS = {
     "width":            (192,       768,         count(1, 16_384),     "of the ViT"),
     "layers":           (4,         12,          count(1, 1024),       "blocks of the ViT"),
     "heads":            (3,         12,          count(1, 1024),       "attention heads of the ViT"),
+    "quick_gelu":       (False,     False,       bool,                 "the ViT's, as OpenAI's weights want"),
     "init":             ("clip",    "published", ("clip", "published"), "weights as CLIP's or as published"),
     "image_tower":      ("",        "",          str,                  "open_clip's weights to start from"),
     "lock_image":       (0,         0,           count(0, 10**9),      "steps that leave the ViT as it is"),
@@ -153,16 +154,21 @@ class Run(NamedTuple):
 
 
 def train(args, s):
-    """Looks at everything, then builds, then takes the steps; touches no earlier run before the first."""
-    device = start_ranks(args.device)
+    """Looks at everything, then builds, then takes the steps; touches no earlier run before the first.
+
+    -> whether it was told to stop before the last
+    """
+    device = args.device
     store = flame.open_store(args.embeddings)
     columns = chosen_columns(s["columns"])
     tower = None
     if s["image_tower"]:
         sizes, tower = image_tower(s["image_tower"])
         s |= sizes
+        say(f"image tower: {s['image_tower']}, with " + ("QuickGELU" if s["quick_gelu"] else
+            "the exact GELU; weights of OpenAI's own want --quick-gelu"))
     out = Path("out") / (args.name or store.path.resolve().name)
-    with files.folder(out) if rank() == 0 else contextlib.nullcontext():
+    with files.alone(out) if rank() == 0 else contextlib.nullcontext():
         pictures = pictures_of(store, args.images, out)
         settle(s, len(pictures[0]), len(columns), store.meta["D"])
         if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
@@ -171,8 +177,9 @@ def train(args, s):
         fixed = {name: value for name, value in s.items() if name not in FREE}
         earlier = None if args.overwrite else checkpoint.earlier_run(out, store, fixed)
         if earlier and earlier["step"] == s["steps"]:
+            flame.load(out)  # it is whole
             say(f"{out}: finished already, nothing to do; --overwrite trains anew")
-            return
+            return False
         model, optimizer = build(store, columns, s, device, not earlier, tower)
         start = checkpoint.restore(out, model, optimizer) if earlier else 0
         fit_chunk(model, s, device)
@@ -181,16 +188,16 @@ def train(args, s):
         say("  ".join(f"{name}={value}" for name, value in s.items()))
         batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
         run = Run(s, out, args.images, batches, device, model, encode, optimizer)
-        take_steps(run, start, args.tensorboard)
+        return take_steps(run, start, args.tensorboard)
 
 
 def chosen_columns(names):
-    """Those of flame.COLUMNS to train on, by number."""
-    names = names.split(",") if names else flame.COLUMNS
+    """Those of COLUMNS to train on, by number."""
+    names = names.split(",") if names else COLUMNS
     for name in names:
-        if name not in flame.COLUMNS:
-            raise flame.InputError(f"--columns: {name!r} is not among {','.join(flame.COLUMNS)}")
-    return [c for c, name in enumerate(flame.COLUMNS) if name in names]
+        if name not in COLUMNS:
+            raise InputError(f"--columns: {name!r} is not among {','.join(COLUMNS)}")
+    return [c for c, name in enumerate(COLUMNS) if name in names]
 
 
 def pictures_of(store, folder, out):
@@ -210,7 +217,7 @@ def settle(s, images, columns, D):
     if s["batch"] > images:
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
-        raise flame.InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, at most {images}, "
+        raise InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, at most {images}, "
                                "the images")
     s["positives"] = min(s["positives"], columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
@@ -226,9 +233,9 @@ def build(store, columns, s, device, fit, tower=None):
     rank 0's. tower: tensors that the image tower starts from.
     """
     torch.manual_seed(s["seed"])
-    sizes = ("image_size", "patch_size", "width", "layers", "heads", "projector_hidden", "pool_first")
-    config = {name: s[name] for name in sizes}
-    config |= text_config(s["text_projection"], store.meta["D"], [flame.COLUMNS[c] for c in columns])
+    sizes = "image_size patch_size width layers heads quick_gelu projector_hidden pool_first"
+    config = {name: s[name] for name in sizes.split()}
+    config |= text_config(s["text_projection"], store.meta["D"], [COLUMNS[c] for c in columns])
     model = flame.Flame(config)
     initialise(model.visual, s)
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
@@ -238,9 +245,13 @@ def build(store, columns, s, device, fit, tower=None):
         with flame.reading(s["image_tower"], "give a CLIP's, a ViT"):
             model.visual.load_state_dict(tower)
     model.to(device)
-    decayed = {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": s["weight_decay"]}
-    spared = {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}  # biases ...
-    return model, torch.optim.AdamW([decayed, spared], lr=s["lr"], betas=(0.9, 0.95), fused=True)
+    groups = {}
+    for name, p in model.named_parameters():
+        start = s["lock_image"] if name.startswith("visual.") else 0
+        decay = s["weight_decay"] if p.ndim >= 2 else 0.0  # biases, norms and vectors are spared
+        group = groups.setdefault((start, decay), {"params": [], "start": start, "weight_decay": decay})
+        group["params"].append(p)
+    return model, torch.optim.AdamW(list(groups.values()), lr=s["lr"], betas=(0.9, 0.95), fused=True)
 
 
 def initialise(visual, s):
@@ -312,8 +323,8 @@ def take_steps(run, start, tensorboard=False):
         board = SummaryWriter(out / "tensorboard")
     waited, stop, taken, failures = 0.0, False, 0, []
     begun = clock = time.time()
-    with tqdm(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
-              disable=rank() > 0) as bar:
+    with command.bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
+                     disable=rank() > 0) as bar:
         for step, (batch, failed) in enumerate(loader, start):
             waited += time.time() - clock
             loss, stop = take_step(run, step, batch)
@@ -327,7 +338,7 @@ def take_steps(run, start, tensorboard=False):
             if taken or start:
                 failures = progress.note_skipped(out, failures)
             elif due:
-                raise flame.InputError(f"{out}: no picture of {step + 1} steps could be read (first: key "
+                raise InputError(f"{out}: no picture of {step + 1} steps could be read (first: key "
                                        f"{': '.join(failures[0])}); give the right --images DIR")
             bar.update()
             if rank() == 0 and loss is not None:
@@ -339,6 +350,7 @@ def take_steps(run, start, tensorboard=False):
             if rank() == 0 and due:
                 checkpoint.save(run, step + 1)
                 plots.draw_curve(out)
+            stop = stop and step + 1 < s["steps"]
             if stop:
                 break
             clock = time.time()
@@ -346,6 +358,7 @@ def take_steps(run, start, tensorboard=False):
         progress.tell_skipped(out)
         stopped = "; stopped, the same command goes on from here (without --overwrite)" * stop
         print(f"{out}: {bar.n} steps, {bar.postfix or 'nothing left to do'}{stopped}")
+    return stop
 
 
 def take_step(run, step, batch):
@@ -361,13 +374,12 @@ def take_step(run, step, batch):
         return None, gather(told).any().item()
     loss, stop = gather(torch.stack([loss, told])).mean(0).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
-        raise flame.InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept; "
+        raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept; "
                                "lower --lr, and check the store by embed.py --inspect")
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, s)
-    if step < s["lock_image"]:
-        for p in run.model.visual.parameters():
-            p.grad = None  # AdamW leaves it alone
+        group["lr"] = learning_rate(step, s, group["start"])
+        for p in group["params"] if step < group["start"] else ():
+            p.grad = None  # locked: AdamW leaves it alone
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -419,12 +431,11 @@ def forward_backward(model, encode, batch, s, device):
     return loss.detach()
 
 
-def learning_rate(step, s):
-    """Linear warm-up, then a cosine to 0."""
-    if step < s["warmup"]:
-        return s["lr"] * (step + 1) / s["warmup"]
-    share = (step - s["warmup"]) / max(1, s["steps"] - s["warmup"])
-    return s["lr"] * 0.5 * (1 + math.cos(math.pi * share))
+def learning_rate(step, s, start=0):
+    """Linear warm-up from step `start` on, and a cosine to 0."""
+    warm = min(1, (step - start + 1) / max(1, s["warmup"]))
+    share = max(0, step - s["warmup"]) / max(1, s["steps"] - s["warmup"])
+    return s["lr"] * warm * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def outlive_sigterm(worker):
@@ -463,31 +474,37 @@ def read_arguments(argv):
     s |= {name: value for name, value in vars(args).items() if name in s and value is not None}
     for part, size in (("heads", "width"), ("patch_size", "image_size")):
         if s[size] % s[part]:
-            raise flame.InputError(f"--{part} {s[part]} must divide --{size} {s[size]}".replace("_", "-"))
+            raise InputError(f"--{part} {s[part]} must divide --{size} {s[size]}".replace("_", "-"))
     if s["lock_image"] and not s["image_tower"]:
-        raise flame.InputError("--lock-image: a ViT of random weights would stay so; give --image-tower too")
+        raise InputError("--lock-image: a ViT of random weights would stay so; give --image-tower too")
     parse_projection(s["text_projection"])
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise flame.InputError("--tensorboard: not installed; pip install tensorboard")
+        raise InputError("--tensorboard: not installed; pip install tensorboard")
     return args, s
 
 
 def newest_store():
     for meta in sorted(Path("data/embeddings").glob("*/meta.json"), key=os.path.getmtime, reverse=True):
-        with contextlib.suppress(flame.InputError):  # it is being made
+        with contextlib.suppress(InputError):  # it is being made
             return flame.open_store(meta.parent).path
-    raise flame.InputError("data/embeddings: no finished store; make one with embed.py")
+    raise InputError("data/embeddings: no finished store; make one with embed.py")
 
 
 def main(argv=None):
+    stopped = False
+
     def body():
+        nonlocal stopped
         args, s = read_arguments(argv)
+        args.device = start_ranks(args.device)
         say(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
-        train(args, s)
+        stopped = train(args, s)
         if ranks() > 1:
             dist.destroy_process_group()
-    return command.run("train.py", body, "the same command goes on (without --overwrite)")
+
+    code = command.run("train.py", body, "the same command goes on (without --overwrite)")
+    return 128 + signal.SIGTERM if stopped else code  # so that who started it knows
 
 
 def stop_soon(*signal_and_frame):

@@ -10,7 +10,6 @@ import csv
 import glob
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -43,7 +42,6 @@ FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet"
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 DAMAGED = "tar that is none, or damaged from there on"
 LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
-LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
 ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
 DUCKDB = {"memory_limit": "4GB", "threads": 8}  # what does not fit goes to the disk
 
@@ -132,7 +130,7 @@ def write_table(path, captions, joins):
         try:
             with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
                 database.execute(SCHEMA)
-                load(database, scratch, captions, skipped)
+                columns = load(database, scratch, captions, skipped)
                 for name, sources in joins.items():
                     for source in sources:
                         load(database, scratch, source, skipped, name)
@@ -143,7 +141,8 @@ def write_table(path, captions, joins):
         finally:
             report_skipped(captions, skipped)
         if not total:
-            raise InputError(f"{captions}: no row with a caption; wanted are some of {', '.join(NAMES)}")
+            raise InputError(f"{captions}: no caption in its columns {', '.join(columns)}; wanted are some "
+                             f"of {', '.join(NAMES)}")
         os.replace(f"{scratch}/captions.tsv", path)
 
 
@@ -206,7 +205,10 @@ def source_files(path):
         with reading(file, WANTED):
             files.append(file)
     if not files:
-        raise InputError(f"{path}: holds no captions; {WANTED}")
+        cures = [f"give {file.parent}" for file in path.glob("*/metadata.*")]
+        cures += ["make Parquet of it, in Python: datasets.load_from_disk(DIR).to_parquet(FILE)"
+                  for file in path.rglob("*.arrow")]
+        raise InputError(f"{path}: holds no captions; {[*cures, WANTED][0]}")
     return files
 
 
@@ -236,6 +238,7 @@ def load(database, scratch, source, skipped, field=None):
 
     field: the prompt set of a join, to the table `joined`. Its caption is the column named as the set;
     without one, the first text that is neither key nor picture, as "minicpm" in the recaptioned releases.
+    -> the names of its columns
     """
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
@@ -264,6 +267,7 @@ def load(database, scratch, source, skipped, field=None):
             fields = {"key": NAMES["key"], "url": NAMES["url"], field: names}
         values = [value(name, columns, names) for name, names in fields.items()]
         database.execute(f"INSERT INTO {table} {', '.join(values)} FROM {relation}")
+        return columns
 
 
 def value(field, columns, names):
@@ -386,26 +390,17 @@ def sample_name(path):
     return folder + slash, key, suffix.lower()
 
 
-class _Headers(io.BufferedReader):
-    """A tar as tarfile reads it, by headers. One that claims gigabytes is refused, not made room for."""
-
-    def read(self, size):
-        if not 0 <= size <= LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
-
-
 def tar_files(path, skipped):
     """Yields (folder, key, suffix, first byte, bytes) of a tar's regular files, in its order; unpacks none.
 
-    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED]. Sparse files are left out.
+    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED].
     """
     try:
         if not os.path.isfile(path):
             raise tarfile.ReadError("not a regular file")
         size = os.path.getsize(path)
         end = -1
-        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # or tarfile remembers them all
                 if tar.offset <= end:  # a negative size; what comes before would come again without end
@@ -414,15 +409,13 @@ def tar_files(path, skipped):
                 folder, key, suffix = sample_name(member.name)
                 if not member.isfile() or not key or not suffix:
                     continue
-                if member.issparse():
-                    skip(skipped, "sparse file in a tar", f"{path}:{member.name}")
-                elif 0 <= member.size <= size - member.offset_data:
+                if 0 <= member.size <= size - member.offset_data:
                     yield folder, key, suffix, member.offset_data, member.size
                 else:
                     raise tarfile.ReadError(f"{member.name} is cut off")
             # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
             file.seek(tar.offset)
-            blocks = iter(lambda: file.read(LARGEST_HEADER), b"")
+            blocks = iter(lambda: file.read(1 << 14), b"")
             if size < tar.offset + 512 or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
     except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too

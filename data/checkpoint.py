@@ -17,16 +17,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import flame
 from data import files, progress
-from flame import InputError
+from flame import InputError, read_json, reading
 
 ANEW = "choose another --name, or start anew with --overwrite"
 
 
 def identity(store):
     """A store's content in a word: everything that fixes its bytes, and not where it or its captions lie."""
-    with flame.reading(store.path / "meta.json", "make it anew with embed.py"):
+    with reading(store.path / "meta.json", "make it anew with embed.py"):
         meta = store.meta | {"captions": store.meta["captions"]["sha256"]}
         meta["llm"] = {key: value for key, value in meta["llm"].items() if key not in ("name", "path")}
         return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
@@ -40,7 +39,7 @@ def save(run, step):
     weights, store = run.model.state_dict(), run.batches.store
     training = {"step": step, "model": weights, "optimizer": run.optimizer.state_dict()}
     record = {"model": run.model.config, "llm": store.meta["llm"], "training": run.s, "step": step,
-              "store": {"path": str(store.path), "identity": identity(store)},
+              "store": {"path": os.path.abspath(store.path), "identity": identity(store)},
               "images": run.images and os.path.abspath(run.images)}
     files.write(run.out / "training.pt", functools.partial(torch.save, training))
     files.write(run.out / "model.safetensors", functools.partial(save_file, weights))
@@ -54,9 +53,12 @@ def earlier_run(out, store, fixed):
     """
     path = out / "config.json"
     if not path.exists():
+        for name in ("training.pt", "model.safetensors"):
+            if (out / name).exists() and not (out / "log.jsonl").exists():
+                raise InputError(f"{out / name}: no run of train.py left this here; {ANEW}")
         return None
-    record = flame.read_json(path, cure=ANEW)
-    with flame.reading(path, ANEW):
+    record = read_json(path, cure=ANEW)
+    with reading(path, ANEW):
         record["step"] = int(record["step"])
         trained_on = record["store"]["identity"]
         before = [record["training"][name] for name in fixed]
@@ -70,7 +72,7 @@ def earlier_run(out, store, fixed):
 
 def restore(out, model, optimizer):
     """Loads training.pt; -> the step to go on from."""
-    with flame.reading(out / "training.pt", ANEW) as path:
+    with reading(out / "training.pt", ANEW) as path:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -88,12 +90,12 @@ def begin(out, start):
 
 
 def newest_checkpoint(folder=Path("out")):
-    """The finished checkpoint under `folder` that was written last. flame.InputError if there is none."""
+    """The finished checkpoint under `folder` that was written last. InputError if there is none."""
     cure = "mend it, remove its folder, or name another checkpoint with --checkpoint"
     finished = []
     for path in folder.glob("*/config.json"):
-        record = flame.read_json(path, cure=cure)
-        with flame.reading(path, cure):
+        record = read_json(path, cure=cure)
+        with reading(path, cure):
             if record["step"] == record["training"]["steps"]:  # else a run still training
                 finished.append((path.stat().st_mtime, path.parent))
     if not finished:

@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import torch
+from tqdm import tqdm
 
 from flame import InputError
 
@@ -31,6 +32,23 @@ def number(kind, low, high=math.inf, above=False):
         return value
     parse.__name__ = f"{kind.__name__} {'above' if above else 'from'} {low} to {high}"  # for the message
     return parse
+
+
+class Lines:
+    """stderr where it is no terminal: a bar's next state is a line of its own."""
+
+    def write(self, text):
+        sys.stderr.write(text.replace("\r", "\n"))
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def bar(*items, **settings):
+    """A tqdm bar; where there is no terminal, a line every 30 seconds."""
+    if not sys.stderr.isatty():
+        settings |= {"file": Lines(), "mininterval": 30, "maxinterval": 30}
+    return tqdm(*items, **settings)
 
 
 def usable_device(name):

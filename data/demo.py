@@ -32,7 +32,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
-from data import command
+from data import command, files
 from data.corpus.llm import make_llm
 from data.corpus.painting import SIDE
 from data.corpus.scenes import make_corpus
@@ -116,7 +116,8 @@ def main(argv=None):
         name = "demo-quick" if args.quick else "demo"
         started = time.time()
         try:
-            make_files(root, name, args.seed)
+            with files.alone(root / "data" / name):
+                make_files(root, name, args.seed)
         except ModuleNotFoundError as error:
             raise InputError(f"{error}; the demo's packages come with: pip install -e '.[demo]'") from None
         print(f"data/{name}: ready after {time.time() - started:.0f} s")

@@ -1,4 +1,5 @@
 """Writing files so that a reader finds the whole of one or nothing, if a writer is killed or a disk full."""
+import fcntl
 import json
 import os
 import socket
@@ -40,6 +41,20 @@ def folder(path):
 
 
 @contextmanager
+def alone(path):
+    """The same, for one process at a time: another is refused for as long as this one lives."""
+    with folder(path), open(Path(path, ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another process is writing here; wait for it, or end it") from None
+        try:
+            yield
+        finally:
+            os.unlink(lock.name)
+
+
+@contextmanager
 def replacing(path):
     """Yields a temporary path beside `path`; what was written there reaches the disk, then takes its name.
 
@@ -57,6 +72,7 @@ def replacing(path):
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # some libraries let the owner alone read what they write
             os.replace(temporary, path)
         except OSError as error:
             error.filename = path

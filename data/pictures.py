@@ -20,7 +20,7 @@ from PIL import Image
 
 from data.captions import PICTURES, report_skipped, sample_name, source_files, tar_files
 from data.files import write
-from flame import InputError, reading
+from flame import InputError, reading, rgb
 
 LARGEST = 1 << 30  # bytes of a picture's file
 KEPT = 1 << 28     # bytes of decoded pictures that a loader's process keeps: of the demo all, 70 MB
@@ -81,8 +81,9 @@ def find_pictures(keys, images, captions, folder=None, index=None):
         files = []
         rows, places = first_of_each_row(folder_pictures(root, files), keys)
     if not len(rows):
+        numbered = "; tars' keys are row numbers only at 10,000 a shard, else embed the tars themselves"
         raise InputError(f"{root}: no row of {captions} has a picture there, such as {wanted}; give "
-                         "--images DIR")
+                         f"--images DIR{numbered * bool(tars)}")
     return rows, files, places
 
 
@@ -162,7 +163,7 @@ def random_crop(image, size, smallest, draw):
     least = (math.ceil(width * size / w), math.ceil(height * size / h))
     reduced = image.draft(None, least)  # None: not a JPEG
     x = reduced[1][2] / width if reduced else 1.0
-    pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))  # [h, w, 3]
+    pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else rgb(image)))  # [h, w, 3]
     bottom = max(1, math.ceil((top + h) * x))
     right = max(1, math.ceil((left + w) * x))
     box = pixels[round(top * x):bottom, round(left * x):right].permute(2, 0, 1)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from data import command
+from flame import InputError
 
 
 def rank():
@@ -18,7 +19,15 @@ def ranks():
 
 
 def start_ranks(name):
-    """-> this rank's device, of the name that --device gives; where there are several ranks, they meet."""
+    """-> this rank's device, of the name that --device gives; where there are several ranks, they meet.
+
+    Raises InputError where several processes are started that do not know of one another.
+    """
+    numbers = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "WORLD_SIZE" in os.environ
+    if several and "RANK" not in os.environ or not all(map(str.isdecimal, numbers)):
+        raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(numbers)}: processes would not know "
+                         "of one another; use torchrun, on several nodes srun --ntasks-per-node 1 torchrun")
     if ranks() > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = command.usable_device(name)

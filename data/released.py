@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import flame
+from flame import reading
 
 CAPTION_TOKENS = 1024  # BOS included
 CONTEXT = 1536         # tokens of the whole string
@@ -80,7 +81,7 @@ def load(path):
     Its file does not name the LLM, so that config["llm"] has no fingerprint. Nothing in the file is executed,
     and of the LLM's tensors, if it holds them, no byte is read. Raises InputError where the file is none.
     """
-    with flame.reading(path, "give the authors' .pt file, or a folder that train.py wrote"):
+    with reading(path, "give the authors' .pt file, or a folder that train.py wrote"):
         weights = read_weights(path)
         llm = {"name": None, "fingerprint": None, "layer": None, "positions": "sequential"}
         model = Released(sizes_of(weights) | {
@@ -94,10 +95,9 @@ def load(path):
 def image_tower(path):
     """open_clip's weights (.safetensors or .pt) -> (sizes of the image tower, its tensors by our names).
 
-    OpenAI's own weights were trained with another GELU (QuickGELU) than the one here: prefer others. Raises
-    InputError where the file holds no such tower.
+    Which GELU it was trained with they do not tell. Raises InputError where the file holds no such tower.
     """
-    with flame.reading(path, "give open_clip_model.safetensors, or its .pt file, of a ViT"):
+    with reading(path, "give open_clip_model.safetensors, or its .pt file, of a ViT"):
         weights = read_weights(path)
         sizes = sizes_of(weights)
     start = "visual."
@@ -112,12 +112,15 @@ def sizes_of(weights):
     width, _, patch_size, _ = weights["visual.conv1.weight"].shape
     patches = len(weights["visual.positional_embedding"]) - 1
     blocks = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}
+    head_width = HEAD_WIDTH.get(width, 64)
+    if not blocks or width % head_width or not all(x.is_floating_point() for x in weights.values()):
+        raise ValueError(f"no ViT in floating point: {len(blocks)} blocks of width {width}")
     return {
         "image_size": patch_size * round(patches ** 0.5),
         "patch_size": patch_size,
         "width": width,
         "layers": len(blocks),
-        "heads": width // HEAD_WIDTH.get(width, 64),
+        "heads": width // head_width,
     }
 
 

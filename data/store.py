@@ -17,7 +17,7 @@ import numpy as np
 import flame
 from data import files
 from data.captions import Row
-from flame import InputError
+from flame import InputError, read_json, reading
 
 # What the bytes depend on. Captions and LLM may have moved: their hashes tell.
 FIXED = ("llm: fingerprint", "llm: layer", "llm: positions", "llm: questions", "captions: sha256", "columns",
@@ -44,8 +44,8 @@ def windows_to_make(out, settings, make_table, overwrite):
     if meta.exists() and not overwrite:
         refuse_other_settings(meta, settings)
     if meta.exists() and table.exists() and not overwrite:
-        recorded = flame.read_json(meta, CURE)
-        with flame.reading(table, CURE):
+        recorded = read_json(meta, CURE)
+        with reading(table, CURE):
             if window_starts(table, settings["window"]) != (recorded["N"], recorded["starts"]):
                 raise ValueError("not the table that meta.json speaks of")
     else:
@@ -55,7 +55,7 @@ def windows_to_make(out, settings, make_table, overwrite):
             for path in [*windows(out), table] if overwrite else ():  # none lies beside another's meta.json
                 path.unlink(missing_ok=True)
             files.write_json(meta, settings | {"N": N, "starts": starts})
-    return [w for w in range(len(flame.read_json(meta, CURE)["starts"])) if not window_file(out, w).exists()]
+    return [w for w in range(len(read_json(meta, CURE)["starts"])) if not window_file(out, w).exists()]
 
 
 def llm_fingerprint(llm_dir):
@@ -67,10 +67,10 @@ def llm_fingerprint(llm_dir):
     tokenizer = flame.tokenizer_file(llm_dir)
     bos = tokenizer.suffix == ".model" and flame.adds_bos(tokenizer)
     digest = hashlib.sha256(f"{tokenizer.name} {bos}".encode() + tokenizer.read_bytes())
-    with flame.reading(Path(llm_dir, "config.json"), flame.LLM_CURE) as path:
+    with reading(Path(llm_dir, "config.json"), flame.LLM_CURE) as path:
         digest.update(path.read_bytes())
     for path in sorted(Path(llm_dir).glob("model*.safetensors")):
-        with flame.reading(path, flame.LLM_CURE), open(path, "rb") as file:
+        with reading(path, flame.LLM_CURE), open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = file.read(start - 8)
             digest.update(path.name.encode() + header)
@@ -86,8 +86,8 @@ def windows(out):
 
 def refuse_other_settings(meta, settings):
     """Raises InputError that names the setting."""
-    with flame.reading(meta, CURE):
-        recorded = flame.read_json(meta, CURE)
+    with reading(meta, CURE):
+        recorded = read_json(meta, CURE)
         for setting in FIXED:
             was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
             if was != now:
@@ -106,7 +106,7 @@ def window_starts(table, window):
 
 def window_rows(out, meta, w):
     """The rows of window w, [Row]."""
-    with flame.reading(out / "captions.tsv", CURE) as path, open(path, "rb") as file:
+    with reading(out / "captions.tsv", CURE) as path, open(path, "rb") as file:
         file.seek(meta["starts"][w])
         return [Row(*line.decode()[:-1].split("\t")) for line in islice(file, meta["window"])]
 

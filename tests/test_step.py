@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this fi
 import flame
 import train
 from cuda_shim import Gpus, patch_driver, patch_tensors
-from data import pictures, projection
+from data import files, pictures, projection
 from data.pictures import DRAWS, Batches, crop_box, find_pictures, random_crop
 from data.show import plots
 
@@ -538,9 +538,10 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_weight_decay_spares_vectors_and_scale(store):
     s = settings_for(width=32, layers=1, heads=2, projector_hidden=24)
     model, optimizer = train.build(store, EVERY, s, torch.device("cpu"), fit=False)
-    decayed, spared = ([tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups)
+    shapes = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]]
+              for group in optimizer.param_groups}
+    decayed, spared = shapes[0.5], shapes[0]
     assert len(decayed) + len(spared) == len(list(model.parameters()))
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0]
     assert (5, 32) in decayed  # the position table is decayed
     assert all(len(shape) >= 2 for shape in decayed) and all(len(shape) < 2 for shape in spared)
     assert spared.count(()) == 2  # scale and bias
@@ -567,7 +568,7 @@ def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
         return run("train.py", "--embeddings", small[0], *flags.split())
 
     train.STOP.append(True)  # after the first step, and the same command goes on, though AdamW has no moments
-    assert start("--lock-image 2 --name locked").returncode == 0
+    assert start("--lock-image 2 --name locked").returncode == 143
     train.STOP.clear()
     assert start("--lock-image 2 --name locked").returncode == 0
     assert [entry["step"] for entry in entries(tmp_path / "out/locked")] == [0, 1]
@@ -577,6 +578,27 @@ def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
     for name, tensor in locked.visual.state_dict().items():
         assert tensor.equal(theirs[name]), name
     assert not free.visual.conv1.weight.equal(locked.visual.conv1.weight)
+    done = start("--name quick --quick-gelu")
+    assert "with QuickGELU" in done.stdout
+    mlp = flame.load(tmp_path / "out/quick").visual.transformer.resblocks[0].mlp
+    torch.testing.assert_close(mlp.gelu(free.visual.conv1.weight),
+                               open_clip.transformer.QuickGELU()(free.visual.conv1.weight))
+    refused = {"int8": {name: x.to(torch.int8) for name, x in tensors.items()},
+               "no blocks": {name: x for name, x in tensors.items() if "resblocks" not in name},
+               "width 40": tensors | {"visual.conv1.weight": torch.zeros(40, 3, 8, 8)}}
+    for name, wrong in refused.items():
+        save_file(wrong, tmp_path / "tower.safetensors")
+        one_line(start(f"--name {name.split()[-1]}"), "tower.safetensors: no ViT in floating point")
+
+
+def test_a_tower_that_was_locked_warms_up_when_it_is_free(store):
+    s = settings_for(lock_image=10, warmup=4, steps=40, lr=2.0, **TOWER)
+    model, optimizer = train.build(store, EVERY, s, torch.device("cpu"), fit=False)
+    towers = [set(group["params"]) <= set(model.visual.parameters()) for group in optimizer.param_groups]
+    assert [group["start"] for group in optimizer.param_groups] == [10 * tower for tower in towers]
+    assert sorted(towers) == [False, False, True, True]
+    rates = [train.learning_rate(step, s, 10) / train.learning_rate(step, s) for step in (10, 11, 13, 30)]
+    assert rates == pytest.approx([0.25, 0.5, 1, 1])
 
 
 # --- interrupted, and gone on with
@@ -610,7 +632,7 @@ def test_a_run_that_was_killed_or_stopped_goes_on_as_if_nothing_had_been(run, sm
     if kill:
         assert done.returncode == -signal.SIGKILL and saved % 20 == 0
     else:
-        assert done.returncode == 0 and "the same command goes on" in done.stdout, done.stderr
+        assert done.returncode == 143 and "the same command goes on" in done.stdout, done.stderr
         assert saved == len(losses(folder)) and "Traceback" not in done.stderr and not left  # no loader
     done = fit(run, small[0], f"{flags} --name part")
     assert done.returncode == 0 and f"from step {saved}" in done.stdout, done.stderr
@@ -650,8 +672,70 @@ def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"step": 1}))
     assert "nothing left to do" in fit(run, store, flags).stdout  # killed within the last checkpoint
     assert json.loads((folder / "config.json").read_text()) == config and weights(folder) == trained
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    one_line(fit(run, store, flags), "out/store/model.safetensors", "train or download it anew")
     assert fit(run, store, f"{flags} --lr 0.5 --overwrite").returncode == 0
     assert weights(folder) != trained and len(losses(folder)) == 2
+    for name in ("training.pt", "model.safetensors"):  # somebody else's
+        theirs = tmp_path / "out" / name.split(".")[0]
+        theirs.mkdir()
+        (theirs / name).write_bytes(b"theirs")
+        one_line(fit(run, store, f"{flags} --name {theirs.name}"), name, "no run of train.py left this here")
+        assert [path.read_bytes() for path in theirs.iterdir()] == [b"theirs"]
+
+
+def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path):
+    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL]
+    with files.alone(tmp_path / "out/store"):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    one_line(done, "out/store: another process is writing here")
+    assert fit(run, small[0], "--steps 2").returncode == 0  # the lock is nobody's any more
+
+
+@pytest.mark.parametrize("environment", [
+    "SLURM_NTASKS=8", "WORLD_SIZE=2", "RANK=x WORLD_SIZE=2", "RANK=-1", "WORLD_SIZE=x"])
+def test_processes_that_know_nothing_of_one_another_are_refused(run, small, tmp_path, monkeypatch,
+                                                                 environment):
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    one_line(fit(run, small[0], "--steps 2"), "RANK, WORLD_SIZE", "torchrun")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_caption_has_nothing_to_agree_with(run, small, tmp_path):
+    """Then whitening is taken; of two trained sets the agreement knows nothing of the third."""
+    done = fit(run, small[0], "--steps 1 --text-projection agree+linear")
+    assert "text projection: whiten" in done.stdout
+    config = json.loads((tmp_path / "out/store/config.json").read_text())
+    assert config["training"]["text_projection"] == "whiten+linear"
+    table = small[0] / "captions.tsv"
+    table.write_text(table.read_text().replace("A thing.\tA thing.\tA", "A thing.\tIt.\tA long"))
+    flags = "--steps 1 --text-projection agree --name"
+    assert "whiten" not in fit(run, small[0], f"{flags} agree").stdout
+    assert "whiten," in fit(run, small[0], f"{flags} one --columns long.0,long.1").stdout
+
+
+def test_agreement_is_of_the_columns_that_are_trained(long_store):
+    """Whatever the others hold."""
+    maps = []
+    columns = [1, 2, 5]
+    for damage in (False, True):
+        text = flame.TextProjection(24, 24)
+        read = long_store.read
+
+        class Other:
+            path, meta = long_store.path, long_store.meta
+            __len__ = staticmethod(lambda: len(long_store))
+
+            @staticmethod
+            def read(rows, wanted):
+                x = read(rows, EVERY)
+                x[:, [c for c in EVERY if c not in columns]] = torch.nan if damage else 1.0
+                return x[:, list(wanted)]
+        projection.fit_text_projection(text, Other(), "agree", columns)
+        maps.append(text.state_dict())
+    assert all(maps[0][name].equal(maps[1][name]) for name in maps[0])
+    assert maps[0]["mean"][columns].any(1).all() and not maps[0]["mean"][[0, 3]].any()
 
 
 @pytest.mark.parametrize("name, damage", [
@@ -660,7 +744,7 @@ def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
     ("config.json", b"{"), ("config.json", b'{"step": 1}'), ("config.json", b"[1]")], ids=str)
 def test_a_damaged_checkpoint_is_one_line(run, small, tmp_path, name, damage):
     train.STOP.append(True)  # one step of four is done, as if SIGTERM had come
-    assert fit(run, small[0], "--steps 4").returncode == 0
+    assert fit(run, small[0], "--steps 4").returncode == 143
     train.STOP.clear()
     path = tmp_path / "out/store" / name
     if isinstance(damage, dict):
@@ -677,8 +761,8 @@ def test_a_damaged_checkpoint_is_one_line(run, small, tmp_path, name, damage):
 
 def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
     """A batch without a readable one is no step of the optimizer; the run goes on, and ends."""
-    bad = ["p003", "p004", "p005", "p006"]
-    for key, damage in zip(bad, ("cut", "other", "pipe", "missing")):
+    bad = ["p003", "p004", "p005", "p006", "p007"]
+    for key, damage in zip(bad, ("cut", "other", "pipe", "missing", "16 bits")):
         path = tmp_path / "data" / f"{key}.png"
         start = path.read_bytes()[:300]
         path.unlink()
@@ -686,13 +770,16 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
             path.write_bytes(start if damage == "cut" else b"not a picture")
         elif damage == "pipe":
             os.mkfifo(path)
+        elif damage == "16 bits":  # which PIL would make white
+            Image.fromarray(np.arange(768, dtype=np.uint16).reshape(24, 32) * 80).save(path)
     for name, batch, steps in (("store", 12, 6), ("single", 1, 48)):  # three epochs, two
         done = fit(run, small[0], f"--batch {batch} --steps {steps} --name {name}")
-        assert done.returncode == 0 and "skipped 4 unreadable pictures" in done.stderr, done.stderr
+        assert done.returncode == 0 and "skipped 5 unreadable pictures" in done.stderr, done.stderr
         out = tmp_path / "out" / name
         skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
         assert sorted(skipped) == bad and "UnidentifiedImageError" in skipped["p004"]
-        assert len(entries(out)) == (steps if batch > 1 else 2 * 20)
+        assert "ValueError" in skipped["p007"]
+        assert len(entries(out)) == (steps if batch > 1 else 2 * 19)
         assert json.loads((out / "config.json").read_text())["step"] == steps
     for key in small[1]:
         (tmp_path / "data" / f"{key}.png").unlink(missing_ok=True)

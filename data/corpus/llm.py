@@ -93,7 +93,6 @@ def convert_gguf(gguf_file, folder):
         name = ".".join(NAMES.get(part, part) for part in tensor.name.split("."))
         weights[name] = np.ascontiguousarray(weight, dtype=np.float16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    os.chmod(folder / "model.safetensors", 0o644)
 
     tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
     vocabulary = {token: i for i, token in enumerate(tokens)}

@@ -8,6 +8,7 @@ from data import files
 from data.corpus.painting import draw_object, draw_scene
 from data.corpus.rewording import SYNONYMS, reworded
 from data.corpus.words import BACKGROUNDS, OBJECTS, RELATIONS, UNSEEN, captions, translated
+from flame import InputError
 
 HEADERS = {
     "demo": "key image raw short long",
@@ -56,12 +57,15 @@ def choose_scenes(sizes, rng):
 
 
 def make_corpus(folder, settings):
-    """Pictures, captions and names; at last demo.json, which says that all is there.
+    """Pictures, captions and names; at last what demo.json has, which says that all is there.
 
-    settings: what demo.json has, by data/demo.py.
+    settings: that, by data/demo.py. Raises InputError where pictures lie that it did not make.
     """
+    mark = folder / "demo.json"
+    if (folder / "images").exists() and not mark.exists():
+        raise InputError(f"{folder}/images: other pictures lie where the demo's belong; move them away")
     print(f"{folder}: drawing the pictures and writing the captions")
-    (folder / "demo.json").unlink(missing_ok=True)
+    files.write_text(mark, "")  # ours, not yet whole
     shutil.rmtree(folder / "images", ignore_errors=True)
     for part in ("train", "val", "test", "objects"):
         (folder / "images" / part).mkdir(parents=True)
@@ -96,4 +100,4 @@ def make_corpus(folder, settings):
     for name, rows in tables.items():
         files.write_text(folder / f"{name}.tsv", "".join("\t".join(row) + "\n" for row in rows))
     files.write_text(folder / "CREDITS.txt", CREDITS)
-    files.write_text(folder / "demo.json", json.dumps(settings, indent=2))
+    files.write_text(mark, json.dumps(settings, indent=2))

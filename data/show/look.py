@@ -1,12 +1,8 @@
-"""Looking before and after stage 1: embed.py's --plan, --inspect and --draw. `args` is its command line.
-
-What a run would take, before any hours are spent; what is in a store, and is it whole; a caption's forest as
-a picture.
+"""Looking at stage 1: embed.py's --inspect, what is in a store, and is it whole, and --draw, a caption's
+forest as a picture. `args` is its command line.
 """
 import json
-import tempfile
 import textwrap
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,57 +10,15 @@ import torch
 from torch.nn.functional import normalize
 
 import flame
-from data import captions, files, released
+from data import captions, files
 from data.show.plots import new_figure
 from data.show.words import load_unembedding
 from data.store import llm_fingerprint
-from flame import COLUMNS, PROMPTS, InputError
+from flame import COLUMNS, InputError
 
 SAMPLE = 1000            # at most so many captions or rows are looked at: means are within a few percent
-H100 = 0.4 * 989e12      # FLOP/s of an H100 SXM: its dense bfloat16 peak, 40% of it used
 PALETTE = ("#64748b", "#2563eb", "#dc2626", "#d97706", "#059669", "#7c3aed",
            "#db2777", "#0891b2", "#65a30d", "#9333ea", "#ea580c", "#0d9488")
-
-
-# -----------------------------------------------------------------------------
-# --plan
-
-def plan(args):
-    """Prints tokens, hours and bytes of a run, from a sample of its captions and the LLM's config alone."""
-    with tempfile.TemporaryDirectory() as scratch:
-        table = Path(scratch, "captions.tsv")
-        captions.write_table(table, args.captions, args.join)
-        total = sum(1 for _ in captions.read_table(table))
-        step = total // SAMPLE + 1
-        sample = list(islice(captions.read_table(table), 0, None, step))
-    config = flame.llm_config(args.llm)
-    tokenizer = flame.load_tokenizer(args.llm)
-    costs = []
-    for prompts in PROMPTS:
-        forest, apart = forest_of(args, tokenizer, [getattr(row, prompts) for row in sample], prompts)
-        costs.append([apart, len(forest.tokens)])
-    apart, shared = np.sum(costs, 0) / len(sample)  # of one caption
-
-    N = args.plan or total
-    D = config["hidden_size"]
-    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-    weights = args.layer * D * (heads * config["head_dim"] + 3 * config["intermediate_size"])
-    hours = N * shared * 2 * weights / H100 / 3600  # attention adds a few percent
-    size = 2e-9 * N * len(COLUMNS) * D
-    print(f"{args.captions}: {total} captions, planned as {N}")
-    print(f"tokens of a caption and its questions, in the mean of {len(sample)}: {apart:.0f}, "
-          f"{shared:.0f} where shared ones count once")
-    print(f"{args.layer} blocks, {weights} weights: {hours:.3g} hours on an H100 at 40% of its peak, "
-          f"{hours / 8:.3g} on 8")
-    print(f"store: [{N}, {len(COLUMNS)}, {D}] in float16, {size:.1f} GB")
-
-
-def forest_of(args, tokenizer, texts, prompts):
-    """-> (the forest of all texts, each asked all questions, how many tokens it were with nothing shared)"""
-    prefixes, suffixes = released.text_path(args.positions)(tokenizer, texts, prompts)
-    forest = flame.caption_forest(prefixes, suffixes, args.positions)
-    depths = flame.token_depths(forest.lengths, forest.parents)
-    return forest, (depths[forest.answers] + 1).sum()
 
 
 # -----------------------------------------------------------------------------
@@ -117,7 +71,9 @@ def draw(args):
     stands the tree of segments. Nothing is drawn without matplotlib.
     """
     tokenizer = flame.load_tokenizer(args.llm)
-    forest, apart = forest_of(args, tokenizer, [args.draw], "long")
+    prefixes, suffixes = flame.tokenize(tokenizer, [args.draw], "long")
+    forest = flame.caption_forest(prefixes, suffixes, args.positions)
+    apart = sum(len(prefixes[0]) + len(facet) for facet in suffixes[0])
     T = len(forest.tokens)
     figure = new_figure(0.13 * T, 0.13 * T, None)
     if figure is None:

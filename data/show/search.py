@@ -16,9 +16,10 @@ def search(args, places, towers):
     if not places:
         raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
     image, kept = encode_images(towers, places, least=1)
+    left_out = len(places) - len(kept)
     places = [places[i] for i in kept]
     if not args.search:
-        return page.serve(args, places, image, towers)
+        return page.serve(args, places, image, towers, left_out)
     rows = []
     for query in args.search:
         if os.path.isfile(query):   # a text may be too long for a file's name
@@ -26,7 +27,7 @@ def search(args, places, towers):
         else:
             vectors = encode_texts(towers, [query], page.prompts_of(args, query))
         scores, best = sheet.best_of(image, vectors[0], args.top)
-        head = f"the best of {len(image)} pictures"
+        head = f"the best of {len(image)} pictures, {left_out} cannot be read"
         print(f"{sheet.printable(query)}: {head}")
         tiles = []
         for number, i in enumerate(best, 1):

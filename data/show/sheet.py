@@ -45,12 +45,13 @@ def best_of(image, text, most=None):
     return scores, np.argsort(-scores, kind="stable")[:most]
 
 
-def draw_sheet(shown, ranks, path):
+def draw_sheet(shown, ranks, title, path):
     """Writes eight of the texts and the five best pictures of each, the right one in green.
 
     ranks int [N]: 0 where a right picture is first. Where none is among the five, the best one is the sixth.
+    title: what stands above.
     """
-    rows = []
+    rows = [draw_row(title, INK, "", [])]
     for query in np.sort(np.random.default_rng(0).permutation(len(ranks))[:QUERIES]):
         _, order = best_of(shown.image, shown.text[query])
         right = shown.image_ids == shown.text_ids[query]
