@@ -106,7 +106,7 @@ def run_windows(out, encoder, windows, total):
     meta = read_json(out / "meta.json")
     todo = sum(min(meta["window"], meta["N"] - w * meta["window"]) for w in windows)
     size = 2e-9 * meta["N"] * len(COLUMNS) * meta["D"]
-    say(f"{out}: {size:.2g} GB, {len(meta['starts'])} windows of {meta['window']} rows, {total} to make; "
+    say(f"{out}: {size:.2g} GB; {total} of {len(meta['starts'])} windows of {meta['window']} rows to make; "
         f"layer {encoder.layer}, {meta['dtype']} on {ranks()} x {meta['device']}, {encoder.kernels}")
     work = packed_rows(out, meta, windows, encoder)
     if meta["device"] == "cuda":
@@ -181,7 +181,7 @@ def start(encoder, forest, n):
             copied.synchronize()
         if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # nor NaN
             raise InputError(f"{encoder.llm_dir}: its states are zero or not finite; give --dtype "
-                                   "bfloat16 or float32, or download its weights anew")
+                             "bfloat16 or float32, or download its weights anew")
         return units
     return wait
 

@@ -56,15 +56,12 @@ class PromptSet(NamedTuple):
 
 FACETS = (
     'this image description means in just one word:"',  # all of it
-    # entity level
-    'the category of the main object in this image means in just one word:"',
+    'the category of the main object in this image means in just one word:"',  # entity level
     'the prominent characteristic or pattern of the main object in this image means in just one word:"',
     'the category of the minor object in this image means in just one word:"',
     'the prominent characteristic or pattern of the minor object in this image means in just one word:"',
-    # interaction level
-    'the primary action or event taking place in this image means in just one word:"',
-    # scene level
-    'the overall atmosphere or emotion of this image means in just one word:"',
+    'the primary action or event taking place in this image means in just one word:"',  # interaction level
+    'the overall atmosphere or emotion of this image means in just one word:"',  # scene level
 )
 PREFIX = 'Image description : "{}" . After thinking step by step ,'
 # To ask questions of your own, edit these; stores and checkpoints record theirs, those of others are refused.
@@ -402,8 +399,7 @@ class TextEncoder:
                 chosen = [prefixes[j] for j in batch], [suffixes[j] for j in batch]
                 forest = caption_forest(*chosen, self.positions)
                 if forest.tokens.max() >= len(self.decoder.embedding):
-                    raise InputError(f"{self.llm_dir}: its tokenizer knows more tokens than its weights; "
-                                     "they belong to different models")
+                    raise InputError(f"{self.llm_dir}: its tokenizer knows more tokens than its weights do")
                 yield batch, forest
                 made = due
                 batch = []
@@ -431,9 +427,7 @@ class Attention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).reshape(B, S, width))
 
 
-class QuickGELU(nn.Module):
-    """What OpenAI's CLIP was trained with in GELU's place."""
-
+class QuickGELU(nn.Module):  # what OpenAI's CLIP was trained with in GELU's place
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
@@ -673,8 +667,7 @@ def llm_folder(name):
         twice = ["consolidated*", "*/*"]  # the same weights once more, as Mistral's own code reads them
         return Path(snapshot_download(str(name), allow_patterns=names, ignore_patterns=twice))
     except Exception as error:  # offline, gated, no such model, a full disk
-        raise InputError(f"{name}: no such folder, and as a Hugging Face id it is out of reach "
-                         f"({explained(error)}); download it, and give its folder") from None
+        raise InputError(f"{name}: no such folder, and no Hugging Face id: {explained(error)}") from None
 
 
 def llm_config(llm_dir):
@@ -765,15 +758,13 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     blocks = config["num_hidden_layers"]
     layer = blocks - 1 if layer is None else layer
     if not 1 <= layer <= blocks:
-        raise InputError(f"{llm_dir}: layer {layer} asked for, but the model has {blocks} blocks; "
-                         f"choose 1 to {blocks}")
+        raise InputError(f"{llm_dir}: layer {layer} asked for; choose 1 to {blocks}, its blocks")
     read, names = weights_reader(llm_dir)
 
     def weight(name, *shape, to=dtype):
         tensor = read(name)
         if tuple(tensor.shape) != shape:
-            raise InputError(f"{llm_dir}: tensor {name} has shape {list(tensor.shape)} where config.json "
-                             f"implies {list(shape)}; weights and config belong to different models")
+            raise InputError(f"{llm_dir}: {name} is {list(tensor.shape)}, by config.json {list(shape)}")
         return tensor.to(device, to)
 
     embedding = weight("model.embed_tokens.weight", config["vocab_size"], config["hidden_size"])
@@ -797,8 +788,7 @@ def load_block(llm_dir, config, weight, names, prefix):
     for name in sorted(names):
         odd = name.startswith(prefix) and name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
         if odd and name not in biases + norms:  # to leave it out would give other states
-            raise InputError(f"{llm_dir}: tensor {name} is not supported in a {family} checkpoint; "
-                             "use one without it")
+            raise InputError(f"{llm_dir}: tensor {name} is not supported in a {family} checkpoint")
     bias = [weight(name, n * head_dim) for name, n in zip(biases, heads.values())]
     norm = [weight(name, head_dim, to=torch.float32).expand(n, -1) for name, n in zip(norms, heads.values())]
     return {
@@ -853,17 +843,13 @@ def read_tokenizer_json(path):
 def read_sentencepiece(path):
     from sentencepiece import SentencePieceProcessor
     pieces = SentencePieceProcessor(model_file=str(path))
-    start = [pieces.bos_id()] if adds_bos(path) else []
+    settings = path.with_name("tokenizer_config.json")
+    bos = read_json(settings, LLM_CURE).get("add_bos_token", True) if settings.exists() else True
+    start = [pieces.bos_id()] if bos else []
 
     def encode_batch(texts):
         return [start + ids for ids in pieces.encode(texts)]
     return Tokenizer(lambda text: start + pieces.encode(text), encode_batch, pieces.decode)
-
-
-def adds_bos(path):
-    """Does the tokenizer.model want BOS in front? tokenizer_config.json beside it says so."""
-    settings = path.with_name("tokenizer_config.json")
-    return bool(read_json(settings, LLM_CURE).get("add_bos_token", True)) if settings.exists() else True
 
 
 def tokenize(tokenizer, captions, prompts):
@@ -978,10 +964,8 @@ def usable_kernels(decoder):
     at = decoder.embedding
     if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16):
         return TWINS
-    if at.is_cpu:
-        return NATIVE if flame_ext.cpu else TWINS
     if not at.is_cuda:
-        return TWINS
+        return NATIVE if at.is_cpu and flame_ext.cpu else TWINS
     limit = 0.05 if at.dtype == torch.bfloat16 else 1e-3
     try:
         if not flame_ext.cuda:
@@ -1042,8 +1026,7 @@ class Store:
             names = ["captions.tsv", *(f"{w:06d}.npy" for w in range(-(-self.N // self.window)))]
         missing = sorted(set(names) - set(os.listdir(self.path)))
         if missing:
-            raise InputError(f"{self.path}: {missing[0]} and {len(missing) - 1} other files are missing; "
-                             "run the same embed.py command again")
+            raise InputError(f"{self.path}: {missing[0]} is missing; run the same embed.py command again")
         self.vectors = functools.lru_cache(8192)(self.open_window)  # a process may map 65,000 files
 
     def __len__(self):
@@ -1075,13 +1058,20 @@ class Store:
     def images(self):
         return [image for _, image in self.table]
 
-    def read(self, rows, columns) -> torch.Tensor:
-        """int [n] rows, [m] columns for all rows or [n, m] -> float32 [n, m, D] of unit vectors"""
+    def take(self, rows, columns) -> torch.Tensor:
+        """int [n] rows, [m] columns for all rows or [n, m] -> float16 [n, m, D], as they lie there"""
         columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
+        if not np.isin(columns, range(len(COLUMNS))).all():
+            raise IndexError(f"a store has {len(COLUMNS)} columns")
         out = np.empty((*columns.shape, self.D), np.float16)
-        for i, (w, row) in enumerate(zip(*np.divmod(rows, self.window))):
-            np.take(self.vectors(int(w))[row], columns[i], axis=0, out=out[i])
-        vectors = torch.from_numpy(out).float()
+        windows, places = (x.tolist() for x in np.divmod(rows, self.window))
+        for i, (w, row) in enumerate(zip(windows, places)):
+            np.take(self.vectors(w)[row], columns[i], axis=0, out=out[i], mode="clip")  # "raise" copies twice
+        return torch.from_numpy(out)
+
+    def read(self, rows, columns) -> torch.Tensor:
+        """The same as float32, of length 1 to its last bit."""
+        vectors = self.take(rows, columns).float()
         return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
 
 

@@ -218,7 +218,7 @@ def settle(s, images, columns, D):
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
         raise InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, at most {images}, "
-                               "the images")
+                         "the images")
     s["positives"] = min(s["positives"], columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))
@@ -339,7 +339,7 @@ def take_steps(run, start, tensorboard=False):
                 failures = progress.note_skipped(out, failures)
             elif due:
                 raise InputError(f"{out}: no picture of {step + 1} steps could be read (first: key "
-                                       f"{': '.join(failures[0])}); give the right --images DIR")
+                                 f"{': '.join(failures[0])}); give the right --images DIR")
             bar.update()
             if rank() == 0 and loss is not None:
                 spent = time.time() - begun
@@ -375,7 +375,7 @@ def take_step(run, step, batch):
     loss, stop = gather(torch.stack([loss, told])).mean(0).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
         raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept; "
-                               "lower --lr, and check the store by embed.py --inspect")
+                         "lower --lr, and check the store by embed.py --inspect")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s, group["start"])
         for p in group["params"] if step < group["start"] else ():

@@ -10,6 +10,7 @@ import csv
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -43,6 +44,7 @@ WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 DAMAGED = "tar that is none, or damaged from there on"
 LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
 ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
+LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
 DUCKDB = {"memory_limit": "4GB", "threads": 8}  # what does not fit goes to the disk
 
 # White space but the space; a caption is one line with single spaces, a name has no tab or line break.
@@ -222,6 +224,8 @@ def fingerprint(sources):
     digest = hashlib.sha256()
     for source in sources:
         for file in source_files(source):
+            if file.suffix == ".txt" and os.path.isdir(source) and not pictures_beside(file):
+                continue  # no caption; train.py may write one there
             name = os.path.relpath(file, Path(source).parent)
             digest.update(os.fsencode(f"{name} {file.stat().st_size}\n"))
             if file.suffix != ".tar":
@@ -370,10 +374,14 @@ def tar_rows(files, skipped):
                 yield place, row
 
 
+def pictures_beside(file):
+    return [file.with_suffix(suffix) for suffix in PICTURES if file.with_suffix(suffix).is_file()]
+
+
 def text_rows(folder, files, skipped):
     """Each a.txt that has a picture beside it; the picture's path is key and image."""
     for file in files:
-        pictures = [file.with_suffix(suffix) for suffix in PICTURES if file.with_suffix(suffix).is_file()]
+        pictures = pictures_beside(file)
         if not pictures:
             skip(skipped, "text without a picture beside it", str(file))
             continue
@@ -390,17 +398,26 @@ def sample_name(path):
     return folder + slash, key, suffix.lower()
 
 
+class _Headers(io.BufferedReader):
+    """A tar as tarfile reads it, by headers. One of megabytes, which takes its parser minutes, is refused."""
+
+    def read(self, size):
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
 def tar_files(path, skipped):
     """Yields (folder, key, suffix, first byte, bytes) of a tar's regular files, in its order; unpacks none.
 
-    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED].
+    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED]. Sparse files are left out.
     """
     try:
         if not os.path.isfile(path):
             raise tarfile.ReadError("not a regular file")
         size = os.path.getsize(path)
         end = -1
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # or tarfile remembers them all
                 if tar.offset <= end:  # a negative size; what comes before would come again without end
@@ -409,13 +426,15 @@ def tar_files(path, skipped):
                 folder, key, suffix = sample_name(member.name)
                 if not member.isfile() or not key or not suffix:
                     continue
-                if 0 <= member.size <= size - member.offset_data:
+                if member.issparse():
+                    skip(skipped, "sparse file in a tar", f"{path}:{member.name}")
+                elif 0 <= member.size <= size - member.offset_data:
                     yield folder, key, suffix, member.offset_data, member.size
                 else:
                     raise tarfile.ReadError(f"{member.name} is cut off")
             # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
             file.seek(tar.offset)
-            blocks = iter(lambda: file.read(1 << 14), b"")
+            blocks = iter(lambda: file.read(LARGEST_HEADER), b"")
             if size < tar.offset + 512 or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
     except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too

@@ -226,7 +226,7 @@ class Batches(torch.utils.data.Dataset):
                 readable[i] = True
             except Exception as error:  # decoders raise nearly anything on a stranger's bytes
                 failed.append((self.store.keys[self.rows[chosen[i]]], reason(place, error)))
-        facets = self.store.read(self.rows[chosen], columns).half()
+        facets = self.store.take(self.rows[chosen], columns)
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 
     def open(self, place):

@@ -61,14 +61,18 @@ def windows_to_make(out, settings, make_table, overwrite):
 def llm_fingerprint(llm_dir):
     """Names an LLM by what is read of it: 16 hexadecimal digits of a SHA-256.
 
-    Over config.json, the tokenizer's file, and each safetensors file's name, header and every tensor's first
+    Over config.json, the tokenizer's files, and each safetensors file's name, header and every tensor's first
     4 KiB: under a second for a 24-GB model, and a fine-tune of few tensors and its base are told apart.
     """
     tokenizer = flame.tokenizer_file(llm_dir)
-    bos = tokenizer.suffix == ".model" and flame.adds_bos(tokenizer)
-    digest = hashlib.sha256(f"{tokenizer.name} {bos}".encode() + tokenizer.read_bytes())
-    with reading(Path(llm_dir, "config.json"), flame.LLM_CURE) as path:
-        digest.update(path.read_bytes())
+    names = ["config.json", tokenizer.name]
+    settings = Path(llm_dir, "tokenizer_config.json")  # says whether BOS is in front
+    if tokenizer.suffix == ".model" and settings.exists():
+        names.append(settings.name)
+    digest = hashlib.sha256(tokenizer.name.encode())
+    for name in names:
+        with reading(Path(llm_dir, name), flame.LLM_CURE) as path:
+            digest.update(path.read_bytes())
     for path in sorted(Path(llm_dir).glob("model*.safetensors")):
         with reading(path, flame.LLM_CURE), open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")

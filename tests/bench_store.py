@@ -5,7 +5,7 @@
 
 The peer is how the released FLAME code keeps them: a float16 [11, D] tensor a file, loaded whole. Cold: the
 files' pages are dropped from the system's cache before every batch. Warm: they were read just before. Rows
-are drawn anew for every batch; the ways take turns.
+are drawn anew for every batch; the ways take turns. Store.take is what training reads.
 """
 import argparse
 import os
@@ -20,9 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import flame  # noqa: E402
-from data import files, store  # noqa: E402
+from data import files  # noqa: E402
+from data.store import write_window  # noqa: E402
 
 M, PICKED, BATCH = 11, 6, 256
+LABELS = {"pth": ".pth file a row, float32", "read": "Store.read, float32", "take": "Store.take, float16"}
+FOLDERS = {"pth": "pth", "read": "store", "take": "store"}
 
 
 def make(folder, rows, D, window):
@@ -36,7 +39,7 @@ def make(folder, rows, D, window):
     meta = {"N": rows, "D": D, "window": window, "llm": {"questions": flame.questions()}}
     files.write_json(folder / "store/meta.json", meta)
     for w in range(-(-rows // window)):
-        store.write_window(folder / "store", w, vectors[w * window:(w + 1) * window])
+        write_window(folder / "store", w, vectors[w * window:(w + 1) * window])
     for i in range(rows):
         torch.save(torch.from_numpy(vectors[i]).clone(), folder / "pth" / f"{i}.pth")
     os.sync()
@@ -57,8 +60,8 @@ def main():
     args = parser.parse_args()
     flame.keep_freed_memory()  # as train.py does, for all ways alike
     print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads; {args.rows} rows x {M}, "
-          f"batches of {BATCH} rows, {PICKED} embeddings a row -> float32 unit vectors")
-    print(f"{'D':>6} {'cache':6} {'':20} {'rows/s':>10} {'x .pth':>8}")
+          f"batches of {BATCH} rows, {PICKED} embeddings a row")
+    print(f"{'D':>6} {'cache':6} {'':24} {'rows/s':>10} {'x .pth':>8}")
     for D in map(int, args.dims.split(",")):
         with tempfile.TemporaryDirectory(dir=".") as folder:
             folder = Path(folder)
@@ -69,7 +72,8 @@ def main():
                           for row, chosen in zip(rows, torch.from_numpy(columns))]
                 return torch.stack(picked).float()
 
-            ways = {"pth": from_files, "store": flame.open_store(folder / "store").read}
+            store = flame.open_store(folder / "store")
+            ways = {"pth": from_files, "read": store.read, "take": store.take}
             for cache in ("warm", "cold"):
                 random = np.random.default_rng(1)
                 seconds = dict.fromkeys(ways, 0.0)
@@ -78,14 +82,14 @@ def main():
                     rows = random.integers(0, args.rows, BATCH)
                     columns = random.random((BATCH, M)).argsort(1)[:, :PICKED]
                     for name, read in ways.items():
-                        read(rows, columns) if cache == "warm" else drop(folder / name)
+                        read(rows, columns) if cache == "warm" else drop(folder / FOLDERS[name])
                         started = time.perf_counter()
                         out = read(rows, columns)
                         seconds[name] += time.perf_counter() - started
                         assert out.shape == (BATCH, PICKED, D)
-                for name, label in (("pth", ".pth file per sample"), ("store", "store")):
+                for name, label in LABELS.items():
                     rate = BATCH * batches / seconds[name]
-                    print(f"{D:6} {cache:6} {label:20} {rate:10.0f} {seconds['pth'] / seconds[name]:8.1f}",
+                    print(f"{D:6} {cache:6} {label:24} {rate:10.0f} {seconds['pth'] / seconds[name]:8.1f}",
                           flush=True)
 
 

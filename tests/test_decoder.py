@@ -275,7 +275,7 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
     (LLAMA, config(rope_parameters=dict(rope_type="linear")), "config.json: no 'factor'"),
     (LLAMA, config(hidden_act="gelu"), "config.json: hidden_act 'gelu'"),
     (LLAMA, config(head_dim=11), "config.json: 4 heads of 11"),
-    (LLAMA, config(hidden_size=64, head_dim=12), "has shape .* where config.json implies"),
+    (LLAMA, config(hidden_size=64, head_dim=12), "is .*, by config.json "),
     (LLAMA, config(quantization_config={"quant_method": "fp8"}), "config.json: the weights are quantised"),
     (LLAMA, quantised(torch.int8), "model.safetensors: .*_proj.weight is torch.int8"),
     (LLAMA, quantised(torch.float8_e4m3fn), "model.safetensors: .*_proj.weight is torch.float8_e4m3fn"),
@@ -587,7 +587,8 @@ def test_heads_are_as_many_as_in_open_clip():
             continue
         width, patch = config["width"], config["patch_size"]
         weights = {"visual.conv1.weight": torch.empty(width, 3, patch, patch, device="meta"),
-                   "visual.positional_embedding": torch.empty((config["image_size"] // patch) ** 2 + 1, 1)}
+                   "visual.positional_embedding": torch.empty((config["image_size"] // patch) ** 2 + 1, 1),
+                   "visual.transformer.resblocks.0": torch.empty(1)}
         assert released.sizes_of(weights)["heads"] == width // config.get("head_width", 64), name
         looked_at += 1
     assert looked_at > 30

@@ -387,7 +387,7 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
         for a, b, *parts in zip(first[step][0], again[step][0], *(half[step][0] for half in halves)):
             assert a.equal(b) and a.equal(torch.cat(parts))  # two ranks see the halves of one rank's batch
     assert not first[0][0][0].equal(other[0][0][0])
-    everything = store.read(range(24), EVERY).half()
+    everything = store.take(range(24), EVERY)
     seen = []
     for step in range(3):  # 24 images, batch 8: one epoch
         (pixels, facets, columns, readable, kept), failed = first[step]
@@ -500,7 +500,7 @@ def test_a_trained_map_follows_the_closed_form(rank):
 
 def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     store, colors = small
-    done = fit(run, store, "--steps 60 --name colors --lr 3e-3")
+    done = fit(run, store.relative_to(tmp_path), "--steps 60 --name colors --lr 3e-3")
     assert done.returncode == 0 and "24 images" in done.stdout, done.stderr
     log = entries(tmp_path / "out/colors")
     assert [e["step"] for e in log] == list(range(60)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
@@ -512,6 +512,9 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     best = flame.similarity(image, text).argmax(1)
     names = list(colors.values())
     assert np.mean([names[n] == names[m] for n, m in enumerate(best.tolist())]) > 0.9
+    config = json.loads((tmp_path / "out/colors/config.json").read_text())
+    assert config["store"]["path"] == str(store)  # absolute, wherever one is
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out/colors").iterdir()} == {0o644}
     made = {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
     assert {path.name for path in (tmp_path / "out/colors").iterdir()} == made
     curve = np.array(Image.open(tmp_path / "out/colors/curve.png").convert("RGB")).reshape(-1, 3)
@@ -583,6 +586,8 @@ def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
     mlp = flame.load(tmp_path / "out/quick").visual.transformer.resblocks[0].mlp
     torch.testing.assert_close(mlp.gelu(free.visual.conv1.weight),
                                open_clip.transformer.QuickGELU()(free.visual.conv1.weight))
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    one_line(start("--name pipe --image-tower pipe.safetensors"), "pipe.safetensors: not a regular file")
     refused = {"int8": {name: x.to(torch.int8) for name, x in tensors.items()},
                "no blocks": {name: x for name, x in tensors.items() if "resblocks" not in name},
                "width 40": tensors | {"visual.conv1.weight": torch.zeros(40, 3, 8, 8)}}

@@ -9,7 +9,9 @@
 """
 import errno
 import json
+import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -20,11 +22,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 import embed
 import flame
+from data.command import bar
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [("key", "image", "raw", "short", "long")]
@@ -67,6 +71,20 @@ def files_of(folder):
 def command(*arguments):
     return [sys.executable, ROOT / "embed.py", "--captions", "small.tsv", "--device", "cpu", "--window", "2",
             *map(str, arguments)]
+
+
+# --- what is said
+
+def test_without_a_terminal_a_bar_is_lines(capfd):
+    with bar(total=3, desc="counting") as done:
+        done.update(3)
+    lines = capfd.readouterr().err
+    assert "\r" not in lines and re.search("^counting: 100%.* 3/3 ", lines, re.M)
+
+
+def test_a_missing_llm_is_named_with_the_cure(run):
+    message = run("--llm", "nowhere", "--out", "new", code=2)
+    assert "nowhere" in message and "data/demo.py --make-only" in message and "$FLAME_LLM" in message
 
 
 # --- what is in a store
@@ -121,7 +139,7 @@ def test_what_is_unfinished_or_damaged_is_refused(run):
         flame.open_store(STORE)
     run()
     (STORE / "000003.npy").unlink()
-    with pytest.raises(flame.InputError, match="000003.npy and 0 other .* run the same embed.py command"):
+    with pytest.raises(flame.InputError, match="000003.npy is missing; run the same embed.py command"):
         flame.open_store(STORE)
     (STORE / "000003.npy").write_bytes((STORE / "000002.npy").read_bytes()[:-9])
     with pytest.raises(flame.InputError, match="000003.npy: .*delete it and run"):
@@ -236,6 +254,23 @@ def test_files_that_no_run_left_are_kept(run, name):
     Path("notes/readme.txt").write_text("mine")
     run("--out", "notes")
     assert files_of("notes")["readme.txt"] == b"mine"
+
+
+def test_what_the_stages_write_is_never_read_as_captions(run):
+    """A store and a checkpoint inside the folder of captions."""
+    Path("photos").mkdir()
+    for n in range(7):
+        Image.new("RGB", (8, 8)).save(f"photos/{n}.jpg")
+        Path(f"photos/{n}.txt").write_text(f"thing {n}")
+    run("--out", "photos/store", captions="photos")
+    before = files_of("photos/store")
+    os.remove("photos/store/000001.npy")
+    Path("photos/out/x").mkdir(parents=True)
+    Path("photos/out/x/skipped.txt").write_text("3\tUnidentifiedImageError")
+    run("--out", "photos/store", captions="photos")
+    assert files_of("photos/store") == before
+    Path("photos/3.txt").write_text("another thing")
+    assert "captions: sha256" in run("--out", "photos/store", captions="photos", code=2)
 
 
 DAMAGE = {"NaN": lambda name, tensor: tensor * float("nan"), "zeros": lambda name, tensor: tensor * 0,

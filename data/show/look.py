@@ -3,6 +3,7 @@ forest as a picture. `args` is its command line.
 """
 import json
 import textwrap
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.functional import normalize
 import flame
 from data import captions, files
 from data.show.plots import new_figure
-from data.show.words import load_unembedding
+from data.show.words import vocabulary
 from data.store import llm_fingerprint
 from flame import COLUMNS, InputError
 
@@ -49,16 +50,13 @@ def inspect(args):
     if store.meta["llm"]["fingerprint"] != llm_fingerprint(args.llm):
         raise InputError(f"{args.llm}: the store was made with another LLM; name it with --llm")
     print("\nthe words that set each facet apart: the LLM's unembedding of its state, less the corpus mean's")
-    norm, unembedding = load_unembedding(args.llm)
-    tokenizer = flame.load_tokenizer(args.llm)
+    words, vectors = vocabulary(args.llm)
     table = captions.read_table(Path(args.inspect, "captions.tsv"))
-    first = store.read(range(min(3, store.N)), every)
-    for facets, row in zip(first, table):
+    for facets, row in zip(states[:3], islice(table, 0, None, step)):
         print(f"{row.key}: {row.long[:150]}")
-        scores = (facets - mean) * norm @ unembedding.T         # [11, vocabulary]
-        nearest = scores.topk(4).indices
-        for column, tokens in zip(COLUMNS, nearest.tolist()):
-            print(f"  {column:8} {tokenizer.decode(tokens)}")
+        nearest = ((facets - mean) @ vectors.T).topk(min(4, len(words))).indices    # [11, 4]
+        for column, several in zip(COLUMNS, words[nearest]):
+            print(f"  {column:8} {' '.join(several)}")
 
 
 # -----------------------------------------------------------------------------
