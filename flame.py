@@ -1021,7 +1021,9 @@ class Store:
         self.path = Path(path)
         with reading(self.path / "meta.json", "make a store with embed.py") as meta:
             self.meta = json.loads(meta.read_text(encoding="utf-8"))
-            self.N, self.D, self.window = (int(self.meta[name]) for name in ("N", "D", "window"))
+            self.N, self.D, self.window = sizes = [int(self.meta[name]) for name in ("N", "D", "window")]
+            if min(sizes) < 1 or not isinstance(self.meta["captions"]["path"], str):
+                raise ValueError(f"N, D, window {sizes}, captions {self.meta['captions']}")
             check_questions(self.meta["llm"]["questions"], meta)
             names = ["captions.tsv", *(f"{w:06d}.npy" for w in range(-(-self.N // self.window)))]
         missing = sorted(set(names) - set(os.listdir(self.path)))
@@ -1038,7 +1040,8 @@ class Store:
     def open_window(self, w):
         """[rows, 11, D], mapped"""
         with reading(self.path / f"{w:06d}.npy", "delete it and run the same embed.py command again") as path:
-            return np.asarray(np.load(path, mmap_mode="r")).reshape(-1, len(COLUMNS), self.D)
+            rows = min(self.window, self.N - w * self.window)
+            return np.asarray(np.load(path, mmap_mode="r")).reshape(rows, len(COLUMNS), self.D)
 
     @functools.cached_property
     def table(self):
@@ -1096,4 +1099,7 @@ def load(checkpoint: str | Path) -> Flame:
             model = Flame(saved["model"] | {"llm": saved["llm"]})
         model.load_state_dict(weights, assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
+        layer, positions, path = (saved["llm"].get(name) for name in ("layer", "positions", "path"))
+        if positions not in POSITIONS or not isinstance(layer, int) or not isinstance(path, str | None):
+            raise ValueError(f"config.json speaks of layer {layer}, positions {positions}, path {path}")
     return model.eval()

@@ -51,6 +51,8 @@ def fit_text_projection(projection, store, spec, columns, device="cpu"):
     if kind == "none":
         return
     units = store.read(np.arange(0, len(store), -(-len(store) // SAMPLE)), columns)  # [n, K, D]
+    if not units.isfinite().all():
+        raise flame.InputError(f"{store.path}: vectors are NaN or infinite; make the store anew")
     projection.to(device)
     for k, c in enumerate(columns):
         fill(projection, c, units[:, k], whitening)

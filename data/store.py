@@ -21,7 +21,7 @@ from flame import InputError, read_json, reading
 
 # What the bytes depend on. Captions and LLM may have moved: their hashes tell.
 FIXED = ("llm: fingerprint", "llm: layer", "llm: positions", "llm: questions", "captions: sha256", "columns",
-         "dtype", "device", "budget", "window")
+         "D", "dtype", "device", "budget", "window")
 CURE = "choose another --out, or --overwrite"
 
 

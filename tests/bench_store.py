@@ -36,7 +36,8 @@ def make(folder, rows, D, window):
         (folder / name).mkdir()
     table = "".join(f"{i}\t\tA\tA\tA\n" for i in range(rows))
     (folder / "store/captions.tsv").write_text(f"key\timage\traw\tshort\tlong\n{table}")
-    meta = {"N": rows, "D": D, "window": window, "llm": {"questions": flame.questions()}}
+    meta = {"N": rows, "D": D, "window": window, "captions": {"path": ""},
+            "llm": {"questions": flame.questions()}}
     files.write_json(folder / "store/meta.json", meta)
     for w in range(-(-rows // window)):
         write_window(folder / "store", w, vectors[w * window:(w + 1) * window])

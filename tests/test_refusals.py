@@ -135,7 +135,7 @@ def folder(world, monkeypatch):
 def restore(state):
     changed = contents()
     for path in sorted(changed, reverse=True):  # a folder after what is in it
-        if changed[path] != state.get(path):
+        if path not in state or changed[path] != state[path]:
             clear(path)
     for path in sorted(state):
         if changed.get(path) == state[path]:
@@ -147,8 +147,10 @@ def restore(state):
 
 
 def contents():
-    """{path: bytes, or None for what is no file}"""
-    return {path: path.read_bytes() if path.is_file() else None for path in Path(".").rglob("*")}
+    """{path: bytes, or None for what is no file}; less the cache, of what was encoded before a refusal."""
+    cache = Path("scores/cache")
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(".").rglob("*")
+            if path not in (cache, cache.parent) and path.parent != cache}
 
 
 def clear(path):
@@ -269,7 +271,11 @@ def test_any_file_damaged_in_any_way(folder, number):
     assert not Path("a-strangers-code-ran").exists()
     if code == 2:
         assert lines[-1].startswith(command.split()[0] + ": "), lines
-        assert contents() == before
+        after = contents()
+        changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
+        if "weights are NaN or infinite after step" in lines[-1]:  # AdamW's moments were: a step was taken
+            changed.discard(Path("out/half/log.jsonl"))
+        assert not changed and {*after} == {*before}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def inspect(args):
     store = flame.open_store(args.inspect)
     every = range(len(COLUMNS))
     print(f"{args.inspect}: {json.dumps(store.meta, indent=1)}")
-    rows = sum(len(store.vectors(w)) for w in range(len(store.meta["starts"])))     # each can be mapped
+    rows = sum(len(store.vectors(w)) for w in range(-(-store.N // store.window)))     # each can be mapped
     print(f"{rows} of {store.N} rows are there")
 
     # A sample, evenly spaced, says as much as all rows.
