@@ -45,7 +45,7 @@ DAMAGED = "tar that is none, or damaged from there on"
 LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
 ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
 LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
-DUCKDB = {"memory_limit": "4GB", "threads": 8}  # what does not fit goes to the disk
+DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # what does not fit goes to the disk
 
 # White space but the space; a caption is one line with single spaces, a name has no tab or line break.
 ODD = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -136,6 +136,9 @@ def write_table(path, captions, joins):
                 for name, sources in joins.items():
                     for source in sources:
                         load(database, scratch, source, skipped, name)
+                # Rows have numbers by now. Kept in order, 15 million would not go to the disk in time.
+                database.execute("SET preserve_insertion_order = false")
+                for name, sources in joins.items():
                     join(database, captions, name, ", ".join(map(str, sources)))
                 total = copy(database, captions, f"{scratch}/captions.tsv", skipped)
         except duckdb.Error as error:
