@@ -380,8 +380,10 @@ def evaluate(args, name, towers, checkpoint, *data):
     if shown:
         ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
         title = (f"{name} by {checkpoint}: {len(ranks)} texts, {len(shown.pictures)} pictures; chance "
-                 "{:.1f}%; left out {skipped_texts} texts, {skipped_images} pictures; trained on {}".format(
-                     100 / len(shown.pictures), result.get("trained_texts", "unknown"), **result))
+                 f"{100 / len(shown.pictures):.1f}%; left out {result['skipped_texts']} texts, "
+                 f"{result['skipped_images']} pictures")
+        if args.captions:
+            title += f"; trained on {result['trained_texts']} of the texts"
         draw_sheet(shown, ranks, title, f"{path}.png")
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)

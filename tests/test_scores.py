@@ -364,7 +364,7 @@ def test_ones_own_captions_in_other_forms(colours, tmp_path, monkeypatch, capsys
     assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 1)
     assert "1 of 12 rows have no picture" in error and "gone.png" in error
     assert result["trained_texts"] == 2 and "2 of 10 texts were trained on" in error
-    assert "10 texts, 5 pictures; chance 20.0%; left out 1 texts, 1 pictures; trained on 2" in titles[0]
+    assert "10 texts, 5 pictures; chance 20.0%; left out 1 texts, 1 pictures; trained on 2 of" in titles[0]
 
 
 # ---------------------------------------------------------------- real towers
