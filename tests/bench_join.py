@@ -40,8 +40,8 @@ def write(folder, rows):
 
 def watch(folder, largest):
     while True:
-        with os.popen(f"du -sb {folder}") as du:
-            largest[0] = max(largest[0], int(du.read().split()[0]))
+        with os.popen(f"du -sb {folder} 2> /dev/null") as du:
+            largest[0] = max(largest[0], int((du.read().split() or [0])[0]))
         time.sleep(1)
 
 
