@@ -402,7 +402,7 @@ def average(args, checkpoint, results):
     """
     members = {name: result for name, (result, _) in results.items()}
     every = [draws for _, draws in results.values()]
-    draws = averaged(every, every[0])
+    draws = averaged(every, [figure for figure in every[0] if "hits of" not in figure])
     result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split,
               **with_intervals(draws, {}), "benchmarks": members}
     tell(table.group_table(result), args.how)

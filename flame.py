@@ -30,22 +30,6 @@ from torch import nn
 __version__ = "0.2.0"
 __all__ = ["InputError", "PROMPTS", "TextEncoder", "load", "load_tokenizer", "open_store", "similarity"]
 
-try:
-    import flame_ext  # the C++/CUDA extension in ext/; all that it does has a PyTorch twin here
-except ImportError:
-    flame_ext = None
-
-
-# oneDNN, and torch in front of it, keep a kernel for every number of rows that a matrix product ever had.
-# Packed rows have any length, so memory would grow; 128 kernels are as fast. The first product reads these.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
-
-
-class InputError(Exception):
-    """Bad input from outside. Its text is one line: the file, the line in it, what is wrong, and the cure."""
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 1. Prompts: one caption is asked K questions, each to be answered "in just one word" (paper, section 3.2)
 
@@ -324,7 +308,6 @@ def caption_forest(prefixes, suffixes, positions="restart"):
     return build_forest(sequences, consecutive or None)
 
 
-LETTERS = 16  # of a caption a token of context is worth; what lies behind is not even tokenized
 BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row; on CPU its activations stay in cache
 POSITIONS = ("restart", "sequential", "causal")
 
@@ -378,13 +361,7 @@ class TextEncoder:
         Captions are sorted by length, none is padded. The packed rows are as few as the budget allows and
         about equally long: filled to the brim they would leave a short last one, which is slow.
         """
-        limit = LETTERS * self.context
-        captions = [caption[:limit] for caption in captions]
-        prefixes, suffixes = self.tokenize(self.tokenizer, captions, prompts)
-        for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
-            if len(captions[i]) == limit or longest_string(prefix, facets, self.positions) > self.context:
-                prefixes[i], suffixes[i] = longest_beginning(self, captions[i], prompts)
-                self.truncated += 1
+        prefixes, suffixes = tokenize_within_context(self, captions, prompts)
         sizes = [len(prefix) + sum(map(len, facets)) for prefix, facets in zip(prefixes, suffixes)]
         total = sum(sizes)
         packed_rows = -(-total // self.budget)
@@ -425,11 +402,6 @@ class Attention(nn.Module):
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(mixed.transpose(1, 2).reshape(B, S, width))
-
-
-class QuickGELU(nn.Module):  # what OpenAI's CLIP was trained with in GELU's place
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):
@@ -591,6 +563,10 @@ def similarity(image: torch.Tensor, facets: torch.Tensor) -> torch.Tensor:
 # That was the method. From here on files are read: an LLM's folder, tokenizers, the store, checkpoints.
 # ============================================================================================================
 
+class InputError(Exception):
+    """Bad input from outside. Its text is one line: the file, the line in it, what is wrong, and the cure."""
+
+
 ANEW = "download or write it anew"
 
 
@@ -614,12 +590,10 @@ def reading(path, cure=ANEW):
 
 def explained(error):
     """What an exception says, in one line of at most 200 characters."""
-    text = str(error)
+    text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, KeyError):
         text = f"no {text}"
-    elif isinstance(error, OSError):
-        text = error.strerror or text
-    elif not text or not isinstance(error, (ValueError, RuntimeError)):
+    elif not text or not isinstance(error, (OSError, ValueError, RuntimeError)):
         text = f"{type(error).__name__} {text}"
     return " ".join(text.split())[:200]
 
@@ -871,6 +845,21 @@ def tokenize(tokenizer, captions, prompts):
     return prefixes, suffixes
 
 
+LETTERS = 16  # of a caption a token of context is worth; what lies behind is not even tokenized
+
+
+def tokenize_within_context(encoder, captions, prompts):
+    """As tokenize; of a caption that the model's context is too short for, its beginning."""
+    limit = LETTERS * encoder.context
+    captions = [caption[:limit] for caption in captions]
+    prefixes, suffixes = encoder.tokenize(encoder.tokenizer, captions, prompts)
+    for i, (prefix, facets) in enumerate(zip(prefixes, suffixes)):
+        if len(captions[i]) == limit or longest_string(prefix, facets, encoder.positions) > encoder.context:
+            prefixes[i], suffixes[i] = longest_beginning(encoder, captions[i], prompts)
+            encoder.truncated += 1
+    return prefixes, suffixes
+
+
 def longest_string(prefix, facets, positions):
     """Tokens that the context must hold; only in "restart" is each facet's string one by itself."""
     together = max if positions == "restart" else sum
@@ -894,7 +883,12 @@ def longest_beginning(encoder, caption, prompts):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pixels
+# Pixels, and what others' image towers want
+
+class QuickGELU(nn.Module):  # what OpenAI's CLIP was trained with in GELU's place
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -916,6 +910,17 @@ def to_pixels(image):
 
 # ------------------------------------------------------------------------------------------------------------
 # The machine
+
+try:
+    import flame_ext  # the C++/CUDA extension in ext/; all that it does has a PyTorch twin here
+except ImportError:
+    flame_ext = None
+
+# oneDNN, and torch in front of it, keep a kernel for every number of rows that a matrix product ever had.
+# Packed rows have any length, so memory would grow; 128 kernels are as fast. The first product reads these.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+
 
 def native_attention(forest, device, share):
     """Reads every ancestor's keys and values where they lie."""
@@ -958,8 +963,8 @@ def call(kernel, at, *operands):
 def usable_kernels(decoder):
     """NATIVE where flame_ext may run this decoder, else TWINS; on a GPU a warning says why not.
 
-    No GPU has run its kernels yet: there they are used only after they gave what the twins give, the first
-    two blocks' states of a small forest, the mean subtracted. (They know bfloat16 alone.)
+    No GPU has run its kernels (bfloat16 alone): there they are used only after they gave the twins' states
+    of a small forest, in two blocks, the mean subtracted.
     """
     at = decoder.embedding
     if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16):
@@ -1012,9 +1017,8 @@ def keep_freed_memory():
 # The embedding store, written by embed.py, read by train.py
 
 class Store:
-    """A finished store: captions.tsv (key, image, raw, short, long), meta.json, and 000000.npy, 000001.npy
-    ..., windows of its rows, float16 [window, 11, D] of unit vectors. Raises InputError where the folder is
-    none, is unfinished, or was made with other questions.
+    """A finished store: captions.tsv, meta.json, windows of its rows 000000.npy ..., float16 [window, 11, D]
+    of unit vectors. Raises InputError where it is none, unfinished, or was made with other questions.
     """
 
     def __init__(self, path):
@@ -1085,10 +1089,9 @@ open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys
 # Checkpoints, written by train.py
 
 def load(checkpoint: str | Path) -> Flame:
-    """Checkpoint folder written by train.py -> Flame in eval mode.
+    """Checkpoint folder written by train.py -> Flame in eval mode. Raises InputError where it does not fit.
 
     In its config: "columns", names of the store columns it was trained on; "llm", how its texts were made.
-    Raises InputError where it is missing or does not fit.
     """
     from safetensors.torch import load_file
     cure = "train or download it anew"
@@ -1100,6 +1103,7 @@ def load(checkpoint: str | Path) -> Flame:
         model.load_state_dict(weights, assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
         layer, positions, path = (saved["llm"].get(name) for name in ("layer", "positions", "path"))
-        if positions not in POSITIONS or not isinstance(layer, int) or not isinstance(path, str | None):
+        typed = isinstance(layer, int | None) and isinstance(path, str | None)
+        if positions not in (None, *POSITIONS) or not typed:
             raise ValueError(f"config.json speaks of layer {layer}, positions {positions}, path {path}")
     return model.eval()

@@ -7,6 +7,7 @@ a small map can be trained with the image tower. The published recipe has neithe
 """
 import functools
 import re
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -59,7 +60,7 @@ def fit_text_projection(projection, store, spec, columns, device="cpu"):
     if kind == "agree":
         others = said_by_others(projection, units, columns)
         for k, c in enumerate(columns):
-            fill(projection, c, units[:, k], functools.partial(agreement, said=others[:, k]))
+            fill(projection, c, units[:, k], functools.partial(agreement, said=others[set_of(c)]))
 
 
 def fill(projection, c, u, closed_form):
@@ -104,19 +105,17 @@ def captions_differ(store, columns):
 
 
 def said_by_others(projection, units, columns):
-    """What each row's other prompt sets say, [n, K, D] for columns of unit vectors [n, K, D].
+    """{prompt set: what each row's other sets say [n, D]} of columns' unit vectors [n, K, D].
 
     A set says the mean over its columns of their vectors in `projection`; the others together say the mean.
     """
-    names = [set_of(c) for c in columns]
-    sets = list(dict.fromkeys(names))
+    counts = Counter(set_of(c) for c in columns)  # a set's columns lie side by side
     said = []
     for part in units.split(1024):
-        views = projection(part.to(projection.mean.device), columns)
-        said.append(torch.stack([views[:, [name == one for name in names]].mean(1) for one in sets], 1))
-    said = torch.cat(said)  # [n, sets, D]
-    others = (said.sum(1, keepdim=True) - said) / (len(sets) - 1)
-    return others[:, [sets.index(name) for name in names]]
+        views = projection(part.to(projection.mean.device), columns).split([*counts.values()], dim=1)
+        said.append(torch.stack([view.mean(1) for view in views]))
+    said = torch.cat(said, 1)  # [sets, n, D]
+    return dict(zip(counts, (said.sum(0) - said) / (len(counts) - 1)))
 
 
 def agreement(x, rank, said):
