@@ -502,7 +502,9 @@ class Flame(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        sizes = [config[name] for name in ("image_size", "patch_size", "width", "layers", "heads")]
+        sizes = [int(config[name]) for name in ("image_size", "patch_size", "width", "layers", "heads")]
+        if sizes[4] < 1 or sizes[2] % sizes[4]:
+            raise ValueError(f"{sizes[4]} heads for a width of {sizes[2]}")
         hidden = config["projector_hidden"]
         D = config["text_dim"]
         self.visual = VisionTransformer(*sizes, config.get("quick_gelu", False))
@@ -1102,6 +1104,8 @@ def load(checkpoint: str | Path) -> Flame:
             model = Flame(saved["model"] | {"llm": saved["llm"]})
         model.load_state_dict(weights, assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
+        for name in saved["model"].get("columns", ()):
+            COLUMNS.index(name)
         layer, positions, path = (saved["llm"].get(name) for name in ("layer", "positions", "path"))
         typed = isinstance(layer, int | None) and isinstance(path, str | None)
         if positions not in (None, *POSITIONS) or not typed:

@@ -223,10 +223,12 @@ def open_towers(args):
         raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source['name']}) than "
                          f"{llm}; name that one with --llm")
 
+    made = source.get("layer"), source.get("positions") or "restart"
+
     @functools.cache
     def encoder():      # the one place where the text tower is made, and only if a text is not cached
-        return released.text_encoder(llm, args.device, dtype, source["layer"], source["positions"])
+        return released.text_encoder(llm, args.device, dtype, *made)
 
     image_tower = digest_of([model.config, dtype], model.state_dict())
-    text_tower = digest_of([fingerprint, source["layer"], source["positions"], dtype])
+    text_tower = digest_of([fingerprint, *made, dtype])
     return Towers(model, encoder, args.device, cache, image_tower, text_tower), checkpoint, llm
