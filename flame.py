@@ -1105,7 +1105,7 @@ def load(checkpoint: str | Path) -> Flame:
         model.load_state_dict(weights, assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
         for name in saved["model"].get("columns", ()):
-            COLUMNS.index(name)
+            COLUMNS.index(name)  # ValueError where it is none of them
         layer, positions, path = (saved["llm"].get(name) for name in ("layer", "positions", "path"))
         typed = isinstance(layer, int | None) and isinstance(path, str | None)
         if positions not in (None, *POSITIONS) or not typed:
