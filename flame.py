@@ -161,13 +161,13 @@ def visible(lengths, parents, first=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The frozen decoder (Llama, Mistral, Qwen), hand-written: RMSNorm, RoPE, grouped-query attention, SwiGLU
+# 3. The frozen decoder (Llama, Mistral, Qwen, Gemma), by hand: RMSNorm, RoPE, grouped-query attention, SwiGLU
 
 class Decoder(NamedTuple):
     config: dict               # config.json as llm_config() fills it in
     embedding: torch.Tensor    # [vocabulary, D]
     blocks: list[dict]         # the kept blocks only
-    inv_freq: torch.Tensor     # [head_dim / 2] float32, RoPE's angular frequencies
+    inv_freq: torch.Tensor     # [kinds, head_dim / 2] float32, RoPE's angular frequencies
     kernels: "Kernels"         # what runs attention and the element-wise steps: TWINS or NATIVE
 
 
@@ -195,26 +195,33 @@ def decode(decoder, forest):
     device = decoder.embedding.device
     dtype = decoder.embedding.dtype
     attend = kernels.attention(forest, device, heads // kv_heads)
-    angle = torch.outer(to_device(forest.positions.float(), device), decoder.inv_freq)  # [T, head_dim / 2]
-    cos = angle.cos()
-    sin = angle.sin()
+    positions = to_device(forest.positions.float(), device)
+    angles = [torch.outer(positions, inv_freq) for inv_freq in decoder.inv_freq]  # [T, head_dim / 2] a kind
+    turns = [(angle.cos(), angle.sin()) for angle in angles]
     answers = to_device(forest.answers, device)
 
+    def norm_after(update, weight):  # Gemma: what a sublayer gives, before it is added
+        return update if weight is None else kernels.add_and_norm(update.float(), None, weight, eps, dtype)
+
+    gated = geglu if decoder.config["gelu"] else kernels.swiglu
     x = decoder.embedding[to_device(forest.tokens, device)].float()  # [T, D], the residual stream
+    x *= decoder.config["embedding_scale"]
     update = None                                                    # what the last sublayer adds to it
     for block in decoder.blocks:
         h = kernels.add_and_norm(x, update, block["attention_norm"], eps, dtype)
         qkv = F.linear(h, block["wqkv"], block["bqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
         if block["qk_norm"] is not None:
             norm_heads(qkv, block["qk_norm"], eps)
-        kernels.rope(qkv, cos, sin, heads + kv_heads)
+        kernels.rope(qkv, *turns[block["rope"]], heads + kv_heads)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
         mixed = attend(q, k, v).flatten(1)
         if block is decoder.blocks[-1]:  # from here on nobody reads any other token
             mixed = mixed[answers]
             x = x[answers]
-        h = kernels.add_and_norm(x, F.linear(mixed, block["wo"]), block["mlp_norm"], eps, dtype)
-        update = F.linear(kernels.swiglu(F.linear(h, block["w_gate_up"])), block["w_down"])
+        update = norm_after(F.linear(mixed, block["wo"]), block["norm_after_attention"])
+        h = kernels.add_and_norm(x, update, block["mlp_norm"], eps, dtype)
+        update = F.linear(gated(F.linear(h, block["w_gate_up"])), block["w_down"])
+        update = norm_after(update, block["norm_after_mlp"])
     return x + update
 
 
@@ -266,7 +273,7 @@ def add_and_norm(x, update, weight, eps, dtype):
 
 
 def norm_heads(qkv, weight, eps):
-    """Qwen3: RMSNorm of the first heads of [T, heads + others, d], in place; weight float32 [heads, d]."""
+    """Qwen3, Gemma: RMSNorm of the first heads of [T, heads + others, d], in place; weight [heads, d]."""
     x = qkv[:, :len(weight)].float()
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     qkv[:, :len(weight)] = (x * scale * weight).to(qkv.dtype)
@@ -282,6 +289,11 @@ def rope(qkv, cos, sin, heads):  # the pairs are (i, i + d/2)
 def swiglu(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def geglu(gate_up):  # Gemma
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 TWINS = Kernels("PyTorch", attention_in_stretches, add_and_norm, rope, swiglu)
@@ -623,8 +635,8 @@ def check_questions(recorded, path):
 # ------------------------------------------------------------------------------------------------------------
 # An LLM's folder
 
-# model_type: Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5; Qwen3
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# model_type: Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5; Qwen3; Gemma 3's text models
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 LLM_CURE = ("--llm or $FLAME_LLM wants a Hugging Face checkpoint folder, config.json, *.safetensors and a "
             "tokenizer, not quantised; python data/demo.py --make-only makes a small one")
 
@@ -649,8 +661,9 @@ def llm_folder(name):
 def llm_config(llm_dir):
     """What decides an LLM's states in its config.json, and no more, defaults filled in.
 
-    Two entries are ours: "inv_freq" and "context", how many tokens a string may have: the positions that the
-    model knows, or its sliding window where that is shorter, since up to there a window changes nothing.
+    Ours are "gelu" and "embedding_scale", what Gemma does otherwise; "inv_freq", a row a kind of RoPE, and
+    "rope", which of them a block has; and "context", how many tokens a string may have: the positions that
+    the model knows, or its sliding window where that is shorter, since up to there a window changes nothing.
     """
     with reading(Path(llm_dir) / "config.json", LLM_CURE) as path:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -659,8 +672,12 @@ def llm_config(llm_dir):
             raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
         if entries.get("quantization_config") or entries.get("compression_config"):
             raise ValueError("the weights are quantised")
-        if entries.get("hidden_act") not in (None, "silu"):
-            raise ValueError(f"hidden_act {entries['hidden_act']!r} is not supported; supported: silu")
+        gemma = family == "gemma3_text"
+        wanted = "gelu_pytorch_tanh" if gemma else "silu"
+        activation = entries.get("hidden_activation") or entries.get("hidden_act") or wanted
+        if activation != wanted or entries.get("use_bidirectional_attention"):
+            raise ValueError(f"hidden_act {activation!r} or attention both ways is not supported; supported: "
+                             f"{wanted}, causal")
         config = {"model_type": family, "rms_norm_eps": float(entries["rms_norm_eps"])}
         for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
                      "num_attention_heads"):
@@ -671,23 +688,44 @@ def llm_config(llm_dir):
         if heads % kv_heads or head_dim % 2 or not 0 < head_dim <= 4096:
             raise ValueError(f"{heads} heads of {head_dim} do not go with {kv_heads} key heads, or with RoPE")
         window = int(entries.get("sliding_window", 4096) or 0)
-        if not entries.get("use_sliding_window", family == "mistral"):
+        if not entries.get("use_sliding_window", family == "mistral" or gemma):
             window = 0
         config["num_key_value_heads"] = kv_heads
         config["head_dim"] = head_dim
-        config["inv_freq"] = rope_frequencies(entries, head_dim)
+        config["gelu"] = gemma
+        config["embedding_scale"] = config["hidden_size"] ** 0.5 if gemma else 1.0
+        config["query_scale"] = (head_dim / float(entries.get("query_pre_attn_scalar") or head_dim)) ** 0.5
+        ropes, config["rope"] = (gemma_ropes if gemma else one_rope)(entries, config["num_hidden_layers"])
+        config["inv_freq"] = torch.stack([rope_frequencies(rope, head_dim) for rope in ropes])
         unlimited = 1 << 20
         config["context"] = min(int(entries.get("max_position_embeddings") or unlimited), window or unlimited)
     return config
 
 
-def rope_frequencies(entries, head_dim):
+def one_rope(entries, blocks):
+    """-> ([RoPE's settings, whatever version of transformers wrote them], which of these each block has)"""
+    settings = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5's, 4's
+    return [{"rope_theta": entries.get("rope_theta") or 10000} | settings], [0] * blocks
+
+
+def gemma_ropes(entries, blocks):
+    """The same: one for the blocks that see all, one for those that see a window, five of six."""
+    theta = {"rope_theta": entries.get("rope_theta") or 1e6}
+    local = {"rope_theta": entries.get("rope_local_base_freq") or 10000}
+    settings = entries.get("rope_parameters") or {"full_attention": entries.get("rope_scaling") or {}}
+    period = int(entries.get("sliding_window_pattern") or 6)
+    every = ["sliding_attention" if i % period else "full_attention" for i in range(1, blocks + 1)]
+    kinds = entries.get("layer_types") or every
+    ropes = [theta | settings["full_attention"], local | settings.get("sliding_attention", {})]
+    return ropes, [["full_attention", "sliding_attention"].index(kind) for kind in kinds]
+
+
+def rope_frequencies(rope, head_dim):
     """-> float64 [head_dim / 2]. Scaling makes far positions look like the near ones of training."""
-    rope = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5's, 4's
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
-    theta = float(rope.get("rope_theta") or entries.get("rope_theta") or 10000)
+    theta = float(rope["rope_theta"])
     freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if kind == "default":
         return freq
@@ -744,38 +782,50 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
         return tensor.to(device, to)
 
     embedding = weight("model.embed_tokens.weight", config["vocab_size"], config["hidden_size"])
-    blocks = [load_block(llm_dir, config, weight, names, f"model.layers.{i}.") for i in range(layer)]
+    blocks = [load_block(llm_dir, config, weight, names, i) for i in range(layer)]
     decoder = Decoder(config, embedding, blocks, config["inv_freq"].float().to(device), TWINS)
     return decoder._replace(kernels=usable_kernels(decoder))
 
 
-def load_block(llm_dir, config, weight, names, prefix):
-    """weight(name, *shape) -> the tensors of one block; q, k, v are one matrix, so are gate and up."""
+def load_block(llm_dir, config, weight, names, i):
+    """weight(name, *shape) -> the tensors of block i; q, k, v are one matrix, so are gate and up."""
     family = config["model_type"]
+    gemma = family == "gemma3_text"
     D = config["hidden_size"]
     inner = config["intermediate_size"]
     head_dim = config["head_dim"]
     kv_heads = config["num_key_value_heads"]
     heads = {"q": config["num_attention_heads"], "k": kv_heads, "v": kv_heads}
+    prefix = f"model.layers.{i}."
     attention = prefix + "self_attn."
     mlp = prefix + "mlp."
+
+    def norm(name, size=D):  # Gemma's are stored less 1
+        return weight(f"{name}.weight", size, to=torch.float32) + gemma
+
     biases = [f"{attention}{x}_proj.bias" for x in heads] if family == "qwen2" else []
-    norms = [f"{attention}{x}_norm.weight" for x in "qk"] if family == "qwen3" else []
+    head_norms = [f"{attention}{x}_norm" for x in "qk"] if family in ("qwen3", "gemma3_text") else []
     for name in sorted(names):
         odd = name.startswith(prefix) and name.endswith((".bias", "q_norm.weight", "k_norm.weight"))
-        if odd and name not in biases + norms:  # to leave it out would give other states
+        if odd and name.removesuffix(".weight") not in biases + head_norms:  # left out, other states
             raise InputError(f"{llm_dir}: tensor {name} is not supported in a {family} checkpoint")
     bias = [weight(name, n * head_dim) for name, n in zip(biases, heads.values())]
-    norm = [weight(name, head_dim, to=torch.float32).expand(n, -1) for name, n in zip(norms, heads.values())]
+    scales = config["query_scale"], 1.0  # since attention divides by the root of head_dim
+    qk_norm = [(norm(name, head_dim) * scale).expand(n, -1)
+               for name, n, scale in zip(head_norms, heads.values(), scales)]
+    before_mlp = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
     return {
-        "attention_norm": weight(prefix + "input_layernorm.weight", D, to=torch.float32),
+        "attention_norm": norm(prefix + "input_layernorm"),
         "wqkv": torch.cat([weight(f"{attention}{x}_proj.weight", n * head_dim, D) for x, n in heads.items()]),
         "bqkv": torch.cat(bias) if bias else None,
-        "qk_norm": torch.cat(norm) if norm else None,  # [heads + kv_heads, head_dim]
+        "qk_norm": torch.cat(qk_norm) if qk_norm else None,  # [heads + kv_heads, head_dim]
+        "rope": config["rope"][i],
         "wo": weight(attention + "o_proj.weight", D, heads["q"] * head_dim),
-        "mlp_norm": weight(prefix + "post_attention_layernorm.weight", D, to=torch.float32),
+        "norm_after_attention": norm(prefix + "post_attention_layernorm") if gemma else None,
+        "mlp_norm": norm(prefix + before_mlp),
         "w_gate_up": torch.cat([weight(f"{mlp}{x}_proj.weight", inner, D) for x in ("gate", "up")]),
         "w_down": weight(mlp + "down_proj.weight", D, inner),
+        "norm_after_mlp": norm(prefix + "post_feedforward_layernorm") if gemma else None,
     }
 
 

@@ -65,9 +65,9 @@ def make_random_llm(llm, tmp_path_factory):
         base = dict(vocab_size=49152, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                     initializer_range=0.2)
-        settings = getattr(transformers, f"{family}Config")(**base | config)
+        kind = getattr(transformers, f"{family}ForCausalLM")
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{family}ForCausalLM")(settings)
+        model = kind(kind.config_class(**base | config))
         folder = tmp_path_factory.mktemp("llm")
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         (folder / "tokenizer.json").write_bytes((llm / "tokenizer.json").read_bytes())

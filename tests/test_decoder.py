@@ -1,6 +1,6 @@
 """The towers against what others wrote, on fresh random weights and on the real SmolLM2. What is promised:
 
-* states equal transformers', each string run by itself: Llama 1 to 3, Mistral, Nemo, Qwen2, Qwen3;
+* states equal transformers', each string run by itself: Llama 1 to 3, Mistral, Nemo, Qwen2, Qwen3, Gemma 3;
 * in bfloat16 the states keep their directions, measured after subtracting their mean;
 * ids equal those of the published tokenizers: sentencepiece, byte-level BPE, Nemo's;
 * a caption longer than the context, or the sliding window, is cut; the prompt never is;
@@ -75,6 +75,7 @@ LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
 UNSCALED = dict(rope_type="default", rope_theta=1e6)
 SHARDED = dict(max_shard_size="2MB")
 LLAMA, QWEN2, QWEN3 = "Llama 2 (no GQA)", "Qwen2 (bias)", "Qwen3 (norms of q and k)"
+GEMMA = "Gemma 3 (two ropes)"
 DECODERS = {
     LLAMA: dict(num_key_value_heads=4),
     "Llama 3.1 (scaled RoPE)": dict(
@@ -88,6 +89,9 @@ DECODERS = {
     "Qwen2.5 (tied, sharded)": dict(
         family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True, **SHARDED),
     QWEN3: dict(family="Qwen3", head_dim=20),
+    GEMMA: dict(
+        family="Gemma3", head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=25, sliding_window=600,
+        layer_types=["sliding_attention", "full_attention"] * 2, tie_word_embeddings=True),
 }
 
 
@@ -96,11 +100,10 @@ def make(make_random_llm):
     @functools.lru_cache
     def make(name):
         folder = make_random_llm(**DECODERS[name])
-        for file in folder.glob("*.safetensors"):  # new biases are 0, new norms 1
+        for file in folder.glob("*.safetensors"):  # new biases are 0, new norms 1 or 0
             drawn = {name: torch.randn_like(x) for name, x in load_file(file).items()
-                     if name.endswith(("bias", "q_norm.weight", "k_norm.weight"))}
-            if drawn:
-                save_file(load_file(file) | drawn, file, {"format": "pt"})
+                     if name.endswith(("bias", "norm.weight"))}
+            save_file(load_file(file) | drawn, file, {"format": "pt"})
         return folder
     return make
 
@@ -154,7 +157,19 @@ def test_rope_in_every_spelling(folder, rope):
     llm_dir = folder()
     edit_json(llm_dir / "config.json", head_dim=128, **{"rope_parameters": None} | rope)
     theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(llm_dir)).inv_freq
-    torch.testing.assert_close(flame.llm_config(llm_dir)["inv_freq"].float(), theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(flame.llm_config(llm_dir)["inv_freq"][0].float(), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rope", [
+    dict(rope_parameters=None, rope_local_base_freq=500, rope_theta=2e6, layer_types=None,
+         sliding_window_pattern=2),
+    dict(rope_parameters=None, rope_scaling=dict(rope_type="linear", factor=4.0)),
+    dict(rope_parameters=dict(full_attention=LINEAR, sliding_attention=UNSCALED))], ids=str)
+def test_gemmas_two_ropes_in_every_spelling(folder, rope):
+    llm_dir = folder(GEMMA)
+    edit_json(llm_dir / "config.json", **rope)
+    ours = flame.TextEncoder(llm_dir, dtype=torch.float32).encode(CAPTIONS[:3], "short")
+    assert centered_error(ours, separate_passes(llm_dir, "short", 3, tuple(CAPTIONS[:3]))) <= 1e-4
 
 
 # --- the context
@@ -165,7 +180,9 @@ def test_rope_in_every_spelling(folder, rope):
     (dict(model_type="mistral"), 4096),                        # transformers' default
     (dict(model_type="qwen2", sliding_window=300, use_sliding_window=False), 32768),
     (dict(model_type="qwen2", sliding_window=300, use_sliding_window=True), 300),
-    (dict(model_type="llama", sliding_window=300), 32768)], ids=str)
+    (dict(model_type="llama", sliding_window=300), 32768),
+    (dict(model_type="gemma3_text", sliding_window=512, hidden_act=None, rope_parameters=None), 512),
+], ids=str)
 def test_the_context_is_the_shorter_of_positions_and_window(folder, config, context):
     llm_dir = folder()
     edit_json(llm_dir / "config.json", max_position_embeddings=32768, **config)
@@ -266,7 +283,8 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
 
 
 @pytest.mark.parametrize("name, change, words", [
-    (LLAMA, config(model_type="gemma2"), "config.json: .*gemma2.*llama, mistral, qwen2, qwen3"),
+    (LLAMA, config(model_type="gemma2"), "config.json: .*gemma2.*llama, mistral, qwen2, qwen3, gemma3_text"),
+    (GEMMA, config(use_bidirectional_attention=True), "config.json: .*attention both ways"),
     (LLAMA, config(model_type="qwen3"), "no tensor model.layers.0.self_attn.q_norm.weight"),
     (QWEN2, config(model_type="llama"), "tensor .*bias is not supported in a llama checkpoint"),
     (QWEN3, config(model_type="llama"), "layers.0.self_attn.k_norm.weight is not supported"),

