@@ -23,7 +23,6 @@ data/corpus makes, in data/demo:
 """
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -63,14 +62,6 @@ def make_files(root, name, seed):
     mark = root / "data" / name / "demo.json"
     if mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode():
         return
-    # embed.py and train.py would refuse to go on with the store and the checkpoint of another corpus. What
-    # has their names and does not speak of the demo's captions or store is somebody else's, and stays.
-    store = f"data/embeddings/{name}"
-    for folder, record, origin in ((store, "meta.json", f"data/{name}/demo.tsv"),
-                                   (f"out/{name}", "config.json", store)):
-        path = root / folder / record
-        if path.is_file() and f'{origin}"' in path.read_text(encoding="utf-8", errors="replace"):
-            shutil.rmtree(root / folder)
     make_corpus(mark.parent, settings)
 
 
