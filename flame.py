@@ -18,6 +18,7 @@ import warnings
 from bisect import bisect_right
 from collections import OrderedDict
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -1081,10 +1082,10 @@ class Store:
             if min(sizes) < 1 or not isinstance(self.meta["captions"]["path"], str):
                 raise ValueError(f"N, D, window {sizes}, captions {self.meta['captions']}")
             check_questions(self.meta["llm"]["questions"], meta)
-            names = ["captions.tsv", *(f"{w:06d}.npy" for w in range(-(-self.N // self.window)))]
-        missing = sorted(set(names) - set(os.listdir(self.path)))
-        if missing:
-            raise InputError(f"{self.path}: {missing[0]} is missing; run the same embed.py command again")
+        present = set(os.listdir(self.path))
+        for name in chain(["captions.tsv"], (f"{w:06d}.npy" for w in range(-(-self.N // self.window)))):
+            if name not in present:
+                raise InputError(f"{self.path}: {name} is missing; run the same embed.py command again")
         self.vectors = functools.lru_cache(8192)(self.open_window)  # a process may map 65,000 files
 
     def __len__(self):
@@ -1154,10 +1155,10 @@ def load(checkpoint: str | Path) -> Flame:
             model = Flame(saved["model"] | {"llm": saved["llm"]})
         model.load_state_dict(weights, assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
-        for name in saved["model"].get("columns", ()):
-            COLUMNS.index(name)  # ValueError where it is none of them
-        layer, positions, path = (saved["llm"].get(name) for name in ("layer", "positions", "path"))
-        typed = isinstance(layer, int | None) and isinstance(path, str | None)
-        if positions not in (None, *POSITIONS) or not typed:
-            raise ValueError(f"config.json speaks of layer {layer}, positions {positions}, path {path}")
+        columns = saved["model"]["columns"]
+        made = saved["llm"]
+        layer, positions, *texts = (made[x] for x in ("layer", "positions", "name", "path", "fingerprint"))
+        typed = isinstance(layer, int) and all(isinstance(text, str) for text in texts)
+        if not columns or {*columns} - {*COLUMNS} or positions not in POSITIONS or not typed:
+            raise ValueError(f"config.json speaks of columns {columns}, LLM {layer} {positions} {texts}")
     return model.eval()

@@ -30,7 +30,7 @@ def earlier_log(out, start):
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             if entry["step"] < start and math.isfinite(entry["loss"]):
-                lines.append(line)
+                lines.append(json.dumps(entry) + "\n")
     return lines
 
 

@@ -376,7 +376,7 @@ def real(byte_llm, tmp_path_factory):
     torch.manual_seed(0)
     config = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "text_dim": 32,
               "projector_hidden": 24, "pool_first": True, "text_rank": 0, "columns": flame.COLUMNS}
-    llm = {"name": "tiny", "fingerprint": llm_fingerprint(byte_llm), "layer": 2,
+    llm = {"name": "tiny", "path": str(byte_llm), "fingerprint": llm_fingerprint(byte_llm), "layer": 2,
            "positions": "restart", "questions": flame.questions()}
     model = flame.Flame(config | {"llm": llm})
     for parameter in model.visual.parameters():
