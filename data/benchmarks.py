@@ -8,17 +8,15 @@ read. A caption that is empty is returned as "", for evaluate.py to count what i
 """
 import csv
 import json
-import os
 import re
 import sys
-import tarfile
 import tempfile
 from itertools import chain
 from pathlib import Path
 
 import duckdb
 
-from data.captions import read_table, write_table
+from data.captions import read_table, tar_files, write_table
 from data.pictures import Place, find_pictures, places_of
 from flame import InputError, read_json, reading
 
@@ -162,15 +160,18 @@ def webdataset(root, split):
     classnames.txt and zeroshot_classification_templates.txt lie beside. -> as read(), captions not yet paired
     """
     samples = {}
+    skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
-        with reading(tar, CURE), tarfile.open(tar) as archive:
-            for member in filter(tarfile.TarInfo.isfile, archive):
-                key, _, suffix = os.path.basename(member.name).partition(".")
+        with reading(tar, CURE), open(tar, "rb") as file:
+            for _, key, suffix, offset, size in tar_files(tar, skipped):
                 sample = samples.setdefault((tar, key), {})
                 if f".{suffix}" in SUFFIXES:
-                    sample["picture"] = Place(str(tar), member.offset_data, member.size)
+                    sample["picture"] = Place(str(tar), offset, size)
                 else:
-                    sample[suffix] = archive.extractfile(member).read().decode()
+                    file.seek(offset)
+                    sample[suffix] = file.read(size).decode()
+            if skipped:
+                raise ValueError(*skipped)
     with reading(tar, CURE):    # a sample may lack one of the two, a class its name
         pictures = [sample["picture"] for sample in samples.values()]
         if not (root / "classnames.txt").exists():
@@ -190,7 +191,7 @@ def read_captions(captions, folder, prompts):
     """
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary, "captions.tsv")
-        write_table(table, captions, {})
+        write_table(table, captions, [])
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
     numbers, files, places = find_pictures(list(keys), list(images), captions, folder)

@@ -17,7 +17,7 @@ import re
 import sys
 import tarfile
 import tempfile
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,8 @@ import duckdb
 from flame import InputError, PROMPTS, explained, reading
 
 NUMBER = "number of the row"  # a column of TSV and CSV, nine digits
+# Tables without a header, told by which of their two columns is a link: CC3M and CC12M as published.
+HEADLESS = {(False, True): ["raw", "url"], (True, False): ["url", "raw"]}
 # Our fields and the picture's URL by others' names; the first that is present counts. Of the recaptions by
 # three models that DreamLIP gives, ShareGPT4V's.
 NAMES = {
@@ -55,15 +57,18 @@ CREATE MACRO text_of(x) AS CASE WHEN typeof(x) = 'VARCHAR' THEN CAST(x AS VARCHA
     WHEN json_type(to_json(x), '$[0]') = 'VARCHAR' THEN to_json(x)->>'$[0]' END;
 CREATE MACRO one_line(x) AS nullif(CASE WHEN regexp_matches(x, '[{ODD}]|  |^ | $')
     THEN trim(regexp_replace(x, '[ {ODD}]+', ' ', 'g')) ELSE x END, '');
-CREATE MACRO caption_of(x) AS one_line(text_of(x));
-CREATE MACRO answer_of(x) AS one_line(
-    list_filter(TRY_CAST(to_json(x) AS JSON[]), lambda t: t->>'from' = 'gpt')[1]->>'value');
+CREATE MACRO answer_of(x) AS
+    list_filter(TRY_CAST(to_json(x) AS JSON[]), lambda t: t->>'from' = 'gpt')[1]->>'value';
+CREATE MACRO caption_of(x) AS one_line(coalesce(text_of(x), answer_of(x)));
+CREATE MACRO left_of(x) AS CASE WHEN json_type(to_json(x), '$[0]') = 'VARCHAR' THEN len(list_filter(
+    json_extract(to_json(x), '$[*]'), lambda t: json_type(t) = 'VARCHAR')) - 1 ELSE 0 END;
 CREATE MACRO name_of(x) AS nullif(regexp_replace(CASE WHEN typeof(x) <> 'JSON' THEN CAST(x AS VARCHAR)
     ELSE coalesce(to_json(x)->>'$.path', to_json(x)->>'$') END, '[\x00\t\r\n]', ' ', 'g'), '');
-CREATE TABLE source (key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR, short VARCHAR, long VARCHAR);
+CREATE TABLE source (key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR, short VARCHAR, long VARCHAR,
+    others BIGINT);
 CREATE VIEW keyed AS SELECT rowid AS row, * REPLACE (coalesce(key, format('{{:09d}}', rowid)) AS key)
     FROM source;
-CREATE TABLE joined (field VARCHAR, key VARCHAR, url VARCHAR, text VARCHAR);
+CREATE TABLE joined (field VARCHAR, key VARCHAR, url VARCHAR, text VARCHAR, others BIGINT);
 CREATE VIEW answer AS SELECT rowid AS place, * FROM joined WHERE text IS NOT NULL;
 CREATE TABLE pair (field VARCHAR, row BIGINT, place BIGINT)"""
 PAIR = """INSERT INTO pair SELECT $1, row, min(place) FROM (
@@ -86,6 +91,8 @@ CREATE VIEW kept AS SELECT * FROM filled SEMI JOIN first USING (row)"""
 LOST = """SELECT CASE WHEN best IS NULL THEN 'no caption' ELSE 'key occurs before' END AS reason,
     count(*), list_transform(min(row + 1, 5), lambda n: format('row {}', n))
 FROM filled ANTI JOIN first USING (row) GROUP BY reason ORDER BY reason DESC"""
+LEFT = """SELECT sum(others), count(*) FROM
+    (SELECT others FROM source UNION ALL SELECT others FROM joined) WHERE others > 0"""
 COPY = """COPY (SELECT key, image, coalesce(raw, best) AS raw, coalesce(short, best) AS short,
     coalesce(long, best) AS long FROM kept ORDER BY row)
 TO {} (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
@@ -95,6 +102,14 @@ FROM (DESCRIBE SELECT * FROM {}) WHERE column_type <> 'BLOB'"""
 KEYS = r"""SELECT name, format('(json->{{0}}$."{{1}}"{{0}})', chr(39), name) FROM (
     SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 1000) WHERE json IS NOT NULL)
 WHERE NOT regexp_matches(name, '[''"\\]')"""
+# A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
+JSON = "read_json_objects([{{}}], format='{}', ignore_errors=true, maximum_object_size=134217728)"
+FORMS = {  # what DuckDB reads: relation of the files, query of its columns
+    ".parquet": ("read_parquet([{}], union_by_name=true)", COLUMNS),
+    ".json": (JSON.format("auto"), KEYS),
+    ".jsonl": (JSON.format("newline_delimited"), KEYS),
+}
+COCO_COLUMNS = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
 COCO = """(SELECT text, picture->'file_name' AS path
     FROM (SELECT unnest(texts) AS text, unnest(range(len(texts))) AS n
         FROM (SELECT json->'$.annotations[*]' AS texts FROM {0}))
@@ -110,18 +125,18 @@ class Row(NamedTuple):
     long: str
 
 
-def read_table(path):
-    """Yields Row after Row of a captions.tsv that write_table wrote."""
-    with reading(path, "make it anew with embed.py"), open(path, encoding="utf-8", newline="\n") as file:
-        next(file)
-        for line in file:
-            yield Row(*line[:-1].split("\t"))
+def read_table(path, start=len("\t".join(Row._fields)) + 1, most=None):
+    """Yields Row after Row of a captions.tsv that write_table wrote, from that at byte start on."""
+    with reading(path, "make it anew with embed.py"), open(path, "rb") as file:
+        file.seek(start)
+        for line in islice(file, most):
+            yield Row(*line.decode()[:-1].split("\t"))
 
 
 def write_table(path, captions, joins):
     """Makes captions.tsv of a source; says on the screen what was taken, on stderr what was skipped.
 
-    joins: {prompt set: [sources]}, captions of that set from files of their own, by key, or by the picture's
+    joins: [(prompt set, source)], captions of that set from files of their own, by key, or by the picture's
     URL where these have no key. Where a row has no caption for a set, its best one is taken (long, else
     short, else raw). Raises InputError where a file is missing or of no known form, where no row has a
     caption, where a join's captions are of other pictures, or where the disk is full.
@@ -133,13 +148,13 @@ def write_table(path, captions, joins):
             with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
                 database.execute(SCHEMA)
                 columns = load(database, scratch, captions, skipped)
-                for name, sources in joins.items():
-                    for source in sources:
-                        load(database, scratch, source, skipped, name)
+                for name, source in joins:
+                    load(database, scratch, source, skipped, name)
                 # Rows have numbers by now. Kept in order, 15 million would not go to the disk in time.
                 database.execute("SET preserve_insertion_order = false")
-                for name, sources in joins.items():
-                    join(database, captions, name, ", ".join(map(str, sources)))
+                for name in dict(joins):
+                    files = ", ".join(str(source) for other, source in joins if other == name)
+                    join(database, captions, name, files)
                 total = copy(database, captions, f"{scratch}/captions.tsv", skipped)
         except duckdb.Error as error:
             raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
@@ -159,6 +174,9 @@ def copy(database, captions, path, skipped):
     total, *counts = database.execute("SELECT count(*), count(raw), count(short), count(long) "
                                       "FROM kept").fetchone()
     print(f"{captions}: {total} rows")
+    others, lists = database.execute(LEFT).fetchone()
+    if lists:
+        print(f"lists of captions in {lists} rows: the first counts, {others} others are left out")
     for name, count in zip(("raw", "short", "long"), counts):
         if count < total:
             print(f"no {name} caption in {total - count} of {total} rows: their best one is asked")
@@ -171,7 +189,7 @@ def join(database, captions, field, files):
     Raises InputError where there is none, or where they are of different pictures.
     """
     database.execute(PAIR, [field])
-    (total, used), = database.execute(USED, [field]).fetchall()
+    total, used = database.execute(USED, [field]).fetchone()
     if not used:
         raise InputError(f"{files}: of its {total} rows with a {field} caption none has a key or URL that is "
                          f"in {captions}; give --captions the files that it goes with")
@@ -250,19 +268,14 @@ def load(database, scratch, source, skipped, field=None):
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
     with reading(files[0], WANTED):
-        if kind == ".tar":
-            files = spool(scratch, tar_rows(files, skipped), skipped)
-        elif kind == ".txt" and os.path.isdir(source):
-            files = spool(scratch, text_rows(Path(source), files, skipped), skipped)
-        elif kind not in (".json", ".jsonl", ".parquet"):
-            files = spool(scratch, csv_rows(files, kind == ".csv", skipped), skipped)
-        paths = ", ".join(quoted(glob.escape(str(file))) for file in files)
-        if kind == ".parquet":
-            relation = f"read_parquet([{paths}], union_by_name=true)"
-            columns = dict(database.execute(COLUMNS.format(relation)).fetchall())
-        else:
-            form = "auto" if kind == ".json" else "newline_delimited"
-            relation, columns = json_objects(database, paths, form)
+        if kind not in FORMS:
+            rows = {".tar": tar_rows, ".txt": text_rows}.get(kind, csv_rows)(Path(source), files, skipped)
+            files = [spool(f"{scratch}/rows.jsonl", rows, skipped)]
+        relation, names = FORMS.get(kind, FORMS[".jsonl"])
+        relation = relation.format(", ".join(quoted(glob.escape(str(file))) for file in files))
+        columns = dict(database.execute(names.format(relation)).fetchall())
+        if columns.keys() >= {"images", "annotations"}:  # COCO's; each caption is a row
+            relation, columns = COCO.format(relation), COCO_COLUMNS
         table = "source SELECT "
         fields = NAMES
         if field:
@@ -272,89 +285,66 @@ def load(database, scratch, source, skipped, field=None):
             if columns.keys().isdisjoint(names):
                 names = [name for name in columns if name not in NO_CAPTION]
             fields = {"key": NAMES["key"], "url": NAMES["url"], field: names}
-        values = [value(name, columns, names) for name, names in fields.items()]
-        database.execute(f"INSERT INTO {table} {', '.join(values)} FROM {relation}")
+        values = []
+        others = ["0"]
+        for name, names in fields.items():
+            present = [columns[name] for name in names if name in columns]
+            macro = "name_of({})"
+            if name in PROMPTS:
+                macro = "caption_of({})"
+                others += map("left_of({})".format, present)
+            values.append(f"coalesce({', '.join([*map(macro.format, present), 'NULL'])})")
+        database.execute(f"INSERT INTO {table} {', '.join(values)}, {' + '.join(others)} FROM {relation}")
         return columns
-
-
-def value(field, columns, names):
-    """SQL of one of our fields, by any of the names, of a source's columns {name: SQL}."""
-    macro = "caption" if field in PROMPTS else "name"
-    values = [f"{'answer' if name == 'conversations' else macro}_of({columns[name]})"
-              for name in names if name in columns]
-    return f"coalesce({', '.join([*values, 'NULL'])})"
 
 
 def quoted(text):
     return "'" + text.replace("'", "''") + "'"
 
 
-def json_objects(database, paths, form, largest=1 << 24):
-    """A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
-
-    -> relation, {name: SQL}
-    """
-    relation = (f"read_json_objects([{paths}], format='{form}', ignore_errors=true, "
-                f"maximum_object_size={largest})")
-    try:
-        columns = dict(database.execute(KEYS.format(relation)).fetchall())
-    except duckdb.Error:
-        if largest > 1 << 24:
-            raise
-        return json_objects(database, paths, form, 1 << 28)
-    if {"images", "annotations"} <= columns.keys():  # each caption is a row
-        return COCO.format(relation), {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
-    return relation, columns
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What DuckDB does not read: generators of (place, {name: value})
 
-def spool(scratch, rows, skipped):
-    """Writes rows as JSONL. -> [path]"""
-    with open(f"{scratch}/rows.jsonl", "wb") as file:
+def spool(path, rows, skipped):
+    """Writes rows as JSONL. -> path"""
+    with open(path, "wb") as file:
         for place, row in rows:
             try:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             except UnicodeEncodeError:
                 skip(skipped, "no UTF-8", place)
-    return [file.name]
+    return path
 
 
-def csv_rows(files, quotes, skipped):
+def csv_rows(source, files, skipped):
     """TSV has no quotes. Empty lines have no number, bad rows do, as img2dataset counts."""
     number = 0
-    names = []
     for path in files:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             header = file.readline()
-            if not names:
-                form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-                if quotes:
-                    form = {"delimiter": max("\t,;", key=header.count), "strict": True}
-                names = next(csv.reader([header], **form), [])
-                links = ["://" in name for name in names]
-                headed = links not in ([True, False], [False, True])
-                if not headed:  # CC3M is caption<TAB>url, CC12M url<TAB>caption
-                    names = ["url", "raw"] if links[0] else ["raw", "url"]
-            reader = csv.reader(file if headed else chain([header], file), **form)
+            form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            if path.name.lower().removesuffix(".gz").endswith(".csv"):
+                form = {"delimiter": max("\t,;", key=header.count), "strict": True}
+            names = next(csv.reader([header], **form), [])
+            headless = HEADLESS.get(tuple("://" in name for name in names))
+            reader = csv.reader(chain([header] * bool(headless), file), **form)
             row = []
             while row is not None:
-                place = f"{path.name} line {reader.line_num + headed + 1}"
+                place = f"{path.name} line {reader.line_num + 1 + (not headless)}"
                 try:
                     row = next(reader, None)
                     if not row:
                         continue
                     if len(row) != len(names):
                         raise csv.Error("not as many columns as the header has")
-                    yield place, {NUMBER: f"{number:09d}"} | dict(zip(names, row))
+                    yield place, {NUMBER: f"{number:09d}"} | dict(zip(headless or names, row))
                 except csv.Error as error:
                     skip(skipped, str(error), place)
                 number += 1
 
 
-def tar_rows(files, skipped):
+def tar_rows(source, files, skipped):
     """Samples: .json has captions by any known name, .txt is the raw one."""
     known = {name for field in ("url", *PROMPTS) for name in NAMES[field]}
     for path in files:

@@ -22,16 +22,11 @@ CONTEXT = 1536         # tokens of the whole string
 UNUSED = ("visual.ln_post.", "visual.proj=")  # FLAME has neither
 
 
-def text_path(positions):
-    """(tokenizer, captions, prompts) -> ids: flame's own, or for "sequential" the released one."""
-    return tokenize if positions == "sequential" else flame.tokenize
-
-
 def text_encoder(llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart"):
     """The text tower that a store or a checkpoint says it was made with: flame's own, or the released one."""
     encoder = flame.TextEncoder(llm_dir, device, dtype, layer, positions)
-    encoder.tokenize = text_path(positions)
     if positions == "sequential":
+        encoder.tokenize = tokenize
         encoder.context = min(encoder.context, CONTEXT)
     return encoder
 

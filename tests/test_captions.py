@@ -54,7 +54,8 @@ def table(tmp_path, capsys):
         capsys.readouterr()
         (tmp_path / "made").mkdir(exist_ok=True)
         try:
-            write_table(tmp_path / "made/captions.tsv", source, joins)
+            pairs = [(name, file) for name, files in joins.items() for file in files]
+            write_table(tmp_path / "made/captions.tsv", source, pairs)
         finally:
             assert {name for name in os.listdir(tmp_path / "made")} <= {"captions.tsv"}
         said = capsys.readouterr()
@@ -171,6 +172,22 @@ def test_what_people_have_is_read(tmp_path, table, name):
     text, wanted = LAYOUTS[name]
     (tmp_path / name).write_text(text)
     assert [(row.key, row.image, row.long) for row in table(tmp_path / name)[0]] == wanted
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_of_a_list_of_captions_the_others_are_counted(tmp_path, table, kind):
+    texts = [["a", "b", "c"], ["d"], ["e", "f", None], None, []]
+    rows = [{"key": f"{n}", "raw": several, "long": f"l {n}"} for n, several in enumerate(texts)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with duckdb.connect() as database:
+        database.execute(f"COPY (FROM read_json('{tmp_path}/x.jsonl')) TO '{tmp_path}/x.parquet'")
+    made, out, _ = table(tmp_path / f"x.{kind}")
+    assert raws(made) == {"0": "a", "1": "d", "2": "e", "3": "l 3", "4": "l 4"}
+    assert "lists of captions in 2 rows: the first counts, 3 others are left out\n" in out
+    (tmp_path / "y.tsv").write_text("key\tlong\n" + "".join(f"{n}\tx\n" for n in range(5)))
+    assert "lists of captions" not in table(tmp_path / "y.tsv")[1]
+    joined = [(tmp_path / f"x.{kind}")]
+    assert "lists of captions in 2 rows" in table(tmp_path / "y.tsv", {"raw": joined})[1]
 
 
 def test_parquet_as_datasets_writes_it(tmp_path, table):
