@@ -14,6 +14,7 @@ bytes.
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -36,13 +37,12 @@ WINDOW = {"cpu": 256, "cuda": 8192}
 def embed(args):
     """This process' part of the run: rank 0 makes the table, every rank its share of the missing windows."""
     out = Path(args.out or Path("data/embeddings", source_name(args.captions)))
-    encoder = None
+    dtype = getattr(torch, args.dtype)
+    encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.positions))
 
     def make_table(path):
-        nonlocal encoder
         write_table(path, args.captions, args.join)
-        encoder = load_encoder(args)
-        check_states(encoder, [row.long for row in read_table(path, most=1000)])
+        check_states(encoder(), [row.long for row in read_table(path, most=1000)])
 
     with files.folder(out):
         if rank() == 0:
@@ -52,7 +52,7 @@ def embed(args):
         meta = read_json(out / "meta.json")
         windows = [w for w in store.missing_windows(out, meta) if w % shards == shard]
         if windows:
-            run_windows(out, meta, encoder or load_encoder(args), windows, shards)
+            run_windows(out, meta, encoder(), windows, shards)
         wait_for_all()
     missing = len(store.missing_windows(out, meta))
     say(f"{out}: {meta['N']} x {len(COLUMNS)} embeddings of {meta['D']}, "
@@ -81,10 +81,6 @@ def settings_of(args):
         "budget": flame.BUDGET[args.device.type],
         "window": args.window or WINDOW[args.device.type],
     }
-
-
-def load_encoder(args):
-    return flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtype), args.layer, args.positions)
 
 
 def check_states(encoder, captions):

@@ -11,13 +11,15 @@ import json
 import re
 import sys
 import tempfile
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
 import duckdb
 
-from data.captions import read_table, tar_files, write_table
+from data.captions import read_table, write_table
 from data.pictures import Place, find_pictures, places_of
+from data.tars import tar_files
 from flame import InputError, read_json, reading
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures
@@ -132,8 +134,9 @@ def imagefolder(root, about=None):
     if len(names) != len(folders) or len(names) < 2:
         raise InputError(f"{root}: {len(folders)} class folders, {len(names)} names; as many are needed, and "
                          f"2 at least; {CURE}")
-    pictures = [(place, label) for label, folder in enumerate(folders) for place in pictures_in(folder)]
-    return [place for place, _ in pictures], [label for _, label in pictures], names, templates
+    pictures = [pictures_in(folder) for folder in folders]
+    labels = [label for label, places in enumerate(pictures) for _ in places]
+    return list(chain(*pictures)), labels, names, templates
 
 
 def imagenet(root):
@@ -218,11 +221,11 @@ def demo(root, split="test"):
     scenes = [Place(str(root / row["image"])) for row in rows]
     captions = {kind: [row[kind] for row in rows] for kind in ("long", "short", "raw", "reworded")}
     objects = []
-    val = {}    # whether an object's last picture belonged to val
+    seen = Counter()
     for row in rows_of(root / "objects.tsv"):
         thing = row["object"]
-        val[thing] = not val.get(thing, False)
-        if val[thing] == (split == "val"):
+        seen[thing] += 1
+        if seen[thing] % 2 == (split == "val"):
             objects.append((Place(str(root / row["image"])), thing, row["split"]))
     return scenes, captions, objects, names_in(root / "names.tsv"), names_in(root / "synonyms.tsv")
 

@@ -10,13 +10,11 @@ import csv
 import glob
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
-import sys
-import tarfile
 import tempfile
+from functools import partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import NamedTuple
 
 import duckdb
 
+from data.tars import report_skipped, skip, tar_files
 from flame import InputError, PROMPTS, explained, reading
 
 NUMBER = "number of the row"  # a column of TSV and CSV, nine digits
@@ -42,11 +41,11 @@ NAMES = {
 NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "license", ""}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
+CURES = {"*/metadata.*": "give {}",
+         "**/*.arrow": "make Parquet of it, in Python: datasets.load_from_disk(DIR).to_parquet(FILE)"}
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
-DAMAGED = "tar that is none, or damaged from there on"
-LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
-ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
-LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
+LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json in a tar: no caption is as long
+ALIKE = 200             # pairs of a caption and a joined one that tell whether keys mean the same pictures
 DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # what does not fit goes to the disk
 
 # White space but the space; a caption is one line with single spaces, a name has no tab or line break.
@@ -141,9 +140,8 @@ def write_table(path, captions, joins):
     short, else raw). Raises InputError where a file is missing or of no known form, where no row has a
     caption, where a join's captions are of other pictures, or where the disk is full.
     """
-    path = Path(path)
     skipped = {}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".captions-") as scratch:
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".captions-") as scratch:
         try:
             with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
                 database.execute(SCHEMA)
@@ -177,7 +175,7 @@ def copy(database, captions, path, skipped):
     others, lists = database.execute(LEFT).fetchone()
     if lists:
         print(f"lists of captions in {lists} rows: the first counts, {others} others are left out")
-    for name, count in zip(("raw", "short", "long"), counts):
+    for name, count in zip(PROMPTS, counts):
         if count < total:
             print(f"no {name} caption in {total - count} of {total} rows: their best one is asked")
     return total
@@ -228,9 +226,7 @@ def source_files(path):
         with reading(file, WANTED):
             files.append(file)
     if not files:
-        cures = [f"give {file.parent}" for file in path.glob("*/metadata.*")]
-        cures += ["make Parquet of it, in Python: datasets.load_from_disk(DIR).to_parquet(FILE)"
-                  for file in path.rglob("*.arrow")]
+        cures = [CURES[pattern].format(file.parent) for pattern in CURES for file in path.glob(pattern)]
         raise InputError(f"{path}: holds no captions; {[*cures, WANTED][0]}")
     return files
 
@@ -245,7 +241,7 @@ def fingerprint(sources):
     digest = hashlib.sha256()
     for source in sources:
         for file in source_files(source):
-            if file.suffix == ".txt" and os.path.isdir(source) and not pictures_beside(file):
+            if file.suffix == ".txt" and not pictures_beside(file):
                 continue  # no caption; train.py may write one there
             name = os.path.relpath(file, Path(source).parent)
             digest.update(os.fsencode(f"{name} {file.stat().st_size}\n"))
@@ -269,7 +265,8 @@ def load(database, scratch, source, skipped, field=None):
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
     with reading(files[0], WANTED):
         if kind not in FORMS:
-            rows = {".tar": tar_rows, ".txt": text_rows}.get(kind, csv_rows)(Path(source), files, skipped)
+            readers = {".tar": tar_rows, ".txt": partial(text_rows, Path(source))}
+            rows = readers.get(kind, csv_rows)(files, skipped)
             files = [spool(f"{scratch}/rows.jsonl", rows, skipped)]
         relation, names = FORMS.get(kind, FORMS[".jsonl"])
         relation = relation.format(", ".join(quoted(glob.escape(str(file))) for file in files))
@@ -316,7 +313,7 @@ def spool(path, rows, skipped):
     return path
 
 
-def csv_rows(source, files, skipped):
+def csv_rows(files, skipped):
     """TSV has no quotes. Empty lines have no number, bad rows do, as img2dataset counts."""
     number = 0
     for path in files:
@@ -324,9 +321,9 @@ def csv_rows(source, files, skipped):
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             header = file.readline()
             form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            if path.name.lower().removesuffix(".gz").endswith(".csv"):
+            if ".csv" in path.name.lower():
                 form = {"delimiter": max("\t,;", key=header.count), "strict": True}
-            names = next(csv.reader([header], **form), [])
+            names = next(csv.reader([header], **form))
             headless = HEADLESS.get(tuple("://" in name for name in names))
             reader = csv.reader(chain([header] * bool(headless), file), **form)
             row = []
@@ -344,7 +341,7 @@ def csv_rows(source, files, skipped):
                 number += 1
 
 
-def tar_rows(source, files, skipped):
+def tar_rows(files, skipped):
     """Samples: .json has captions by any known name, .txt is the raw one."""
     known = {name for field in ("url", *PROMPTS) for name in NAMES[field]}
     for path in files:
@@ -382,68 +379,3 @@ def text_rows(folder, files, skipped):
         with open(file, encoding="utf-8-sig", errors="surrogateescape") as opened:
             yield str(file), {"key": str(image.with_suffix("")), "image": str(image),
                               "raw": opened.read(LARGEST_TEXT)}
-
-
-def sample_name(path):
-    """-> folder, key, suffix: "a/", "b", "c.jpg" of "a/b.c.JPG". A key ends at its first dot (webdataset)."""
-    folder, slash, name = path.rpartition("/")
-    key, _, suffix = name.partition(".")
-    return folder + slash, key, suffix.lower()
-
-
-class _Headers(io.BufferedReader):
-    """A tar as tarfile reads it, by headers. One of megabytes, which takes its parser minutes, is refused."""
-
-    def read(self, size):
-        if not 0 <= size <= LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
-
-
-def tar_files(path, skipped):
-    """Yields (folder, key, suffix, first byte, bytes) of a tar's regular files, in its order; unpacks none.
-
-    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED]. Sparse files are left out.
-    """
-    try:
-        if not os.path.isfile(path):
-            raise tarfile.ReadError("not a regular file")
-        size = os.path.getsize(path)
-        end = -1
-        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while member := tar.next():
-                tar.members.clear()  # or tarfile remembers them all
-                if tar.offset <= end:  # a negative size; what comes before would come again without end
-                    raise tarfile.ReadError(f"{member.name} ends before it begins")
-                end = tar.offset
-                folder, key, suffix = sample_name(member.name)
-                if not member.isfile() or not key or not suffix:
-                    continue
-                if member.issparse():
-                    skip(skipped, "sparse file in a tar", f"{path}:{member.name}")
-                elif 0 <= member.size <= size - member.offset_data:
-                    yield folder, key, suffix, member.offset_data, member.size
-                else:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-            # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
-            file.seek(tar.offset)
-            blocks = iter(lambda: file.read(LARGEST_HEADER), b"")
-            if size < tar.offset + 512 or any(block.strip(b"\0") for block in blocks):
-                raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
-    except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too
-        skip(skipped, DAMAGED, f"{os.path.basename(path)}: {explained(error)}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is skipped
-
-def skip(skipped, reason, place):
-    """Counts what is left out: skipped[reason] = [how many, the first five places]."""
-    count, places = skipped.get(reason, (0, []))
-    skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may hold line breaks
-
-
-def report_skipped(source, skipped):
-    """Says on stderr what was skipped, a line a reason."""
-    for reason, (count, places) in skipped.items():
-        print(f"{source}: skipped {count}: {reason} ({', '.join(places)})", file=sys.stderr)

@@ -95,8 +95,7 @@ def image_tower(path):
     with reading(path, "give open_clip_model.safetensors, or its .pt file, of a ViT"):
         weights = read_weights(path)
         sizes = sizes_of(weights)
-    start = "visual."
-    return sizes, {name.removeprefix(start): x for name, x in weights.items() if name.startswith(start)}
+    return sizes, {name[7:]: x for name, x in weights.items() if name.startswith("visual.")}
 
 
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # open_clip's ViT-H, g, bigG and e; the others' is 64

@@ -28,9 +28,10 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 import flame
-from data import captions, pictures
-from data.captions import fingerprint, read_table, source_name, tar_files, write_table
+from data import captions, pictures, tars
+from data.captions import fingerprint, read_table, source_name, write_table
 from data.pictures import Place, find_pictures, open_picture, places_of, reason
+from data.tars import tar_files
 
 
 @contextmanager
@@ -480,7 +481,7 @@ def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, table, what):
         assert [*raws(rows)] == ["good", "late", "next"] and "1: sparse file in a tar" in err
     else:
         assert raws(rows) == {"good": "before", "next": "another"}
-        assert f"1: {captions.DAMAGED} (a-0.tar: " in err
+        assert f"1: {tars.DAMAGED} (a-0.tar: " in err
 
 
 def test_a_tar_cut_anywhere_gives_what_is_complete(tmp_path):
@@ -490,7 +491,7 @@ def test_a_tar_cut_anywhere_gives_what_is_complete(tmp_path):
         skipped = {}
         found = [key for _, key, _, _, _ in tar_files(tmp_path / "a.tar", skipped)]
         assert found == [key for key, end in (("1", 812), ("2", 2136), ("3", 3972)) if end <= cut]
-        assert (captions.DAMAGED in skipped) == (cut < len(whole) - 512)
+        assert (tars.DAMAGED in skipped) == (cut < len(whole) - 512)
 
 
 @pytest.mark.parametrize("hole", [512, 1024, 40_000])
@@ -500,7 +501,7 @@ def test_a_hole_of_zeros_is_no_end(tmp_path, table, hole):
     tar(tmp_path / "1.tar", member("c.txt", b"C"), bytes(hole))  # a long end is one
     rows, _, err = table(tmp_path / "{0..1}.tar")
     assert raws(rows) == {"a": "A", "c": "C"}
-    assert err.count(captions.DAMAGED) == 1 and "0.tar: " in err and "at byte 1024" in err
+    assert err.count(tars.DAMAGED) == 1 and "0.tar: " in err and "at byte 1024" in err
 
 
 def test_samples_of_webdataset_and_img2dataset(tmp_path, table):
@@ -518,7 +519,7 @@ def test_samples_of_webdataset_and_img2dataset(tmp_path, table):
     samples = pytest.importorskip("webdataset").WebDataset(str(tmp_path / "cc-000.tar"), shardshuffle=False)
     theirs = next(iter(samples.decode()))
     assert (theirs["__key__"], theirs["json"]["longSV_captions"]) == ("x/a", rows[0].long)
-    assert captions.sample_name("a.b/c.d.JPG") == ("a.b/", "c", "d.jpg")
+    assert tars.sample_name("a.b/c.d.JPG") == ("a.b/", "c", "d.jpg")
 
 
 def picture(path, value=0):
@@ -591,7 +592,7 @@ def test_tars_are_indexed_once(tmp_path, monkeypatch, capsys):
     (folder / "3.tar").mkdir()
     with within(10):
         assert found(tmp_path, ["a", "c"], **where) == {"a": 0, "c": 2}   # another tar
-    assert f"skipped 2: {captions.DAMAGED} (2.tar: ReadError not a regular" in capsys.readouterr().err
+    assert f"skipped 2: {tars.DAMAGED} (2.tar: ReadError not a regular" in capsys.readouterr().err
 
 
 # --- what is no picture's file
