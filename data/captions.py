@@ -94,17 +94,17 @@ LEFT = """SELECT sum(others), count(*) FROM
     (SELECT others FROM source UNION ALL SELECT others FROM joined) WHERE others > 0"""
 COPY = """COPY (SELECT key, image, coalesce(raw, best) AS raw, coalesce(short, best) AS short,
     coalesce(long, best) AS long FROM kept ORDER BY row)
-TO {} (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
+TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
 COLUMNS = """SELECT column_name, format('"{{}}"', replace(column_name, '"', '""'))
     || CASE WHEN column_type LIKE '%BLOB%' THEN '.path' ELSE '' END
 FROM (DESCRIBE SELECT * FROM {}) WHERE column_type <> 'BLOB'"""
 KEYS = r"""SELECT name, format('(json->{{0}}$."{{1}}"{{0}})', chr(39), name) FROM (
-    SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 1000) WHERE json IS NOT NULL)
+    SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 100000) WHERE json IS NOT NULL)
 WHERE NOT regexp_matches(name, '[''"\\]')"""
 # A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
-JSON = "read_json_objects([{{}}], format='{}', ignore_errors=true, maximum_object_size=134217728)"
-FORMS = {  # what DuckDB reads: relation of the files, query of its columns
-    ".parquet": ("read_parquet([{}], union_by_name=true)", COLUMNS),
+JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=134217728)"
+FORMS = {  # what DuckDB reads: relation of $files, query of its columns
+    ".parquet": ("read_parquet($files, union_by_name=true)", COLUMNS),
     ".json": (JSON.format("auto"), KEYS),
     ".jsonl": (JSON.format("newline_delimited"), KEYS),
 }
@@ -168,7 +168,7 @@ def copy(database, captions, path, skipped):
     """Writes the rows that have a caption, the first of each key, in the source's order. -> how many"""
     database.execute(FILL)
     skipped |= {reason: entry for reason, *entry in database.execute(LOST).fetchall()}
-    database.execute(COPY.format(quoted(path)))
+    database.execute(COPY, {"path": path})
     total, *counts = database.execute("SELECT count(*), count(raw), count(short), count(long) "
                                       "FROM kept").fetchone()
     print(f"{captions}: {total} rows")
@@ -269,8 +269,8 @@ def load(database, scratch, source, skipped, field=None):
             rows = readers.get(kind, csv_rows)(files, skipped)
             files = [spool(f"{scratch}/rows.jsonl", rows, skipped)]
         relation, names = FORMS.get(kind, FORMS[".jsonl"])
-        relation = relation.format(", ".join(quoted(glob.escape(str(file))) for file in files))
-        columns = dict(database.execute(names.format(relation)).fetchall())
+        paths = {"files": [glob.escape(str(file)) for file in files]}
+        columns = dict(database.execute(names.format(relation), paths).fetchall())
         if columns.keys() >= {"images", "annotations"}:  # COCO's; each caption is a row
             relation, columns = COCO.format(relation), COCO_COLUMNS
         table = "source SELECT "
@@ -291,12 +291,9 @@ def load(database, scratch, source, skipped, field=None):
                 macro = "caption_of({})"
                 others += map("left_of({})".format, present)
             values.append(f"coalesce({', '.join([*map(macro.format, present), 'NULL'])})")
-        database.execute(f"INSERT INTO {table} {', '.join(values)}, {' + '.join(others)} FROM {relation}")
+        selected = f"{', '.join(values)}, {' + '.join(others)}"
+        database.execute(f"INSERT INTO {table} {selected} FROM {relation}", paths)
         return columns
-
-
-def quoted(text):
-    return "'" + text.replace("'", "''") + "'"
 
 
 # ------------------------------------------------------------------------------------------------------------
