@@ -14,9 +14,11 @@ bytes.
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from functools import cache, partial
+from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
@@ -35,34 +37,30 @@ WINDOW = {"cpu": 256, "cuda": 8192}
 def embed(args):
     """This process' part of the run: rank 0 makes the table, every rank its share of the missing windows."""
     out = Path(args.out or Path("data/embeddings", source_name(args.captions)))
-    encoder = None
+    dtype = getattr(torch, args.dtype)
+    encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.positions))
 
     def make_table(path):
-        nonlocal encoder
         write_table(path, args.captions, args.join)
-        encoder = load_encoder(args)
-        check_states(encoder, [row.long for row in islice(read_table(path), 1000)])
+        check_states(encoder(), [row.long for row in read_table(path, most=1000)])
 
-    missing = [None]
     with files.folder(out):
         if rank() == 0:
-            missing = [store.windows_to_make(out, settings_of(args), make_table, args.overwrite)]
-        if ranks() > 1:
-            torch.distributed.broadcast_object_list(missing)
-        shard, shards = args.shard
-        windows = [w for w in missing[0] if w % shards == shard]
-        if windows:
-            run_windows(out, encoder or load_encoder(args), windows[rank()::ranks()], len(windows))
+            store.begin(out, settings_of(args), make_table, args.overwrite)
         wait_for_all()
-    meta = read_json(out / "meta.json")
-    absent = sum(not store.window_file(out, w).exists() for w in range(len(meta["starts"])))
+        shard, shards = args.shard
+        meta = read_json(out / "meta.json")
+        windows = [w for w in store.missing_windows(out, meta) if w % shards == shard]
+        if windows:
+            run_windows(out, meta, encoder(), windows, shards)
+        wait_for_all()
+    missing = len(store.missing_windows(out, meta))
     say(f"{out}: {meta['N']} x {len(COLUMNS)} embeddings of {meta['D']}, "
-        + (f"{absent} of {len(meta['starts'])} windows missing" if absent else "finished"))
+        + (f"{missing} of {len(meta['starts'])} windows missing" if missing else "finished"))
 
 
 def settings_of(args):
     """All that fixes the store's bytes, for its meta.json."""
-    sources = [args.captions, *(source for name in args.join for source in args.join[name])]
     return {
         "llm": {
             "name": args.llm_name,
@@ -74,8 +72,7 @@ def settings_of(args):
         },
         "captions": {
             "path": os.path.abspath(args.captions),
-            "joins": {name: list(map(os.path.abspath, args.join[name])) for name in args.join},
-            "sha256": fingerprint(sources),
+            "sha256": fingerprint([args.captions, *(source for _, source in args.join)]),
         },
         "columns": COLUMNS,
         "D": flame.llm_config(args.llm)["hidden_size"],
@@ -86,10 +83,6 @@ def settings_of(args):
     }
 
 
-def load_encoder(args):
-    return flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtype), args.layer, args.positions)
-
-
 def check_states(encoder, captions):
     """Raises InputError where a packed row's states are no embeddings, as damaged weights make them."""
     rows, forest = next(encoder.pack(captions, "long"))
@@ -98,71 +91,55 @@ def check_states(encoder, captions):
         raise InputError(f"{encoder.llm_dir}: its states are all equal; download its weights anew")
 
 
-def run_windows(out, encoder, windows, total):
-    """Embeds and writes this rank's windows.
+def run_windows(out, meta, encoder, missing, shards):
+    """Embeds and writes this rank's windows of those that are missing of a shard.
 
     A GPU always has the next packed row before the last one is fetched, and a thread writes the windows.
     """
-    meta = read_json(out / "meta.json")
+    windows = [w for w in missing if w // shards % ranks() == rank()]
     todo = sum(min(meta["window"], meta["N"] - w * meta["window"]) for w in windows)
     size = 2e-9 * meta["N"] * len(COLUMNS) * meta["D"]
-    say(f"{out}: {size:.2g} GB; {total} of {len(meta['starts'])} windows of {meta['window']} rows to make; "
-        f"layer {encoder.layer}, {meta['dtype']} on {ranks()} x {meta['device']}, {encoder.kernels}")
+    say(f"{out}: {size:.2g} GB; {len(missing)} of {len(meta['starts'])} windows of {meta['window']} rows to "
+        f"make; layer {encoder.layer}, {meta['dtype']} on {ranks()} x {meta['device']}, {encoder.kernels}")
     work = packed_rows(out, meta, windows, encoder)
     if meta["device"] == "cuda":
         work = ahead(work)
-    writing = []
-    block = None
+    running = ((start(encoder, forest, len(takers)), takers, *block) for forest, takers, *block in work)
     with ThreadPoolExecutor(1) as thread, bar(
             total=todo * len(COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
             disable=rank() > 0) as done:
-        for w, height, prompts, takers, wait, last in one_behind(work, encoder):
-            units = wait()
-            if block is None:
-                block = torch.empty(height, len(COLUMNS), encoder.dim, dtype=torch.float16)
-            first = COLUMNS.index(f"{prompts}.0")
-            for rows, facets in zip(takers, units):
-                block[rows, first:first + len(facets)] = facets
+        writing = thread.submit(len, windows)
+        for (wait, takers, part, whole), _ in pairwise(chain(running, [None])):
+            for rows, facets in zip(takers, wait()):
+                part[rows] = facets
                 done.update(len(rows) * len(facets))
-            if last:
-                if writing:
-                    writing.pop().result()  # no more than two windows in memory
-                writing.append(thread.submit(store.write_window, out, w, block.numpy()))
-                block = None
-        if writing:
-            writing.pop().result()
+            if whole:
+                writing.result()  # raises what it raised; no more than three windows in memory
+                writing = thread.submit(store.write_window, out, *whole)
+        writing.result()
     if encoder.truncated:
         say(f"{encoder.truncated} captions were cut to the model's context")
 
 
 def packed_rows(out, meta, windows, encoder):
-    """Yields (window, how many rows it has, prompt set, packed row, for each caption in it the rows of the
-    window that take its answers, is it the window's last). Equal captions are encoded once.
+    """Yields (packed row, for each caption in it the rows of the window that take its answers, the columns
+    of the window's block where these go, after the last one (w, block)). Equal captions are encoded once.
     """
     for w in windows:
-        rows = store.window_rows(out, meta, w)
+        rows = list(read_table(out / "captions.tsv", meta["starts"][w], meta["window"]))
+        block = np.empty((len(rows), len(COLUMNS), meta["D"]), np.float16)
         packs = []
         for prompts in PROMPTS:
             takers = {}
             for n, row in enumerate(rows):
                 takers.setdefault(getattr(row, prompts), []).append(n)
             captions = list(takers)
-            packs += [(prompts, forest, [takers[captions[i]] for i in chosen])
+            first = COLUMNS.index(f"{prompts}.0")
+            part = block[:, first:first + len(PROMPTS[prompts].facets)]
+            packs += [(forest, [takers[captions[i]] for i in chosen], part)
                       for chosen, forest in encoder.pack(captions, prompts)]
         for n, pack in enumerate(packs, 1):
-            yield w, len(rows), *pack, n == len(packs)
-
-
-def one_behind(work, encoder):
-    """Starts each packed row and yields the one before it, in place of the packed row its wait()."""
-    before = None
-    for w, height, prompts, forest, takers, last in work:
-        wait = start(encoder, forest, len(takers))
-        if before:
-            yield before
-        before = w, height, prompts, takers, wait, last
-    if before:
-        yield before
+            yield *pack, (w, block) if n == len(packs) else None
 
 
 def start(encoder, forest, n):
@@ -245,7 +222,6 @@ def command_line():
 def chosen(argv):
     """Does what the command line asks for."""
     args = command_line().parse_args(argv)
-    args.join = {name: [file for other, file in args.join if other == name] for name, _ in args.join}
     args.llm_name = Path(args.llm).resolve().name  # of a folder, or of a Hugging Face id
     args.llm = flame.llm_folder(args.llm)
     if args.draw is not None:

@@ -8,11 +8,10 @@ read. A caption that is empty is returned as "", for evaluate.py to count what i
 """
 import csv
 import json
-import os
 import re
 import sys
-import tarfile
 import tempfile
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import duckdb
 
 from data.captions import read_table, write_table
 from data.pictures import Place, find_pictures, places_of
+from data.tars import tar_files
 from flame import InputError, read_json, reading
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures
@@ -134,8 +134,9 @@ def imagefolder(root, about=None):
     if len(names) != len(folders) or len(names) < 2:
         raise InputError(f"{root}: {len(folders)} class folders, {len(names)} names; as many are needed, and "
                          f"2 at least; {CURE}")
-    pictures = [(place, label) for label, folder in enumerate(folders) for place in pictures_in(folder)]
-    return [place for place, _ in pictures], [label for _, label in pictures], names, templates
+    pictures = [pictures_in(folder) for folder in folders]
+    labels = [label for label, places in enumerate(pictures) for _ in places]
+    return list(chain(*pictures)), labels, names, templates
 
 
 def imagenet(root):
@@ -162,15 +163,18 @@ def webdataset(root, split):
     classnames.txt and zeroshot_classification_templates.txt lie beside. -> as read(), captions not yet paired
     """
     samples = {}
+    skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
-        with reading(tar, CURE), tarfile.open(tar) as archive:
-            for member in filter(tarfile.TarInfo.isfile, archive):
-                key, _, suffix = os.path.basename(member.name).partition(".")
+        with reading(tar, CURE), open(tar, "rb") as file:
+            for _, key, suffix, offset, size in tar_files(tar, skipped):
                 sample = samples.setdefault((tar, key), {})
                 if f".{suffix}" in SUFFIXES:
-                    sample["picture"] = Place(str(tar), member.offset_data, member.size)
+                    sample["picture"] = Place(str(tar), offset, size)
                 else:
-                    sample[suffix] = archive.extractfile(member).read().decode()
+                    file.seek(offset)
+                    sample[suffix] = file.read(size).decode()
+            if skipped:
+                raise ValueError(*skipped)
     with reading(tar, CURE):    # a sample may lack one of the two, a class its name
         pictures = [sample["picture"] for sample in samples.values()]
         if not (root / "classnames.txt").exists():
@@ -190,7 +194,7 @@ def read_captions(captions, folder, prompts):
     """
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary, "captions.tsv")
-        write_table(table, captions, {})
+        write_table(table, captions, [])
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
     numbers, files, places = find_pictures(list(keys), list(images), captions, folder)
@@ -217,11 +221,11 @@ def demo(root, split="test"):
     scenes = [Place(str(root / row["image"])) for row in rows]
     captions = {kind: [row[kind] for row in rows] for kind in ("long", "short", "raw", "reworded")}
     objects = []
-    val = {}    # whether an object's last picture belonged to val
+    seen = Counter()
     for row in rows_of(root / "objects.tsv"):
         thing = row["object"]
-        val[thing] = not val.get(thing, False)
-        if val[thing] == (split == "val"):
+        seen[thing] += 1
+        if seen[thing] % 2 == (split == "val"):
             objects.append((Place(str(root / row["image"])), thing, row["split"]))
     return scenes, captions, objects, names_in(root / "names.tsv"), names_in(root / "synonyms.tsv")
 

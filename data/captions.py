@@ -10,23 +10,24 @@ import csv
 import glob
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
-import sys
-import tarfile
 import tempfile
-from itertools import chain, groupby
+from functools import partial
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import duckdb
 
+from data.tars import report_skipped, skip, tar_files
 from flame import InputError, PROMPTS, explained, reading
 
 NUMBER = "number of the row"  # a column of TSV and CSV, nine digits
+# Tables without a header, told by which of their two columns is a link: CC3M and CC12M as published.
+HEADLESS = {(False, True): ["raw", "url"], (True, False): ["url", "raw"]}
 # Our fields and the picture's URL by others' names; the first that is present counts. Of the recaptions by
 # three models that DreamLIP gives, ShareGPT4V's.
 NAMES = {
@@ -40,11 +41,11 @@ NAMES = {
 NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "license", ""}
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
+CURES = {"*/metadata.*": "give {}",
+         "**/*.arrow": "make Parquet of it, in Python: datasets.load_from_disk(DIR).to_parquet(FILE)"}
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
-DAMAGED = "tar that is none, or damaged from there on"
-LARGEST_TEXT = 1 << 20    # bytes of a .txt or .json in a tar: no caption is as long
-ALIKE = 200               # pairs of a caption and a joined one that tell whether keys mean the same pictures
-LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
+LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json in a tar: no caption is as long
+ALIKE = 200             # pairs of a caption and a joined one that tell whether keys mean the same pictures
 DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # what does not fit goes to the disk
 
 # White space but the space; a caption is one line with single spaces, a name has no tab or line break.
@@ -55,15 +56,18 @@ CREATE MACRO text_of(x) AS CASE WHEN typeof(x) = 'VARCHAR' THEN CAST(x AS VARCHA
     WHEN json_type(to_json(x), '$[0]') = 'VARCHAR' THEN to_json(x)->>'$[0]' END;
 CREATE MACRO one_line(x) AS nullif(CASE WHEN regexp_matches(x, '[{ODD}]|  |^ | $')
     THEN trim(regexp_replace(x, '[ {ODD}]+', ' ', 'g')) ELSE x END, '');
-CREATE MACRO caption_of(x) AS one_line(text_of(x));
-CREATE MACRO answer_of(x) AS one_line(
-    list_filter(TRY_CAST(to_json(x) AS JSON[]), lambda t: t->>'from' = 'gpt')[1]->>'value');
+CREATE MACRO answer_of(x) AS
+    list_filter(TRY_CAST(to_json(x) AS JSON[]), lambda t: t->>'from' = 'gpt')[1]->>'value';
+CREATE MACRO caption_of(x) AS one_line(coalesce(text_of(x), answer_of(x)));
+CREATE MACRO left_of(x) AS CASE WHEN json_type(to_json(x), '$[0]') = 'VARCHAR' THEN len(list_filter(
+    json_extract(to_json(x), '$[*]'), lambda t: json_type(t) = 'VARCHAR')) - 1 ELSE 0 END;
 CREATE MACRO name_of(x) AS nullif(regexp_replace(CASE WHEN typeof(x) <> 'JSON' THEN CAST(x AS VARCHAR)
     ELSE coalesce(to_json(x)->>'$.path', to_json(x)->>'$') END, '[\x00\t\r\n]', ' ', 'g'), '');
-CREATE TABLE source (key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR, short VARCHAR, long VARCHAR);
+CREATE TABLE source (key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR, short VARCHAR, long VARCHAR,
+    others BIGINT);
 CREATE VIEW keyed AS SELECT rowid AS row, * REPLACE (coalesce(key, format('{{:09d}}', rowid)) AS key)
     FROM source;
-CREATE TABLE joined (field VARCHAR, key VARCHAR, url VARCHAR, text VARCHAR);
+CREATE TABLE joined (field VARCHAR, key VARCHAR, url VARCHAR, text VARCHAR, others BIGINT);
 CREATE VIEW answer AS SELECT rowid AS place, * FROM joined WHERE text IS NOT NULL;
 CREATE TABLE pair (field VARCHAR, row BIGINT, place BIGINT)"""
 PAIR = """INSERT INTO pair SELECT $1, row, min(place) FROM (
@@ -86,15 +90,25 @@ CREATE VIEW kept AS SELECT * FROM filled SEMI JOIN first USING (row)"""
 LOST = """SELECT CASE WHEN best IS NULL THEN 'no caption' ELSE 'key occurs before' END AS reason,
     count(*), list_transform(min(row + 1, 5), lambda n: format('row {}', n))
 FROM filled ANTI JOIN first USING (row) GROUP BY reason ORDER BY reason DESC"""
+LEFT = """SELECT sum(others), count(*) FROM
+    (SELECT others FROM source UNION ALL SELECT others FROM joined) WHERE others > 0"""
 COPY = """COPY (SELECT key, image, coalesce(raw, best) AS raw, coalesce(short, best) AS short,
     coalesce(long, best) AS long FROM kept ORDER BY row)
-TO {} (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
+TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
 COLUMNS = """SELECT column_name, format('"{{}}"', replace(column_name, '"', '""'))
     || CASE WHEN column_type LIKE '%BLOB%' THEN '.path' ELSE '' END
 FROM (DESCRIBE SELECT * FROM {}) WHERE column_type <> 'BLOB'"""
 KEYS = r"""SELECT name, format('(json->{{0}}$."{{1}}"{{0}})', chr(39), name) FROM (
-    SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 1000) WHERE json IS NOT NULL)
+    SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 100000) WHERE json IS NOT NULL)
 WHERE NOT regexp_matches(name, '[''"\\]')"""
+# A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
+JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=134217728)"
+FORMS = {  # what DuckDB reads: relation of $files, query of its columns
+    ".parquet": ("read_parquet($files, union_by_name=true)", COLUMNS),
+    ".json": (JSON.format("auto"), KEYS),
+    ".jsonl": (JSON.format("newline_delimited"), KEYS),
+}
+COCO_COLUMNS = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
 COCO = """(SELECT text, picture->'file_name' AS path
     FROM (SELECT unnest(texts) AS text, unnest(range(len(texts))) AS n
         FROM (SELECT json->'$.annotations[*]' AS texts FROM {0}))
@@ -110,36 +124,35 @@ class Row(NamedTuple):
     long: str
 
 
-def read_table(path):
-    """Yields Row after Row of a captions.tsv that write_table wrote."""
-    with reading(path, "make it anew with embed.py"), open(path, encoding="utf-8", newline="\n") as file:
-        next(file)
-        for line in file:
-            yield Row(*line[:-1].split("\t"))
+def read_table(path, start=len("\t".join(Row._fields)) + 1, most=None):
+    """Yields Row after Row of a captions.tsv that write_table wrote, from that at byte start on."""
+    with reading(path, "make it anew with embed.py"), open(path, "rb") as file:
+        file.seek(start)
+        for line in islice(file, most):
+            yield Row(*line.decode()[:-1].split("\t"))
 
 
 def write_table(path, captions, joins):
     """Makes captions.tsv of a source; says on the screen what was taken, on stderr what was skipped.
 
-    joins: {prompt set: [sources]}, captions of that set from files of their own, by key, or by the picture's
+    joins: [(prompt set, source)], captions of that set from files of their own, by key, or by the picture's
     URL where these have no key. Where a row has no caption for a set, its best one is taken (long, else
     short, else raw). Raises InputError where a file is missing or of no known form, where no row has a
     caption, where a join's captions are of other pictures, or where the disk is full.
     """
-    path = Path(path)
     skipped = {}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".captions-") as scratch:
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".captions-") as scratch:
         try:
             with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
                 database.execute(SCHEMA)
                 columns = load(database, scratch, captions, skipped)
-                for name, sources in joins.items():
-                    for source in sources:
-                        load(database, scratch, source, skipped, name)
+                for name, source in joins:
+                    load(database, scratch, source, skipped, name)
                 # Rows have numbers by now. Kept in order, 15 million would not go to the disk in time.
                 database.execute("SET preserve_insertion_order = false")
-                for name, sources in joins.items():
-                    join(database, captions, name, ", ".join(map(str, sources)))
+                for name in dict(joins):
+                    files = ", ".join(str(source) for other, source in joins if other == name)
+                    join(database, captions, name, files)
                 total = copy(database, captions, f"{scratch}/captions.tsv", skipped)
         except duckdb.Error as error:
             raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
@@ -155,11 +168,14 @@ def copy(database, captions, path, skipped):
     """Writes the rows that have a caption, the first of each key, in the source's order. -> how many"""
     database.execute(FILL)
     skipped |= {reason: entry for reason, *entry in database.execute(LOST).fetchall()}
-    database.execute(COPY.format(quoted(path)))
+    database.execute(COPY, {"path": path})
     total, *counts = database.execute("SELECT count(*), count(raw), count(short), count(long) "
                                       "FROM kept").fetchone()
     print(f"{captions}: {total} rows")
-    for name, count in zip(("raw", "short", "long"), counts):
+    others, lists = database.execute(LEFT).fetchone()
+    if lists:
+        print(f"lists of captions in {lists} rows: the first counts, {others} others are left out")
+    for name, count in zip(PROMPTS, counts):
         if count < total:
             print(f"no {name} caption in {total - count} of {total} rows: their best one is asked")
     return total
@@ -171,7 +187,7 @@ def join(database, captions, field, files):
     Raises InputError where there is none, or where they are of different pictures.
     """
     database.execute(PAIR, [field])
-    (total, used), = database.execute(USED, [field]).fetchall()
+    total, used = database.execute(USED, [field]).fetchone()
     if not used:
         raise InputError(f"{files}: of its {total} rows with a {field} caption none has a key or URL that is "
                          f"in {captions}; give --captions the files that it goes with")
@@ -210,9 +226,7 @@ def source_files(path):
         with reading(file, WANTED):
             files.append(file)
     if not files:
-        cures = [f"give {file.parent}" for file in path.glob("*/metadata.*")]
-        cures += ["make Parquet of it, in Python: datasets.load_from_disk(DIR).to_parquet(FILE)"
-                  for file in path.rglob("*.arrow")]
+        cures = [CURES[pattern].format(file.parent) for pattern in CURES for file in path.glob(pattern)]
         raise InputError(f"{path}: holds no captions; {[*cures, WANTED][0]}")
     return files
 
@@ -227,7 +241,7 @@ def fingerprint(sources):
     digest = hashlib.sha256()
     for source in sources:
         for file in source_files(source):
-            if file.suffix == ".txt" and os.path.isdir(source) and not pictures_beside(file):
+            if file.suffix == ".txt" and not pictures_beside(file):
                 continue  # no caption; train.py may write one there
             name = os.path.relpath(file, Path(source).parent)
             digest.update(os.fsencode(f"{name} {file.stat().st_size}\n"))
@@ -250,19 +264,15 @@ def load(database, scratch, source, skipped, field=None):
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
     with reading(files[0], WANTED):
-        if kind == ".tar":
-            files = spool(scratch, tar_rows(files, skipped), skipped)
-        elif kind == ".txt" and os.path.isdir(source):
-            files = spool(scratch, text_rows(Path(source), files, skipped), skipped)
-        elif kind not in (".json", ".jsonl", ".parquet"):
-            files = spool(scratch, csv_rows(files, kind == ".csv", skipped), skipped)
-        paths = ", ".join(quoted(glob.escape(str(file))) for file in files)
-        if kind == ".parquet":
-            relation = f"read_parquet([{paths}], union_by_name=true)"
-            columns = dict(database.execute(COLUMNS.format(relation)).fetchall())
-        else:
-            form = "auto" if kind == ".json" else "newline_delimited"
-            relation, columns = json_objects(database, paths, form)
+        if kind not in FORMS:
+            readers = {".tar": tar_rows, ".txt": partial(text_rows, Path(source))}
+            rows = readers.get(kind, csv_rows)(files, skipped)
+            files = [spool(f"{scratch}/rows.jsonl", rows, skipped)]
+        relation, names = FORMS.get(kind, FORMS[".jsonl"])
+        paths = {"files": [glob.escape(str(file)) for file in files]}
+        columns = dict(database.execute(names.format(relation), paths).fetchall())
+        if columns.keys() >= {"images", "annotations"}:  # COCO's; each caption is a row
+            relation, columns = COCO.format(relation), COCO_COLUMNS
         table = "source SELECT "
         fields = NAMES
         if field:
@@ -272,83 +282,57 @@ def load(database, scratch, source, skipped, field=None):
             if columns.keys().isdisjoint(names):
                 names = [name for name in columns if name not in NO_CAPTION]
             fields = {"key": NAMES["key"], "url": NAMES["url"], field: names}
-        values = [value(name, columns, names) for name, names in fields.items()]
-        database.execute(f"INSERT INTO {table} {', '.join(values)} FROM {relation}")
+        values = []
+        others = ["0"]
+        for name, names in fields.items():
+            present = [columns[name] for name in names if name in columns]
+            macro = "name_of({})"
+            if name in PROMPTS:
+                macro = "caption_of({})"
+                others += map("left_of({})".format, present)
+            values.append(f"coalesce({', '.join([*map(macro.format, present), 'NULL'])})")
+        selected = f"{', '.join(values)}, {' + '.join(others)}"
+        database.execute(f"INSERT INTO {table} {selected} FROM {relation}", paths)
         return columns
-
-
-def value(field, columns, names):
-    """SQL of one of our fields, by any of the names, of a source's columns {name: SQL}."""
-    macro = "caption" if field in PROMPTS else "name"
-    values = [f"{'answer' if name == 'conversations' else macro}_of({columns[name]})"
-              for name in names if name in columns]
-    return f"coalesce({', '.join([*values, 'NULL'])})"
-
-
-def quoted(text):
-    return "'" + text.replace("'", "''") + "'"
-
-
-def json_objects(database, paths, form, largest=1 << 24):
-    """A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
-
-    -> relation, {name: SQL}
-    """
-    relation = (f"read_json_objects([{paths}], format='{form}', ignore_errors=true, "
-                f"maximum_object_size={largest})")
-    try:
-        columns = dict(database.execute(KEYS.format(relation)).fetchall())
-    except duckdb.Error:
-        if largest > 1 << 24:
-            raise
-        return json_objects(database, paths, form, 1 << 28)
-    if {"images", "annotations"} <= columns.keys():  # each caption is a row
-        return COCO.format(relation), {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
-    return relation, columns
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What DuckDB does not read: generators of (place, {name: value})
 
-def spool(scratch, rows, skipped):
-    """Writes rows as JSONL. -> [path]"""
-    with open(f"{scratch}/rows.jsonl", "wb") as file:
+def spool(path, rows, skipped):
+    """Writes rows as JSONL. -> path"""
+    with open(path, "wb") as file:
         for place, row in rows:
             try:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             except UnicodeEncodeError:
                 skip(skipped, "no UTF-8", place)
-    return [file.name]
+    return path
 
 
-def csv_rows(files, quotes, skipped):
+def csv_rows(files, skipped):
     """TSV has no quotes. Empty lines have no number, bad rows do, as img2dataset counts."""
     number = 0
-    names = []
     for path in files:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             header = file.readline()
-            if not names:
-                form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-                if quotes:
-                    form = {"delimiter": max("\t,;", key=header.count), "strict": True}
-                names = next(csv.reader([header], **form), [])
-                links = ["://" in name for name in names]
-                headed = links not in ([True, False], [False, True])
-                if not headed:  # CC3M is caption<TAB>url, CC12M url<TAB>caption
-                    names = ["url", "raw"] if links[0] else ["raw", "url"]
-            reader = csv.reader(file if headed else chain([header], file), **form)
+            form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            if ".csv" in path.name.lower():
+                form = {"delimiter": max("\t,;", key=header.count), "strict": True}
+            names = next(csv.reader([header], **form))
+            headless = HEADLESS.get(tuple("://" in name for name in names))
+            reader = csv.reader(chain([header] * bool(headless), file), **form)
             row = []
             while row is not None:
-                place = f"{path.name} line {reader.line_num + headed + 1}"
+                place = f"{path.name} line {reader.line_num + 1 + (not headless)}"
                 try:
                     row = next(reader, None)
                     if not row:
                         continue
                     if len(row) != len(names):
                         raise csv.Error("not as many columns as the header has")
-                    yield place, {NUMBER: f"{number:09d}"} | dict(zip(names, row))
+                    yield place, {NUMBER: f"{number:09d}"} | dict(zip(headless or names, row))
                 except csv.Error as error:
                     skip(skipped, str(error), place)
                 number += 1
@@ -392,68 +376,3 @@ def text_rows(folder, files, skipped):
         with open(file, encoding="utf-8-sig", errors="surrogateescape") as opened:
             yield str(file), {"key": str(image.with_suffix("")), "image": str(image),
                               "raw": opened.read(LARGEST_TEXT)}
-
-
-def sample_name(path):
-    """-> folder, key, suffix: "a/", "b", "c.jpg" of "a/b.c.JPG". A key ends at its first dot (webdataset)."""
-    folder, slash, name = path.rpartition("/")
-    key, _, suffix = name.partition(".")
-    return folder + slash, key, suffix.lower()
-
-
-class _Headers(io.BufferedReader):
-    """A tar as tarfile reads it, by headers. One of megabytes, which takes its parser minutes, is refused."""
-
-    def read(self, size):
-        if not 0 <= size <= LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
-
-
-def tar_files(path, skipped):
-    """Yields (folder, key, suffix, first byte, bytes) of a tar's regular files, in its order; unpacks none.
-
-    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED]. Sparse files are left out.
-    """
-    try:
-        if not os.path.isfile(path):
-            raise tarfile.ReadError("not a regular file")
-        size = os.path.getsize(path)
-        end = -1
-        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while member := tar.next():
-                tar.members.clear()  # or tarfile remembers them all
-                if tar.offset <= end:  # a negative size; what comes before would come again without end
-                    raise tarfile.ReadError(f"{member.name} ends before it begins")
-                end = tar.offset
-                folder, key, suffix = sample_name(member.name)
-                if not member.isfile() or not key or not suffix:
-                    continue
-                if member.issparse():
-                    skip(skipped, "sparse file in a tar", f"{path}:{member.name}")
-                elif 0 <= member.size <= size - member.offset_data:
-                    yield folder, key, suffix, member.offset_data, member.size
-                else:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-            # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
-            file.seek(tar.offset)
-            blocks = iter(lambda: file.read(LARGEST_HEADER), b"")
-            if size < tar.offset + 512 or any(block.strip(b"\0") for block in blocks):
-                raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
-    except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too
-        skip(skipped, DAMAGED, f"{os.path.basename(path)}: {explained(error)}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is skipped
-
-def skip(skipped, reason, place):
-    """Counts what is left out: skipped[reason] = [how many, the first five places]."""
-    count, places = skipped.get(reason, (0, []))
-    skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may hold line breaks
-
-
-def report_skipped(source, skipped):
-    """Says on stderr what was skipped, a line a reason."""
-    for reason, (count, places) in skipped.items():
-        print(f"{source}: skipped {count}: {reason} ({', '.join(places)})", file=sys.stderr)

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.captions import PICTURES, report_skipped, sample_name, source_files, tar_files
+from data.captions import PICTURES, source_files
 from data.files import write
+from data.tars import report_skipped, sample_name, tar_files
 from flame import InputError, reading, rgb
 
 LARGEST = 1 << 30  # bytes of a picture's file
@@ -78,8 +79,10 @@ def find_pictures(keys, images, captions, folder=None, index=None):
         files = list(map(str, tars))
         rows, places = index_tars(keys, files, index)
     else:
-        files = []
-        rows, places = first_of_each_row(folder_pictures(root, files), keys)
+        paths = sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))
+        files = [path for path in paths if f".{sample_name(path)[2]}" in PICTURES]
+        pictures = ((sample_name(path)[1], (n, 0, -1)) for n, path in enumerate(files))
+        rows, places = first_of_each_row(pictures, keys)
     if not len(rows):
         numbered = "; tars' keys are row numbers only at 10,000 a shard, else embed the tars themselves"
         raise InputError(f"{root}: no row of {captions} has a picture there, such as {wanted}; give "
@@ -87,25 +90,8 @@ def find_pictures(keys, images, captions, folder=None, index=None):
     return rows, files, places
 
 
-def folder_pictures(root, files):
-    """Yields (key, place) of the pictures in a folder and its subfolders, and appends them to files."""
-    for path in sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True)):
-        _, key, suffix = sample_name(path)
-        if f".{suffix}" in PICTURES:
-            yield key, (len(files), 0, -1)
-            files.append(path)
-
-
-def tar_pictures(tars, skipped):
-    """Yields (key, place) of the pictures in tars."""
-    for number, path in enumerate(tars):
-        for _, key, suffix, offset, size in tar_files(path, skipped):
-            if f".{suffix}" in PICTURES and size <= LARGEST:
-                yield key, (number, offset, size)
-
-
 def first_of_each_row(pictures, keys):
-    """-> rows [n], places [n, 3]"""
+    """(key, place) of each picture -> rows [n], places [n, 3]"""
     row_of = {key: row for row, key in enumerate(keys)}
     firsts = {}
     for key, place in pictures:
@@ -123,7 +109,10 @@ def index_tars(keys, tars, index):
             if str(saved["stamp"]) == stamp:
                 return saved["rows"], saved["places"]
     skipped = {}
-    rows, places = first_of_each_row(tar_pictures(tars, skipped), keys)
+    pictures = ((key, (n, offset, size)) for n, tar in enumerate(tars)
+                for _, key, suffix, offset, size in tar_files(tar, skipped)
+                if f".{suffix}" in PICTURES and size <= LARGEST)
+    rows, places = first_of_each_row(pictures, keys)
     report_skipped(os.path.dirname(tars[0]), skipped)
     if index:
         write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))

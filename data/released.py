@@ -22,16 +22,11 @@ CONTEXT = 1536         # tokens of the whole string
 UNUSED = ("visual.ln_post.", "visual.proj=")  # FLAME has neither
 
 
-def text_path(positions):
-    """(tokenizer, captions, prompts) -> ids: flame's own, or for "sequential" the released one."""
-    return tokenize if positions == "sequential" else flame.tokenize
-
-
 def text_encoder(llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart"):
     """The text tower that a store or a checkpoint says it was made with: flame's own, or the released one."""
     encoder = flame.TextEncoder(llm_dir, device, dtype, layer, positions)
-    encoder.tokenize = text_path(positions)
     if positions == "sequential":
+        encoder.tokenize = tokenize
         encoder.context = min(encoder.context, CONTEXT)
     return encoder
 
@@ -100,8 +95,7 @@ def image_tower(path):
     with reading(path, "give open_clip_model.safetensors, or its .pt file, of a ViT"):
         weights = read_weights(path)
         sizes = sizes_of(weights)
-    start = "visual."
-    return sizes, {name.removeprefix(start): x for name, x in weights.items() if name.startswith(start)}
+    return sizes, {name[7:]: x for name, x in weights.items() if name.startswith("visual.")}
 
 
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # open_clip's ViT-H, g, bigG and e; the others' is 64

@@ -6,9 +6,10 @@ the writer is killed or the disk is full, the same command makes those that are 
 same bytes. Two runs at once write the same bytes under the same names.
 """
 import hashlib
+import io
 import json
 from functools import reduce
-from itertools import accumulate, islice
+from itertools import accumulate
 from operator import getitem
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import numpy as np
 
 import flame
 from data import files
-from data.captions import Row
 from flame import InputError, read_json, reading
 
 # What the bytes depend on. Captions and LLM may have moved: their hashes tell.
@@ -29,8 +29,8 @@ def window_file(out, w):
     return out / f"{w:06d}.npy"
 
 
-def windows_to_make(out, settings, make_table, overwrite):
-    """-> numbers of the windows that are missing. First makes the table and meta.json, where there are none.
+def begin(out, settings, make_table, overwrite):
+    """Makes the table and meta.json, where there are none.
 
     settings: all that fixes the bytes. make_table(path) writes captions.tsv and checks all that can be
     checked: with overwrite, what was there goes only after that. Raises InputError where the store was made
@@ -38,24 +38,27 @@ def windows_to_make(out, settings, make_table, overwrite):
     """
     meta = out / "meta.json"
     table = out / "captions.tsv"
-    others = [path for path in (table, *windows(out)) if path.exists() and not meta.exists()]
-    if others and not overwrite:
-        raise InputError(f"{others[0]}: no run of embed.py left this here; {CURE}")
+    earlier = [path for path in (table, *out.glob("[0-9]" * 6 + ".npy")) if path.exists()]
     if meta.exists() and not overwrite:
-        refuse_other_settings(meta, settings)
-    if meta.exists() and table.exists() and not overwrite:
-        recorded = read_json(meta, CURE)
-        with reading(table, CURE):
-            if window_starts(table, settings["window"]) != (recorded["N"], recorded["starts"]):
-                raise ValueError("not the table that meta.json speaks of")
-    else:
-        with files.replacing(table) as temporary:
-            make_table(temporary)
-            N, starts = window_starts(temporary, settings["window"])
-            for path in [*windows(out), table] if overwrite else ():  # none lies beside another's meta.json
-                path.unlink(missing_ok=True)
-            files.write_json(meta, settings | {"N": N, "starts": starts})
-    return [w for w in range(len(read_json(meta, CURE)["starts"])) if not window_file(out, w).exists()]
+        recorded = refuse_other_settings(meta, settings)
+        if table.exists():
+            with reading(table, CURE):
+                if window_starts(table, settings["window"]) != (recorded["N"], recorded["starts"]):
+                    raise ValueError("not the table that meta.json speaks of")
+            return
+    elif earlier and not overwrite:
+        raise InputError(f"{earlier[0]}: no run of embed.py left this here; {CURE}")
+    with files.replacing(table) as temporary:
+        make_table(temporary)
+        N, starts = window_starts(temporary, settings["window"])
+        for path in earlier if overwrite else ():  # none lies beside another's meta.json
+            path.unlink()
+        files.write_json(meta, settings | {"N": N, "starts": starts})
+
+
+def missing_windows(out, meta):
+    """-> their numbers"""
+    return [w for w in range(len(meta["starts"])) if not window_file(out, w).exists()]
 
 
 def llm_fingerprint(llm_dir):
@@ -84,18 +87,15 @@ def llm_fingerprint(llm_dir):
     return digest.hexdigest()[:16]
 
 
-def windows(out):
-    return sorted(out.glob("[0-9]" * 6 + ".npy"))
-
-
 def refuse_other_settings(meta, settings):
-    """Raises InputError that names the setting."""
+    """-> what meta.json says. Raises InputError that names the setting."""
     with reading(meta, CURE):
         recorded = read_json(meta, CURE)
         for setting in FIXED:
             was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
             if was != now:
                 raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
+        return recorded
 
 
 def window_starts(table, window):
@@ -108,18 +108,8 @@ def window_starts(table, window):
     return N, starts[:-(-N // window)]
 
 
-def window_rows(out, meta, w):
-    """The rows of window w, [Row]."""
-    with reading(out / "captions.tsv", CURE) as path, open(path, "rb") as file:
-        file.seek(meta["starts"][w])
-        return [Row(*line.decode()[:-1].split("\t")) for line in islice(file, meta["window"])]
-
-
 def write_window(out, w, block):
     """block: float16 [rows, 11, D] of unit vectors."""
-    def save(temporary):
-        with open(temporary, "wb") as file:  # numpy.save does not notice that the last bytes find no room
-            header = np.lib.format.header_data_from_array_1_0(block)
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(block.data)
-    files.write(window_file(out, w), save)
+    file = io.BytesIO()  # on a full disk numpy.save does not notice that the last bytes find no room
+    np.save(file, block)
+    files.write(window_file(out, w), lambda temporary: temporary.write_bytes(file.getbuffer()))

@@ -59,7 +59,7 @@ def main():
         threading.Thread(target=watch, args=(f"{folder}/store", largest), daemon=True).start()
         start = time.perf_counter()
         table = f"{folder}/store/captions.tsv"
-        write_table(table, f"{folder}/raw.tsv", {"long": [f"{folder}/long.json"]})
+        write_table(table, f"{folder}/raw.tsv", [("long", f"{folder}/long.json")])
         seconds = time.perf_counter() - start
         memory = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
         print(f"{seconds:.0f} s, peak memory {memory:.1f} GB, peak disk {largest[0] / 1e9:.1f} GB; "

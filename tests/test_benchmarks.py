@@ -355,6 +355,10 @@ def pipe(name):
     return lambda root: ((root / name).unlink(), os.mkfifo(root / name))
 
 
+def hole(name):     # a header of zeros, which tarfile takes for the end
+    return lambda root: (root / name).write_bytes(bytes(512) + (root / name).read_bytes()[512:])
+
+
 @pytest.mark.parametrize("bench, break_it, message", [
     ("sharegpt4v", write("share-captioner_coco_lcs_sam_1246k_1107.json", '[{"image": 1'), "1107.json: "),
     ("dci", write("densely_captioned_images/splits.json", "{"), "splits.json: "),
@@ -370,6 +374,7 @@ def pipe(name):
     ("docci", lambda root: root.rename(root.parent / "elsewhere"), "data/docci: no such folder"),
     ("coco", pipe("test/0.tar"), "0.tar: "),
     ("coco", write("test/0.tar", "no tar"), "0.tar: "),
+    ("coco", hole("test/0.tar"), "0.tar: tar that is none, or damaged"),
     ("coco", add("s9.webp"), "1.tar: no 'txt'"),
     ("coco", add("s9.txt"), "1.tar: no 'picture'"),
     ("demo", write("test.tsv", "key\timage\n1\t2\t3\n"), "test.tsv: no ")])

@@ -28,9 +28,10 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 import flame
-from data import captions, pictures
-from data.captions import fingerprint, read_table, source_name, tar_files, write_table
+from data import captions, pictures, tars
+from data.captions import fingerprint, read_table, source_name, write_table
 from data.pictures import Place, find_pictures, open_picture, places_of, reason
+from data.tars import tar_files
 
 
 @contextmanager
@@ -54,7 +55,8 @@ def table(tmp_path, capsys):
         capsys.readouterr()
         (tmp_path / "made").mkdir(exist_ok=True)
         try:
-            write_table(tmp_path / "made/captions.tsv", source, joins)
+            pairs = [(name, file) for name, files in joins.items() for file in files]
+            write_table(tmp_path / "made/captions.tsv", source, pairs)
         finally:
             assert {name for name in os.listdir(tmp_path / "made")} <= {"captions.tsv"}
         said = capsys.readouterr()
@@ -171,6 +173,22 @@ def test_what_people_have_is_read(tmp_path, table, name):
     text, wanted = LAYOUTS[name]
     (tmp_path / name).write_text(text)
     assert [(row.key, row.image, row.long) for row in table(tmp_path / name)[0]] == wanted
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_of_a_list_of_captions_the_others_are_counted(tmp_path, table, kind):
+    texts = [["a", "b", "c"], ["d"], ["e", "f", None], None, []]
+    rows = [{"key": f"{n}", "raw": several, "long": f"l {n}"} for n, several in enumerate(texts)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with duckdb.connect() as database:
+        database.execute(f"COPY (FROM read_json('{tmp_path}/x.jsonl')) TO '{tmp_path}/x.parquet'")
+    made, out, _ = table(tmp_path / f"x.{kind}")
+    assert raws(made) == {"0": "a", "1": "d", "2": "e", "3": "l 3", "4": "l 4"}
+    assert "lists of captions in 2 rows: the first counts, 3 others are left out\n" in out
+    (tmp_path / "y.tsv").write_text("key\tlong\n" + "".join(f"{n}\tx\n" for n in range(5)))
+    assert "lists of captions" not in table(tmp_path / "y.tsv")[1]
+    joined = [(tmp_path / f"x.{kind}")]
+    assert "lists of captions in 2 rows" in table(tmp_path / "y.tsv", {"raw": joined})[1]
 
 
 def test_parquet_as_datasets_writes_it(tmp_path, table):
@@ -463,7 +481,7 @@ def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, table, what):
         assert [*raws(rows)] == ["good", "late", "next"] and "1: sparse file in a tar" in err
     else:
         assert raws(rows) == {"good": "before", "next": "another"}
-        assert f"1: {captions.DAMAGED} (a-0.tar: " in err
+        assert f"1: {tars.DAMAGED} (a-0.tar: " in err
 
 
 def test_a_tar_cut_anywhere_gives_what_is_complete(tmp_path):
@@ -473,7 +491,7 @@ def test_a_tar_cut_anywhere_gives_what_is_complete(tmp_path):
         skipped = {}
         found = [key for _, key, _, _, _ in tar_files(tmp_path / "a.tar", skipped)]
         assert found == [key for key, end in (("1", 812), ("2", 2136), ("3", 3972)) if end <= cut]
-        assert (captions.DAMAGED in skipped) == (cut < len(whole) - 512)
+        assert (tars.DAMAGED in skipped) == (cut < len(whole) - 512)
 
 
 @pytest.mark.parametrize("hole", [512, 1024, 40_000])
@@ -483,7 +501,7 @@ def test_a_hole_of_zeros_is_no_end(tmp_path, table, hole):
     tar(tmp_path / "1.tar", member("c.txt", b"C"), bytes(hole))  # a long end is one
     rows, _, err = table(tmp_path / "{0..1}.tar")
     assert raws(rows) == {"a": "A", "c": "C"}
-    assert err.count(captions.DAMAGED) == 1 and "0.tar: " in err and "at byte 1024" in err
+    assert err.count(tars.DAMAGED) == 1 and "0.tar: " in err and "at byte 1024" in err
 
 
 def test_samples_of_webdataset_and_img2dataset(tmp_path, table):
@@ -501,7 +519,7 @@ def test_samples_of_webdataset_and_img2dataset(tmp_path, table):
     samples = pytest.importorskip("webdataset").WebDataset(str(tmp_path / "cc-000.tar"), shardshuffle=False)
     theirs = next(iter(samples.decode()))
     assert (theirs["__key__"], theirs["json"]["longSV_captions"]) == ("x/a", rows[0].long)
-    assert captions.sample_name("a.b/c.d.JPG") == ("a.b/", "c", "d.jpg")
+    assert tars.sample_name("a.b/c.d.JPG") == ("a.b/", "c", "d.jpg")
 
 
 def picture(path, value=0):
@@ -574,7 +592,7 @@ def test_tars_are_indexed_once(tmp_path, monkeypatch, capsys):
     (folder / "3.tar").mkdir()
     with within(10):
         assert found(tmp_path, ["a", "c"], **where) == {"a": 0, "c": 2}   # another tar
-    assert f"skipped 2: {captions.DAMAGED} (2.tar: ReadError not a regular" in capsys.readouterr().err
+    assert f"skipped 2: {tars.DAMAGED} (2.tar: ReadError not a regular" in capsys.readouterr().err
 
 
 # --- what is no picture's file

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = [("key", "image", "raw", "short", "long")]
 ROWS += [(f"k{n}", f"pics/{n}.png", f"thing {n % 4}", f"A thing {n}.", f"One thing, nr. {n}. " * (1 + n % 3))
          for n in range(23)]
+KILLS = int(os.environ.get("FLAME_KILLS", 4))
 STORE = Path("data/embeddings/small")
 
 
@@ -175,7 +176,7 @@ def test_kills_at_any_moment_end_with_the_same_bytes(run):
     run("--out", "whole", "--window", 2)
     random = np.random.default_rng()
     kills = 0
-    for share in sorted(random.uniform(0, 1, 4)):
+    for share in sorted(random.uniform(0, 1, KILLS)):
         process = subprocess.Popen(command("--out", "store"), stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         while process.poll() is None and len(list(Path("store").glob("0*.npy"))) < 11 * share:

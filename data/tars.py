@@ -1,0 +1,72 @@
+"""Tars, however damaged or hostile: where the files in them lie; and counting what is left out."""
+import io
+import os
+import sys
+import tarfile
+
+from flame import explained
+
+DAMAGED = "tar that is none, or damaged from there on"
+LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
+
+
+def sample_name(path):
+    """-> folder, key, suffix: "a/", "b", "c.jpg" of "a/b.c.JPG". A key ends at its first dot (webdataset)."""
+    folder, slash, name = path.rpartition("/")
+    key, _, suffix = name.partition(".")
+    return folder + slash, key, suffix.lower()
+
+
+class _Headers(io.BufferedReader):
+    """A tar as tarfile reads it, by headers. One of megabytes, which takes its parser minutes, is refused."""
+
+    def read(self, size):
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def tar_files(path, skipped):
+    """Yields (folder, key, suffix, first byte, bytes) of a tar's regular files, in its order; unpacks none.
+
+    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED]. Sparse files are left out.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise tarfile.ReadError("not a regular file")
+        size = os.path.getsize(path)
+        end = -1
+        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # or tarfile remembers them all
+                if tar.offset <= end:  # a negative size; what comes before would come again without end
+                    raise tarfile.ReadError(f"{member.name} ends before it begins")
+                end = tar.offset
+                folder, key, suffix = sample_name(member.name)
+                if not member.isfile() or not key or not suffix:
+                    continue
+                if member.issparse():
+                    skip(skipped, "sparse file in a tar", f"{path}:{member.name}")
+                elif 0 <= member.size <= size - member.offset_data:
+                    yield folder, key, suffix, member.offset_data, member.size
+                else:
+                    raise tarfile.ReadError(f"{member.name} is cut off")
+            # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
+            file.seek(tar.offset)
+            blocks = iter(lambda: file.read(LARGEST_HEADER), b"")
+            if size < tar.offset + 512 or any(block.strip(b"\0") for block in blocks):
+                raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
+    except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too
+        skip(skipped, DAMAGED, f"{os.path.basename(path)}: {explained(error)}")
+
+
+def skip(skipped, reason, place):
+    """Counts what is left out: skipped[reason] = [how many, the first five places]."""
+    count, places = skipped.get(reason, (0, []))
+    skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may hold line breaks
+
+
+def report_skipped(source, skipped):
+    """Says on stderr what was skipped, a line a reason."""
+    for reason, (count, places) in skipped.items():
+        print(f"{source}: skipped {count}: {reason} ({', '.join(places)})", file=sys.stderr)
