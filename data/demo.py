@@ -49,7 +49,7 @@ AGAIN = "what is finished is reused next time"
 def make_files(root, name, seed):
     """The LLM, and the corpus root/data/name, "demo" or "demo-quick"; neither if it is there already."""
     settings = {
-        "corpus": 3,  # counts changes of the code that change what is made
+        "corpus": 4,  # counts changes of the code that change what is made
         "seed": seed,
         "side": SIDE,
         **SIZES[name],
