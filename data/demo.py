@@ -17,8 +17,8 @@ data/corpus makes, in data/demo:
     {demo,val,test}.tsv      key, image, raw, short, long: the training, validation and test scenes
                              val and test also `reworded`, in words that no training caption has
     objects.tsv, names.tsv   single-object pictures with their object; every object's name in 14 languages
-    synonyms.tsv             every seen object's two other names, in no training caption: the first is what val's
-                             reworded captions say, the second what test's do
+    synonyms.tsv             every seen object's two other names, in no training caption either: what the
+                             reworded captions say, val's the first and test's the second
     scenes.tsv               what is in each scene: main and minor object, relation, background
     images/, demo.json       the pictures, 96 px; the settings, written last
 """
