@@ -18,7 +18,8 @@ BY-SA 4.0), names of things in 14 languages from `emoji`. data/corpus makes, in 
     {demo,val,test}.tsv      key, image, raw, short, long: the training, validation and test scenes
                              val and test also `reworded`, in words that no training caption has
     objects.tsv, names.tsv   single-object pictures with their object; every object's name in 14 languages
-    synonyms.tsv             every seen object's two other names, in no training caption either
+    synonyms.tsv             every seen object's two other names, in no training caption either: what the
+                             reworded captions say, val's the first and test's the second
     scenes.tsv               what is in each scene: main and minor object, relation, background
     images/, demo.json       the pictures, 96 px; the settings, written last
 """
@@ -55,7 +56,7 @@ def llm_folder(llm):
 def make_files(root, name, llm, seed):
     """The LLM, and the corpus root/data/name, "demo" or "demo-quick"; neither if it is there already."""
     settings = {
-        "corpus": 3,  # counts changes of the code that change what is made
+        "corpus": 4,  # counts changes of the code that change what is made
         "seed": seed,
         "side": SIDE,
         **SIZES[name],

@@ -97,8 +97,8 @@ def full():
     """The full corpus without its pictures: {split: [(scene, (raw, short, long, reworded))]}."""
     splits = {"train": [], "val": [], "test": []}
     for scene, key in scenes.choose_scenes(demo.SIZES["demo"], random.Random("0 scenes")).items():
-        captions = *words.captions(scene, random.Random(key)), rewording.reworded(scene, random.Random(key))
-        splits[key.split("-")[0]].append((scene, captions))
+        split, rng = key.split("-")[0], random.Random(key)
+        splits[split].append((scene, (*words.captions(scene, rng), rewording.reworded(scene, split, rng))))
     return splits
 
 
@@ -147,7 +147,7 @@ def test_captions_state_all_of_the_scene(full):
         for text in (short, long):
             assert told(text, {main: [main], minor: [minor]}) == {main, minor}
             # "in front of" also opens some backgrounds
-            assert told(text, words.RELATIONS, rf" (the {main}|an? \w+ {main}|it)\b") == {relation}, text
+            assert told(text, words.RELATIONS, rf" (the {main}|an? [\w-]+ {main}|it)\b") == {relation}, text
         assert all("look" in told(long, words.OBJECTS[name]) for name in (main, minor))
         assert 40 <= len(long.split()) <= 90 and not re.search(ILL_FORMED, long), long
 
@@ -160,6 +160,29 @@ def test_captions_in_new_words_state_all_of_the_scene(full):
         bigger = rf" (it|an? \w+ ({'|'.join(map(re.escape, rewording.SYNONYMS[main]))}))\b"
         assert told(text, parts["relations"], bigger) == {relation}, text
         assert 20 <= len(text.split()) <= 50 and not re.search(ILL_FORMED, text), text
+
+
+def test_validation_and_test_share_no_new_phrasing(full):
+    lists = rewording.REWORDING
+    for split in ("val", "test"):
+        for (main, minor, relation, background), (*_, text) in full[split]:
+            for phrasings in (lists["synonyms"][main], lists["synonyms"][minor], lists["relations"][relation],
+                              lists["places"][background], lists["moods"][background],
+                              *lists["sentences"].values()):
+                is_told = [bool(re.search(r"\b" + re.sub("{.*?}", ".+", words), text, re.I))
+                           for words in phrasings]
+                half = len(phrasings) // 2
+                first, second = any(is_told[:half]), any(is_told[half:])
+                assert (first, second) == (split == "val", split == "test"), text
+
+
+def test_the_language_is_rich(full):
+    """Few words make up most of it and many are rare, as in what people write; no long caption twice."""
+    long = [captions[2] for _, captions in full["train"]]
+    counts = Counter(re.findall("[a-z]+", " ".join(long).lower()))
+    assert len(counts) >= 4000 and len(set(long)) == len(long)
+    assert sum(count <= 5 for count in counts.values()) > 0.4 * len(counts)
+    assert sum(count for _, count in counts.most_common(100)) > 0.5 * counts.total()
 
 
 @pytest.mark.parametrize("relation", words.RELATIONS)

@@ -1,23 +1,24 @@
 """The demo's captions in new words: what training captions say, in words that none of them has.
 
 Here a frozen LLM must show what it knows and its pupil was never told: that a vixen is a fox, a monsoon rain.
-Only validation and test scenes are described so. tests/test_demo.py holds every word against training's.
+Only validation and test scenes are described so, and settings that were chosen by the words of the one are
+scored by others. tests/test_demo.py holds every word against training's.
 """
-from data.corpus.words import phrase, read_lists, upper
+from data.corpus.words import capitals, phrase, read_lists
 
 REWORDING = read_lists("rewording.txt")
 SYNONYMS = REWORDING["synonyms"]    # object: two other names or descriptions of it
 
 
-def reworded(scene, rng):
-    """(main, minor, relation, background), random.Random -> a caption of 20 to 50 words, telling all four."""
+def reworded(scene, split, rng):
+    """(main, minor, relation, background), "val" or "test" -> a caption of 20 to 50 words, telling all four.
+
+    The first half of every list of phrasings is validation's, the second the test's.
+    """
     main, minor, relation, background = scene
-    parts = {
-        "place": REWORDING["places"][background],
-        "mood": REWORDING["moods"][background],
-        "rel": REWORDING["relations"][relation],
-    }
-    fields = {name: [rng.choice(phrasings)] for name, phrasings in parts.items()}
-    for size, thing in {"big": main, "small": minor}.items():
-        fields[size] = [f"{rng.choice(REWORDING['sizes'][size])} {rng.choice(SYNONYMS[thing])}"]
-    return upper(phrase(REWORDING["templates"]["caption"], fields, rng))
+    lists = {"main": SYNONYMS[main], "minor": SYNONYMS[minor], "rel": REWORDING["relations"][relation],
+             "place": REWORDING["places"][background], "mood": REWORDING["moods"][background],
+             **REWORDING["sentences"]}
+    fields = {name: words[:len(words) // 2] if split == "val" else words[len(words) // 2:]
+              for name, words in lists.items()}
+    return capitals(phrase("{caption}", fields, rng))

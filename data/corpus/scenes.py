@@ -83,7 +83,7 @@ def make_corpus(folder, settings):
         if split == "train":
             tables["demo"].append(row)
         else:
-            in_new_words = reworded(scene, random.Random(f"{seed} {key} reworded"))
+            in_new_words = reworded(scene, split, random.Random(f"{seed} {key} reworded"))
             tables[split].append([*row, in_new_words])
         tables["scenes"].append([key, *scene])
 

@@ -18,16 +18,16 @@ def read_lists(name):
             for section in parser.sections()}
 
 
-# object: {"kind", "look": a characteristic that the drawing shows}. The names are those of `emoji`, so that
-# thirteen other languages come with them.
+# object: {"kind", "name": what else it is called, "look": what the drawing shows, "fact": what holds of any}.
+# The names are those of `emoji`, so that thirteen other languages come with them.
 OBJECTS = read_lists("objects.txt")
 # Never in a training picture or caption: what the tower makes of these it learned from their relatives. As
 # many as are seen, since few would say little.
 UNSEEN = OBJECTS.pop("unseen")["names"]
-# background: {"place", "event": what happens there, "mood"}; painting.py draws what they say
+# background: {"place", "event", "detail", "mood", "truth"}; painting.py draws what they say
 BACKGROUNDS = read_lists("backgrounds.txt")
 # verbs: what each kind does in a picture; relations: where the minor object is, seen from the main one;
-# templates: of raw and short captions, and of the sentences of long ones
+# sentences: templates, and the words that fit every scene
 SENTENCES = read_lists("sentences.txt")
 RELATIONS = SENTENCES["relations"]
 
@@ -47,20 +47,25 @@ def translated(name, language):
     return translation.replace("_", " ")
 
 
-def phrase(templates, fields, rng):
-    """One of the templates, filled in; phrasings are drawn for all of them. fields: {name: [phrasing]}"""
+def draw(phrasings, rng):
+    """One of them, the first most often: as in natural text few words make up most of it, many are rare."""
+    return phrasings[int(len(phrasings) * rng.random() ** 2)]
+
+
+def phrase(template, fields, rng):
+    """A template, filled in by fields, {name: [phrasing]}, that may be templates, too."""
     def words(match):
         article, name = match.groups()
-        value = rng.choice(fields[name]) if len(fields[name]) > 1 else fields[name][0]
+        value = phrase(draw(fields[name], rng), fields, rng)
         if not article:
             return value
         return ("an " if value[0].lower() in "aeiou" and not value.startswith("uni") else "a ") + value
 
-    return rng.choice([re.sub(r"{(a )?(\w+)}", words, template) for template in templates])
+    return re.sub(r"{(a )?(\w+)}", words, template)
 
 
-def upper(sentence):
-    return sentence[0].upper() + sentence[1:]
+def capitals(text):
+    return re.sub(r"(^|[.!] )([a-z])", lambda match: match[0].upper(), text)
 
 
 def captions(scene, rng):
@@ -70,22 +75,12 @@ def captions(scene, rng):
     also tells what the seven questions of the long prompt set ask: characteristics, what happens, the mood.
     """
     main, minor, relation, background = scene
-    fields = {"main": [main], "minor": [minor], "rel": RELATIONS[relation], **BACKGROUNDS[background],
-              **OBJECTS[main], "minor_kind": OBJECTS[minor]["kind"], "minor_look": OBJECTS[minor]["look"],
-              "verb": [rng.choice(SENTENCES["verbs"][OBJECTS[main]["kind"][0]])]}
-
-    def sentence(slot):
-        return phrase(SENTENCES["templates"][slot], fields, rng)
-
-    raw = sentence("raw")
-    for size in ("big", "small"):
-        fields[size] = [rng.choice(SENTENCES["sizes"][size])]
-    short, opening, minor = (sentence(slot) for slot in ("short", "opening", "minor"))
-    told = []
-    for slot in ("event", "mood"):
-        fields[slot], fields[f"other_{slot}"] = ([words] for words in rng.sample(fields[slot], 2))
-        told.append(sentence(slot))
-    event, mood = told
-    # The minor object's sentence may speak of "it", so it follows the opening; what comes around is shuffled.
-    orders = [opening, minor, event, mood], [mood, opening, minor, event], [opening, minor, mood, event]
-    return raw, upper(short), " ".join(upper(sentence) for sentence in rng.choice(orders))
+    fields = {**SENTENCES["sentences"], **BACKGROUNDS[background], **OBJECTS[main], "main": [main],
+              "minor": [minor], **{f"minor_{field}": words for field, words in OBJECTS[minor].items()},
+              "rel": RELATIONS[relation], "verb": [draw(SENTENCES["verbs"][OBJECTS[main]["kind"][0]], rng)]}
+    for field in ("event", "mood", "detail", "fact"):   # what a caption may tell two of
+        fields[field], fields[f"other_{field}"] = ([words] for words in rng.sample(fields[field], 2))
+    raw, short, long = (phrase("{%s}" % kind, fields, rng) for kind in ("raw", "short", "long"))
+    while not 40 <= len(long.split()) <= 90:
+        long = phrase("{long}", fields, rng)
+    return raw, capitals(short), capitals(long)
