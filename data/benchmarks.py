@@ -215,7 +215,7 @@ def demo(root, split="test"):
     objects   [(Place, object, "seen" | "unseen")]: single-object pictures. Of each object's pictures, in the
               order of objects.tsv, the first, third ... belong to val and the rest to test.
     names     {language: {object: name}}
-    synonyms  {"first" | "second": {object: name}}, of the seen ones
+    synonyms  {"first" | "second": {object: name}}, of the seen ones: val's are the first, test's the second
     """
     rows = rows_of(root / f"{split}.tsv")
     scenes = [Place(str(root / row["image"])) for row in rows]
@@ -227,7 +227,9 @@ def demo(root, split="test"):
         seen[thing] += 1
         if seen[thing] % 2 == (split == "val"):
             objects.append((Place(str(root / row["image"])), thing, row["split"]))
-    return scenes, captions, objects, names_in(root / "names.tsv"), names_in(root / "synonyms.tsv")
+    order = "first" if split == "val" else "second"
+    synonyms = {order: names_in(root / "synonyms.tsv")[order]}
+    return scenes, captions, objects, names_in(root / "names.tsv"), synonyms
 
 
 def rows_of(path):      # [{column: field}]
