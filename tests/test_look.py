@@ -197,8 +197,8 @@ def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
     places = [Place(str(tmp_path / f"{n}.png")) for n in range(11)]
     for right, text in ((3, "一只红色的鸟"), (7, "طائر أحمر 🐦"), (7, 500 * "字"), (7, "a bird \x07")):
         scores = np.linspace(1, 0.1, 10)[None]
-        shown = sheet.Shown([text], scores, places, np.eye(10), np.array([right]), np.arange(10), "long")
-        sheet.draw_sheet(shown, np.array([right]), "words by a tower", tmp_path / "sheet.png")
+        shown = sheet.Shown([text], scores, places, np.eye(10), np.array([right]), "long")
+        sheet.draw_sheet(shown, "words by a tower", tmp_path / "sheet.png")
         pixels = np.array(Image.open(tmp_path / "sheet.png"))
         green = (pixels == (0, 168, 80)).all(-1).any(0).nonzero()[0]
         assert (green.min() - 16 - sheet.TEXT) / sheet.CELL == min(right, 5)

@@ -29,13 +29,12 @@ ACROSS = 6
 
 
 class Shown(NamedTuple):
-    """Texts and the gallery they are asked of; a picture is right where text_ids [N] = image_ids [M]."""
+    """Texts and the gallery they are asked of."""
     texts: list             # N
     text: np.ndarray        # [N, D]
     pictures: list          # M Places
     image: np.ndarray       # [M, D], unit vectors
-    text_ids: np.ndarray
-    image_ids: np.ndarray
+    owner: np.ndarray       # int [N], the right picture of each text
     prompts: str
 
 
@@ -45,22 +44,20 @@ def best_of(image, text, most=None):
     return scores, np.argsort(-scores, kind="stable")[:most]
 
 
-def draw_sheet(shown, ranks, title, path):
-    """Writes eight of the texts and the five best pictures of each, the right one in green.
+def draw_sheet(shown, title, path):
+    """Writes eight of the texts and the five best pictures of each, the right one in green, be it the sixth.
 
-    ranks int [N]: 0 where a right picture is first. Where none is among the five, the best one is the sixth.
     title: what stands above.
     """
     rows = [draw_row(title, INK, "", [])]
-    for query in np.sort(np.random.default_rng(0).permutation(len(ranks))[:QUERIES]):
+    for query in np.sort(np.random.default_rng(0).permutation(len(shown.texts))[:QUERIES]):
         _, order = best_of(shown.image, shown.text[query])
-        right = shown.image_ids == shown.text_ids[query]
-        best = order[:ACROSS - 1].tolist()
-        if not right[best].any():
-            best += order[right[order]][:1].tolist()
-        tiles = [(shown.pictures[i], GREEN if right[i] else GREY, "") for i in best]
-        head = f"the right picture is number {ranks[query] + 1} of {len(order)}"
-        rows.append(draw_row(head, DARK_RED if ranks[query] else DARK_GREEN, shown.texts[query], tiles))
+        right = shown.owner[query]
+        place = order.tolist().index(right)
+        tiles = [(shown.pictures[i], GREEN if i == right else GREY, "")
+                 for i in dict.fromkeys([*order[:ACROSS - 1], right])]
+        head = f"the right picture is number {place + 1} of {len(order)}"
+        rows.append(draw_row(head, DARK_RED if place else DARK_GREEN, shown.texts[query], tiles))
     write_rows(rows, path)
 
 
