@@ -282,8 +282,7 @@ BENCHMARKS = {
 # 3. The command line
 
 def command_line():
-    parser = Parser(width=80,
-                    usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT",
+    parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT",
                     description="Scores a checkpoint; writes <out>/<bench>.json, .npz and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     what = parser.add_mutually_exclusive_group(required=True).add_argument

@@ -1,5 +1,6 @@
 """What the command lines of all stages share: numbers with a range, the device, how a run ends."""
 import argparse
+import functools
 import math
 import os
 import sys
@@ -12,12 +13,11 @@ from flame import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with --help on one screen, and a mistake in one line instead of the whole usage."""
+    """argparse with a mistake in one line instead of the whole usage."""
 
-    def __init__(self, width=150, **settings):
-        def narrow(prog):
-            return argparse.HelpFormatter(prog, max_help_position=26, width=width)
-        super().__init__(formatter_class=narrow, allow_abbrev=False, **settings)
+    def __init__(self, **settings):
+        wide = functools.partial(argparse.HelpFormatter, width=110)
+        super().__init__(formatter_class=wide, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise InputError(f"{message.removeprefix('argument ')}; see --help")
@@ -34,20 +34,10 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-class Lines:
-    """stderr where it is no terminal: a bar's next state is a line of its own."""
-
-    def write(self, text):
-        sys.stderr.write(text.replace("\r", "\n"))
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def bar(*items, **settings):
     """A tqdm bar; where there is no terminal, a line every 30 seconds."""
     if not sys.stderr.isatty():
-        settings |= {"file": Lines(), "mininterval": 30, "maxinterval": 30}
+        settings |= {"bar_format": "{l_bar}{bar:10}{r_bar}\n", "mininterval": 30, "maxinterval": 30}
     return tqdm(*items, **settings)
 
 

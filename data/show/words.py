@@ -4,10 +4,8 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageOps
 
 import flame
-from data.show.sheet import font_of
 
 
 @torch.inference_mode()
@@ -56,17 +54,3 @@ def words_of(model, llm, picture):
     device = next(model.parameters()).device
     states = patch_states(model, model.preprocess(picture).to(device)).cpu()
     return words[(states @ vectors.T).argmax(-1).numpy()].tolist()
-
-
-def draw_words(image, grid, side=720):
-    """The middle square of a picture, as the image tower sees it, and over each cell its word -> PIL image"""
-    sheet = ImageOps.fit(image.convert("RGB"), (side, side))
-    pen = ImageDraw.Draw(sheet)
-    cell = side / len(grid)
-    for y, row in enumerate(grid):
-        for x, word in enumerate(row):
-            pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="white")
-            font = font_of(min(36, round(1.6 * cell / max(4, len(word)))))
-            middle = (x + 0.5) * cell, (y + 0.5) * cell
-            pen.text(middle, word, "white", font, "mm", stroke_width=2, stroke_fill="black")
-    return sheet
