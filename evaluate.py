@@ -216,12 +216,12 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     things = list(dict.fromkeys(thing for _, thing in unseen))
     count = max(1, len(things) // GALLERY)
     few = {str(n): {thing: names["en"][thing] for thing in things[n::count]} for n in range(count)}
-    parts["seen"] = score_names(towers, raw, seen, {"en": names["en"]}, DEMO_TEMPLATE)
+    english = {"en": names["en"]}
+    others = {language: several for language, several in names.items() if language != "en"}
+    parts["seen"] = score_names(towers, raw, seen, english, DEMO_TEMPLATE)
     parts["unseen"] = score_names(towers, raw, unseen, few, DEMO_TEMPLATE)
-    others = {language: names[language] for language in names if language != "en"}
-    parts["multilingual"] = score_names(towers, raw, seen, others)
-    parts["english"] = score_names(towers, raw, seen, {"en": names["en"]})
-    parts["synonyms"] = score_names(towers, raw, seen, synonyms)
+    for part, languages in {"multilingual": others, "english": english, "synonyms": synonyms}.items():
+        parts[part] = score_names(towers, raw, seen, languages)
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
@@ -331,17 +331,15 @@ def main(argv=None):
             return compare(*args.compare)
         flame.keep_freed_memory()
         data = read(args)   # first: a wrong folder is found in a moment
-        towers, checkpoint, llm = open_towers(args)
-        print(f"checkpoint {checkpoint}   LLM {llm or 'none'}   device {args.device}", flush=True)
+        towers, args.checkpoint = open_towers(args)
         with files.folder(args.out):
             if args.search is not None:
                 places = benchmarks.pictures_in(args.images)
                 return search.search(args, places, towers)
-            results = {name: evaluate(args, name, towers, checkpoint, *data[name]) for name in data}
+            results = {name: evaluate(args, name, towers, *data[name]) for name in data}
             if args.how.members:    # they share no picture: one's luck is not another's
                 queries = str([result["queries"] for result in results.values()])
-                scores = averaged(results.values()) | {"benchmarks": results}
-                report(args, args.bench, checkpoint, queries, scores)
+                report(args, args.bench, queries, averaged(results.values()) | {"benchmarks": results})
 
     return run("evaluate.py", body, "the same command goes on from what the cache has")
 
@@ -358,13 +356,13 @@ def read(args):
     return {name: benchmarks.read(name, root, args.split, most) for name, root in roots.items()}
 
 
-def evaluate(args, name, towers, checkpoint, *data):
+def evaluate(args, name, towers, *data):
     """Scores a benchmark and reports it; draws what there is to look at. -> what report() returns"""
     columns = [f"{prompts}.{k}" for prompts in args.asked for k in trained_facets(towers.model, prompts)]
     scores, shown = args.how.score(towers, *args.asked, *data)
     scores |= {"columns": columns}
     if args.captions:
-        scores["trained_texts"] = count_trained(shown.texts, checkpoint)
+        scores["trained_texts"] = count_trained(shown.texts, args.checkpoint)
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)
         trained = trained_facets(towers.model, shown.prompts)
@@ -372,18 +370,19 @@ def evaluate(args, name, towers, checkpoint, *data):
     # pictures by the names of their files: folders may differ
     queries = re.sub("path='[^']*/", "'", repr([name, args.split, data, shown and shown.pictures]))
     if shown:
-        title = f"{table.heading(name, scores)}; {checkpoint}"
+        title = f"{table.heading(name, scores)}; {args.checkpoint}"
         draw_sheet(shown, title, f"{result_path(args, name)}.png")
-    return report(args, name, checkpoint, queries, scores)
+    return report(args, name, queries, scores)
 
 
-def report(args, name, checkpoint, queries, scores):
+def report(args, name, queries, scores):
     """Prints a result, and below it the paper's; writes its JSON, and an .npz that --compare reads.
 
     queries: text that names what was asked, hashed. -> scores, with what the JSON says beside them
     """
     queries = hashlib.sha256(queries.encode("utf-8", "replace")).hexdigest()
-    scores = {"bench": name, "checkpoint": str(checkpoint), "split": args.split, "queries": queries, **scores}
+    scores = {"bench": name, "checkpoint": str(args.checkpoint), "split": args.split, "queries": queries,
+              **scores}
     arrays = {"queries": queries}
     result = with_intervals(scores, arrays)
     print(*table.table(name, result), sep="\n")

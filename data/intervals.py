@@ -92,10 +92,8 @@ def compare(*paths):
     if first.pop("queries") != second.pop("queries"):
         raise InputError("{} and {}: of other queries; score both on the same texts".format(*paths))
     print("{:36}{!s:26}{!s:26}difference".format("R@1 or accuracy", *paths))
-    for figure, rows in first.items():
-        if "hits of" in figure:
-            continue
-        columns = [figure.ljust(36)]
-        for percents in (rows, second[figure], rows - second[figure]):
-            columns.append("{:7.1f} [{:5.1f}, {:5.1f}]   ".format(percents[0, 0], *ends(percents)[0]))
-        print("".join(columns))
+    for figure, draws in first.items():
+        if "hits of" not in figure:
+            rows = draws, second[figure], draws - second[figure]
+            cells = ["{:7.1f} [{:5.1f}, {:5.1f}]   ".format(each[0, 0], *ends(each)[0]) for each in rows]
+            print(f"{figure:36}{''.join(cells)}")

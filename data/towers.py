@@ -78,22 +78,22 @@ def stamp(place):
 # Vectors
 
 @torch.inference_mode()
-def encode_images(towers, places, least=2):
+def encode_images(towers, places):
     """-> (float32 [M', D] unit vectors, list of the M' indices of `places` that could be read).
 
-    Where bfloat16 is fast, the tower runs in it. Raises InputError where fewer than `least` can be read.
+    Where bfloat16 is fast, the tower runs in it. Raises InputError where none can be read.
     """
     about = [towers.image_tower, [stamp(place) for place in places]]
     vectors = cached(towers, about, lambda: image_vectors(towers, places))
-    bad = np.flatnonzero(~vectors.any(1))
+    whole = vectors.any(1)
+    bad = np.flatnonzero(~whole)
     examples = ", ".join(places[i].path for i in bad[:3])
     report = f"{len(bad)} of {len(places)} pictures cannot be read ({examples} ...)"
-    if len(places) - len(bad) < least:
-        raise InputError(f"{report}; at least {least} are needed; data/README.md says where they must lie")
+    if not whole.any():
+        raise InputError(f"{report}; data/README.md says where they must lie")
     if len(bad):
         print(f"{report}; they are left out", file=sys.stderr)
-    kept = np.flatnonzero(vectors.any(1))
-    return vectors[kept], kept.tolist()
+    return vectors[whole], np.flatnonzero(whole).tolist()
 
 
 def image_vectors(towers, places):
@@ -197,14 +197,13 @@ class OpenClip(torch.nn.Module):
 
 
 def open_towers(args):
-    """-> (Towers, the checkpoint's name, its LLM's folder). Raises InputError where the checkpoint was
-    trained with another LLM."""
+    """-> (Towers, the checkpoint's name). Raises InputError where it was trained with another LLM."""
     dtype = flame.default_dtype(args.device)
     cache = args.out / "cache"
     if args.open_clip:      # which needs no LLM
         model = OpenClip(args.open_clip).eval().to(args.device)
         name = digest_of([args.open_clip, dtype], model.state_dict())
-        return Towers(model, lambda: model, args.device, cache, name, name), args.open_clip, None
+        return Towers(model, lambda: model, args.device, cache, name, name), args.open_clip
 
     checkpoint = args.checkpoint or newest_checkpoint()
     load = released.load if checkpoint.is_file() else flame.load    # the authors' is one file
@@ -227,4 +226,5 @@ def open_towers(args):
 
     image_tower = digest_of([model.config, dtype], model.state_dict())
     text_tower = digest_of([fingerprint, *made, dtype])
-    return Towers(model, encoder, args.device, cache, image_tower, text_tower), checkpoint, llm
+    print(f"checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
+    return Towers(model, encoder, args.device, cache, image_tower, text_tower), checkpoint

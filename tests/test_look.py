@@ -71,7 +71,7 @@ def test_search_ranks_as_sorting_does_and_writes_a_sheet(world, capsys):
     search.search(args, places, towers)
     lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     vectors = *encode_texts(towers, ["a red kite"], "raw"), *encode_texts(towers, [LONG], "long")
-    image, _ = encode_images(towers, [places[4]], least=1)
+    image, _ = encode_images(towers, [places[4]])
     expected = [pair for vector in (*vectors, *image) for pair in ranked(world, vector)[:3]]
     assert [(path, float(score)) for _, score, path in lines] == [(places[i].path, s) for i, s in expected]
     assert lines[6][2] == places[4].path and Image.open(args.out / "search.png").height > 3 * sheet.SIDE
@@ -101,7 +101,7 @@ def test_the_page_finds_what_sorting_finds_and_keeps_nothing(world, client, capf
     assert sorted((args.out / "cache").iterdir()) == kept and "texts" not in capfd.readouterr().err
     assert tiles(html) == ranked(world, encode_texts(towers, ["ein Drachen"], "raw")[0])
     assert not switches["visible"]      # of one question there is nothing to choose
-    assert tiles(found) == ranked(world, encode_images(towers, [places[7]], least=1)[0][0])
+    assert tiles(found) == ranked(world, encode_images(towers, [places[7]])[0][0])
     assert not tiles(client.predict("  ", api_name="/text")[0])     # without scores
 
 

@@ -87,7 +87,7 @@ def build(gradio, args, places, image, towers):
         return gallery_of(facets[rows].mean(0)), switches, None
 
     def by_picture(path):
-        vectors, _ = encode_images(towers, [Place(path)], least=1)
+        vectors, _ = encode_images(towers, [Place(path)])
         return gallery_of(vectors[0]), gradio.CheckboxGroup(visible=False), ""
 
     def by_nothing():

@@ -15,14 +15,14 @@ def search(args, places, towers):
     """
     if not places:
         raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
-    image, kept = encode_images(towers, places, least=1)
+    image, kept = encode_images(towers, places)
     places = [places[i] for i in kept]
     if not args.search:
         return page.serve(args, places, image, towers)
     rows = []
     for query in args.search:
         if os.path.isfile(query):   # a text may be too long for a file's name
-            vectors, _ = encode_images(towers, [Place(query)], least=1)
+            vectors, _ = encode_images(towers, [Place(query)])
         else:
             vectors = encode_texts(towers, [query], page.prompts_of(args, query))
         scores, best = sheet.best_of(image, vectors[0], args.top)
@@ -31,7 +31,7 @@ def search(args, places, towers):
             print(f"{number:3}  {scores[i]:.4f}  {sheet.printable(places[i].path)}")
         tiles = [(places[i], sheet.GREY, f"{scores[i]:.3f}  {os.path.basename(places[i].path)[:16]}")
                  for i in best]
-        rows.append(sheet.draw_row(f"the best of {len(image)} pictures", sheet.INK, query, tiles))
+        rows.append(sheet.draw_row(f"the best of {len(image)} pictures", query, tiles))
     path = args.out / "search.png"
     sheet.write_rows(rows, path)
     print(f"-> {path}")

@@ -12,8 +12,6 @@ from data.pictures import open_picture
 GREEN = "#00a850"
 GREY = "#d0d0d0"
 INK = "#202020"
-DARK_GREEN = "#00803c"
-DARK_RED = "#b00020"
 QUERIES = 8
 
 # Pixels: the column of texts (and letters in its line), their size and line; a picture, its frame, a picture
@@ -49,7 +47,7 @@ def draw_sheet(shown, title, path):
 
     title: what stands above.
     """
-    rows = [draw_row(title, INK, "", [])]
+    rows = [draw_row(title, "", [])]
     for query in np.sort(np.random.default_rng(0).permutation(len(shown.texts))[:QUERIES]):
         _, order = best_of(shown.image, shown.text[query])
         right = shown.owner[query]
@@ -57,19 +55,18 @@ def draw_sheet(shown, title, path):
         tiles = [(shown.pictures[i], GREEN if i == right else GREY, "")
                  for i in dict.fromkeys([*order[:ACROSS - 1], right])]
         head = f"the right picture is number {place + 1} of {len(order)}"
-        rows.append(draw_row(head, DARK_RED if place else DARK_GREEN, shown.texts[query], tiles))
+        rows.append(draw_row(head, shown.texts[query], tiles))
     write_rows(rows, path)
 
 
-def draw_row(head, colour, text, tiles):
-    """-> uint8 [height, width, 3]: a coloured line above a text; beside them tiles, (Place, colour of the
-    frame, words below)."""
-    lines = textwrap.wrap(printable(text), LETTERS, max_lines=14, placeholder=" ...")
-    height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 3))
+def draw_row(head, text, tiles):
+    """-> uint8 [height, width, 3]: a line above a text; beside them tiles, (Place, colour of the frame, words
+    below)."""
+    lines = [head, "", *textwrap.wrap(printable(text), LETTERS, max_lines=14, placeholder=" ...")]
+    height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 1))
     row = Image.new("RGB", (TEXT + ACROSS * CELL, height), "white")
     pen = ImageDraw.Draw(row)
-    pen.text((0, 0), head, colour, font_of())
-    pen.multiline_text((0, LINE + 4), "\n".join(lines), INK, font_of(), spacing=4)
+    pen.multiline_text((0, 0), "\n".join(lines), INK, font_of(), spacing=4)
     for n, (place, frame, words) in enumerate(tiles):
         left, top = TEXT + n % ACROSS * CELL, n // ACROSS * CELL
         picture = ImageOps.pad(thumbnail(place, SIDE), (SIDE, SIDE), color="white")
@@ -86,8 +83,7 @@ def thumbnail(place, side):
     """-> PIL image that fits side x side; a grey square where the picture cannot be read."""
     try:
         with open_picture(place) as image:
-            scale = side / max(image.size)
-            return image.convert("RGB").resize([max(1, round(scale * length)) for length in image.size])
+            return ImageOps.contain(image.convert("RGB"), (side, side))
     except Exception:  # decoders raise nearly anything on a stranger's bytes; evaluate.py has counted it
         return Image.new("RGB", (side, side), GREY)
 
