@@ -215,31 +215,31 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
                     for wanted in ("seen", "unseen")]
     things = list(dict.fromkeys(thing for _, thing in unseen))
     count = max(1, len(things) // GALLERY)
-    few = {str(n): {thing: names["en"][thing] for thing in things[n::count]} for n in range(count)}
-    english = {"en": names["en"]}
+    clip_art = {thing: DEMO_TEMPLATE.format(name) for thing, name in names["en"].items()}
+    few = {str(n): {thing: clip_art[thing] for thing in things[n::count]} for n in range(count)}
     others = {language: several for language, several in names.items() if language != "en"}
-    parts["seen"] = score_names(towers, raw, seen, english, DEMO_TEMPLATE)
-    parts["unseen"] = score_names(towers, raw, unseen, few, DEMO_TEMPLATE)
-    for part, languages in {"multilingual": others, "english": english, "synonyms": synonyms}.items():
-        parts[part] = score_names(towers, raw, seen, languages)
+    parts["seen"] = score_names(towers, raw, seen, {"en": clip_art})
+    parts["unseen"] = score_names(towers, raw, unseen, few)
+    parts["multilingual"] = score_names(towers, raw, seen, others)
+    parts["english"] = score_names(towers, raw, seen, {"en": names["en"]})
+    parts["synonyms"] = score_names(towers, raw, seen, synonyms)
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
-def score_names(towers, prompts, pictures, languages, template="{}"):
+def score_names(towers, prompts, pictures, languages):
     """[(picture, thing)] among those things' names, in each of {language: {thing: name}}, and the mean over
     them. Intervals are over things: pictures of one thing fail together.
     """
     image, kept = encode_images(towers, [place for place, _ in pictures])
     things = np.array([pictures[i][1] for i in kept])
     every, groups = np.unique(things, return_inverse=True)
-    filled = [template.replace("{}", names[thing]) for names in languages.values() for thing in things
-              if names.get(thing)]
-    vector_of = dict(zip(filled, encode_texts(towers, filled, prompts)))    # in one pass of the LLM
+    asked = [names[thing] for names in languages.values() for thing in things if names.get(thing)]
+    vector_of = dict(zip(asked, encode_texts(towers, asked, prompts)))      # in one pass of the LLM
     results = {}
     for language, names in languages.items():
         rows = np.array([row for row, thing in enumerate(things) if names.get(thing)])
         choices, labels = np.unique([names[thing] for thing in things[rows]], return_inverse=True)
-        classes = np.array([vector_of[template.replace("{}", name)] for name in choices])
+        classes = np.array([vector_of[name] for name in choices])
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
         tops = {f"top{k}": (ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **scored(tops)}

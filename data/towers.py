@@ -43,22 +43,24 @@ class Towers(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------
 # What is kept
 
-def digest_of(about, tensors={}):
-    """Names what is kept by content: settings, weights {name: tensor}, the code that makes it."""
+def digest_of(*about):
+    """Names what is kept by content: settings and weights, and the code that makes it."""
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return hashlib.sha256(value.float().cpu().numpy().tobytes()).hexdigest()
+        return str(value)
+
     modules = flame, released, flame.flame_ext or flame
-    paths = [__file__, *(module.__file__ for module in modules)]
-    digest = hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths))
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    code = [Path(path).read_bytes() for path in (__file__, *(module.__file__ for module in modules))]
+    settings = json.dumps(about, sort_keys=True, default=plain).encode()
+    return hashlib.sha256(b"".join(code) + settings).hexdigest()[:32]
 
 
 def cached(towers, about, make):
     """What make() gave for the same `about` before, an array; made where it is not there, or damaged."""
     if not towers.cache:
         return make()
-    path = towers.cache / f"{digest_of(about)}.npy"
+    path = towers.cache / f"{digest_of(*about)}.npy"
     with suppress(Exception):   # numpy raises nearly anything on a damaged file
         return np.load(path, mmap_mode="r")
     array = make()
@@ -202,7 +204,7 @@ def open_towers(args):
     cache = args.out / "cache"
     if args.open_clip:      # which needs no LLM
         model = OpenClip(args.open_clip).eval().to(args.device)
-        name = digest_of([args.open_clip, dtype], model.state_dict())
+        name = digest_of(args.open_clip, dtype, model.state_dict())
         return Towers(model, lambda: model, args.device, cache, name, name), args.open_clip
 
     checkpoint = args.checkpoint or newest_checkpoint()
@@ -224,7 +226,7 @@ def open_towers(args):
     def encoder():      # the one place where the text tower is made, and only if a text is not cached
         return released.text_encoder(llm, args.device, dtype, *made)
 
-    image_tower = digest_of([model.config, dtype], model.state_dict())
-    text_tower = digest_of([fingerprint, *made, dtype])
+    image_tower = digest_of(model.config, dtype, model.state_dict())
+    text_tower = digest_of(fingerprint, *made, dtype)
     print(f"checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
     return Towers(model, encoder, args.device, cache, image_tower, text_tower), checkpoint

@@ -73,7 +73,7 @@ def draw(args):
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
     apart = sum(len(prefixes[0]) + len(facet) for facet in suffixes[0])
     T = len(forest.tokens)
-    figure = new_figure(0.13 * T, 0.13 * T, None)
+    figure = new_figure(0.13 * T, 0.13 * T)
     if figure is None:
         return
     from matplotlib.colors import ListedColormap
