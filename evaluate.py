@@ -302,8 +302,7 @@ def command_line():
     add("--prompts", choices=flame.PROMPTS, help="default: long for captions, else raw")
     add("--all-captions", action="store_true", help="coco, flickr30k, xm3600: not only the first")
     add("--facets", action="store_true", help="what each facet is worth (retrieval only)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="default: cuda if there is one")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
     return parser
 
 

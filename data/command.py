@@ -66,29 +66,26 @@ def run(script, body, again):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     warnings.formatwarning = lambda message, *place: f"{script}: {message}\n"  # one line
+    code = 2
     try:
         body()
         sys.stdout.flush()
+        return 0
     except BrokenPipeError:  # who was told, as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it exits
         return 141
-    except InputError as error:
-        line = " ".join(str(error).split())  # a file's name may have two lines
-        print(f"{script}: {line}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:  # a GPU's
-        print(f"{script}: out of memory on the GPU; free memory, give train.py a lower --chunk or --batch, "
-              "or --device cpu", file=sys.stderr)
-        return 2
-    except ConnectionError:  # by which a process hears that another has ended
-        print(f"{script}: a loader process was killed, likely for memory; give fewer --workers",
-              file=sys.stderr)
-        return 2
-    except OSError as error:  # a file vanished, a folder may not be read
-        print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; "
-              "mend that and run the same command again", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; {again}", file=sys.stderr)
-        return 130
-    return 0
+        code = 130
+        line = f"interrupted; {again}"
+    except InputError as error:
+        line = str(error)
+    except torch.OutOfMemoryError:  # a GPU's
+        line = ("out of memory on the GPU; free memory, give train.py a lower --chunk or --batch, "
+                "or --device cpu")
+    except ConnectionError:  # by which a process hears that another has ended
+        line = "a loader process was killed, likely for memory; give fewer --workers"
+    except OSError as error:  # a file vanished, a folder may not be read
+        line = (f"{error.filename or 'a file'}: {error.strerror or error}; "
+                "mend that and run the same command again")
+    print(f"{script}: {' '.join(line.split())}", file=sys.stderr)  # a file's name may have two lines
+    return code

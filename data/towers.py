@@ -221,11 +221,8 @@ def open_towers(args):
                          f"{llm}; name that one with --llm")
 
     made = source.get("layer"), source.get("positions") or "restart"
-
-    @functools.cache
-    def encoder():      # the one place where the text tower is made, and only if a text is not cached
-        return released.text_encoder(llm, args.device, dtype, *made)
-
+    # made only if a text is not cached
+    encoder = functools.cache(lambda: released.text_encoder(llm, args.device, dtype, *made))
     image_tower = digest_of(model.config, dtype, model.state_dict())
     text_tower = digest_of(fingerprint, *made, dtype)
     print(f"checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)

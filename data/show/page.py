@@ -79,9 +79,10 @@ def build(gradio, args, places, image, towers):
 
     def by_text(text, chosen=None):
         """chosen: names of the facets that count; without, all of them."""
-        if not text.strip():
-            return by_nothing()
-        names, facets = ask(" ".join(text.split()))
+        text = " ".join(text.split())
+        if not text:
+            return gallery_of(0 * image[0]), gradio.CheckboxGroup(visible=False), None
+        names, facets = ask(text)
         rows = [k for k, name in enumerate(names) if name in (chosen or names)]
         switches = gradio.CheckboxGroup(names, value=[names[k] for k in rows], visible=len(names) > 1)
         return gallery_of(facets[rows].mean(0)), switches, None
@@ -89,9 +90,6 @@ def build(gradio, args, places, image, towers):
     def by_picture(path):
         vectors, _ = encode_images(towers, [Place(path)])
         return gallery_of(vectors[0]), gradio.CheckboxGroup(visible=False), ""
-
-    def by_nothing():
-        return gallery_of(0 * image[0]), gradio.CheckboxGroup(visible=False), None
 
     def by_click(event: gradio.EventData):
         place = places[int(event.picture)]
@@ -105,12 +103,11 @@ def build(gradio, args, places, image, towers):
 
     with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(3600, 3600)) as blocks:
         about = f"{len(image):,} pictures of {args.images}"
-        text, picture, facets, words, gallery = lay_out(gradio, about, by_nothing()[0])
+        text, picture, facets, words, gallery = lay_out(gradio, about, by_text("")[0])
         each = {"show_progress": "minimal", "concurrency_id": "towers"}     # one at a time
         text.submit(by_text, text, [gallery, facets, picture], api_name="text", **each)
         facets.input(by_text, [text, facets], [gallery, facets, picture], api_name="facets", **each)
         picture.upload(by_picture, picture, [gallery, facets, text], api_name="picture", **each)
-        picture.clear(by_nothing, None, [gallery, facets, picture], api_visibility="private")
         if hasattr(towers.model, "mm"):     # open_clip's has no LLM to find words in
             gallery.click(by_click, None, words, api_name="words", **each).then(None, js=LOOK)
     return blocks

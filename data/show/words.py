@@ -27,20 +27,15 @@ def patch_states(model, pixels):
     return text.rest[c] * states + states @ text.basis[c] * text.gain[c] @ text.basis[c].T
 
 
-def load_unembedding(llm):
-    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: they score the next token."""
-    read, names = flame.weights_reader(llm)
-    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
-    return read("model.norm.weight").float(), read(head).float()
-
-
 @functools.lru_cache(1)
 def vocabulary(llm):
     """-> (whole words [V], what a state is multiplied with to score them [V, D]).
 
     Whole words are the tokens that begin with a space and have letters only: parts of words say little.
     """
-    norm, unembedding = load_unembedding(llm)
+    read, names = flame.weights_reader(llm)
+    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
+    norm, unembedding = read("model.norm.weight").float(), read(head).float()
     tokenizer = flame.load_tokenizer(llm)
     texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
     tokens = [token for token, text in enumerate(texts)
