@@ -93,7 +93,7 @@ def compare(*paths):
         raise InputError("{} and {}: of other queries; score both on the same texts".format(*paths))
     print("{:36}{!s:26}{!s:26}difference".format("R@1 or accuracy", *paths))
     for figure, draws in first.items():
-        if "hits of" not in figure:
+        if "hits of" not in figure and figure in second:    # --facets may be given for one alone
             rows = draws, second[figure], draws - second[figure]
             cells = ["{:7.1f} [{:5.1f}, {:5.1f}]   ".format(each[0, 0], *ends(each)[0]) for each in rows]
             print(f"{figure:36}{''.join(cells)}")

@@ -201,7 +201,8 @@ def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, m
         put(tmp_path / "mine.tsv", "image\tlong\n" + "".join(rows))
 
     def score(out):
-        return colours("mine", "--captions", "mine.tsv", "--images", tmp_path, "--out", out)[0]
+        flags = "--captions", "mine.tsv", "--images", tmp_path, "--facets", "--out", out
+        return colours("mine", *flags)[0]
 
     corpus(5)
     assert score("a") == 0
