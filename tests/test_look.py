@@ -3,7 +3,7 @@
 * --search ranks pictures by texts and by a picture as sorting all similarities does.
 * The page answers gradio's client: texts, pictures, facets one by one, words of a picture that is clicked. A
   damaged picture is told there, and it goes on. It keeps nothing, asks nobody else for anything, and names
-  are no markup.
+  are no markup. Of an open_clip model it hides what only an LLM's facets have.
 * A patch's word is the nearest of the LLM's whole words, in the space from before the text projection.
 * The contact sheet shows the right picture in green, be it the last.
 * --inspect finds what is wrong in a store; --draw shows every segment.

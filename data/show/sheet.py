@@ -14,11 +14,10 @@ GREY = "#d0d0d0"
 INK = "#202020"
 QUERIES = 8
 
-# Pixels: the column of texts (and letters in its line), their size and line; a picture, its frame, a picture
-# with all around it, how many stand side by side.
+# Pixels: the column of texts (and letters in its line), their line; a picture, its frame, a picture with all
+# around it, how many stand side by side.
 TEXT = 400
 LETTERS = 46
-SIZE = 14
 LINE = 18
 SIDE = 128
 FRAME = 6
@@ -94,7 +93,7 @@ def printable(text):
 
 
 @functools.cache
-def font_of(size=SIZE):
+def font_of(size=14):
     """matplotlib's DejaVu, which has most alphabets; without it Pillow's own, which has ASCII."""
     try:
         from matplotlib.font_manager import findfont
