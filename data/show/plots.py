@@ -6,6 +6,8 @@ import sys
 
 from data import files
 
+BLUE = "#2f6fb0"
+
 
 def new_figure(width, height):
     """An empty Figure, sizes in inches of 100 pixels; None without matplotlib."""
@@ -23,7 +25,7 @@ def draw_curve(out):
     if figure is None or not entries:
         return
     axes = figure.add_subplot()
-    axes.plot(*zip(*[(entry["step"], entry["loss"]) for entry in entries]), color="#2f6fb0")
+    axes.plot(*zip(*[(entry["step"], entry["loss"]) for entry in entries]), color=BLUE)
     axes.set(xlabel="step", ylabel=f"loss: {entries[-1]['loss']:.3g}", title=out.name)
     axes.grid(alpha=0.3)
     files.write(out / "curve.png", figure.savefig)
