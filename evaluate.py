@@ -18,9 +18,11 @@ over facets of the cosine.
 Every percentage comes with a 95% bootstrap interval. Ties count against the model: one that says the same of
 everything scores at most chance. Beside each JSON lies an .npz of every query's hits, which --compare reads.
 """
+import hashlib
 import re
 import sys
 from contextlib import suppress
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -31,7 +33,7 @@ import flame
 from data import benchmarks, files
 from data.captions import read_table, source_name
 from data.command import Parser, bar, number, run, usable_device
-from data.intervals import RECALL_AT, compare, keep, named, scored, with_intervals
+from data.intervals import RECALL_AT, averaged, compare, named, scored, with_intervals
 from data.show import search, table
 from data.show.sheet import Shown, draw_sheet
 from data.towers import encode_images, encode_texts, open_towers, trained_facets
@@ -40,7 +42,6 @@ from flame import InputError
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
 DEMO_TEMPLATE = "{} clip art"   # of the demo's English class names; best of four on its validation split
 GALLERY = 24                    # names of unseen objects to choose from: among many more, few are ever right
-WAYS = ("text_to_image", "image_to_text")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,43 +117,37 @@ def classification(image, classes, labels):
     return {name: 100 * float(column.mean()) for name, column in hits.items()}
 
 
-def ablation(facets, image, owner, numbers):
+def ablation(facets, image, owner, prompts, trained):
     """Retrieval with some facets only, from one set of embeddings [N, K, D]: the first n of them, all but
     one, one alone. Inference only: the checkpoint stays as trained.
 
-    numbers: which questions of the prompt set the K facets are, counted from 1. -> [{"kind", "facets":
-    numbers, recalls, intervals}]
+    trained: which questions of the prompt set the K facets are, from 0. -> {"long facets 1,2,4": Figures}
     """
-    every = list(range(facets.shape[1]))
-    subsets = [("in order", every[:n + 1]) for n in every]
-    subsets += [("all but one", every[:k] + every[k + 1:]) for k in every if len(every) > 1]
-    subsets += [("alone", [k]) for k in every]
-    rows = []
-    for kind, subset in bar(subsets, "facets", unit=" subsets", mininterval=1):
-        scores = scored(hits_both_ways(facets[:, subset].mean(1), image, owner))
-        rows.append({"kind": kind, "facets": [numbers[k] for k in subset], **with_intervals(scores, {})})
-    return rows
+    every = tuple(range(len(trained)))
+    subsets = [every[:n + 1] for n in every] + [*combinations(every, len(every) - 1), *zip(every)]
+    scores = {}
+    for subset in bar(dict.fromkeys(filter(None, subsets)), "facets", unit=" subsets"):
+        numbers = ",".join(str(trained[k] + 1) for k in subset)
+        hits = hits_both_ways(facets[:, subset].mean(1), image, owner)
+        scores[f"{prompts} facets {numbers}"] = scored(hits)
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Scorers take the towers, the prompt sets to ask by, and what the benchmark's reader returns. They return
-# the result, with samples for its figures, and what is shown of it.
+# the result, with a Figure for each of its figures, and what is shown of it.
 
-def averaged(results, figures):
-    """The plain mean over results, draw by draw -> {figure: samples}"""
-    return {figure: np.mean([result[figure] for result in results], axis=0) for figure in figures}
-
-
-def together(results, figures):
+def together(results):
     """The one result of {language: result}; of several the mean, and each of them."""
     if len(results) == 1:
         return next(iter(results.values()))
-    return averaged(results.values(), figures) | {"languages": results}
+    return averaged(results.values()) | {"languages": results}
 
 
-def counted(pictures, image, prompts):
+def counted(pictures, image, prompts, chance):
     """What all results begin with. image: vectors of those pictures that could be read."""
-    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "prompts": prompts}
+    return {"n_images": len(image), "skipped_images": len(pictures) - len(image), "prompts": prompts,
+            "chance": chance}
 
 
 def score_captions(towers, prompts, pictures, languages):
@@ -176,11 +171,11 @@ def score_captions(towers, prompts, pictures, languages):
         # captions of one picture fail together
         results[language] = {"n_texts": len(asked), **scored(hits_both_ways(text, image, owner))}
         if not shown or language == "en":
-            shown = Shown(asked, text, gallery, image, np.array(owner), np.arange(len(image)), prompts)
+            shown = Shown(asked, text, gallery, image, np.array(owner), prompts)
     n_texts = sum(result["n_texts"] for result in results.values())
     skipped = sum(len(texts) for texts, _ in languages.values()) - n_texts
-    return {**counted(pictures, image, prompts), "n_texts": n_texts, "skipped_texts": skipped,
-            **together(results, WAYS)}, shown
+    return {**counted(pictures, image, prompts, 100 / len(image)), "n_texts": n_texts,
+            "skipped_texts": skipped, **together(results)}, shown
 
 
 def score_classes(towers, prompts, pictures, labels, names, templates):
@@ -194,8 +189,7 @@ def score_classes(towers, prompts, pictures, labels, names, templates):
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     figures = hits_of_classes(image, classes, labels, names)
     tops = scored({name: (hits, np.arange(len(hits)), len(hits)) for name, hits in figures.items()})
-    chance = 100 / len(names)
-    return {**counted(pictures, image, prompts), "n_classes": len(names), "chance": chance, **tops}, None
+    return {**counted(pictures, image, prompts, 100 / len(names)), "n_classes": len(names), **tops}, None
 
 
 def score_demo(towers, raw, short, long, scenes, captions, objects, names, synonyms):
@@ -221,37 +215,36 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
                     for wanted in ("seen", "unseen")]
     things = list(dict.fromkeys(thing for _, thing in unseen))
     count = max(1, len(things) // GALLERY)
-    few = {n: {thing: names["en"][thing] for thing in things[n::count]} for n in range(count)}
-    parts["seen"] = score_names(towers, raw, seen, {"en": names["en"]}, DEMO_TEMPLATE)
-    parts["unseen"] = score_names(towers, raw, unseen, few, DEMO_TEMPLATE)
-    others = {language: names[language] for language in names if language != "en"}
+    clip_art = {thing: DEMO_TEMPLATE.format(name) for thing, name in names["en"].items()}
+    few = {str(n): {thing: clip_art[thing] for thing in things[n::count]} for n in range(count)}
+    others = {language: several for language, several in names.items() if language != "en"}
+    parts["seen"] = score_names(towers, raw, seen, {"en": clip_art})
+    parts["unseen"] = score_names(towers, raw, unseen, few)
     parts["multilingual"] = score_names(towers, raw, seen, others)
     parts["english"] = score_names(towers, raw, seen, {"en": names["en"]})
     parts["synonyms"] = score_names(towers, raw, seen, synonyms)
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
-def score_names(towers, prompts, pictures, languages, template="{}"):
+def score_names(towers, prompts, pictures, languages):
     """[(picture, thing)] among those things' names, in each of {language: {thing: name}}, and the mean over
     them. Intervals are over things: pictures of one thing fail together.
     """
     image, kept = encode_images(towers, [place for place, _ in pictures])
     things = np.array([pictures[i][1] for i in kept])
     every, groups = np.unique(things, return_inverse=True)
-    filled = [template.replace("{}", names[thing]) for names in languages.values() for thing in things
-              if names.get(thing)]
-    vector_of = dict(zip(filled, encode_texts(towers, filled, prompts)))    # in one pass of the LLM
+    asked = [names[thing] for names in languages.values() for thing in things if names.get(thing)]
+    vector_of = dict(zip(asked, encode_texts(towers, asked, prompts)))      # in one pass of the LLM
     results = {}
     for language, names in languages.items():
         rows = np.array([row for row, thing in enumerate(things) if names.get(thing)])
         choices, labels = np.unique([names[thing] for thing in things[rows]], return_inverse=True)
-        classes = np.array([vector_of[template.replace("{}", name)] for name in choices])
+        classes = np.array([vector_of[name] for name in choices])
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
         tops = {f"top{k}": (ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **scored(tops)}
     chance = float(np.mean([100 / result["n_classes"] for result in results.values()]))
-    return {**counted(pictures, image, prompts), "n_classes": len(choices), "chance": chance,
-            **together(results, tops)}
+    return {**counted(pictures, image, prompts, chance), "n_classes": len(choices), **together(results)}
 
 
 class Benchmark(NamedTuple):
@@ -289,8 +282,7 @@ BENCHMARKS = {
 # 3. The command line
 
 def command_line():
-    parser = Parser(width=80,
-                    usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT",
+    parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT",
                     description="Scores a checkpoint; writes <out>/<bench>.json, .npz and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -310,8 +302,7 @@ def command_line():
     add("--prompts", choices=flame.PROMPTS, help="default: long for captions, else raw")
     add("--all-captions", action="store_true", help="coco, flickr30k, xm3600: not only the first")
     add("--facets", action="store_true", help="what each facet is worth (retrieval only)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="default: cuda if there is one")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
     return parser
 
 
@@ -339,15 +330,15 @@ def main(argv=None):
             return compare(*args.compare)
         flame.keep_freed_memory()
         data = read(args)   # first: a wrong folder is found in a moment
-        towers, checkpoint, llm = open_towers(args)
-        print(f"checkpoint {checkpoint}   LLM {llm or 'none'}   device {args.device}", flush=True)
+        towers, args.checkpoint = open_towers(args)
         with files.folder(args.out):
             if args.search is not None:
                 places = benchmarks.pictures_in(args.images)
                 return search.search(args, places, towers)
-            results = {name: evaluate(args, name, towers, checkpoint, *data[name]) for name in data}
-            if args.how.members:
-                average(args, checkpoint, results)
+            results = {name: evaluate(args, name, towers, *data[name]) for name in data}
+            if args.how.members:    # they share no picture: one's luck is not another's
+                queries = str([result["queries"] for result in results.values()])
+                report(args, args.bench, queries, averaged(results.values()) | {"benchmarks": results})
 
     return run("evaluate.py", body, "the same command goes on from what the cache has")
 
@@ -364,56 +355,44 @@ def read(args):
     return {name: benchmarks.read(name, root, args.split, most) for name, root in roots.items()}
 
 
-def evaluate(args, name, towers, checkpoint, *data):
-    """Scores a benchmark; prints the result, writes the JSON and what there is to look at. -> (result, draws)
-    """
-    how = BENCHMARKS[name] if args.bench else CAPTIONS
+def evaluate(args, name, towers, *data):
+    """Scores a benchmark and reports it; draws what there is to look at. -> what report() returns"""
     columns = [f"{prompts}.{k}" for prompts in args.asked for k in trained_facets(towers.model, prompts)]
-    scores, shown = how.score(towers, *args.asked, *data)
-    draws = {}
-    result = {"bench": name, "checkpoint": str(checkpoint), "split": args.split, "columns": columns,
-              **with_intervals(scores, draws)}
-    tell(table.table(result), how)
-    path = result_path(args, name)
+    scores, shown = args.how.score(towers, *args.asked, *data)
+    scores |= {"columns": columns}
     if args.captions:
-        result["trained_texts"] = count_trained(shown.texts, checkpoint)
-    if shown:
-        ranks = first_hit_ranks(shown.text, shown.image, shown.text_ids, shown.image_ids)
-        title = (f"{name} by {checkpoint}: {len(ranks)} texts, {len(shown.pictures)} pictures; chance "
-                 f"{100 / len(shown.pictures):.1f}%; left out {result['skipped_texts']} texts, "
-                 f"{result['skipped_images']} pictures")
-        if args.captions:
-            title += f"; trained on {result['trained_texts']} of the texts"
-        draw_sheet(shown, ranks, title, f"{path}.png")
+        scores["trained_texts"] = count_trained(shown.texts, args.checkpoint)
     if args.facets:
         facets = encode_texts(towers, shown.texts, shown.prompts, by_facet=True)
-        numbers = [k + 1 for k in trained_facets(towers.model, shown.prompts)]
-        result["facets"] = ablation(facets, shown.image, shown.text_ids, numbers)
-        tell(table.facet_table(result["facets"]))
+        trained = trained_facets(towers.model, shown.prompts)
+        scores["facets"] = ablation(facets, shown.image, shown.owner, shown.prompts, trained)
+    # pictures by the names of their files: folders may differ
     queries = re.sub("path='[^']*/", "'", repr([name, args.split, data, shown and shown.pictures]))
-    keep(path, result, draws, queries)  # pictures by the names of their files: folders may differ
-    return result, draws
+    if shown:
+        title = f"{table.heading(name, scores)}; {args.checkpoint}"
+        draw_sheet(shown, title, f"{result_path(args, name)}.png")
+    return report(args, name, queries, scores)
 
 
-def average(args, checkpoint, results):
-    """Prints a row for each benchmark of a group and one for all; writes <out>/<group>.json.
+def report(args, name, queries, scores):
+    """Prints a result, and below it the paper's; writes its JSON, and an .npz that --compare reads.
 
-    results: {name: what evaluate() returns}. The benchmarks share no picture: one's luck is not another's.
+    queries: text that names what was asked, hashed. -> scores, with what the JSON says beside them
     """
-    members = {name: result for name, (result, _) in results.items()}
-    every = [draws for _, draws in results.values()]
-    draws = averaged(every, [figure for figure in every[0] if "hits of" not in figure])
-    result = {"bench": args.bench, "checkpoint": str(checkpoint), "split": args.split,
-              **with_intervals(draws, {}), "benchmarks": members}
-    tell(table.group_table(result), args.how)
-    queries = [member["queries"] for member in members.values()]
-    keep(result_path(args, args.bench), result, draws, str(queries))
-
-
-def tell(lines, how=CAPTIONS):
-    """Prints them, and below one's own figures the paper's."""
-    published = [f"    published       {how.published}; Cao, Wei, Ma, CVPR 2025"] if how.published else []
-    print("\n".join(lines + published))
+    queries = hashlib.sha256(queries.encode("utf-8", "replace")).hexdigest()
+    scores = {"bench": name, "checkpoint": str(args.checkpoint), "split": args.split, "queries": queries,
+              **scores}
+    arrays = {"queries": queries}
+    result = with_intervals(scores, arrays)
+    print(*table.table(name, result), sep="\n")
+    published = args.bench and BENCHMARKS[name].published
+    if published:
+        print(f"    published {published}; Cao, Wei, Ma, CVPR 2025")
+    path = result_path(args, name)
+    files.write(f"{path}.npz", lambda temporary: np.savez_compressed(temporary, **arrays))
+    files.write_json(f"{path}.json", result)
+    print(f"-> {path}.json, .npz")
+    return scores
 
 
 def result_path(args, name):
@@ -424,15 +403,11 @@ def result_path(args, name):
 
 def count_trained(texts, checkpoint):
     """How many of the texts training's captions have too, as far as its store is there."""
-    wanted = set(texts)
     trained = set()
     with suppress(Exception):
         store = flame.read_json(Path(checkpoint, "config.json"))["store"]["path"]
-        for row in read_table(Path(store, "captions.tsv")):
-            trained |= wanted.intersection(row)
-    count = sum(text in trained for text in texts)
-    print(f"{count} of {len(texts)} texts were trained on", file=sys.stderr)
-    return count
+        trained = set(texts).intersection(chain.from_iterable(read_table(Path(store, "captions.tsv"))))
+    return sum(text in trained for text in texts)
 
 
 if __name__ == "__main__":

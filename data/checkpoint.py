@@ -61,12 +61,12 @@ def earlier_run(out, store, fixed):
     with reading(path, ANEW):
         record["step"] = int(record["step"])
         trained_on = record["store"]["identity"]
-        before = [record["training"][name] for name in fixed]
+        before = {name: record["training"][name] for name in fixed}
     if trained_on != identity(store):
         raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
-    for (name, value), earlier in zip(fixed.items(), before):
-        if earlier != value:
-            raise InputError(f"{out}: was trained with {name} {earlier}, now it is {value}; {ANEW}")
+    for name, value in fixed.items():
+        if before[name] != value:
+            raise InputError(f"{out}: was trained with {name} {before[name]}, now it is {value}; {ANEW}")
     return record
 
 

@@ -1,5 +1,6 @@
 """What the command lines of all stages share: numbers with a range, the device, how a run ends."""
 import argparse
+import functools
 import math
 import os
 import sys
@@ -12,12 +13,11 @@ from flame import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with --help on one screen, and a mistake in one line instead of the whole usage."""
+    """argparse with a mistake in one line instead of the whole usage."""
 
-    def __init__(self, width=150, **settings):
-        def narrow(prog):
-            return argparse.HelpFormatter(prog, max_help_position=26, width=width)
-        super().__init__(formatter_class=narrow, allow_abbrev=False, **settings)
+    def __init__(self, **settings):
+        wide = functools.partial(argparse.HelpFormatter, width=110)
+        super().__init__(formatter_class=wide, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise InputError(f"{message.removeprefix('argument ')}; see --help")
@@ -34,20 +34,10 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-class Lines:
-    """stderr where it is no terminal: a bar's next state is a line of its own."""
-
-    def write(self, text):
-        sys.stderr.write(text.replace("\r", "\n"))
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def bar(*items, **settings):
     """A tqdm bar; where there is no terminal, a line every 30 seconds."""
     if not sys.stderr.isatty():
-        settings |= {"file": Lines(), "mininterval": 30, "maxinterval": 30}
+        settings |= {"bar_format": "{l_bar}{bar:10}{r_bar}\n", "mininterval": 30, "maxinterval": 30}
     return tqdm(*items, **settings)
 
 
@@ -76,29 +66,26 @@ def run(script, body, again):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     warnings.formatwarning = lambda message, *place: f"{script}: {message}\n"  # one line
+    code = 2
     try:
         body()
         sys.stdout.flush()
+        return 0
     except BrokenPipeError:  # who was told, as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it exits
         return 141
-    except InputError as error:
-        line = " ".join(str(error).split())  # a file's name may have two lines
-        print(f"{script}: {line}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:  # a GPU's
-        print(f"{script}: out of memory on the GPU; free memory, give train.py a lower --chunk or --batch, "
-              "or --device cpu", file=sys.stderr)
-        return 2
-    except ConnectionError:  # by which a process hears that another has ended
-        print(f"{script}: a loader process was killed, likely for memory; give fewer --workers",
-              file=sys.stderr)
-        return 2
-    except OSError as error:  # a file vanished, a folder may not be read
-        print(f"{script}: {error.filename or 'a file'}: {error.strerror or error}; "
-              "mend that and run the same command again", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; {again}", file=sys.stderr)
-        return 130
-    return 0
+        code = 130
+        line = f"interrupted; {again}"
+    except InputError as error:
+        line = str(error)
+    except torch.OutOfMemoryError:  # a GPU's
+        line = ("out of memory on the GPU; free memory, give train.py a lower --chunk or --batch, "
+                "or --device cpu")
+    except ConnectionError:  # by which a process hears that another has ended
+        line = "a loader process was killed, likely for memory; give fewer --workers"
+    except OSError as error:  # a file vanished, a folder may not be read
+        line = (f"{error.filename or 'a file'}: {error.strerror or error}; "
+                "mend that and run the same command again")
+    print(f"{script}: {' '.join(line.split())}", file=sys.stderr)  # a file's name may have two lines
+    return code

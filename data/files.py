@@ -14,11 +14,11 @@ from flame import InputError, explained
 
 @contextmanager
 def disk_errors(path, cure="free space or choose another place, then run the same command again"):
-    """Whatever the operating system refuses inside becomes one line that names the file and the cure."""
+    """Whatever the operating system refuses inside becomes one line that names `path` and the cure."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename or path}: {error.strerror or error}; {cure}") from None
+        raise InputError(f"{path}: {error.strerror or error}; {cure}") from None
 
 
 @contextmanager
@@ -67,29 +67,16 @@ def replacing(path):
     with disk_errors(path):
         try:
             for old in path.parent.glob(f"{begins}*{path.suffix}"):
-                if not is_running(old.name.removeprefix(begins).split(".")[0]):
+                writer = old.name.removeprefix(begins).split(".")[0]
+                if not Path("/proc", writer).exists():  # it runs no more
                     old.unlink(missing_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)  # some libraries let the owner alone read what they write
             os.replace(temporary, path)
-        except OSError as error:
-            error.filename = path
-            raise
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def is_running(process):
-    """Is there a process of that number, a text?"""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def write(path, save):
@@ -98,7 +85,7 @@ def write(path, save):
         try:
             save(temporary)
         except (RuntimeError, SafetensorError) as error:  # how these libraries say it
-            raise OSError(None, explained(error), str(path)) from None
+            raise OSError(None, explained(error)) from None
 
 
 def write_text(path, text):

@@ -4,12 +4,11 @@ A figure is the mean of hits. Its interval is a bootstrap's: groups of queries t
 of one picture do, are drawn again a thousand times, always the same draws. Beside each JSON lies an .npz of
 every query's hits and of what each draw gave, so that two results of the same queries can be subtracted.
 """
-import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
 import flame
-from data import files
 from flame import InputError
 
 SEED = 0
@@ -35,10 +34,22 @@ def samples(hits, groups, size):
     return np.array(rows)
 
 
+class Figure(NamedTuple):
+    """Figures with one name, as recalls at 1, 5, 10, until they are reported."""
+    draws: np.ndarray           # [1 + RESAMPLES, F], what samples() gives, or their mean
+    hits: np.ndarray = None     # [Q, F], of each query, where there is one
+
+
 def scored(figures):
-    """{figure: (hits, groups, size)} -> {figure: their samples, "hits of <figure>": its hits}"""
-    return ({name: samples(*hits) for name, hits in figures.items()}
-            | {f"hits of {name}": hits for name, (hits, *_) in figures.items()})
+    """{name: (hits, groups, size)} -> {name: Figure}"""
+    return {name: Figure(samples(*hits), hits[0]) for name, hits in figures.items()}
+
+
+def averaged(results):
+    """The plain mean of all figures that several results have, draw by draw -> {name: Figure}"""
+    results = list(results)
+    return {name: Figure(np.mean([result[name].draws for result in results], axis=0))
+            for name, value in results[0].items() if isinstance(value, Figure)}
 
 
 def ends(rows):
@@ -51,33 +62,24 @@ def named(columns):
     return dict(zip([f"R@{k}" for k in RECALL_AT], columns)) if len(columns) > 1 else columns[0]
 
 
-def with_intervals(scores, draws, path=""):
-    """A scorer's result -> the same for the JSON: samples become percentages, intervals under "ci95".
+def with_intervals(scores, arrays, path=""):
+    """A result -> the same for the JSON: percentages in the place of Figures, their intervals under "ci95".
 
-    draws: {"part/figure": samples, "part/hits of figure": hits}, to be filled with them.
+    arrays: {"part/figure": draws, "part/hits of figure": hits}, to be filled with them.
     """
     result = {}
     ci95 = {}
     for name, value in scores.items():
         if isinstance(value, dict):
-            value = with_intervals(value, draws, f"{path}{name}/")
-        if isinstance(value, np.ndarray):
-            draws[path + name] = value
-            if name.startswith("hits of"):
-                continue
-            ci95[name] = named(ends(value))
-            value = named(value[0].tolist())
+            value = with_intervals(value, arrays, f"{path}{name}/")
+        if isinstance(value, Figure):
+            arrays[path + name] = value.draws
+            if value.hits is not None:
+                arrays[f"{path}hits of {name}"] = value.hits
+            ci95[name] = named(ends(value.draws))
+            value = named(value.draws[0].tolist())
         result[name] = value
     return result | ({"ci95": ci95} if ci95 else {})
-
-
-def keep(path, result, draws, queries):
-    """Writes the JSON, and an .npz of what with_intervals gathered. queries: text that names them, hashed."""
-    result["queries"] = hashlib.sha256(queries.encode("utf-8", "replace")).hexdigest()
-    arrays = draws | {"queries": result["queries"]}
-    files.write(f"{path}.npz", lambda temporary: np.savez_compressed(temporary, **arrays))
-    files.write_json(f"{path}.json", result)
-    print(f"-> {path}.json, .npz, .png")
 
 
 def compare(*paths):
@@ -90,10 +92,8 @@ def compare(*paths):
     if first.pop("queries") != second.pop("queries"):
         raise InputError("{} and {}: of other queries; score both on the same texts".format(*paths))
     print("{:36}{!s:26}{!s:26}difference".format("R@1 or accuracy", *paths))
-    for figure, rows in first.items():
-        if "hits of" in figure:
-            continue
-        columns = [figure.ljust(36)]
-        for percents in (rows, second[figure], rows - second[figure]):
-            columns.append("{:7.1f} [{:5.1f}, {:5.1f}]   ".format(percents[0, 0], *ends(percents)[0]))
-        print("".join(columns))
+    for figure, draws in first.items():
+        if "hits of" not in figure and figure in second:    # --facets may be given for one alone
+            rows = draws, second[figure], draws - second[figure]
+            cells = ["{:7.1f} [{:5.1f}, {:5.1f}]   ".format(each[0, 0], *ends(each)[0]) for each in rows]
+            print(f"{figure:36}{''.join(cells)}")

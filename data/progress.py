@@ -27,7 +27,7 @@ def earlier_log(out, start):
     """The lines of log.jsonl that are of steps before `start`; a damaged one only the curve misses."""
     lines = []
     for line in lines_of(out / "log.jsonl"):
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
+        with suppress(Exception):
             entry = json.loads(line)
             if entry["step"] < start and math.isfinite(entry["loss"]):
                 lines.append(json.dumps(entry) + "\n")

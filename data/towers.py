@@ -43,22 +43,24 @@ class Towers(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------
 # What is kept
 
-def digest_of(about, tensors={}):
-    """Names what is kept by content: settings, weights {name: tensor}, the code that makes it."""
+def digest_of(*about):
+    """Names what is kept by content: settings and weights, and the code that makes it."""
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return hashlib.sha256(value.float().cpu().numpy().tobytes()).hexdigest()
+        return str(value)
+
     modules = flame, released, flame.flame_ext or flame
-    paths = [__file__, *(module.__file__ for module in modules)]
-    digest = hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths))
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    code = [Path(path).read_bytes() for path in (__file__, *(module.__file__ for module in modules))]
+    settings = json.dumps(about, sort_keys=True, default=plain).encode()
+    return hashlib.sha256(b"".join(code) + settings).hexdigest()[:32]
 
 
 def cached(towers, about, make):
     """What make() gave for the same `about` before, an array; made where it is not there, or damaged."""
     if not towers.cache:
         return make()
-    path = towers.cache / f"{digest_of(about)}.npy"
+    path = towers.cache / f"{digest_of(*about)}.npy"
     with suppress(Exception):   # numpy raises nearly anything on a damaged file
         return np.load(path, mmap_mode="r")
     array = make()
@@ -78,44 +80,44 @@ def stamp(place):
 # Vectors
 
 @torch.inference_mode()
-def encode_images(towers, places, least=2):
+def encode_images(towers, places):
     """-> (float32 [M', D] unit vectors, list of the M' indices of `places` that could be read).
 
-    Where bfloat16 is fast, the tower runs in it. Raises InputError where fewer than `least` can be read.
+    Where bfloat16 is fast, the tower runs in it. Raises InputError where none can be read.
     """
+    about = [towers.image_tower, [stamp(place) for place in places]]
+    vectors = cached(towers, about, lambda: image_vectors(towers, places))
+    whole = vectors.any(1)
+    bad = np.flatnonzero(~whole)
+    examples = ", ".join(places[i].path for i in bad[:3])
+    report = f"{len(bad)} of {len(places)} pictures cannot be read ({examples} ...)"
+    if not whole.any():
+        raise InputError(f"{report}; data/README.md says where they must lie")
+    if len(bad):
+        print(f"{report}; they are left out", file=sys.stderr)
+    return vectors[whole], np.flatnonzero(whole).tolist()
+
+
+def image_vectors(towers, places):
+    """-> float32 [M, D]: zero, no unit vector, where a picture cannot be read"""
     device = torch.device(towers.device)
     fast = flame.default_dtype(device) == torch.bfloat16
+    vectors = np.zeros((len(places), towers.model.config["text_dim"]), np.float32)
 
     def pixels_of(place):
         with suppress(Exception), open_picture(place) as image:     # decoders raise nearly anything
             return towers.model.preprocess(image)
 
-    def make():
-        # zero, no unit vector, where a picture cannot be read
-        vectors = np.zeros((len(places), towers.model.config["text_dim"]), np.float32)
-        starts = range(0, len(places), BATCH)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            coming = pool.map(pixels_of, places[:BATCH])    # begins at once: a batch ahead of the tower
-            for start in bar(starts, "images", unit=" batches", mininterval=1, disable=not towers.cache):
-                good = {i: pixels for i, pixels in enumerate(coming, start) if pixels is not None}
-                coming = pool.map(pixels_of, places[start + BATCH:start + 2 * BATCH])
-                if good:
-                    pixels = torch.stack(list(good.values())).to(device)
-                    with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-                        vectors[list(good)] = towers.model.encode_image(pixels).float().cpu().numpy()
-        return vectors
-
-    about = [towers.image_tower, [stamp(place) for place in places]]
-    vectors = cached(towers, about, make)
-    bad = np.flatnonzero(~vectors.any(1))
-    examples = ", ".join(places[i].path for i in bad[:3])
-    report = f"{len(bad)} of {len(places)} pictures cannot be read ({examples} ...)"
-    if len(places) - len(bad) < least:
-        raise InputError(f"{report}; at least {least} are needed; data/README.md says where they must lie")
-    if len(bad):
-        print(f"{report}; they are left out", file=sys.stderr)
-    kept = np.delete(np.arange(len(places)), bad)
-    return vectors[kept], kept.tolist()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        coming = pool.map(pixels_of, places[:BATCH])    # begins at once: a batch ahead of the tower
+        for start in bar(range(0, len(places), BATCH), "images", unit=" batches", disable=not towers.cache):
+            good = {i: pixels for i, pixels in enumerate(coming, start) if pixels is not None}
+            coming = pool.map(pixels_of, places[start + BATCH:start + 2 * BATCH])
+            if good:
+                pixels = torch.stack(list(good.values())).to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+                    vectors[list(good)] = towers.model.encode_image(pixels).float().cpu().numpy()
+    return vectors
 
 
 def trained_facets(model, prompts):
@@ -133,32 +135,29 @@ def trained_facets(model, prompts):
 def encode_texts(towers, texts, prompts, by_facet=False):
     """-> float32 [N, D], the mean over the facets that were trained; by_facet=True: [N, K, D], each of them.
 
-    Equal texts are encoded once. The cache has the LLM's states, which outlive the checkpoint, as float16; a
-    text's longest has length 1.
+    Equal texts are encoded once. The cache has the LLM's states, which outlive the checkpoint.
     """
     trained = trained_facets(towers.model, prompts)
-    rows_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    unique = list(rows_of)
-    shape = len(PROMPTS[prompts].facets), towers.model.config["text_dim"]
-
-    def make(part):
-        states = np.empty((len(part), *shape), np.float16)
-        with bar(total=len(part), desc=f"texts ({prompts})", unit=" texts", mininterval=1,
-                 disable=not towers.cache) as done:
-            for rows, batch in towers.encoder().encode_batches(part, prompts):
-                states[rows] = (batch / batch.norm(dim=-1).amax(1)[:, None, None]).half().numpy()
-                done.update(len(rows))
-        return states
-
-    vectors = []
+    unique = list(dict.fromkeys(texts))
+    vectors = {}
     for start in range(0, len(unique), PART):
         part = unique[start:start + PART]
         about = [towers.text_tower, PROMPTS[prompts], part]
-        states = cached(towers, about, functools.partial(make, part))
+        states = cached(towers, about, lambda: text_states(towers, part, prompts))
         facets = torch.from_numpy(states.astype(np.float32)).to(towers.device)
         facets = towers.model.encode_text(facets, prompts).float().cpu().numpy()[:, trained]
-        vectors.append(facets if by_facet else facets.mean(1))
-    return np.concatenate(vectors)[[rows_of[text] for text in texts]]
+        vectors |= zip(part, facets if by_facet else facets.mean(1))
+    return np.array([vectors[text] for text in texts])
+
+
+def text_states(towers, texts, prompts):
+    """-> float16 [N, K, D], states of the LLM, a text's longest of length 1"""
+    states = np.empty((len(texts), len(PROMPTS[prompts].facets), towers.model.config["text_dim"]), np.float16)
+    with bar(total=len(texts), desc=f"texts ({prompts})", unit=" texts", disable=not towers.cache) as done:
+        for rows, batch in towers.encoder().encode_batches(texts, prompts):
+            states[rows] = (batch / batch.norm(dim=-1).amax(1)[:, None, None]).half().numpy()
+            done.update(len(rows))
+    return states
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,32 +182,30 @@ class OpenClip(torch.nn.Module):
             raise InputError(f"--open-clip {spec}: {flame.explained(error)}; give a model that open_clip's "
                              "list_pretrained() has, or MODEL:FILE") from None
         self.clip, _, self.preprocess = made
-        self.config = {"text_dim": D, "columns": flame.COLUMNS}
+        self.config = {"text_dim": D, "columns": [f"{prompts}.0" for prompts in PROMPTS]}
 
     def encode_image(self, pixels):
         return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
 
     def encode_batches(self, texts, prompts):
-        """Yields (rows, [n, K, D]): the text's one vector in the place of each facet."""
-        facets = len(PROMPTS[prompts].facets)
+        """Yields (rows, [n, 1, D]): the text's one vector in the place of each facet."""
         device = next(self.clip.parameters()).device
         for rows in torch.arange(len(texts)).split(64):
             tokens = self.tokenizer([texts[row] for row in rows]).to(device)
-            yield rows.tolist(), self.clip.encode_text(tokens).float().cpu()[:, None].expand(-1, facets, -1)
+            yield rows.tolist(), self.clip.encode_text(tokens).float().cpu()[:, None]
 
     def encode_text(self, facets, prompts):
         return F.normalize(facets, dim=-1)
 
 
 def open_towers(args):
-    """-> (Towers, the checkpoint's name, its LLM's folder). Raises InputError where the checkpoint was
-    trained with another LLM."""
+    """-> (Towers, the checkpoint's name). Raises InputError where it was trained with another LLM."""
     dtype = flame.default_dtype(args.device)
     cache = args.out / "cache"
     if args.open_clip:      # which needs no LLM
         model = OpenClip(args.open_clip).eval().to(args.device)
-        name = digest_of([args.open_clip, dtype], model.state_dict())
-        return Towers(model, lambda: model, args.device, cache, name, name), args.open_clip, None
+        name = digest_of(args.open_clip, dtype, model.state_dict())
+        return Towers(model, lambda: model, args.device, cache, name, name), args.open_clip
 
     checkpoint = args.checkpoint or newest_checkpoint()
     load = released.load if checkpoint.is_file() else flame.load    # the authors' is one file
@@ -224,11 +221,9 @@ def open_towers(args):
                          f"{llm}; name that one with --llm")
 
     made = source.get("layer"), source.get("positions") or "restart"
-
-    @functools.cache
-    def encoder():      # the one place where the text tower is made, and only if a text is not cached
-        return released.text_encoder(llm, args.device, dtype, *made)
-
-    image_tower = digest_of([model.config, dtype], model.state_dict())
-    text_tower = digest_of([fingerprint, *made, dtype])
-    return Towers(model, encoder, args.device, cache, image_tower, text_tower), checkpoint, llm
+    # made only if a text is not cached
+    encoder = functools.cache(lambda: released.text_encoder(llm, args.device, dtype, *made))
+    image_tower = digest_of(model.config, dtype, model.state_dict())
+    text_tower = digest_of(fingerprint, *made, dtype)
+    print(f"checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
+    return Towers(model, encoder, args.device, cache, image_tower, text_tower), checkpoint

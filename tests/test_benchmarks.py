@@ -403,7 +403,7 @@ def test_a_group_scores_each_as_alone_and_averages(colours, tmp_path, monkeypatc
     low, high = group["ci95"]["text_to_image"]["R@1"]
     assert 30 <= low < 73 < high <= 100
     rows = printed.split("short: 2 benchmarks\n")[1].splitlines()
-    assert [row.split()[0] for row in rows[:3]] == ["coco", "flickr30k", "average"]
+    assert [row.split()[0] for row in rows[:4]] == ["text_to_image", "image_to_text", "coco", "flickr30k"]
     code, group = colours("short", "--data-root", "elsewhere", "--all-captions")
     assert group["benchmarks"]["coco"]["n_texts"] == 35
 
@@ -412,8 +412,8 @@ def test_the_groups_interval_is_that_of_independent_draws():
     """Each benchmark drawn from the same seed, or from one of its own: their hits have nothing in common."""
     rng = np.random.default_rng(0)
     hits = [rng.random((n, 1)) < share for n, share in ((900, 0.5), (900, 0.7), (400, 0.9), (2500, 0.2))]
-    group = [{"top1": intervals.samples(member, np.arange(len(member)), len(member))} for member in hits]
-    rows = evaluate.averaged(group, ["top1"])["top1"]
+    group = [intervals.scored({"top1": (member, np.arange(len(member)), len(member))}) for member in hits]
+    rows = intervals.averaged(group)["top1"].draws
     assert rows[0, 0] == pytest.approx(np.mean([100 * member.mean() for member in hits]))
     drawn = [np.mean([100 * rng.choice(member, len(member)).mean() for member in hits]) for _ in range(4000)]
     assert intervals.ends(rows)[0] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.2)

@@ -40,6 +40,7 @@ from test_benchmarks import (
     tree_demo, tree_urban1k, tree_xm3600)
 
 RECALL_AT = (1, 5, 10)
+WAYS = ("text_to_image", "image_to_text")
 
 
 # ---------------------------------------------------------------- metrics
@@ -200,7 +201,8 @@ def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, m
         put(tmp_path / "mine.tsv", "image\tlong\n" + "".join(rows))
 
     def score(out):
-        return colours("mine", "--captions", "mine.tsv", "--images", tmp_path, "--out", out)[0]
+        flags = "--captions", "mine.tsv", "--images", tmp_path, "--facets", "--out", out
+        return colours("mine", *flags)[0]
 
     corpus(5)
     assert score("a") == 0
@@ -316,13 +318,13 @@ def test_ablation_equals_one_subset_at_a_time():
     owner = rng.integers(0, 12, 30)
     image = rng.standard_normal((12, 8))
     facets = rng.standard_normal((30, 3, 8)) + 1.5 * image[owner][:, None] * np.array([1, 0, 2])[:, None]
-    rows = evaluate.ablation(facets.astype(np.float32), image, owner, [1, 2, 4])
-    assert [row["facets"] for row in rows] == [
-        [1], [1, 2], [1, 2, 4], [2, 4], [1, 4], [1, 2], [1], [2], [4]]
-    for row in rows:
-        text = facets[:, [[1, 2, 4].index(f) for f in row["facets"]]].mean(1)
-        assert {way: row[way] for way in evaluate.WAYS} == evaluate.retrieval(text, image, owner)
-    assert len({row["text_to_image"]["R@1"] for row in rows}) > 4
+    scores = evaluate.ablation(facets.astype(np.float32), image, owner, "long", [0, 1, 3])
+    rows = intervals.with_intervals(scores, {})
+    assert list(rows) == [f"long facets {some}" for some in "1 1,2 1,2,4 1,4 2,4 2 4".split()]
+    for name, row in rows.items():
+        text = facets[:, [[1, 2, 4].index(int(f)) for f in name.split()[-1].split(",")]].mean(1)
+        assert {way: row[way] for way in WAYS} == evaluate.retrieval(text, image, owner)
+    assert len({row["text_to_image"]["R@1"] for row in rows.values()}) > 4
 
 
 def test_only_the_facets_that_were_trained_are_asked(colours, tmp_path, monkeypatch, capsys):
@@ -337,8 +339,8 @@ def test_only_the_facets_that_were_trained_are_asked(colours, tmp_path, monkeypa
     monkeypatch.setattr(ColourModel, "config", ColourModel.config | {"columns": columns})
     code, result = colours("urban1k", "--facets")
     assert code == 0 and result["columns"] == ["long.0", "long.3"] and result["text_to_image"]["R@1"] == 100
-    assert [row["facets"] for row in result["facets"]] == [[1], [1, 4], [4], [1], [1], [4]]
-    assert "inference only" in capsys.readouterr().out
+    assert list(result["facets"]) == ["long facets 1", "long facets 1,4", "long facets 4"]
+    assert "long facets 1,4 " in capsys.readouterr().out
     assert colours("xm3600") == (2, None)
     assert "not on the raw prompts; ask by others: --prompts long" in refusal(capsys)
     assert colours("xm3600", "--prompts", "long")[1]["text_to_image"]["R@1"] == 100
@@ -349,7 +351,7 @@ def test_only_the_facets_that_were_trained_are_asked(colours, tmp_path, monkeypa
 def test_ones_own_captions_in_other_forms(colours, tmp_path, monkeypatch, capsys):
     """Several of one picture; rows without one; what training had. The sheet says what the screen says."""
     titles = []
-    monkeypatch.setattr(evaluate, "draw_sheet", lambda shown, ranks, title, path: titles.append(title))
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda shown, title, path: titles.append(title))
     rows = []
     for name in NAMES:
         picture(tmp_path / f"mine/{name}.png", name)
@@ -359,12 +361,13 @@ def test_ones_own_captions_in_other_forms(colours, tmp_path, monkeypatch, capsys
     put(tmp_path / "store/captions.tsv", f"key\timage\traw\tshort\tlong\n{trained}")
     put(tmp_path / "out/run/config.json", json.dumps(FINISHED | {"store": {"path": str(tmp_path / "store")}}))
     code, result = colours("ours", "--captions", "ours.tsv", "--images", "mine")
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert code == 0 and result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100
     assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 1)
     assert "1 of 12 rows have no picture" in error and "gone.png" in error
-    assert result["trained_texts"] == 2 and "2 of 10 texts were trained on" in error
-    assert "10 texts, 5 pictures; chance 20.0%; left out 1 texts, 1 pictures; trained on 2 of" in titles[0]
+    assert titles == [f"{out.splitlines()[-4]}; out/run"] and titles[0].startswith(
+        "ours: 10 texts, 5 pictures, 1 texts left out, 1 pictures left out, 2 texts that training had")
+    assert result["trained_texts"] == 2
 
 
 # ---------------------------------------------------------------- real towers
@@ -423,7 +426,7 @@ def test_main_equals_one_picture_and_one_text_at_a_time(bench, real, byte_llm, t
                 scores = [[flame.similarity(image, facets(text)).item() for image in images]
                           for text in texts]
                 got = result["languages"][language] if language else result
-                assert {way: got[way] for way in evaluate.WAYS} == slow_retrieval(scores, owner)
+                assert {way: got[way] for way in WAYS} == slow_retrieval(scores, owner)
             return
         labels, names, templates = data
 
@@ -481,7 +484,7 @@ def test_the_authors_checkpoint_is_scored_their_way(byte_llm, tmp_path, monkeypa
         text = torch.cat([encoder.encode([f"A {name} street."], "long").mean(1) for name in NAMES])
     scores = torch.nn.functional.normalize(text, dim=-1) @ image.T
     expected = slow_retrieval(scores.tolist(), range(5))
-    assert {way: result[way] for way in evaluate.WAYS} == expected
+    assert {way: result[way] for way in WAYS} == expected
 
 
 @pytest.mark.parametrize("fingerprint, hidden_size", [("x", 32), (None, 64)])   # the authors' names none

@@ -1,6 +1,7 @@
 """Looking at stage 1: embed.py's --inspect, what is in a store, and is it whole, and --draw, a caption's
 forest as a picture. `args` is its command line.
 """
+import functools
 import json
 import textwrap
 from itertools import islice
@@ -31,30 +32,29 @@ def inspect(args):
     Raises InputError where the store is none or not finished, or --llm is not the one it was made with.
     """
     store = flame.open_store(args.inspect)
-    every = range(len(COLUMNS))
     print(f"{args.inspect}: {json.dumps(store.meta, indent=1)}")
-    rows = sum(len(store.vectors(w)) for w in range(-(-store.N // store.window)))     # each can be mapped
-    print(f"{rows} of {store.N} rows are there")
+    if store.meta["llm"]["fingerprint"] != llm_fingerprint(args.llm):
+        raise InputError(f"{args.llm}: the store was made with another LLM; name it with --llm")
+    for w in range(-(-store.N // store.window)):
+        store.vectors(w)    # raises InputError where they are not whole
+    print(f"all {store.N} rows are there")
 
     # A sample, evenly spaced, says as much as all rows.
     step = store.N // SAMPLE + 1
-    states = store.read(range(0, store.N, step), every)
-    mean = states.mean(0)
-    units = normalize(states - mean, dim=-1)
+    states = store.read(range(0, store.N, step), range(len(COLUMNS)))
+    states -= states.mean(0)
+    units = normalize(states, dim=-1)
 
     print("\nmean cosine of one caption's facets, the corpus mean subtracted: raw, short, long")
-    cosines = torch.einsum("nad,nbd->ab", units, units) / len(units)
-    for line in cosines.tolist():
-        print(" ", *(f"{cosine:6.2f}" for cosine in line))
+    for line in torch.einsum("nad,nbd->ab", units, units).tolist():
+        print(" ", *(f"{total / len(units):6.2f}" for total in line))
 
-    if store.meta["llm"]["fingerprint"] != llm_fingerprint(args.llm):
-        raise InputError(f"{args.llm}: the store was made with another LLM; name it with --llm")
     print("\nthe words that set each facet apart: the LLM's unembedding of its state, less the corpus mean's")
     words, vectors = vocabulary(args.llm)
     table = captions.read_table(Path(args.inspect, "captions.tsv"))
     for facets, row in zip(states[:3], islice(table, 0, None, step)):
         print(f"{row.key}: {row.long[:150]}")
-        nearest = ((facets - mean) @ vectors.T).topk(min(4, len(words))).indices    # [11, 4]
+        nearest = (facets @ vectors.T).topk(min(4, len(words))).indices     # [11, 4]
         for column, several in zip(COLUMNS, words[nearest]):
             print(f"  {column:8} {' '.join(several)}")
 
@@ -73,44 +73,36 @@ def draw(args):
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
     apart = sum(len(prefixes[0]) + len(facet) for facet in suffixes[0])
     T = len(forest.tokens)
-    figure = new_figure(0.13 * T, 0.13 * T, None)
+    figure = new_figure(0.13 * T, 0.13 * T)
     if figure is None:
         return
     from matplotlib.colors import ListedColormap
     colours = np.resize(PALETTE, len(forest.lengths))
     segment_of = np.repeat(range(len(colours)), forest.lengths)     # [T]
-
     axes = figure.add_axes((0, 0, 1, 1))
-    mask = flame.visible(forest.lengths, forest.parents)
-    cells = np.where(mask, segment_of, np.nan)      # [T, T]
+    axes.set_axis_off()
+    cells = np.where(flame.visible(forest.lengths, forest.parents), segment_of, np.nan)     # [T, T]
     axes.pcolormesh(cells, cmap=ListedColormap(colours), shading="nearest",
                     edgecolors="white", linewidth=0.6)
     axes.invert_yaxis()
-    # The rows that the facet states are read in are framed.
     answers = forest.answers.numpy()
     axes.barh(answers, answers + 1, 1, -0.5, fill=False, clip_on=False)
-    axes.set_title(f"7 facets of one caption in one pass: {T} tokens instead of {apart}", loc="left")
 
-    words = [tokenizer.decode([token]) for token in forest.tokens.tolist()]
-    words = [word.replace("\n", "\\n") for word in words]
-    axes.xaxis.tick_top()
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(range(T), words, fontsize=7, parse_math=False)
-        for label, segment in zip(axis.get_ticklabels(), segment_of):
-            label.set_color(colours[segment])
-    axes.tick_params(length=0)
-    axes.tick_params("x", rotation=90)
-    axes.spines[:].set_visible(False)
+    write = functools.partial(axes.text, parse_math=False)
+    for t, (token, s) in enumerate(zip(forest.tokens.tolist(), segment_of)):
+        word = tokenizer.decode([token]).replace("\n", "\\n")
+        write(-1, t, word, size=7, color=colours[s], ha="right", va="center")
+        write(t, -1, word, size=7, color=colours[s], ha="center", va="bottom", rotation=90)
 
     # No query sees a later key: the upper right half is empty, there is room for the tree of segments.
-    axes.text(0.45 * T, 2, "row: query, column: key it sees; framed: the answers' rows")
+    write(0.45 * T, 3, f"7 facets of one caption in one pass: {T} tokens instead of {apart}\n"
+          "row: query, column: key it sees; framed: the answers' rows")
     depths = {-1: -1}
     starts = np.cumsum(forest.lengths)[:-1]
     for s, tokens in enumerate(np.split(forest.tokens, starts)):
         depths[s] = depths[forest.parents[s]] + 1
         text = textwrap.shorten(tokenizer.decode(tokens.tolist()), 80, placeholder=" ...")
-        left = 0.45 * T + 2 * depths[s]
-        axes.text(left, 2 * s + 5, text, color=colours[s], parse_math=False)
+        write(0.45 * T + 2 * depths[s], 2 * s + 6, text, color=colours[s])
 
     path = Path(args.out or "forest").with_suffix(".png")
     files.write(path, lambda temporary: figure.savefig(temporary, bbox_inches="tight"))

@@ -11,11 +11,9 @@ import sys
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
 from data.pictures import Place, open_picture
 from data.show.sheet import best_of, printable, thumbnail
-from data.show.words import draw_words, words_of
+from data.show.words import words_of
 from data.towers import encode_images, encode_texts, trained_facets
 from flame import InputError
 
@@ -37,10 +35,10 @@ def prompts_of(args, query):
     return args.prompts or ("long" if len(query.split()) > LONG else "raw")
 
 
-def serve(args, places, image, towers, left_out=0, wait=True):
+def serve(args, places, image, towers, wait=True):
     """Serves the page until Ctrl-C; wait=False: -> its gradio Blocks at once, local_url is their address.
 
-    places: the gallery, M of them; image: their unit vectors [M, D]; left_out: how many cannot be read.
+    places: the gallery, M of them; image: their unit vectors [M, D].
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"    # read when it is imported
     try:
@@ -48,8 +46,7 @@ def serve(args, places, image, towers, left_out=0, wait=True):
     except ImportError:
         raise InputError("--search without a text opens a page: pip install gradio") from None
     towers.encoder()    # the LLM is read now, not while somebody waits
-    about = f"{len(image):,} pictures of {args.images}, {left_out} cannot be read"
-    blocks = build(gradio, args, places, image, towers._replace(cache=None), about)
+    blocks = build(gradio, args, places, image, towers._replace(cache=None))
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(server_name="127.0.0.1", inbrowser=sys.stdout.isatty(), prevent_thread_lock=True,
                   quiet=True, share=False, show_error=True, ssr_mode=False, run_history=False,
@@ -61,14 +58,19 @@ def serve(args, places, image, towers, left_out=0, wait=True):
     return blocks
 
 
-def build(gradio, args, places, image, towers, about):
+def build(gradio, args, places, image, towers):
     """-> the page. "text", "facets", "picture" and "words" are what gradio's client may call, too."""
-    ask = functools.lru_cache(256)(functools.partial(ask_facets, towers))
     image_of = functools.lru_cache(4096)(lambda i: drawn(thumbnail(places[i], SIDE)))
-    nothing = np.zeros(image.shape[1])
 
-    def gallery_of(vector=nothing):
-        """What a vector [D] finds, as HTML; for nothing the first pictures, without scores."""
+    @functools.lru_cache(256)
+    def ask(text):
+        """-> (names of the facets that were trained, their vectors [K, D])"""
+        prompts = prompts_of(args, text)
+        names = [FACETS[k] for k in trained_facets(towers.model, prompts)]
+        return names, encode_texts(towers, [text], prompts, by_facet=True)[0]
+
+    def gallery_of(vector):
+        """What a vector [D] finds, as HTML; for zeros the first pictures, without scores."""
         scores, best = best_of(image, vector, max(TILES, args.top))
         shares = scores / max(1e-6, scores.max())
         tiles = [f'<button data-picture="{i}">{image_of(i)}<hr style="width: {shares[i]:.0%}">'
@@ -79,30 +81,33 @@ def build(gradio, args, places, image, towers, about):
         """chosen: names of the facets that count; without, all of them."""
         text = " ".join(text.split())
         if not text:
-            return gallery_of(), gradio.CheckboxGroup(visible=False), None
-        names, facets = ask(text, prompts_of(args, text))
+            return gallery_of(0 * image[0]), gradio.CheckboxGroup(visible=False), None
+        names, facets = ask(text)
         rows = [k for k, name in enumerate(names) if name in (chosen or names)]
         switches = gradio.CheckboxGroup(names, value=[names[k] for k in rows], visible=len(names) > 1)
         return gallery_of(facets[rows].mean(0)), switches, None
 
     def by_picture(path):
-        vectors, _ = encode_images(towers, [Place(path)], least=1)
+        vectors, _ = encode_images(towers, [Place(path)])
         return gallery_of(vectors[0]), gradio.CheckboxGroup(visible=False), ""
 
     def by_click(event: gradio.EventData):
         place = places[int(event.picture)]
         with open_picture(place) as picture:
             grid = words_of(towers.model, towers.encoder().llm_dir, picture)
-            image = drawn(draw_words(picture, grid), escape(" ".join(sum(grid, []))))
-        return f"{image}{name_of(place)}<small>What each patch says, in the LLM's own words</small>"
+        cells = [f'<span style="--letters: {max(4, len(word))}">{escape(word)}</span>'
+                 for row in grid for word in row]
+        return (f'<div class="patches" style="--side: {len(grid)}">{drawn(thumbnail(place, 720))}'
+                f"{''.join(cells)}</div>{name_of(place)}"
+                "<small>What each patch says, in the LLM's own words</small>")
 
     with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(3600, 3600)) as blocks:
-        text, picture, facets, words, gallery = lay_out(gradio, about, gallery_of())
+        about = f"{len(image):,} pictures of {args.images}"
+        text, picture, facets, words, gallery = lay_out(gradio, about, by_text("")[0])
         each = {"show_progress": "minimal", "concurrency_id": "towers"}     # one at a time
         text.submit(by_text, text, [gallery, facets, picture], api_name="text", **each)
         facets.input(by_text, [text, facets], [gallery, facets, picture], api_name="facets", **each)
         picture.upload(by_picture, picture, [gallery, facets, text], api_name="picture", **each)
-        picture.clear(lambda: by_text(""), None, [gallery, facets, picture], api_visibility="private")
         if hasattr(towers.model, "mm"):     # open_clip's has no LLM to find words in
             gallery.click(by_click, None, words, api_name="words", **each).then(None, js=LOOK)
     return blocks
@@ -125,18 +130,11 @@ def lay_out(gradio, about, first):
     return text, picture, facets, words, gallery
 
 
-def ask_facets(towers, text, prompts):
-    """-> (names of a prompt set's facets that were trained, their unit vectors [K, D])"""
-    vectors = encode_texts(towers, [text], prompts, by_facet=True)[0]
-    names = [FACETS[k] for k in trained_facets(towers.model, prompts)]
-    return names, vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
-def drawn(picture, text=""):
-    """PIL image, what it says -> HTML that holds it"""
+def drawn(picture):
+    """PIL image -> HTML that holds it"""
     out = io.BytesIO()
     picture.convert("RGB").save(out, format="jpeg", quality=82)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}" alt="{text}">'
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}" alt="">'
 
 
 def name_of(place):

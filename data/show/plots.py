@@ -9,13 +9,13 @@ from data import files
 BLUE = "#2f6fb0"
 
 
-def new_figure(width, height, layout="constrained"):
+def new_figure(width, height):
     """An empty Figure, sizes in inches of 100 pixels; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("no plot is drawn: pip install matplotlib", file=sys.stderr)
-    return Figure((width, height), dpi=100, layout=layout)
+    return Figure((width, height), dpi=100, layout="constrained")
 
 
 def draw_curve(out):

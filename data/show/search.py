@@ -15,26 +15,23 @@ def search(args, places, towers):
     """
     if not places:
         raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
-    image, kept = encode_images(towers, places, least=1)
-    left_out = len(places) - len(kept)
+    image, kept = encode_images(towers, places)
     places = [places[i] for i in kept]
     if not args.search:
-        return page.serve(args, places, image, towers, left_out)
+        return page.serve(args, places, image, towers)
     rows = []
     for query in args.search:
         if os.path.isfile(query):   # a text may be too long for a file's name
-            vectors, _ = encode_images(towers, [Place(query)], least=1)
+            vectors, _ = encode_images(towers, [Place(query)])
         else:
             vectors = encode_texts(towers, [query], page.prompts_of(args, query))
         scores, best = sheet.best_of(image, vectors[0], args.top)
-        head = f"the best of {len(image)} pictures, {left_out} cannot be read"
-        print(f"{sheet.printable(query)}: {head}")
-        tiles = []
+        print(f"{sheet.printable(query)}: the best of {len(image)} pictures")
         for number, i in enumerate(best, 1):
             print(f"{number:3}  {scores[i]:.4f}  {sheet.printable(places[i].path)}")
-            name = os.path.basename(places[i].path)[:16]
-            tiles.append((places[i], sheet.GREY, f"{scores[i]:.3f}  {name}"))
-        rows.append(sheet.draw_row(head, sheet.INK, query, tiles))
+        tiles = [(places[i], sheet.GREY, f"{scores[i]:.3f}  {os.path.basename(places[i].path)[:16]}")
+                 for i in best]
+        rows.append(sheet.draw_row(f"the best of {len(image)} pictures", query, tiles))
     path = args.out / "search.png"
     sheet.write_rows(rows, path)
     print(f"-> {path}")

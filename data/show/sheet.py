@@ -12,15 +12,12 @@ from data.pictures import open_picture
 GREEN = "#00a850"
 GREY = "#d0d0d0"
 INK = "#202020"
-DARK_GREEN = "#00803c"
-DARK_RED = "#b00020"
 QUERIES = 8
 
-# Pixels: the column of texts (and letters in its line), their size and line; a picture, its frame, a picture
-# with all around it, how many stand side by side.
+# Pixels: the column of texts (and letters in its line), their line; a picture, its frame, a picture with all
+# around it, how many stand side by side.
 TEXT = 400
 LETTERS = 46
-SIZE = 14
 LINE = 18
 SIDE = 128
 FRAME = 6
@@ -29,13 +26,12 @@ ACROSS = 6
 
 
 class Shown(NamedTuple):
-    """Texts and the gallery they are asked of; a picture is right where text_ids [N] = image_ids [M]."""
+    """Texts and the gallery they are asked of."""
     texts: list             # N
     text: np.ndarray        # [N, D]
     pictures: list          # M Places
     image: np.ndarray       # [M, D], unit vectors
-    text_ids: np.ndarray
-    image_ids: np.ndarray
+    owner: np.ndarray       # int [N], the right picture of each text
     prompts: str
 
 
@@ -45,34 +41,31 @@ def best_of(image, text, most=None):
     return scores, np.argsort(-scores, kind="stable")[:most]
 
 
-def draw_sheet(shown, ranks, title, path):
-    """Writes eight of the texts and the five best pictures of each, the right one in green.
+def draw_sheet(shown, title, path):
+    """Writes eight of the texts and the five best pictures of each, the right one in green, be it the sixth.
 
-    ranks int [N]: 0 where a right picture is first. Where none is among the five, the best one is the sixth.
     title: what stands above.
     """
-    rows = [draw_row(title, INK, "", [])]
-    for query in np.sort(np.random.default_rng(0).permutation(len(ranks))[:QUERIES]):
+    rows = [draw_row(title, "", [])]
+    for query in np.sort(np.random.default_rng(0).permutation(len(shown.texts))[:QUERIES]):
         _, order = best_of(shown.image, shown.text[query])
-        right = shown.image_ids == shown.text_ids[query]
-        best = order[:ACROSS - 1].tolist()
-        if not right[best].any():
-            best += order[right[order]][:1].tolist()
-        tiles = [(shown.pictures[i], GREEN if right[i] else GREY, "") for i in best]
-        head = f"the right picture is number {ranks[query] + 1} of {len(order)}"
-        rows.append(draw_row(head, DARK_RED if ranks[query] else DARK_GREEN, shown.texts[query], tiles))
+        right = shown.owner[query]
+        place = order.tolist().index(right)
+        tiles = [(shown.pictures[i], GREEN if i == right else GREY, "")
+                 for i in dict.fromkeys([*order[:ACROSS - 1], right])]
+        head = f"the right picture is number {place + 1} of {len(order)}"
+        rows.append(draw_row(head, shown.texts[query], tiles))
     write_rows(rows, path)
 
 
-def draw_row(head, colour, text, tiles):
-    """-> uint8 [height, width, 3]: a coloured line above a text; beside them tiles, (Place, colour of the
-    frame, words below)."""
-    lines = textwrap.wrap(printable(text), LETTERS, max_lines=14, placeholder=" ...")
-    height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 3))
+def draw_row(head, text, tiles):
+    """-> uint8 [height, width, 3]: a line above a text; beside them tiles, (Place, colour of the frame, words
+    below)."""
+    lines = [head, "", *textwrap.wrap(printable(text), LETTERS, max_lines=14, placeholder=" ...")]
+    height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 1))
     row = Image.new("RGB", (TEXT + ACROSS * CELL, height), "white")
     pen = ImageDraw.Draw(row)
-    pen.text((0, 0), head, colour, font_of())
-    pen.multiline_text((0, LINE + 4), "\n".join(lines), INK, font_of(), spacing=4)
+    pen.multiline_text((0, 0), "\n".join(lines), INK, font_of(), spacing=4)
     for n, (place, frame, words) in enumerate(tiles):
         left, top = TEXT + n % ACROSS * CELL, n // ACROSS * CELL
         picture = ImageOps.pad(thumbnail(place, SIDE), (SIDE, SIDE), color="white")
@@ -89,8 +82,7 @@ def thumbnail(place, side):
     """-> PIL image that fits side x side; a grey square where the picture cannot be read."""
     try:
         with open_picture(place) as image:
-            scale = side / max(image.size)
-            return image.convert("RGB").resize([max(1, round(scale * length)) for length in image.size])
+            return ImageOps.contain(image.convert("RGB"), (side, side))
     except Exception:  # decoders raise nearly anything on a stranger's bytes; evaluate.py has counted it
         return Image.new("RGB", (side, side), GREY)
 
@@ -101,7 +93,7 @@ def printable(text):
 
 
 @functools.cache
-def font_of(size=SIZE):
+def font_of(size=14):
     """matplotlib's DejaVu, which has most alphabets; without it Pillow's own, which has ASCII."""
     try:
         from matplotlib.font_manager import findfont

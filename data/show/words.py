@@ -4,10 +4,8 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageOps
 
 import flame
-from data.show.sheet import font_of
 
 
 @torch.inference_mode()
@@ -29,20 +27,15 @@ def patch_states(model, pixels):
     return text.rest[c] * states + states @ text.basis[c] * text.gain[c] @ text.basis[c].T
 
 
-def load_unembedding(llm):
-    """-> (the final norm's weight [D], unembedding [vocabulary, D]) float32: they score the next token."""
-    read, names = flame.weights_reader(llm)
-    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
-    return read("model.norm.weight").float(), read(head).float()
-
-
 @functools.lru_cache(1)
 def vocabulary(llm):
     """-> (whole words [V], what a state is multiplied with to score them [V, D]).
 
     Whole words are the tokens that begin with a space and have letters only: parts of words say little.
     """
-    norm, unembedding = load_unembedding(llm)
+    read, names = flame.weights_reader(llm)
+    head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
+    norm, unembedding = read("model.norm.weight").float(), read(head).float()
     tokenizer = flame.load_tokenizer(llm)
     texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
     tokens = [token for token, text in enumerate(texts)
@@ -56,17 +49,3 @@ def words_of(model, llm, picture):
     device = next(model.parameters()).device
     states = patch_states(model, model.preprocess(picture).to(device)).cpu()
     return words[(states @ vectors.T).argmax(-1).numpy()].tolist()
-
-
-def draw_words(image, grid, side=720):
-    """The middle square of a picture, as the image tower sees it, and over each cell its word -> PIL image"""
-    sheet = ImageOps.fit(image.convert("RGB"), (side, side))
-    pen = ImageDraw.Draw(sheet)
-    cell = side / len(grid)
-    for y, row in enumerate(grid):
-        for x, word in enumerate(row):
-            pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), outline="white")
-            font = font_of(min(36, round(1.6 * cell / max(4, len(word)))))
-            middle = (x + 0.5) * cell, (y + 0.5) * cell
-            pen.text(middle, word, "white", font, "mm", stroke_width=2, stroke_fill="black")
-    return sheet
