@@ -204,7 +204,7 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     multilingual       the pictures of seen objects among the bare names of all seen objects in one language,
                        for each but English, and the average. Objects that share a name share a class.
     english            the same in the language that was trained
-    synonyms           the same among the first and among the second synonyms of all seen objects, averaged
+    synonyms           the same among other names of all seen objects: the first on val, the second on test
     """
     parts = {}
     sheets = {}

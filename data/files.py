@@ -68,8 +68,11 @@ def replacing(path):
         try:
             for old in path.parent.glob(f"{begins}*{path.suffix}"):
                 writer = old.name.removeprefix(begins).split(".")[0]
-                if not Path("/proc", writer).exists():  # it runs no more
-                    old.unlink(missing_ok=True)
+                with suppress(PermissionError, ValueError):
+                    try:
+                        os.kill(int(writer), 0)
+                    except ProcessLookupError:  # it runs no more
+                        old.unlink(missing_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())

