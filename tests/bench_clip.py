@@ -82,8 +82,8 @@ def cpu_seconds():
     return sum(os.times()[:4])
 
 
-def result_file(args, run, seed):
-    lr = args.lr or LR[run]
+def result_file(args, run, seed, lr=None):
+    lr = lr or args.lr or LR[run]
     return args.out / f"{run}-{args.split}-{args.pairs}-{args.steps}-{lr:g}-{seed}.json"
 
 
@@ -232,7 +232,8 @@ def clip_steps(args, run, seed):
     """As many steps as asked for, or as fit into the seconds of `smollm2`."""
     if run == "clip":
         return args.steps
-    ours, theirs = (json.loads(result_file(args, other, seed).read_text()) for other in ("smollm2", "clip"))
+    ours, theirs = (json.loads(result_file(args, other, seed, LR[other]).read_text())
+                    for other in ("smollm2", "clip"))
     return int(ours["seconds"] / theirs["seconds"] * theirs["steps"])
 
 
