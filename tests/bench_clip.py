@@ -4,8 +4,8 @@ crops and batches. `python data/demo.py` comes first, and with --llm gemma3; the
     python tests/bench_clip.py                            # 3 seeds x 7 runs of 300 steps: hours on 2 cores
     python tests/bench_clip.py --seeds 1 --runs smollm2 clip clip-seconds
     python tests/bench_clip.py --pairs 625                # of 2,500, the first
-    python tests/bench_clip.py --split val --lr 2e-3 --runs clip    # to choose a learning rate
-    python tests/bench_clip.py --table                    # the table of what is finished
+    python tests/bench_clip.py --lr 1e-3 --runs clip; ... --table --split val    # to choose a learning rate
+    python tests/bench_clip.py --table                    # the table of what is finished, on the test split
 
     smollm2, gemma3  train.py --preset demo: facets of a frozen LLM
     last, mean       the same map and loss with a pretrained text tower that is asked no question: SmolLM2's
@@ -84,7 +84,7 @@ def cpu_seconds():
 
 def result_file(args, run, seed, lr=None):
     lr = lr or args.lr or LR[run]
-    return args.out / f"{run}-{args.split}-{args.pairs}-{args.steps}-{lr:g}-{seed}.json"
+    return args.out / f"{run}-{args.pairs}-{args.steps}-{lr:g}-{seed}.json"
 
 
 def stage(args, script, *flags):
@@ -113,12 +113,17 @@ def run_flame(args, run, seed):
 
 
 def scored(args, model, encoder, name):
-    """What evaluate.py says of the demo. name: of the text tower, whose texts' states are kept under it."""
+    """-> {split: what evaluate.py says of the demo's parts}. name: of the text tower, whose texts' states are
+    kept under it.
+    """
     cache = args.out / "cache" if name else None
     towers = Towers(model, functools.cache(encoder), "cpu", cache, os.urandom(8).hex(), name)
-    data = benchmarks.read("demo", args.root / "data/demo", args.split)
-    scores, _ = evaluate.score_demo(towers, *KINDS, *data)
-    return evaluate.with_intervals(scores, {})
+    parts = {}
+    for split in ("val", "test"):
+        data = benchmarks.read("demo", args.root / "data/demo", split)
+        scores, _ = evaluate.score_demo(towers, *KINDS, *data)
+        parts[split] = evaluate.with_intervals(scores, {})["parts"]
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -296,26 +301,26 @@ def run_clip(args, run, seed):
 
 def run_one(args, run, seed):
     seconds, steps, result = (run_clip if run.startswith("clip") else run_flame)(args, run, seed)
-    saved = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), "parts": result["parts"]}
+    saved = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), **result}
     files.write_text(result_file(args, run, seed), json.dumps(saved))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What was found
 
-def scores(result, row):
+def scores(args, result, row):
     """-> (percent, [low, high]) of a row of the table."""
     part, key = ROWS[row]
-    part = result["parts"][part]
+    part = result[args.split][part]
     if key.startswith("R@"):
         return part["text_to_image"][key], part["ci95"]["text_to_image"][key]
     return part[key], part["ci95"][key]
 
 
-def cell(found, row):
+def cell(args, found, row):
     """Mean over seeds, the mean of their intervals over captions or pictures, the seeds' deviation."""
-    values = [scores(result, row)[0] for result in found]
-    low, high = np.mean([scores(result, row)[1] for result in found], axis=0)
+    values = [scores(args, result, row)[0] for result in found]
+    low, high = np.mean([scores(args, result, row)[1] for result in found], axis=0)
     deviation = f" ±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]{deviation}"
 
@@ -332,7 +337,7 @@ def table(args):
     print("| | " + " | ".join(found) + " |")
     print("|---|" + "---|" * len(found))
     for row in ROWS:
-        print(f"| {row} | " + " | ".join(cell(results, row) for results in found.values()) + " |")
+        print(f"| {row} | " + " | ".join(cell(args, results, row) for results in found.values()) + " |")
     for what in ("steps", "seconds"):
         means = [f"{np.mean([result[what] for result in results]):.0f}" for results in found.values()]
         print(f"| {what} | " + " | ".join(means) + " |")
@@ -354,7 +359,7 @@ def figure(args):
             points = []
             for pairs in args.sizes:
                 args.pairs = pairs
-                values = [scores(result, row)[0] for result in finished(args, run)]
+                values = [scores(args, result, row)[0] for result in finished(args, run)]
                 if values:
                     points.append((pairs, np.mean(values), np.std(values)))
             if points:
@@ -379,7 +384,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
     parser.add_argument("--split", choices=("test", "val"), default="test")
-    parser.add_argument("--lr", type=float, help="peak learning rate, to choose it on --split val")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the one that was chosen)")
     parser.add_argument("--table", action="store_true", help="only print the table and draw the figure")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
