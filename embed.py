@@ -223,7 +223,7 @@ def chosen(argv):
     """Does what the command line asks for."""
     args = command_line().parse_args(argv)
     args.llm_name = Path(args.llm).resolve().name  # of a folder, or of a Hugging Face id
-    args.llm = flame.llm_folder(args.llm)
+    args.llm = flame.hub_folder(args.llm)
     if args.draw is not None:
         return look.draw(args)
     if args.inspect:
