@@ -12,6 +12,7 @@ but its captions and the recorded settings. So windows can be split over process
 bytes.
 """
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -26,6 +27,7 @@ import flame
 from data import files, store
 from data.captions import fingerprint, read_table, source_name, write_table
 from data.command import Parser, bar, number, run
+from data.pictures import unpack_parquet
 from data.ranks import rank, ranks, say, start_ranks, wait_for_all
 from data.show import look
 from flame import COLUMNS, InputError, PROMPTS, read_json
@@ -47,6 +49,9 @@ def embed(args):
     with files.folder(out):
         if rank() == 0:
             store.begin(out, settings_of(args), make_table, args.overwrite)
+            if args.overwrite:
+                shutil.rmtree(out / "pictures", ignore_errors=True)
+            unpack_parquet(args.captions, out / "pictures")
         wait_for_all()
         shard, shards = args.shard
         meta = read_json(out / "meta.json")
