@@ -12,6 +12,7 @@ but its captions and the recorded settings. So windows can be split over process
 bytes.
 """
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -26,6 +27,7 @@ import flame
 from data import files, store
 from data.captions import fingerprint, read_table, source_name, write_table
 from data.command import Parser, bar, number, run
+from data.pictures import unpack_parquet
 from data.ranks import rank, ranks, say, start_ranks, wait_for_all
 from data.show import look
 from flame import COLUMNS, InputError, PROMPTS, read_json
@@ -47,6 +49,9 @@ def embed(args):
     with files.folder(out):
         if rank() == 0:
             store.begin(out, settings_of(args), make_table, args.overwrite)
+            if args.overwrite:
+                shutil.rmtree(out / "pictures", ignore_errors=True)
+            unpack_parquet(args.captions, out / "pictures")
         wait_for_all()
         shard, shards = args.shard
         meta = read_json(out / "meta.json")
@@ -223,7 +228,7 @@ def chosen(argv):
     """Does what the command line asks for."""
     args = command_line().parse_args(argv)
     args.llm_name = Path(args.llm).resolve().name  # of a folder, or of a Hugging Face id
-    args.llm = flame.llm_folder(args.llm)
+    args.llm = flame.hub_folder(args.llm)
     if args.draw is not None:
         return look.draw(args)
     if args.inspect:

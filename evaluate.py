@@ -8,6 +8,7 @@
     python evaluate.py --compare a/urban1k.json b/urban1k.json
     python evaluate.py --search "a red kite" --images DIR # any folder, any text -> results/search.png
     python evaluate.py --search --images DIR              # the same as a page that answers
+    python evaluate.py --vectors out.npy --images DIR     # a unit vector a picture; their paths in out.txt
 
 data/README.md says which benchmarks there are, where each comes from and how it must lie. Texts of retrieval
 go through the seven facets of the *long* prompt set, the demo's raw captions, class names and other languages
@@ -282,7 +283,8 @@ BENCHMARKS = {
 # 3. The command line
 
 def command_line():
-    parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT",
+    parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT | "
+                          "--vectors NPY",
                     description="Scores a checkpoint; writes <out>/<bench>.json, .npz and .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     what = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -290,6 +292,7 @@ def command_line():
     what("--captions", type=Path, metavar="FILE", help="score on one's own: any file that embed.py reads")
     what("--compare", type=Path, nargs=2, metavar="JSON", help="two results' difference, of the same queries")
     what("--search", metavar="TEXT", nargs="*", help="rank pictures by texts or a picture; without, a page")
+    what("--vectors", type=Path, metavar="NPY", help="write the vectors of the pictures in --images DIR")
     add = parser.add_argument
     add("--top", type=number(int, 1), default=10, metavar="N", help="how many --search shows, default 10")
     add("--images", type=Path, metavar="DIR", help="what --search searches; where --captions' pictures lie")
@@ -313,8 +316,8 @@ def settings(argv):
     args.how = BENCHMARKS.get(args.bench, CAPTIONS)
     if args.checkpoint and args.checkpoint.name == "model.safetensors":     # one of ours is its folder
         args.checkpoint = args.checkpoint.parent
-    if args.search is not None and not args.images:
-        parser.error("--search TEXT and --images DIR go together")
+    if (args.search is not None or args.vectors) and not args.images:
+        parser.error("--search and --vectors want --images DIR")
     other = args.open_clip or args.checkpoint and args.checkpoint.is_file()     # the authors' is a file
     if args.facets and (other or args.how.score == score_classes):
         parser.error("--facets wants captions and a checkpoint of train.py's")
@@ -332,9 +335,8 @@ def main(argv=None):
         data = read(args)   # first: a wrong folder is found in a moment
         towers, args.checkpoint = open_towers(args)
         with files.folder(args.out):
-            if args.search is not None:
-                places = benchmarks.pictures_in(args.images)
-                return search.search(args, places, towers)
+            if args.search is not None or args.vectors:
+                return search.search(args, benchmarks.pictures_in(args.images), towers)
             results = {name: evaluate(args, name, towers, *data[name]) for name in data}
             if args.how.members:    # they share no picture: one's luck is not another's
                 queries = str([result["queries"] for result in results.values()])

@@ -342,7 +342,7 @@ class TextEncoder:
         device = torch.device(device)
         if device.type == "cpu":
             keep_freed_memory()
-        self.llm_dir = llm_folder(llm_dir)
+        self.llm_dir = hub_folder(llm_dir)
         self.tokenizer = load_tokenizer(self.llm_dir)
         self.decoder = load_decoder(self.llm_dir, layer, device, dtype)
         self.kernels = self.decoder.kernels.name
@@ -642,10 +642,10 @@ LLM_CURE = ("--llm or $FLAME_LLM wants a Hugging Face checkpoint folder, config.
             "tokenizer, not quantised; python data/demo.py --make-only makes a small one")
 
 
-def llm_folder(name):
+def hub_folder(name):
     """A folder as it is. Of a Hugging Face id, owner/name, the folder in its cache, what is read fetched.
 
-    Raises InputError where the id is neither cached nor to be had.
+    name: of an LLM or of a checkpoint. Raises InputError where the id is neither cached nor to be had.
     """
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
@@ -1142,12 +1142,14 @@ open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys
 # Checkpoints, written by train.py
 
 def load(checkpoint: str | Path) -> Flame:
-    """Checkpoint folder written by train.py -> Flame in eval mode. Raises InputError where it does not fit.
+    """Checkpoint folder written by train.py, or its Hugging Face id -> Flame in eval mode. Raises InputError
+    where it does not fit.
 
     In its config: "columns", names of the store columns it was trained on; "llm", how its texts were made.
     """
     from safetensors.torch import load_file
     cure = "train or download it anew"
+    checkpoint = hub_folder(checkpoint)
     saved = read_json(Path(checkpoint, "config.json"), cure)
     with reading(Path(checkpoint, "model.safetensors"), cure) as path:
         weights = load_file(path)

@@ -95,7 +95,7 @@ TEST = DEMO + APP + [
     "pytest", "hypothesis", "ruff",
     "setuptools>=64", "wheel", "pybind11>=2.12",  # a test builds the wheel
     "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark",
-    "mistral-common", "scikit-image", "scikit-learn",
+    "mistral-common", "scikit-image", "scikit-learn", "datasets",
 ]
 
 setup(

@@ -205,6 +205,8 @@ def pictures_of(store, folder, out):
     if rank() > 0:
         wait_for_all()  # rank 0 writes the index of the tars, the others read it
     captions = store.meta["captions"]["path"]
+    unpacked = store.path / "pictures"  # what embed.py found inside of Parquet
+    folder = folder or (unpacked if unpacked.is_dir() else None)
     pictures = find_pictures(store.keys, store.images, captions, folder, out / "tars.npz")
     if rank() == 0:
         wait_for_all()

@@ -1,6 +1,7 @@
 """The pictures of a table's rows: where they lie, and training's batches of them.
 
-They are files that the captions name, or files or tars whose names are the keys (data/README.md).
+They are files that the captions name, or files or tars whose names are the keys (data/README.md). What lies
+inside of Parquet becomes tars when it is embedded.
 """
 import functools
 import glob
@@ -10,17 +11,20 @@ import json
 import math
 import os
 import stat
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+import duckdb
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.captions import PICTURES, source_files
+from data.captions import NAMES, PICTURES, WANTED, source_files
+from data.command import bar
 from data.files import write
-from data.tars import report_skipped, sample_name, tar_files
+from data.tars import report_skipped, sample_name, skip, tar_files
 from flame import InputError, reading, rgb
 
 LARGEST = 1 << 30  # bytes of a picture's file
@@ -117,6 +121,49 @@ def index_tars(keys, tars, index):
     if index:
         write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
     return rows, places
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inside of Parquet
+
+def unpack_parquet(captions, folder):
+    """Pictures in Parquet, struct<bytes, path> as the Hub has them, become tars in the folder: a tar for each
+    file, pictures named by key. A tar that exists is done. What no tar can name is skipped and counted.
+    """
+    files = source_files(captions)
+    tables = [duckdb.read_parquet(str(file)) for file in files if file.suffix == ".parquet"]
+    skipped = {}
+    first = 0  # the number of a file's first row
+    for n, table in enumerate(bar(tables, "pictures", unit=" files", disable=not tables)):
+        with reading(files[n], WANTED):
+            inside = [name for name, kind in zip(table.columns, table.types) if "bytes BLOB" in str(kind)]
+            if not inside:
+                return
+            key = next((f'"{name}"' for name in NAMES["key"] if name in table.columns), "NULL")
+            rows = table.project(f'{key}, "{inside[0]}".bytes')
+            if not (folder / f"{n:05d}.tar").exists():
+                folder.mkdir(exist_ok=True)
+                write(folder / f"{n:05d}.tar", functools.partial(write_tar, rows, first, skipped))
+            first += len(table)
+    report_skipped(captions, skipped)
+
+
+def write_tar(rows, first, skipped, path):
+    """rows: a DuckDB relation of (key or NULL, a picture's bytes)."""
+    with tarfile.open(path, "w") as tar:
+        for number, (key, content) in enumerate(rows.fetchall(), first):
+            key = f"{number:09d}" if key is None else str(key)
+            try:
+                suffix = Image.open(io.BytesIO(content)).format.lower()
+            except Exception:  # decoders raise nearly anything; NULL has no bytes
+                skip(skipped, "no picture", key)
+                continue
+            if sample_name(f"{key}.{suffix}") != ("", key, suffix) or f".{suffix}" not in PICTURES:
+                skip(skipped, "key with a dot or slash, or neither JPEG, PNG nor WebP", key)
+                continue
+            member = tarfile.TarInfo(f"{key}.{suffix}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 # ------------------------------------------------------------------------------------------------------------

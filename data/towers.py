@@ -213,7 +213,7 @@ def open_towers(args):
     source = model.config["llm"]
     trained_with = source.get("path") or ""
     default = trained_with if os.path.isdir(trained_with) else Path(__file__).parent / "demo/llm"
-    llm = flame.llm_folder(args.llm or os.environ.get("FLAME_LLM") or default)
+    llm = flame.hub_folder(args.llm or os.environ.get("FLAME_LLM") or default)
     fingerprint = llm_fingerprint(llm)
     same = source["fingerprint"] in (None, fingerprint)     # the authors' says nothing
     if not same or flame.llm_config(llm)["hidden_size"] != model.config["text_dim"]:

@@ -199,7 +199,7 @@ def colours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FLAME_LLM", raising=False)
     monkeypatch.setattr(flame, "load", lambda folder: ColourModel())
-    monkeypatch.setattr(flame, "llm_folder", lambda name: name)
+    monkeypatch.setattr(flame, "hub_folder", lambda name: name)
     monkeypatch.setattr("data.towers.llm_fingerprint", lambda folder: "f")
     monkeypatch.setattr(flame, "llm_config", lambda folder: {"hidden_size": 3})
     monkeypatch.setattr(flame, "TextEncoder", ColourWords)

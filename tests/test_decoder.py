@@ -325,10 +325,10 @@ def test_an_llm_by_its_hugging_face_id(byte_llm, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text("0123abc")
     assert flame.TextEncoder("somebody/Bytes-1.0").llm_dir == snapshot
     Path("somebody/Bytes-1.0").mkdir(parents=True)  # a folder of that name goes first
-    assert flame.llm_folder("somebody/Bytes-1.0") == Path("somebody/Bytes-1.0")
-    assert flame.llm_folder("no such folder") == Path("no such folder")
+    assert flame.hub_folder("somebody/Bytes-1.0") == Path("somebody/Bytes-1.0")
+    assert flame.hub_folder("no such folder") == Path("no such folder")
     with pytest.raises(flame.InputError, match="nobody/Nothing: no such folder, .* Hugging Face id") as error:
-        flame.llm_folder("nobody/Nothing")
+        flame.hub_folder("nobody/Nothing")
     assert "\n" not in str(error.value)
 
 
@@ -616,6 +616,26 @@ def test_heads_are_as_many_as_in_open_clip():
 
 CONFIG = dict(image_size=32, patch_size=8, width=48, layers=3, heads=4, projector_hidden=40, text_dim=24,
               pool_first=False, text_rank=0, columns=flame.COLUMNS)
+
+
+def test_a_checkpoints_tower_goes_to_open_clip_by_the_lines_of_the_readme(tmp_path, monkeypatch):
+    folder = tmp_path / "out/demo"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = flame.Flame(CONFIG | {"quick_gelu": True})
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model": model.config}))
+    text = (Path(flame.__file__).parent / "data/README.md").read_text("utf-8")
+    lines = text.partition("image tower in open_clip\n\n```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(lines, names)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        theirs, ours = names["features"](pixels), model.eval().visual(pixels)[:, 1:]
+    assert centered_error(theirs.flatten(0, 1), ours.flatten(0, 1)) <= 1e-5
 
 
 def test_the_image_tower_equals_open_clips():

@@ -1,6 +1,6 @@
 """What there is to look at.
 
-* --search ranks pictures by texts and by a picture as sorting all similarities does.
+* --search ranks pictures by texts and by a picture as sorting all similarities does; --vectors writes them.
 * The page answers gradio's client: texts, pictures, facets one by one, words of a picture that is clicked. A
   damaged picture is told there, and it goes on. It keeps nothing, asks nobody else for anything, and names
   are no markup. Of an open_clip model it hides what only an LLM's facets have.
@@ -53,7 +53,7 @@ def world(tiny_llm, tmp_path_factory):
         name = f"{n}.png" if n else "<img src=x onerror=alert(1)> {0}.png"
         Image.fromarray(random.integers(0, 256, (2, 3, 3), np.uint8)).resize((60, 40)).save(folder / name)
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
-    args = SimpleNamespace(search=[], top=3, prompts=None, images=folder, out=folder.parent)
+    args = SimpleNamespace(search=[], vectors=None, top=3, prompts=None, images=folder, out=folder.parent)
     model = tiny_model(columns=["raw.0", "long.0", "long.3", "long.5"])
     towers = Towers(model, lambda: encoder, "cpu", args.out / "cache", "image tower", "text tower")
     return args, [Place(str(path)) for path in sorted(folder.iterdir())], towers
@@ -64,6 +64,14 @@ def ranked(world, vector):
     image, _ = encode_images(world[2], world[1])
     order = sorted(enumerate((image @ vector).tolist()), key=lambda pair: -pair[1])
     return [(i, pytest.approx(score, abs=1e-3)) for i, score in order]
+
+
+def test_vectors_of_a_folder_are_the_towers_and_paths_lie_beside(world, tmp_path):
+    args, places, towers = world
+    search.search(SimpleNamespace(**vars(args) | {"vectors": tmp_path / "out.npy"}), places, towers)
+    image, kept = encode_images(towers, places)
+    assert np.array_equal(np.load(tmp_path / "out.npy"), image) and len(image) == 12
+    assert (tmp_path / "out.txt").read_text().splitlines() == [places[i].path for i in kept]
 
 
 def test_search_ranks_as_sorting_does_and_writes_a_sheet(world, capsys):

@@ -18,6 +18,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -659,6 +660,27 @@ def test_torchrun_learns_the_same_and_goes_on_after_sigterm(run, small, tmp_path
     assert [e["loss"] for e in two[:20]] == pytest.approx([e["loss"] for e in one[:20]], rel=0.01)  # bfloat16
     a, b = (dict(flame.load(tmp_path / "out" / name).text.named_buffers()) for name in ("one", "two"))
     assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
+
+
+def test_the_script_for_slurm_starts_ranks_that_meet(small, tmp_path):
+    """By the lines of data/README.md; srun and scontrol are stand-ins, two nodes on this machine."""
+    text = (Path(train.__file__).parent / "data/README.md").read_text("utf-8")
+    script = text.partition("as `flame.sbatch`:\n\n```bash\n")[2].partition("```")[0]
+    for name, lines in {"flame.sbatch": script, "scontrol": "echo localhost",
+                        "srun": 'SLURM_NODEID=0 "$@" &\nSLURM_NODEID=1 "$@" || exit 1\nwait $!'}.items():
+        (tmp_path / name).write_text(lines)
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    flags = ["--embeddings", small[0], *SMALL, "--steps", "2", "--name", "s"]
+    command = ["bash", "flame.sbatch", train.__file__, *map(str, flags)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env=os.environ | slurm | {"PATH": path, "PORT": str(port)})
+    assert done.returncode == 0 and "-> out/s, 2 ranks" in done.stdout, done.stderr
+    assert [entry["step"] for entry in entries(tmp_path / "out/s")] == [0, 1]
 
 
 def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):

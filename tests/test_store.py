@@ -5,6 +5,7 @@
   runs that were killed at any moment and started again, all end with the same bytes;
 * the same command with other settings is refused and names the setting; nothing of another's is touched;
 * an LLM whose weights are damaged, or a full disk, costs nothing that was there;
+* pictures inside of Parquet become tars in the store's folder, once, where training finds them;
 * reading is as a slow twin reads; what is unfinished or asks other questions is refused.
 """
 import errno
@@ -19,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,9 @@ from torch.nn.functional import normalize
 
 import embed
 import flame
+import train
 from data.command import bar
+from data.pictures import open_picture, places_of, write_tar
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [("key", "image", "raw", "short", "long")]
@@ -315,3 +319,30 @@ def test_a_full_disk_costs_nothing(run, monkeypatch):
         assert "finished" in said or "File too large; free space" in said, (limit, said)
     run("--out", "whole", "--window", 23)
     assert files_of("new") == files_of("whole") and files_of("store") == before
+
+
+def test_pictures_inside_of_parquet_become_tars_that_training_finds(run):
+    """Of a file that Hugging Face's datasets wrote: a picture is a struct of bytes and a path."""
+    import datasets
+    random = np.random.default_rng(0)
+    pixels = [random.integers(0, 256, (9, 9, 3), np.uint8) for _ in range(5)]
+    columns = {"id": ["k0", "k1", "k2", "dot.ted", "k4"], "text": [f"Thing {n}." for n in range(5)],
+               "image": [Image.fromarray(x) for x in pixels[:4]] + [None]}
+    kinds = {"id": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    datasets.Dataset.from_dict(columns, datasets.Features(kinds)).to_parquet("hub.parquet")
+    run(captions="hub.parquet")
+    store = flame.open_store("data/embeddings/hub")
+    Path("out").mkdir()
+    found = train.pictures_of(store, None, Path("out"))
+    assert len(store) == 5 and found[0].tolist() == [0, 1, 2]
+    for n, place in enumerate(places_of(*found[1:])):
+        assert np.array_equal(open_picture(place), pixels[n])
+    written = Path(found[1][0]).stat().st_mtime_ns
+    run(captions="hub.parquet")
+    assert Path(found[1][0]).stat().st_mtime_ns == written  # it is done
+    run("--overwrite", captions="hub.parquet")
+    assert Path(found[1][0]).stat().st_mtime_ns > written
+    skipped = {}
+    write_tar(duckdb.read_parquet("hub.parquet").project("id, image.bytes"), 0, skipped, "x.tar")
+    counts = {reason[:10]: count for reason, (count, _) in skipped.items()}
+    assert counts == {"key with a": 1, "no picture": 1}

@@ -1,6 +1,9 @@
-"""evaluate.py --search: the pictures under a folder, ranked by texts or by a picture."""
+"""evaluate.py --search and --vectors: pictures under a folder, ranked by texts or a picture, or encoded."""
 import os
 
+import numpy as np
+
+from data import files
 from data.pictures import Place
 from data.show import page, sheet
 from data.towers import encode_images, encode_texts
@@ -8,7 +11,8 @@ from flame import InputError
 
 
 def search(args, places, towers):
-    """Prints and draws the args.top best of each query in args.search; without any it serves the page.
+    """Prints and draws the args.top best of each query in args.search; without any it serves the page. With
+    args.vectors it writes them there, float32 [M, D], and beside it the M paths.
 
     args: evaluate.py's command line. places: pictures to search. Raises InputError where there are none, or
     none can be read.
@@ -17,6 +21,10 @@ def search(args, places, towers):
         raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
     image, kept = encode_images(towers, places)
     places = [places[i] for i in kept]
+    if args.vectors:
+        files.write(args.vectors.with_suffix(".npy"), lambda temporary: np.save(temporary, image))
+        files.write_text(args.vectors.with_suffix(".txt"), "".join(f"{place.path}\n" for place in places))
+        return print(f"-> {args.vectors}: {image.shape[0]} x {image.shape[1]}, and the paths as .txt")
     if not args.search:
         return page.serve(args, places, image, towers)
     rows = []

@@ -51,10 +51,9 @@ def draw_sheet(shown, title, path):
         _, order = best_of(shown.image, shown.text[query])
         right = shown.owner[query]
         place = order.tolist().index(right)
-        tiles = [(shown.pictures[i], GREEN if i == right else GREY, "")
-                 for i in dict.fromkeys([*order[:ACROSS - 1], right])]
-        head = f"the right picture is number {place + 1} of {len(order)}"
-        rows.append(draw_row(head, shown.texts[query], tiles))
+        tiles = [(shown.pictures[i], GREY, "") for i in order[:ACROSS - 1] if i != right]
+        tiles.insert(min(place, ACROSS - 1), (shown.pictures[right], GREEN, f"right: number {place + 1}"))
+        rows.append(draw_row(f"the best of {len(order)} pictures", shown.texts[query], tiles))
     write_rows(rows, path)
 
 
