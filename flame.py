@@ -718,7 +718,8 @@ def gemma_ropes(entries, blocks):
     every = ["sliding_attention" if i % period else "full_attention" for i in range(1, blocks + 1)]
     kinds = entries.get("layer_types") or every
     ropes = [theta | settings["full_attention"], local | settings.get("sliding_attention", {})]
-    return ropes, [["full_attention", "sliding_attention"].index(kind) for kind in kinds]
+    return ropes, [["full_attention", "sliding_attention"].index(kind)
+                   for kind, _ in zip(kinds, range(blocks), strict=True)]
 
 
 def rope_frequencies(rope, head_dim):

@@ -285,6 +285,7 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
 @pytest.mark.parametrize("name, change, words", [
     (LLAMA, config(model_type="gemma2"), "config.json: .*gemma2.*llama, mistral, qwen2, qwen3, gemma3_text"),
     (GEMMA, config(use_bidirectional_attention=True), "config.json: .*attention both ways"),
+    (GEMMA, config(layer_types=["full_attention"]), "config.json: zip"),
     (LLAMA, config(model_type="qwen3"), "no tensor model.layers.0.self_attn.q_norm.weight"),
     (QWEN2, config(model_type="llama"), "tensor .*bias is not supported in a llama checkpoint"),
     (QWEN3, config(model_type="llama"), "layers.0.self_attn.k_norm.weight is not supported"),
