@@ -129,7 +129,7 @@ def bench_pictures(args, synchronize):
                 Path(path).write_bytes(data)
             places = np.stack([np.arange(64), np.zeros(64, int), np.full(64, -1)], axis=1)
             vectors = torch.randn(256, 11, 576).half()
-            store = SimpleNamespace(take=lambda rows, columns: vectors[:len(rows), :columns.shape[1]], keys=paths)
+            store = SimpleNamespace(keys=paths, take=lambda rows, columns: vectors[:len(rows), :columns.shape[1]])
             s = settings_of(preset, batch=64)
             batches = Batches(store, range(11), (np.arange(64), paths, places), s, steps=1)
             took, = seconds_of(lambda: batches[0], seconds=args.seconds / 4, synchronize=synchronize)
