@@ -1155,13 +1155,13 @@ def load(checkpoint: str | Path) -> Flame:
     with reading(Path(checkpoint, "model.safetensors"), cure) as path:
         weights = load_file(path)
         with torch.device("meta"):  # nothing is allocated by what config.json says
-            model = Flame(saved["model"] | {"llm": saved["llm"]})
+            model = Flame({"columns": COLUMNS} | saved["model"] | {"llm": saved["llm"]})
         model.load_state_dict(weights, assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
-        columns = saved["model"]["columns"]
-        made = saved["llm"]
-        layer, positions, *texts = (made[x] for x in ("layer", "positions", "name", "path", "fingerprint"))
-        typed = isinstance(layer, int) and all(isinstance(text, str) for text in texts)
-        if not columns or {*columns} - {*COLUMNS} or positions not in POSITIONS or not typed:
+        columns = model.config["columns"]
+        record = ("layer", "positions", "name", "path", "fingerprint")
+        layer, positions, *texts = (saved["llm"].get(name) for name in record)
+        typed = isinstance(layer, int | None) and all(isinstance(text, str | None) for text in texts)
+        if not columns or {*columns} - {*COLUMNS} or positions not in (None, *POSITIONS) or not typed:
             raise ValueError(f"config.json speaks of columns {columns}, LLM {layer} {positions} {texts}")
     return model.eval()

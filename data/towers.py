@@ -215,10 +215,10 @@ def open_towers(args):
     default = trained_with if os.path.isdir(trained_with) else Path(__file__).parent / "demo/llm"
     llm = flame.hub_folder(args.llm or os.environ.get("FLAME_LLM") or default)
     fingerprint = llm_fingerprint(llm)
-    same = source["fingerprint"] in (None, fingerprint)     # the authors' says nothing
+    same = source.get("fingerprint") in (None, fingerprint)     # the authors' says nothing
     if not same or flame.llm_config(llm)["hidden_size"] != model.config["text_dim"]:
-        raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source['name']}) than "
-                         f"{llm}; name that one with --llm")
+        raise InputError(f"{checkpoint}: the checkpoint was trained with another LLM ({source.get('name')}) "
+                         f"than {llm}; name that one with --llm")
 
     made = source.get("layer"), source.get("positions") or "restart"
     # made only if a text is not cached

@@ -616,7 +616,7 @@ def test_heads_are_as_many_as_in_open_clip():
 # --- the image side
 
 CONFIG = dict(image_size=32, patch_size=8, width=48, layers=3, heads=4, projector_hidden=40, text_dim=24,
-              pool_first=False, text_rank=0, columns=flame.COLUMNS)
+              pool_first=False, text_rank=0)
 
 
 def test_a_checkpoints_tower_goes_to_open_clip_by_the_lines_of_the_readme(tmp_path, monkeypatch):
@@ -720,8 +720,7 @@ def test_the_text_projection_is_that_of_the_columns_of_a_prompt_set(prompts, fir
 
 def test_a_checkpoint_loads_as_it_was_saved_or_is_refused(tmp_path):
     def save(model, questions=flame.questions()):
-        llm = {"name": "tiny", "path": "llm", "fingerprint": "f", "layer": 3, "positions": "restart"}
-        entries = {"model": model, "llm": llm | {"questions": questions}}
+        entries = {"model": model, "llm": {"layer": 3, "questions": questions}}
         (tmp_path / "config.json").write_text(json.dumps(entries))
 
     def refused(words):

@@ -534,7 +534,7 @@ def test_an_open_clip_model_is_scored_alike(small_clip, tmp_path, monkeypatch, c
     (["--bench", "imagenet", "--facets"], "--facets wants captions"),
     (["--bench", "coco", "--facets", "--open-clip", "ViT-B-32"], "--facets wants captions"),
     (["--bench", "coco", "--facets", "--checkpoint", __file__], "--facets wants captions"),     # a file
-    (["--search", "red"], "--search TEXT and --images DIR go together"),
+    (["--search", "red"], "--search and --vectors want --images DIR"),
     (["--compare", "a.json", "b.json"], "a.npz: no")])
 def test_bad_settings_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, wrong, message):
     monkeypatch.chdir(tmp_path)
