@@ -77,6 +77,7 @@ def draw(args):
     if figure is None:
         return
     from matplotlib.colors import ListedColormap
+    figure.set_layout_engine(None)  # the axes are placed by hand
     colours = np.resize(PALETTE, len(forest.lengths))
     segment_of = np.repeat(range(len(colours)), forest.lengths)     # [T]
     axes = figure.add_axes((0, 0, 1, 1))
