@@ -662,9 +662,10 @@ def hub_folder(name):
 def llm_config(llm_dir):
     """What decides an LLM's states in its config.json, and no more, defaults filled in.
 
-    Ours are "gelu" and "embedding_scale", what Gemma does otherwise; "inv_freq", a row a kind of RoPE, and
-    "rope", which of them a block has; and "context", how many tokens a string may have: the positions that
-    the model knows, or its sliding window where that is shorter, since up to there a window changes nothing.
+    Ours are "gelu", "embedding_scale" and "norm_offset" (the weights of norms are stored less that), what
+    Gemma does otherwise; "inv_freq", a row a kind of RoPE, and "rope", which of them a block has; and
+    "context", how many tokens a string may have: the positions that the model knows, or its sliding window
+    where that is shorter, since up to there a window changes nothing.
     """
     with reading(Path(llm_dir) / "config.json", LLM_CURE) as path:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -694,6 +695,7 @@ def llm_config(llm_dir):
         config["num_key_value_heads"] = kv_heads
         config["head_dim"] = head_dim
         config["gelu"] = gemma
+        config["norm_offset"] = float(gemma)
         config["embedding_scale"] = config["hidden_size"] ** 0.5 if gemma else 1.0
         config["query_scale"] = (head_dim / float(entries.get("query_pre_attn_scalar") or head_dim)) ** 0.5
         ropes, config["rope"] = (gemma_ropes if gemma else one_rope)(entries, config["num_hidden_layers"])
@@ -802,8 +804,8 @@ def load_block(llm_dir, config, weight, names, i):
     attention = prefix + "self_attn."
     mlp = prefix + "mlp."
 
-    def norm(name, size=D):  # Gemma's are stored less 1
-        return weight(f"{name}.weight", size, to=torch.float32) + gemma
+    def norm(name, size=D):
+        return weight(f"{name}.weight", size, to=torch.float32) + config["norm_offset"]
 
     biases = [f"{attention}{x}_proj.bias" for x in heads] if family == "qwen2" else []
     head_norms = [f"{attention}{x}_norm" for x in "qk"] if family in ("qwen3", "gemma3_text") else []

@@ -20,7 +20,7 @@ import pytest
 import torch
 from gradio_client import Client, handle_file
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import embed
 import flame
@@ -199,18 +199,22 @@ def test_patch_states_are_led_back_through_the_text_projection(side):
             torch.testing.assert_close(words.patch_states(model, pixels)[y, x] @ u, z @ A @ u)
 
 
-def test_words_of_a_picture(world, tiny_llm):
+@pytest.mark.parametrize("family, offset", [("Llama", 0), ("Gemma3", 1)])
+def test_words_of_a_picture(world, make_random_llm, family, offset):
     """The best of all tokens that are whole words, looked for one by one."""
     _, places, towers = world
-    weights = load_file(tiny_llm / "model.safetensors")
-    norm = weights["model.norm.weight"].float()
+    llm = make_random_llm(family=family)
+    weights = load_file(llm / "model.safetensors")
+    weights["model.norm.weight"] = torch.randn(48)
+    save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    norm = weights["model.norm.weight"] + offset
     unembedding = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).float()
-    tokenizer = flame.load_tokenizer(tiny_llm)
+    tokenizer = flame.load_tokenizer(llm)
     texts = map(tokenizer.decode, zip(range(len(unembedding))))
     names = {i: text[1:] for i, text in enumerate(texts) if re.fullmatch(r" [^\W\d_]{3,}", text)}
     with open_picture(places[2]) as image:
         states = words.patch_states(towers.model, towers.model.preprocess(image)).flatten(0, 1)
-        grid = words.words_of(towers.model, tiny_llm, image)
+        grid = words.words_of(towers.model, llm, image)
     best = [max(names, key=row.__getitem__) for row in (states * norm @ unembedding.T).tolist()]
     assert sum(grid, []) == [names[i] for i in best]
 

@@ -35,7 +35,8 @@ def vocabulary(llm):
     """
     read, names = flame.weights_reader(llm)
     head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
-    norm, unembedding = read("model.norm.weight").float(), read(head).float()
+    norm = read("model.norm.weight").float() + flame.llm_config(llm)["norm_offset"]
+    unembedding = read(head).float()
     tokenizer = flame.load_tokenizer(llm)
     texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
     tokens = [token for token, text in enumerate(texts)
