@@ -5,17 +5,9 @@
     python tests/gpu.py --dry-run                 # without a GPU: every step on a stand-in, tiny, untimed
 
 It wants `FLAME_CUDA=1 pip install -e ".[test]"`. A step is a process of its own with a time limit: one that
-fails, crashes or hangs says so in a line, and keeps no other from running. Times are by CUDA's events, the
-median of ten.
-
-What must be measured for cuda.cu's attention to stay. A Nemo block of 16,384 tokens takes 15.2 ms on an H100
-on paper, 0.28 of them attention (tests/RESULTS.md), so that cuda.cu, FlexAttention and the twin in stretches
-differ by little. cuda.cu's is 250 lines, and an emulator to test them, which somebody must read and keep
-right on every new GPU. It stays if in that row a block would take at least 5% longer with FlexAttention
-(STAYS). Of the 10.8 hours of an H100 that CC3M's captions take on paper that is half an hour, of YFCC15M's 56
-nearly three, about as long as it takes to read all that; much less is lost in what a GPU's clock does from
-run to run. Else FlexAttention, or the twin if it is as fast, takes its place in flame.NATIVE, which is one
-line. Only the kernels count: what each prepares once a row is printed, and 39 blocks share it.
+fails, crashes or hangs says so in a line, and keeps no other from running. Times are medians of ten.
+What must be measured for cuda.cu's attention to stay: with FlexAttention a Nemo block of 16,384 tokens takes
+at least 5% longer (STAYS), on paper half an hour of CC3M. Else that takes its place in flame.NATIVE.
 """
 import argparse
 import math

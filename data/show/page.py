@@ -35,10 +35,10 @@ def prompts_of(args, query):
     return args.prompts or ("long" if len(query.split()) > LONG else "raw")
 
 
-def serve(args, places, image, towers, wait=True):
+def serve(args, places, image, towers, left_out=0, wait=True):
     """Serves the page until Ctrl-C; wait=False: -> its gradio Blocks at once, local_url is their address.
 
-    places: the gallery, M of them; image: their unit vectors [M, D].
+    places: the gallery, M of them; image: their unit vectors [M, D]; left_out: how many cannot be read.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"    # read when it is imported
     try:
@@ -46,7 +46,8 @@ def serve(args, places, image, towers, wait=True):
     except ImportError:
         raise InputError("--search without a text opens a page: pip install gradio") from None
     towers.encoder()    # the LLM is read now, not while somebody waits
-    blocks = build(gradio, args, places, image, towers._replace(cache=None))
+    about = f"{len(image):,} pictures of {args.images}, {left_out} cannot be read"
+    blocks = build(gradio, args, places, image, towers._replace(cache=None), about)
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(server_name="127.0.0.1", inbrowser=sys.stdout.isatty(), prevent_thread_lock=True,
                   quiet=True, share=False, show_error=True, ssr_mode=False, run_history=False,
@@ -58,7 +59,7 @@ def serve(args, places, image, towers, wait=True):
     return blocks
 
 
-def build(gradio, args, places, image, towers):
+def build(gradio, args, places, image, towers, about):
     """-> the page. "text", "facets", "picture" and "words" are what gradio's client may call, too."""
     image_of = functools.lru_cache(4096)(lambda i: drawn(thumbnail(places[i], SIDE)))
 
@@ -102,7 +103,6 @@ def build(gradio, args, places, image, towers):
                 "<small>What each patch says, in the LLM's own words</small>")
 
     with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(3600, 3600)) as blocks:
-        about = f"{len(image):,} pictures of {args.images}"
         text, picture, facets, words, gallery = lay_out(gradio, about, by_text("")[0])
         each = {"show_progress": "minimal", "concurrency_id": "towers"}     # one at a time
         text.submit(by_text, text, [gallery, facets, picture], api_name="text", **each)

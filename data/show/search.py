@@ -20,13 +20,14 @@ def search(args, places, towers):
     if not places:
         raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
     image, kept = encode_images(towers, places)
+    left_out = len(places) - len(kept)
     places = [places[i] for i in kept]
     if args.vectors:
         files.write(args.vectors.with_suffix(".npy"), lambda temporary: np.save(temporary, image))
         files.write_text(args.vectors.with_suffix(".txt"), "".join(f"{place.path}\n" for place in places))
         return print(f"-> {args.vectors}: {image.shape[0]} x {image.shape[1]}, and the paths as .txt")
     if not args.search:
-        return page.serve(args, places, image, towers)
+        return page.serve(args, places, image, towers, left_out)
     rows = []
     for query in args.search:
         if os.path.isfile(query):   # a text may be too long for a file's name
