@@ -131,9 +131,14 @@ def trained_facets(model, prompts):
     return trained
 
 
+def encode_texts(towers, texts, prompts):
+    """-> float32 [N, D], the mean over the trained facets of a prompt set, or of several: "raw short"."""
+    return np.concatenate([encode_facets(towers, texts, name) for name in prompts.split()], axis=1).mean(1)
+
+
 @torch.inference_mode()
-def encode_texts(towers, texts, prompts, by_facet=False):
-    """-> float32 [N, D], the mean over the facets that were trained; by_facet=True: [N, K, D], each of them.
+def encode_facets(towers, texts, prompts):
+    """-> float32 [N, K, D], the facets that were trained.
 
     Equal texts are encoded once. The cache has the LLM's states, which outlive the checkpoint.
     """
@@ -146,7 +151,7 @@ def encode_texts(towers, texts, prompts, by_facet=False):
         states = cached(towers, about, lambda: text_states(towers, part, prompts))
         facets = torch.from_numpy(states.astype(np.float32)).to(towers.device)
         facets = towers.model.encode_text(facets, prompts).float().cpu().numpy()[:, trained]
-        vectors |= zip(part, facets if by_facet else facets.mean(1))
+        vectors |= zip(part, facets)
     return np.array([vectors[text] for text in texts])
 
 

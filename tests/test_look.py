@@ -27,7 +27,7 @@ import flame
 from data.pictures import Place, open_picture
 from data.show import look, page, search, sheet, words
 from data.store import llm_fingerprint
-from data.towers import OpenClip, Towers, encode_images, encode_texts
+from data.towers import OpenClip, Towers, encode_facets, encode_images, encode_texts
 from flame import COLUMNS, InputError
 
 LONG = "a red kite flies over the beach while two dogs run after it and a child laughs at them all"
@@ -118,7 +118,7 @@ def test_the_page_finds_what_sorting_finds_and_keeps_nothing(world, client, capf
 def test_a_switch_a_facet_shows_what_each_question_finds(world, client):
     """Those that the checkpoint was trained on, by their names."""
     names = ["the whole", "minor object", "action"]
-    facets = encode_texts(world[2], [LONG], "long", by_facet=True)[0]
+    facets = encode_facets(world[2], [LONG], "long")[0]
     html, switches, _ = client.predict(LONG, api_name="/text")
     assert [name for name, _ in switches["choices"]] == switches["value"] == names and switches["visible"]
     assert [i for i, _ in tiles(html)] == [i for i, _ in ranked(world, facets.mean(0))]

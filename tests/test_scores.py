@@ -294,7 +294,7 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     assert code == 0 and result["columns"] == flame.COLUMNS
     assert list(parts) == "long short raw reworded seen unseen multilingual english synonyms".split()
     assert result["text_to_image"] == parts["long"]["text_to_image"] and result["n_images"] == 5
-    assert [parts[p]["prompts"] for p in parts] == "long short raw short raw raw raw raw raw".split()
+    assert [parts[p]["prompts"] for p in parts] == ["long", "short", "raw", "raw short long"] + ["raw"] * 5
     for part in ("long", "short", "raw", "reworded"):
         assert parts[part]["text_to_image"]["R@1"] == 80            # yellow finds the white picture
     assert (parts["seen"]["n_images"], parts["seen"]["n_classes"], parts["seen"]["top1"]) == (6, 3, 100)
@@ -451,8 +451,10 @@ def test_a_text_dotted_with_an_image_is_the_mean_cosine(real, byte_llm, tmp_path
     texts = ["a", "A much longer text about nothing, that goes on for a while.", "b b", "a"]
     image = torch.nn.functional.normalize(torch.randn(3, 32), dim=-1)
     got = evaluate.encode_texts(ours, texts, prompts)
-    by_facet = evaluate.encode_texts(ours, texts, prompts, by_facet=True)
-    assert by_facet.mean(1) == pytest.approx(got, abs=1e-6)
+    assert evaluate.encode_facets(ours, texts, prompts).mean(1) == pytest.approx(got, abs=1e-6)
+    both = evaluate.encode_texts(ours, texts, f"{prompts} short")   # by two sets: all of their facets
+    of_each = [evaluate.encode_facets(ours, texts, name) for name in (prompts, "short")]
+    assert both == pytest.approx(np.concatenate(of_each, axis=1).mean(1), abs=1e-6)
     with torch.inference_mode():
         states = torch.cat([encoder.encode([text], prompts) for text in texts])
         expected = flame.similarity(image, model.encode_text(states, prompts))

@@ -14,7 +14,7 @@ from pathlib import Path
 from data.pictures import Place, open_picture
 from data.show.sheet import best_of, printable, thumbnail
 from data.show.words import words_of
-from data.towers import encode_images, encode_texts, trained_facets
+from data.towers import encode_facets, encode_images, trained_facets
 from flame import InputError
 
 # What each of the questions of flame.PROMPTS asks for, in order.
@@ -68,7 +68,7 @@ def build(gradio, args, places, image, towers, about):
         """-> (names of the facets that were trained, their vectors [K, D])"""
         prompts = prompts_of(args, text)
         names = [FACETS[k] for k in trained_facets(towers.model, prompts)]
-        return names, encode_texts(towers, [text], prompts, by_facet=True)[0]
+        return names, encode_facets(towers, [text], prompts)[0]
 
     def gallery_of(vector):
         """What a vector [D] finds, as HTML; for zeros the first pictures, without scores."""
