@@ -124,9 +124,7 @@ def test_visible_is_the_rule(seed):
     random = np.random.default_rng(seed)
     forest = random_forest(random, segments=12, longest=9)
     expected = np.array(rule(*forest))
-    first = random.integers(len(expected) + 1)
     assert (flame.visible(*forest) == expected).all()
-    assert (flame.visible(*forest, first) == expected[first:]).all()
 
 
 # --- attention
