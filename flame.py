@@ -17,7 +17,7 @@ import re
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -363,21 +363,15 @@ class TextEncoder:
         sizes = [len(prefix) + sum(map(len, facets)) for prefix, facets in zip(prefixes, suffixes)]
         total = sum(sizes)
         packed_rows = -(-total // self.budget)
-        made = 0
-        tokens = 0
-        batch = []
-        for i in sorted(range(len(captions)), key=sizes.__getitem__):
-            batch.append(i)
-            tokens += sizes[i]
-            due = tokens * packed_rows // total  # as many rows should be made by now
-            if due > made:
-                chosen = [prefixes[j] for j in batch], [suffixes[j] for j in batch]
-                forest = caption_forest(*chosen, self.positions)
-                if forest.tokens.max() >= len(self.decoder.embedding):
-                    raise InputError(f"{self.llm_dir}: its tokenizer knows more tokens than its weights do")
-                yield batch, forest
-                made = due
-                batch = []
+        order = sorted(range(len(captions)), key=sizes.__getitem__)
+        begins = accumulate((sizes[i] for i in order), initial=0)  # tokens before each
+        for _, group in groupby(zip(order, begins), key=lambda pair: pair[1] * packed_rows // total):
+            batch = [i for i, _ in group]
+            chosen = [prefixes[i] for i in batch], [suffixes[i] for i in batch]
+            forest = caption_forest(*chosen, self.positions)
+            if forest.tokens.max() >= len(self.decoder.embedding):
+                raise InputError(f"{self.llm_dir}: its tokenizer knows more tokens than its weights do")
+            yield batch, forest
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -645,6 +639,9 @@ def hub_folder(name):
         raise InputError(f"{name}: no such folder, and no Hugging Face id: {explained(error)}") from None
 
 
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
+
+
 def llm_config(llm_dir):
     """The entries of config.json that decide an LLM's states, and no more, defaults filled in. Added are
 
@@ -665,28 +662,30 @@ def llm_config(llm_dir):
         if activation != wanted or entries.get("use_bidirectional_attention"):
             raise ValueError(f"hidden_act {activation!r} or attention both ways is not supported; supported: "
                              f"{wanted}, causal")
-        config = {"model_type": family, "rms_norm_eps": float(entries["rms_norm_eps"])}
-        for size in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size",
-                     "num_attention_heads"):
-            config[size] = int(entries[size])
-        heads = config["num_attention_heads"]
+        depth, D, inner, vocabulary, heads = (int(entries[name]) for name in SIZES)
         kv_heads = int(entries.get("num_key_value_heads") or heads)
-        head_dim = int(entries.get("head_dim") or config["hidden_size"] // heads)
+        head_dim = int(entries.get("head_dim") or D // heads)
         if heads % kv_heads or head_dim % 2 or not 0 < head_dim <= 4096:
             raise ValueError(f"{heads} heads of {head_dim} do not go with {kv_heads} key heads, or with RoPE")
         window = int(entries.get("sliding_window", 4096) or 0)
         if not entries.get("use_sliding_window", family == "mistral" or gemma):
             window = 0
-        config["num_key_value_heads"] = kv_heads
-        config["head_dim"] = head_dim
-        config["gelu"] = gemma
-        config["norm_offset"] = float(gemma)
-        config["embedding_scale"] = config["hidden_size"] ** 0.5 if gemma else 1.0
-        config["query_scale"] = (head_dim / float(entries.get("query_pre_attn_scalar") or head_dim)) ** 0.5
-        ropes, config["rope"] = ropes_of_blocks(entries, config["num_hidden_layers"], gemma)
-        config["inv_freq"] = torch.stack([rope_frequencies(rope, head_dim) for rope in ropes])
+        ropes, kinds = ropes_of_blocks(entries, depth, gemma)
         unlimited = 1 << 20
-        config["context"] = min(int(entries.get("max_position_embeddings") or unlimited), window or unlimited)
+        context = min(int(entries.get("max_position_embeddings") or unlimited), window or unlimited)
+        config = dict(zip(SIZES, (depth, D, inner, vocabulary, heads))) | {
+            "model_type": family,
+            "rms_norm_eps": float(entries["rms_norm_eps"]),
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "gelu": gemma,
+            "norm_offset": float(gemma),
+            "embedding_scale": D ** 0.5 if gemma else 1.0,
+            "query_scale": (head_dim / float(entries.get("query_pre_attn_scalar") or head_dim)) ** 0.5,
+            "inv_freq": torch.stack([rope_frequencies(rope, head_dim) for rope in ropes]),
+            "rope": kinds,
+            "context": context,
+        }
     return config
 
 
