@@ -165,6 +165,14 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(forked):
     raise AssertionError(state)
 
 
+def test_a_step_that_fails_is_the_exit_code(monkeypatch):
+    monkeypatch.setattr(gpu, "lines_of", lambda *_: ["FAILED: so it is"])
+    monkeypatch.setattr(gpu.tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", gpu.tempfile.gettempdir())
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "block"])
+    assert gpu.main() == 1
+
+
 # --- what is computed
 
 def test_the_mask_of_flex_attention_is_the_rule(monkeypatch):

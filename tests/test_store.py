@@ -85,11 +85,6 @@ def test_without_a_terminal_a_bar_is_lines(capfd):
     assert any(re.match("\rcounting: 100%.* 3/3 ", line) for line in lines)
 
 
-def test_a_missing_llm_is_named_with_the_cure(run):
-    message = run("--llm", "nowhere", "--out", "new", code=2)
-    assert "nowhere" in message and "data/demo.py --make-only" in message and "$FLAME_LLM" in message
-
-
 # --- what is in a store
 
 @pytest.mark.parametrize("positions", ["restart", "causal"])
