@@ -623,7 +623,7 @@ def interrupted(command, folder, name, lines, end):
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
         time.sleep(0.01)
     end(process.pid)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=600)
     left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
     return subprocess.CompletedProcess(command, process.returncode, out, err), left
 
