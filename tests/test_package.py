@@ -2,21 +2,20 @@
 
     pytest tests/test_package.py
 
-The wheel is built from a copy of the checkout and installed into an empty environment. There, in an empty
-folder, it encodes a caption and a picture. torch and the like are lent by the environment of the tests.
+The wheel is built from a copy of the checkout. Unpacked, it is what the tests' own environment finds first:
+there, from an empty folder, it encodes a caption and a picture.
 """
 import json
+import os
 import pkgutil
 import shutil
 import subprocess
 import sys
 import sysconfig
-import venv
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 import flame
@@ -40,17 +39,11 @@ print(flame.__file__, flame.flame_ext.__file__, *score.shape)
 """
 
 
-def pip(*arguments):
-    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """(python, site-packages) of a new environment that holds our wheel, and borrows everything else."""
-    folder = tmp_path_factory.mktemp("package")
-    checkout, environment = folder / "checkout", folder / "environment"
+@pytest.fixture
+def site(tmp_path):
+    """A folder with what our wheel holds, as pip unpacks it."""
+    folder = tmp_path / "package"
+    checkout, site = folder / "checkout", folder / "site"
     for pattern in SOURCES:
         for path in ROOT.glob(pattern):
             copy = checkout / path.relative_to(ROOT)
@@ -63,23 +56,16 @@ def installed(tmp_path_factory):
         shutil.copyfile(path, compiled / path.name)
     have_requirements = find_spec("pybind11") and find_spec("wheel")  # else pip fetches what building wants
     isolation = ["--no-build-isolation"] if have_requirements else []
-    pip("wheel", "--no-deps", *isolation, "--wheel-dir", folder, checkout)
-
-    venv.create(environment, with_pip=False, symlinks=True)
-    python = environment / "bin" / "python"
-    pip("--python", python, "install", "--no-deps", "--no-index", *folder.glob("*.whl"))
-    site = next(environment.glob("lib/python*/site-packages"))
-    (site / "lent.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
-    return python, site
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", *isolation]
+    done = subprocess.run([*pip, "--wheel-dir", folder, checkout], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wheel, = folder.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    return site
 
 
-def test_the_wheel_holds_the_method_and_no_stage(installed):
-    _, site = installed
+def test_the_wheel_holds_the_method_and_no_stage_and_works_from_an_empty_folder(site, byte_llm, tmp_path):
     assert {module.name for module in pkgutil.iter_modules([str(site)])} == {"flame", "flame_ext"}
-
-
-def test_a_caption_and_a_picture_are_encoded_from_an_empty_folder(installed, byte_llm, tmp_path):
-    python, site = installed
     empty, checkpoint = tmp_path / "empty", tmp_path / "checkpoint"
     empty.mkdir()
     checkpoint.mkdir()
@@ -88,8 +74,9 @@ def test_a_caption_and_a_picture_are_encoded_from_an_empty_folder(installed, byt
     save_file(flame.Flame(config).state_dict(), checkpoint / "model.safetensors")
     entries = {"model": config, "llm": {"questions": flame.questions()}}
     (checkpoint / "config.json").write_text(json.dumps(entries))
-    command = [python, "-c", USE, byte_llm, checkpoint]
-    done = subprocess.run(command, cwd=empty, capture_output=True, text=True)
+    command = [sys.executable, "-c", USE, byte_llm, checkpoint]
+    done = subprocess.run(command, cwd=empty, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(site)})
     assert done.returncode == 0, done.stderr
     method, extension, texts, images = done.stdout.split()
     assert Path(method).parent == Path(extension).parent == site

@@ -3,8 +3,8 @@
 * any file, damaged in any way, under any command that reads it, ends in success or in exit code 2 with one
   line that names the script, in seconds and bounded memory; where it is refused nothing on the disk changes;
 * nothing that a stranger's file holds is ever executed, and no pipe is waited for;
+* one bad picture among good ones is skipped, counted and told, never fatal (rows: test_captions.py);
 * a setting that makes no sense is refused in one line that names it, before anything is read or made;
-* one bad picture or caption among good ones is skipped, counted and told, never fatal;
 * on a full disk what was written before stays, and the same command goes on once there is room.
 
 A world is made once, by the stages: an LLM, captions, pictures, a store, a checkpoint, a benchmark. A case is
@@ -29,9 +29,9 @@ import pytest
 import torch
 from PIL import Image
 
-SECONDS = 20      # after which a case counts as hung
+SECONDS = 60      # after which a case counts as hung, on a busy machine too
 MEMORY = 4 << 30  # bytes of address space that a case may add: what asks for more fails, not the machine
-DRAWS = int(os.environ.get("FLAME_DAMAGE_DRAWS", 120))
+DRAWS = int(os.environ.get("FLAME_DAMAGE_DRAWS", 100))
 
 SMALL = ("--preset demo --image-size 16 --patch-size 8 --width 24 --layers 1 --heads 3 --projector-hidden 32 "
          "--batch 4 --steps 2 --checkpoint-every 1 --workers 0 --device cpu")
@@ -177,9 +177,9 @@ class Stranger:
         return os.mkdir, ("a-strangers-code-ran",)
 
 
-def pickled():
+def pickled(value):
     file = io.BytesIO()
-    torch.save({"model": Stranger()}, file)
+    torch.save(value, file)
     return file.getvalue()
 
 
@@ -217,7 +217,7 @@ def damaged(content, draw, suffix):
         content[:at] + draw.randbytes(8) + content[at + 8:],
         content + draw.randbytes(50),
         content.replace(b"0", b"9"),
-        pickled(),
+        pickled({"model": Stranger()}),
     ]
     if suffix == ".npy":
         array = np.load(io.BytesIO(content))
@@ -278,16 +278,33 @@ def test_any_file_damaged_in_any_way(folder, number):
         assert not changed and {*after} == {*before}
 
 
+HALF = {"training.pt": (b"", b"not a checkpoint", pickled({"step": 1}),
+                        pickled({"step": 1, "model": {}, "optimizer": {}})),
+        "config.json": (b"{", b'{"step": 1}', b"[1]")}
+
+
+@pytest.mark.parametrize("name, number", [(name, n) for name in HALF for n in range(len(HALF[name]))])
+def test_a_damaged_checkpoint_and_its_cure(folder, name, number):
+    Path("out/half", name).write_bytes(HALF[name][number])
+    refuses(GO_ON_TRAINING, f"out/half/{name}")
+    assert typed(f"{GO_ON_TRAINING} --overwrite")[0] == 0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Settings
 
 SETTINGS = {
-    TRAIN: "image-size=0 patch-size=7 width=nan heads=5 loss=softmax text-projection=whitening init=zeros "
-           "positives=0 columns=long.9 batch=-4 chunk=0 epochs=inf lr=1e400 patch-dropout=1 "
-           "seed=-1 preset=huge device=cuda:99 embeddings=nowhere images=nowhere image-tower=captions.tsv "
-           "lock-image=5",
+    TRAIN: "image-size=0 image-size=17 patch-size=7 patch-size=64 width=nan width=0 heads=0 heads=5 "
+           "layers=9999 loss=softmax text-projection=whitening text-projection=agree:0.1 "
+           "text-projection=raw=agree text-projection=whiten+linear:-1 init=zeros pool-first=y positives=0 "
+           "positives=12 columns=long.9 batch=-4 batch=0 chunk=0 epochs=inf epochs=-1 steps=1e3 lr=1e400 "
+           "lr=nan lr=-1 lr=much init-scale=0 crop-scale=1.1 patch-dropout=1 patch-dropout=nan workers=-1 "
+           "seed=-1 seed=1.0 preset=huge device=cuda:99 device=foo embeddings=nowhere embeddings=images "
+           "images=nowhere image-tower=captions.tsv image-tower=nowhere image-tower=llm/model.safetensors "
+           "lock-image=5 no-such=1",
     EMBED: "captions=nowhere.tsv captions=images/x-{5..2}.tar captions=/dev/zero join=foo=captions.tsv "
-           "join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps window=0 shard=3/2 shard=x "
+           "join=long= join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps device=cuda:99 "
+           "window=0 shard=3/2 shard=x "
            "inspect=nowhere out=captions.tsv",
     SCORE: "checkpoint=nowhere llm=images data-root=nowhere out=captions.tsv split=train prompts=medium "
            "device=foo",
@@ -299,41 +316,41 @@ CASES = [(command, setting) for command, settings in SETTINGS.items() for settin
 def test_a_setting_that_makes_no_sense(folder, command, setting):
     flag, value = setting.split("=", 1)
     path = value.rpartition("=")[2]
-    named = path if re.match("nowhere|images|captions.tsv|/dev", path) else flag
-    refuses(f"{command} --{flag} {value}", named)
+    named = path if re.match("nowhere|images|llm/|captions.tsv|/dev", path) else flag
+    refuses(f"{command} --{flag}={value}", named)
 
 
-@pytest.mark.parametrize("command", ["embed.py", "train.py", "evaluate.py", "embed.py --caption captions.tsv",
-                                     "train.py --lr", f"{EMBED} --llm 'caf\udce9'", f"{SCORE} --search kite"])
-def test_a_command_that_is_none(folder, command):
-    refuses(command)
+FACETS = "--facets wants captions"
+
+
+@pytest.mark.parametrize("command, named", [
+    *((command, "") for command in ("embed.py", "train.py", "evaluate.py", "embed.py --caption captions.tsv",
+                                    "train.py --lr", f"{EMBED} --llm 'caf\udce9'", f"{SCORE} --search kite")),
+    (f"{EMBED} --llm no", "$FLAME_LLM"), (f"{EMBED} --llm no", "data/demo.py --make-only"),
+    ("evaluate.py --bench imagenet --facets", FACETS), ("evaluate.py --search red", "want --images DIR"),
+    ("evaluate.py --bench coco --facets --checkpoint captions.tsv", FACETS),
+    ("evaluate.py --bench coco --facets --open-clip ViT-B-32", FACETS),
+    ("evaluate.py --compare a.json b.json", "a.npz: no")])
+def test_a_command_that_is_none(folder, command, named):
+    refuses(command, named)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # One bad among many, and a full disk
 
-@pytest.mark.parametrize("command, path, counted", [
-    (TRAIN, "images/03.png", "skipped 1"),
-    (SEARCH, "images/03.png", "1 of 12"),
-    (SCORE, "urban/image/1.png", "1 of 4"),
-])
-def test_a_bad_picture_is_skipped_and_counted(folder, command, path, counted):
-    Path(path).write_bytes(Path(path).read_bytes()[:60])
-    code, lines = typed(command)
-    assert code == 0 and any(counted in line for line in lines), lines
+def test_a_bad_picture_is_skipped_and_counted(folder):
+    """In a gallery; among those to train on: test_step.py, of a benchmark: test_benchmarks.py."""
+    Path("images/03.png").write_bytes(Path("images/03.png").read_bytes()[:60])
+    code, lines = typed(SEARCH)
+    assert code == 0 and any("1 of 12" in line for line in lines), lines
 
 
-def test_a_bad_row_is_skipped_and_counted(folder):
-    with open("captions.tsv", "ab") as file:
-        file.write(b"k90\t\t\t\t\nk91\nk92\t\t\xff\t\t\nk00\t\tagain\t\t\n")
-    code, lines = typed(EMBED)
-    assert code == 0 and len(Path("new/captions.tsv").read_text().splitlines()) == 13
-    assert sum("skipped" in line for line in lines) >= 3, lines
+SIZES = [(command, size) for command in (EMBED, TRAIN, SCORE) for size in (0, 1_000)]
 
 
-@pytest.mark.parametrize("size", [0, 1_000])
-@pytest.mark.parametrize("command", [EMBED, TRAIN, SCORE])
+@pytest.mark.parametrize("command, size", [*SIZES, (EMBED, 300), (EMBED, 2_500)])
 def test_a_full_disk(folder, command, size):
+    """Files may have so many bytes: DuckDB's, the table, meta.json, a window or weights do not fit."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write fails, as on a full disk
     before = contents()
     code, lines = typed(command, file_size=size)
@@ -341,3 +358,6 @@ def test_a_full_disk(folder, command, size):
     changed = {path for path, content in contents().items() if path in before and before[path] != content}
     assert not changed
     assert typed(command)[0] == 0
+    if command == EMBED:
+        for path in Path("store").iterdir():
+            assert Path("new", path.name).read_bytes() == path.read_bytes()

@@ -8,7 +8,7 @@
   file is made anew
 * a score is flame.similarity of one picture and one text at a time; only trained facets are asked
 * the demo's parts, one's own captions, facets, open_clip models, the authors' pooling
-* bad settings are one line before anything is read; a closed pipe is no error
+* a closed pipe is no error (bad settings: test_refusals.py)
 
 test_benchmarks.py has the small trees and the model that knows colours.
 """
@@ -531,18 +531,6 @@ def test_an_open_clip_model_is_scored_alike(small_clip, tmp_path, monkeypatch, c
 
 
 # ---------------------------------------------------------------- the command line
-
-@pytest.mark.parametrize("wrong, message", [
-    (["--bench", "imagenet", "--facets"], "--facets wants captions"),
-    (["--bench", "coco", "--facets", "--open-clip", "ViT-B-32"], "--facets wants captions"),
-    (["--bench", "coco", "--facets", "--checkpoint", __file__], "--facets wants captions"),     # a file
-    (["--search", "red"], "--search and --vectors want --images DIR"),
-    (["--compare", "a.json", "b.json"], "a.npz: no")])
-def test_bad_settings_are_one_line_before_anything_is_read(tmp_path, monkeypatch, capsys, wrong, message):
-    monkeypatch.chdir(tmp_path)
-    assert evaluate.main(wrong) == 2
-    assert message in refusal(capsys) and not list(tmp_path.iterdir())
-
 
 def test_a_pipe_that_is_closed_is_no_error():
     """As `evaluate.py ... | head` closes it."""

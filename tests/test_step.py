@@ -8,7 +8,7 @@
     towers      start from open_clip's weights (test_decoder.py: and equal its); locked, they stay as they are
     runs        are gone on with to the same bytes after kill -9 or SIGTERM; another run is refused
     pictures    that cannot be read are skipped and counted; a loss that is no number stops the run
-    refusals    are one line, exit code 2, and leave nothing behind
+    refusals    are one line, exit code 2, and leave nothing behind (settings: test_refusals.py)
 """
 import io
 import itertools
@@ -144,6 +144,11 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+def tree(folder):
+    """All that lies in a folder: paths, and contents of files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
 def one_line(done, *names):
     """The promise for bad input: exit code 2 and on stderr, after any bar, one line that has these names."""
     *bars, line = done.stderr.replace("\r", "\n").strip().splitlines()
@@ -215,6 +220,7 @@ def test_a_loss_in_blocks_is_the_dense_one(monkeypatch, kind, logits):
 
 TOWER = dict(image_size=16, patch_size=8, width=32, layers=2, heads=2, projector_hidden=40, pool_first=False)
 CASES = list(itertools.product(train.LOSSES, ("none+linear:8", "agree+linear"), (12, 4), (0, 1)))
+CASES = [case for n, case in enumerate(CASES) if n.bit_count() % 2]  # half: any three settings meet
 
 
 def one_step(store, kind, projected, chunk, step, rank=0, world=1, device="cpu"):
@@ -244,16 +250,17 @@ def test_two_ranks_and_chunks_equal_one_big_batch(small, tmp_path, monkeypatch):
     batches = batches_of(store, batch=12)
     for n in (*batches.pictures(0)[[1, 2, 8]], *batches.pictures(1)[6:]):
         (tmp_path / "data" / f"{store.keys[n]}.png").write_text("not a picture")
-    env = os.environ | {"WORLD_SIZE": "2"}
+    env = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, tmp_path]
     processes = [subprocess.Popen(command, env=env | {"RANK": rank}) for rank in "01"]
-    assert [p.wait(timeout=200) for p in processes] == [0, 0]
+    assert [p.wait(timeout=600) for p in processes] == [0, 0]
     of_ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
     for case, ours, theirs in zip(CASES, *of_ranks):
-        kind, projected, _, step = case
+        kind, projected, chunk, step = case
         expected = one_step(store, kind, projected, 12, step)
-        torch.testing.assert_close(one_step(store, *case), expected, rtol=1e-5, atol=1e-6)
+        if chunk < 12:
+            torch.testing.assert_close(one_step(store, *case), expected, rtol=1e-5, atol=1e-6)
         loss = (ours.pop("loss") + theirs.pop("loss")) / 2
         torch.testing.assert_close(loss, expected.pop("loss"), rtol=1e-6, atol=0)
         for name, gradient in expected.items():
@@ -270,7 +277,7 @@ def test_gpu_takes_the_same_step(store, monkeypatch, case):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU to run on")
-def test_a_chunk_is_halved_until_it_fits(run, small, monkeypatch):
+def test_a_chunk_is_halved_until_it_fits(monkeypatch):
     """On the shim, where only so large a tensor fits; on a CPU nothing is tried."""
     s = settings_for(batch=40, chunk=30, image_size=32, patch_size=4)
     sizes = TOWER | dict(image_size=32, patch_size=4, width=16) | projection.text_config("none", 24, [])
@@ -288,8 +295,6 @@ def test_a_chunk_is_halved_until_it_fits(run, small, monkeypatch):
             train.fit_chunk(model, fitted, torch.device("cuda"))
             assert fitted["chunk"] == chunk
         assert all(p.grad is None for p in model.parameters())
-        shim.room = 20_000
-        one_line(fit(run, small[0], "--device cuda"), "out of memory", "--chunk")
 
 
 def test_batches_that_ranks_cannot_share_are_refused(monkeypatch):
@@ -618,52 +623,43 @@ def interrupted(command, folder, name, lines, end):
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
         time.sleep(0.01)
     end(process.pid)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=600)
     left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
     return subprocess.CompletedProcess(command, process.returncode, out, err), left
 
 
-@pytest.mark.parametrize("kill", [True, False], ids=["kill -9", "SIGTERM"])
-def test_a_run_that_was_killed_or_stopped_goes_on_as_if_nothing_had_been(run, small, tmp_path, kill):
+def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_nothing_had_been(run, small, tmp_path):
     """SIGTERM as a cluster sends it, to loader processes too: they must not die before the rank has saved."""
     flags = "--steps 120 --checkpoint-every 20 --chunk 7"
     assert fit(run, small[0], f"{flags} --name whole").returncode == 0
     command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL, *flags.split()]
     command += ["--workers", "1", "--name", "part"]  # nor does a loader process change anything
-    sent = signal.SIGKILL if kill else signal.SIGTERM
-    done, left = interrupted(command, tmp_path, "part", 50, lambda pid: os.killpg(pid, sent))
     folder = tmp_path / "out" / "part"
-    saved = torch.load(folder / "training.pt", weights_only=True)["step"]
-    assert saved < 120
-    if kill:
-        assert done.returncode == -signal.SIGKILL and saved % 20 == 0
-    else:
-        assert done.returncode == 143 and "the same command goes on" in done.stdout, done.stderr
-        assert saved == len(losses(folder)) and "Traceback" not in done.stderr and not left  # no loader
+
+    def ended(lines, sent):
+        done, left = interrupted(command, tmp_path, "part", lines, lambda pid: os.killpg(pid, sent))
+        return done, left, torch.load(folder / "training.pt", weights_only=True)["step"]
+
+    done, left, stopped = ended(30, signal.SIGTERM)
+    assert done.returncode == 143 and "the same command goes on" in done.stdout, done.stderr
+    assert stopped == len(losses(folder)) < 120 and "Traceback" not in done.stderr and not left  # no loader
+    done, _, saved = ended(max(50, stopped + 1), signal.SIGKILL)
+    assert done.returncode == -signal.SIGKILL and stopped <= saved < 120
+    assert saved % 20 == 0 or saved == stopped
     done = fit(run, small[0], f"{flags} --name part")
     assert done.returncode == 0 and f"from step {saved}" in done.stdout, done.stderr
     assert losses(folder) == losses(tmp_path / "out/whole")
     assert weights(folder) == weights(tmp_path / "out/whole")
 
 
-def test_torchrun_learns_the_same_and_goes_on_after_sigterm(run, small, tmp_path):
+def test_torchrun_learns_the_same_and_under_slurm_it_goes_on(run, small, tmp_path):
+    """After SIGTERM, by the script of data/README.md: srun and scontrol are stand-ins, two nodes are here."""
     flags = ["--embeddings", small[0], *SMALL, "--steps", "40", "--workers", "1", "--name"]
     assert run("train.py", *flags, "one").returncode == 0
+    ranks = [train.__file__, *map(str, flags), "two"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, train.__file__, *map(str, flags), "two"]
-    done, _ = interrupted(command, tmp_path, "two", 5, lambda pid: os.killpg(pid, signal.SIGTERM))
+    done, _ = interrupted([*launcher, *ranks], tmp_path, "two", 5, lambda pid: os.killpg(pid, signal.SIGTERM))
     assert "the same command goes on" in done.stdout, done.stderr
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    one, two = (entries(tmp_path / "out" / name) for name in ("one", "two"))
-    assert [e["step"] for e in two] == list(range(40)) and done.stdout.count("24 images") == 1
-    assert [e["loss"] for e in two[:20]] == pytest.approx([e["loss"] for e in one[:20]], rel=0.01)  # bfloat16
-    a, b = (dict(flame.load(tmp_path / "out" / name).text.named_buffers()) for name in ("one", "two"))
-    assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
-
-
-def test_the_script_for_slurm_starts_ranks_that_meet(small, tmp_path):
-    """By the lines of data/README.md; srun and scontrol are stand-ins, two nodes on this machine."""
     text = (Path(train.__file__).parent / "data/README.md").read_text("utf-8")
     script = text.partition("as `flame.sbatch`:\n\n```bash\n")[2].partition("```")[0]
     for name, lines in {"flame.sbatch": script, "scontrol": "echo localhost",
@@ -673,14 +669,17 @@ def test_the_script_for_slurm_starts_ranks_that_meet(small, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    flags = ["--embeddings", small[0], *SMALL, "--steps", "2", "--name", "s"]
-    command = ["bash", "flame.sbatch", train.__file__, *map(str, flags)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env=os.environ | slurm | {"PATH": path, "PORT": str(port)})
-    assert done.returncode == 0 and "-> out/s, 2 ranks" in done.stdout, done.stderr
-    assert [entry["step"] for entry in entries(tmp_path / "out/s")] == [0, 1]
+    slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7",
+             "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PORT": str(port)}
+    done = subprocess.run(["bash", "flame.sbatch", *ranks], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env=os.environ | slurm)
+    assert done.returncode == 0 and "-> out/two, 2 ranks" in done.stdout, done.stderr
+    assert "Warning" not in done.stderr and done.stdout.count("24 images") == 1, done.stderr
+    one, two = (entries(tmp_path / "out" / name) for name in ("one", "two"))
+    assert [e["step"] for e in two] == list(range(40))
+    assert [e["loss"] for e in two[:20]] == pytest.approx([e["loss"] for e in one[:20]], rel=0.01)  # bfloat16
+    a, b = (dict(flame.load(tmp_path / "out" / name).text.named_buffers()) for name in ("one", "two"))
+    assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
 
 
 def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
@@ -712,10 +711,8 @@ def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
 
 
 def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path):
-    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL]
     with files.alone(tmp_path / "out/store"):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    one_line(done, "out/store: another process is writing here")
+        one_line(fit(run, small[0]), "out/store: another process is writing here")
     assert fit(run, small[0], "--steps 2").returncode == 0  # the lock is nobody's any more
 
 
@@ -742,46 +739,20 @@ def test_one_caption_has_nothing_to_agree_with(run, small, tmp_path):
     assert "whiten," in fit(run, small[0], f"{flags} one --columns long.0,long.1").stdout
 
 
-def test_agreement_is_of_the_columns_that_are_trained(long_store):
+def test_agreement_is_of_the_columns_that_are_trained(long_store, tmp_path):
     """Whatever the others hold."""
     maps = []
     columns = [1, 2, 5]
-    for damage in (False, True):
+    others = [c for c in EVERY if c not in columns]
+    x = long_store.read(range(96), EVERY).numpy()
+    for name in ("whole", "damaged"):
         text = flame.TextProjection(24, 24)
-        read = long_store.read
-
-        class Other:
-            path, meta = long_store.path, long_store.meta
-            __len__ = staticmethod(lambda: len(long_store))
-
-            @staticmethod
-            def read(rows, wanted):
-                x = read(rows, EVERY)
-                x[:, [c for c in EVERY if c not in columns]] = torch.nan if damage else 1.0
-                return x[:, list(wanted)]
-        projection.fit_text_projection(text, Other(), "agree", columns)
+        store = flame.open_store(write_store(tmp_path / name, long_store.keys, x))
+        projection.fit_text_projection(text, store, "agree", columns)
         maps.append(text.state_dict())
+        x[:, others] = np.random.default_rng(0).normal(size=(96, 8, 24))
     assert all(maps[0][name].equal(maps[1][name]) for name in maps[0])
     assert maps[0]["mean"][columns].any(1).all() and not maps[0]["mean"][[0, 3]].any()
-
-
-@pytest.mark.parametrize("name, damage", [
-    ("training.pt", b""), ("training.pt", b"not a checkpoint"), ("training.pt", None),
-    ("training.pt", {"step": 1}), ("training.pt", {"step": 1, "model": {}, "optimizer": {}}),
-    ("config.json", b"{"), ("config.json", b'{"step": 1}'), ("config.json", b"[1]")], ids=str)
-def test_a_damaged_checkpoint_is_one_line(run, small, tmp_path, name, damage):
-    train.STOP.append(True)  # one step of four is done, as if SIGTERM had come
-    assert fit(run, small[0], "--steps 4").returncode == 143
-    train.STOP.clear()
-    path = tmp_path / "out/store" / name
-    if isinstance(damage, dict):
-        torch.save(damage, path)
-    else:
-        path.write_bytes(path.read_bytes()[:-1000] if damage is None else damage)
-    before = tree(tmp_path)
-    one_line(fit(run, small[0], "--steps 4"), f"out/store/{name}", "--overwrite")
-    assert tree(tmp_path) == before
-    assert fit(run, small[0], "--steps 4 --overwrite").returncode == 0
 
 
 # --- pictures that cannot be read, losses that are no numbers
@@ -826,34 +797,6 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):
     one_line(done, f"the loss is nan at step {at}; the last checkpoint is kept")
     saved = torch.load(tmp_path / "out/store/training.pt", weights_only=True)
     assert saved["step"] == at > 0 and all(x.isfinite().all() for x in saved["model"].values())
-
-
-# --- refusals: all settings are looked at before anything is made
-
-def tree(folder):
-    """All that lies in a folder: paths, and contents of files."""
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
-REFUSED = """
-    lr=nan lr=-1 lr=inf lr=much epochs=-1 steps=1e3 init-scale=0 seed=1.0 heads=0 heads=5 width=0 layers=9999
-    patch-size=64 image-size=65 positives=12 batch=0 chunk=0 crop-scale=1.1 patch-dropout=nan
-    workers=-1 loss=hinge loss=infonce-slots init=random columns=raw.1 pool-first=y preset=cc12m
-    device=foo device=cuda:99 lock-image=1 images=none embeddings=none embeddings=data no-such=1
-    text-projection=sharpen text-projection=center text-projection=agree:0.1 text-projection=raw=agree
-    text-projection=whiten+linear:-1 image-tower=none.safetensors image-tower=empty.safetensors
-    image-tower=other.safetensors""".split()
-
-
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_what_is_refused_is_one_line_and_leaves_nothing_behind(run, small, tmp_path, wrong):
-    save_file({}, tmp_path / "empty.safetensors")
-    save_file({"visual.conv1.weight": torch.zeros(8, 3, 4, 4)}, tmp_path / "other.safetensors")
-    before = tree(tmp_path)
-    flag, value = wrong.split("=", 1)
-    named = value if flag in ("images", "embeddings", "image-tower") else f"--{flag}"
-    one_line(fit(run, small[0], f"--{wrong}"), named)
-    assert tree(tmp_path) == before
 
 
 if __name__ == "__main__":

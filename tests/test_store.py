@@ -4,16 +4,14 @@
 * a window depends on nothing but its captions and the settings: ranks, shards, runs at the same time, and
   runs that were killed at any moment and started again, all end with the same bytes;
 * the same command with other settings is refused and names the setting; nothing of another's is touched;
-* an LLM whose weights are damaged, or a full disk, costs nothing that was there;
+* an LLM whose weights are damaged costs nothing that was there (nor does a full disk: test_refusals.py);
 * pictures inside of Parquet become tars in the store's folder, once, where training finds them;
 * reading is as a slow twin reads; what is unfinished or asks other questions is refused.
 """
-import errno
 import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -87,11 +85,6 @@ def test_without_a_terminal_a_bar_is_lines(capfd):
     assert any(re.match("\rcounting: 100%.* 3/3 ", line) for line in lines)
 
 
-def test_a_missing_llm_is_named_with_the_cure(run):
-    message = run("--llm", "nowhere", "--out", "new", code=2)
-    assert "nowhere" in message and "data/demo.py --make-only" in message and "$FLAME_LLM" in message
-
-
 # --- what is in a store
 
 @pytest.mark.parametrize("positions", ["restart", "causal"])
@@ -159,22 +152,6 @@ def test_what_is_unfinished_or_damaged_is_refused(run):
 
 
 # --- windows
-
-@pytest.mark.parametrize("where", [0, 1, 3, 4])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(run, monkeypatch, where):
-    run("--out", "whole")
-    write = embed.store.write_window
-
-    def full(out, w, block):
-        if w == where:
-            raise OSError(errno.ENOSPC, "No space left on device", str(out))
-        write(out, w, block)
-    monkeypatch.setattr(embed.store, "write_window", full)
-    assert "No space left on device" in run("--out", "store", code=2)
-    monkeypatch.setattr(embed.store, "write_window", write)
-    assert f"{5 - where} of 5 windows" in run("--out", "store")
-    assert files_of("store") == files_of("whole")
-
 
 def test_kills_at_any_moment_end_with_the_same_bytes(run):
     run("--out", "whole", "--window", 2)
@@ -296,29 +273,6 @@ def test_damaged_weights_are_refused_before_anything_is_thrown_away(run, byte_ll
     assert "none.tsv: no such file" in run("--out", "store", "--overwrite", captions="none.tsv", code=2)
     assert "layer 9" in run("--out", "store", "--overwrite", "--layer", 9, code=2)
     assert files_of("store") == before
-
-
-@pytest.mark.parametrize("arguments, what", [
-    (["--join", "lang=small.tsv"], "--join"), (["--join", "long="], "--join"),
-    (["--window", "0"], "--window"), (["--llm", "nowhere"], "nowhere"), (["--device", "cuda:99"], "cuda:99")])
-def test_the_command_line_is_checked_before_anything_is_made(run, arguments, what):
-    assert what in run(*arguments, code=2) and not Path("data").exists()
-
-
-def test_a_full_disk_costs_nothing(run, monkeypatch):
-    """Files may have so many bytes: DuckDB's, the table, meta.json or a window do not fit."""
-    run("--out", "store")
-    before = files_of("store")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (0, 100, 1000, 3000, 12_500, soft):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
-            said = run("--out", "new", "--window", 23, code=0 if limit == soft else 2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "finished" in said or "File too large; free space" in said, (limit, said)
-    run("--out", "whole", "--window", 23)
-    assert files_of("new") == files_of("whole") and files_of("store") == before
 
 
 def test_pictures_inside_of_parquet_become_tars_that_training_finds(run):
