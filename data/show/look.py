@@ -86,7 +86,8 @@ def draw(args):
     axes.pcolormesh(cells, cmap=ListedColormap(colours), shading="nearest",
                     edgecolors="white", linewidth=0.6)
     axes.invert_yaxis()
-    axes.barh(forest.answers, forest.answers + 1, 1, -0.5, fill=False, clip_on=False)
+    answers = forest.answers.numpy()
+    axes.barh(answers, answers + 1, 1, -0.5, fill=False, clip_on=False)
 
     write = functools.partial(axes.text, parse_math=False)
     for t, (token, s) in enumerate(zip(forest.tokens.tolist(), segment_of)):

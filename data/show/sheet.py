@@ -13,7 +13,6 @@ GREEN = "#00a850"
 GREY = "#d0d0d0"
 INK = "#202020"
 QUERIES = 8
-LEGEND = "\ngreen and ticked: the right picture; where it is not among the five best, it stands sixth"
 
 # Pixels: the column of texts (and letters in its line), their line; a picture, its frame, a picture with all
 # around it, how many stand side by side.
@@ -22,7 +21,7 @@ LETTERS = 46
 LINE = 18
 SIDE = 128
 FRAME = 6
-CELL = SIDE + 2 * FRAME + 14
+CELL = SIDE + 2 * FRAME + 18
 ACROSS = 6
 
 
@@ -47,7 +46,7 @@ def draw_sheet(shown, title, path):
 
     title: what stands above.
     """
-    rows = [draw_row(title + LEGEND, "", [])]
+    rows = [draw_row(f"{title}\nticked: the right picture, which is the sixth if not among the best", "", [])]
     for query in np.random.default_rng(0).permutation(len(shown.texts))[:QUERIES]:
         _, order = best_of(shown.image, shown.text[query])
         right = shown.owner[query]
