@@ -101,8 +101,7 @@ def build(gradio, args, places, image, towers, about):
                  for word, share in zip(words.flat, strengths.flat)]
         return (f'<div class="patches" style="--side: {len(words)}">{drawn(thumbnail(place, 720))}'
                 f"{''.join(cells)}</div>{name_of(place)}"
-                "<small>What each patch says, in the LLM's own words; the fainter, the weaker: the cosine of "
-                "patch and word, over the picture's largest</small>")
+                "<small>Each patch in the LLM's own words; the fainter, the weaker (by cosine)</small>")
 
     with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(3600, 3600)) as blocks:
         text, picture, facets, words, gallery = lay_out(gradio, about, by_text("")[0])
