@@ -4,8 +4,9 @@
 * The page answers gradio's client: texts, pictures, facets one by one, words of a picture that is clicked. A
   damaged picture is told there, and it goes on. It keeps nothing, asks nobody else for anything, and names
   are no markup. Of an open_clip model it hides what only an LLM's facets have.
-* A patch's word is the nearest of the LLM's whole words, in the space from before the text projection.
-* The contact sheet shows the right picture in green, be it the last.
+* A patch's word is the nearest of the LLM's whole words, in the space from before the text projection; its
+  opacity is its cosine.
+* The contact sheet shows the right picture in green and ticked, be it the last, and says so.
 * --inspect finds what is wrong in a store; --draw shows every segment.
 """
 import json
@@ -18,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from gradio_client import Client, handle_file
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -158,8 +160,10 @@ def clicked(client, picture):
 def test_a_click_shows_the_words_of_the_patches(world, client, tiny_llm):
     html, = clicked(client, 5)["data"]
     with open_picture(world[1][5]) as image:
-        grid = words.words_of(world[2].model, tiny_llm, image)
-    assert re.findall("<span.*?>(.*?)</span>", html) == sum(grid, [])
+        grid, strengths = words.words_of(world[2].model, tiny_llm, image)
+    spans = re.findall(r"<span.*?opacity: (.*?)\">(.*?)</span>", html)
+    assert spans == [(f"{share:.2f}", word) for share, word in zip(strengths.flat, grid.flat)]
+    assert len(set(strengths.flat)) > 1 and "the fainter, the weaker" in html
 
 
 def test_what_is_damaged_is_told_and_the_page_goes_on(world, client, tmp_path):
@@ -215,13 +219,17 @@ def test_words_of_a_picture(world, make_random_llm, family, offset):
     names = {i: text[1:] for i, text in enumerate(texts) if re.fullmatch(r" [^\W\d_]{3,}", text)}
     with open_picture(places[2]) as image:
         states = words.patch_states(towers.model, towers.model.preprocess(image)).flatten(0, 1)
-        grid = words.words_of(towers.model, llm, image)
+        grid, strengths = words.words_of(towers.model, llm, image)
     best = [max(names, key=row.__getitem__) for row in (states * norm @ unembedding.T).tolist()]
-    assert sum(grid, []) == [names[i] for i in best]
+    assert [*grid.flat] == [names[i] for i in best]
+    cosines = [F.cosine_similarity(row, unembedding[i] * norm, 0).item() for row, i in zip(states, best)]
+    assert strengths.flatten() == pytest.approx(np.array(cosines) / max(cosines), abs=1e-5)
 
 
-def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
+def test_the_sheet_shows_the_right_picture_in_green_and_ticked(tmp_path, monkeypatch):
     """Among the five best, else the sixth; a picture that is gone is grey; texts of any script."""
+    rows, draw_row = [], sheet.draw_row
+    monkeypatch.setattr(sheet, "draw_row", lambda *row: rows.append(row) or draw_row(*row))
     for n in range(10):
         Image.new("RGB", (50, 50), (20 * n, 90, 200)).save(tmp_path / f"{n}.png")
     places = [Place(str(tmp_path / f"{n}.png")) for n in range(11)]
@@ -233,6 +241,10 @@ def test_the_sheet_shows_the_right_picture_in_green(tmp_path):
         green = (pixels == (0, 168, 80)).all(-1).any(0).nonzero()[0]
         assert (green.min() - 16 - sheet.TEXT) / sheet.CELL == min(right, 5)
         assert tuple(pixels[16 + 54 + 64, int(green.mean())]) == (20 * right, 90, 200)
+        corner = pixels[16 + 54 + sheet.FRAME:, green.min() + sheet.FRAME:][:50, :50].reshape(-1, 3)
+        assert {(0, 168, 80), (255, 255, 255)} < set(map(tuple, corner.tolist()))   # the tick and its edge
+        assert re.match("words by a tower\nticked: .* is the sixth if not among the best", rows[-2][0])
+        assert [words for _, words, _ in rows[-1][2] if words] == [f"right: number {right + 1}"]
     assert sheet.thumbnail(places[10], 9).getpixel((0, 0)) == (208, 208, 208)
 
 

@@ -527,6 +527,24 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     assert ImageColor.getrgb(plots.BLUE) in set(map(tuple, curve.tolist()))
 
 
+@pytest.mark.parametrize("loss, bias", [("infonce", 0.0), ("sigmoid", -math.log(63))])
+def test_the_curve_has_name_number_and_the_loss_of_chance(tmp_path, monkeypatch, loss, bias):
+    """The loss of vectors that are all the same; sigmoid's best bias says how many pairs are right."""
+    figures = []
+    monkeypatch.setattr(plots.files, "write", lambda path, save: figures.append(save.__self__))
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 1, "loss": 2.5}\n')
+    settings = {"loss": loss, "batch": 64, "positives": 3, "images": 5000}
+    (tmp_path / "config.json").write_text(json.dumps({"training": settings}))
+    plots.draw_curve(tmp_path)
+    axes, = figures[0].axes
+    chance = train.LOSSES[loss](torch.ones(64, 1), torch.ones(64, 3, 1), 0, bias).item()
+    drawn = axes.lines[1].get_ydata()
+    assert drawn == pytest.approx([chance] * 2, abs=0.01)
+    assert [text.get_text() for text in axes.get_legend().texts] == [f"chance: {drawn[0]:.2f}"]
+    assert axes.get_title() == f"{tmp_path.name}: 5,000 pictures"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", f"{loss} loss: 2.5")
+
+
 @pytest.mark.parametrize("flags", [
     "--loss sigmoid --text-projection whiten+linear:8 --chunk 5", "--text-projection none --no-pool-first",
     "--columns long.3,raw.0 --patch-dropout 0 --init published"])

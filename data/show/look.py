@@ -54,7 +54,7 @@ def inspect(args):
     table = captions.read_table(Path(args.inspect, "captions.tsv"))
     for facets, row in zip(states[:3], islice(table, 0, None, step)):
         print(f"{row.key}: {row.long[:150]}")
-        nearest = (facets @ vectors.T).topk(min(4, len(words))).indices     # [11, 4]
+        nearest = (facets @ vectors.T).topk(4).indices     # [11, 4]
         for column, several in zip(COLUMNS, words[nearest]):
             print(f"  {column:8} {' '.join(several)}")
 
@@ -99,8 +99,7 @@ def draw(args):
     write(0.45 * T, 3, f"7 facets of one caption in one pass: {T} tokens instead of {apart}\n"
           "row: query, column: key it sees; framed: the answers' rows")
     depths = {-1: -1}
-    starts = np.cumsum(forest.lengths)[:-1]
-    for s, tokens in enumerate(np.split(forest.tokens, starts)):
+    for s, tokens in enumerate(forest.tokens.split(forest.lengths.tolist())):
         depths[s] = depths[forest.parents[s]] + 1
         text = textwrap.shorten(tokenizer.decode(tokens.tolist()), 80, placeholder=" ...")
         write(0.45 * T + 2 * depths[s], 2 * s + 6, text, color=colours[s])

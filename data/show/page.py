@@ -84,8 +84,9 @@ def build(gradio, args, places, image, towers, about):
         if not text:
             return gallery_of(0 * image[0]), gradio.CheckboxGroup(visible=False), None
         names, facets = ask(text)
-        rows = [k for k, name in enumerate(names) if name in (chosen or names)]
-        switches = gradio.CheckboxGroup(names, value=[names[k] for k in rows], visible=len(names) > 1)
+        chosen = chosen or names
+        rows = [name in chosen for name in names]
+        switches = gradio.CheckboxGroup(names, value=chosen, visible=len(names) > 1)
         return gallery_of(facets[rows].mean(0)), switches, None
 
     def by_picture(path):
@@ -95,12 +96,12 @@ def build(gradio, args, places, image, towers, about):
     def by_click(event: gradio.EventData):
         place = places[int(event.picture)]
         with open_picture(place) as picture:
-            grid = words_of(towers.model, towers.encoder().llm_dir, picture)
-        cells = [f'<span style="--letters: {max(4, len(word))}">{escape(word)}</span>'
-                 for row in grid for word in row]
-        return (f'<div class="patches" style="--side: {len(grid)}">{drawn(thumbnail(place, 720))}'
+            words, strengths = words_of(towers.model, towers.encoder().llm_dir, picture)
+        cells = [f'<span style="--letters: {max(4, len(word))}; opacity: {share:.2f}">{escape(word)}</span>'
+                 for word, share in zip(words.flat, strengths.flat)]
+        return (f'<div class="patches" style="--side: {len(words)}">{drawn(thumbnail(place, 720))}'
                 f"{''.join(cells)}</div>{name_of(place)}"
-                "<small>What each patch says, in the LLM's own words</small>")
+                "<small>Each patch in the LLM's own words; the fainter, the weaker (by cosine)</small>")
 
     with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(3600, 3600)) as blocks:
         text, picture, facets, words, gallery = lay_out(gradio, about, by_text("")[0])
@@ -131,9 +132,9 @@ def lay_out(gradio, about, first):
 
 
 def drawn(picture):
-    """PIL image -> HTML that holds it"""
+    """PIL image, RGB -> HTML that holds it"""
     out = io.BytesIO()
-    picture.convert("RGB").save(out, format="jpeg", quality=82)
+    picture.save(out, format="jpeg", quality=82)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}" alt="">'
 
 

@@ -38,7 +38,7 @@ def search(args, places, towers):
         print(f"{sheet.printable(query)}: the best of {len(image)} pictures")
         for number, i in enumerate(best, 1):
             print(f"{number:3}  {scores[i]:.4f}  {sheet.printable(places[i].path)}")
-        tiles = [(places[i], sheet.GREY, f"{scores[i]:.3f}  {os.path.basename(places[i].path)[:16]}")
+        tiles = [(places[i], f"{scores[i]:.3f}  {os.path.basename(places[i].path)[:16]}", False)
                  for i in best]
         rows.append(sheet.draw_row(f"the best of {len(image)} pictures", query, tiles))
     path = args.out / "search.png"

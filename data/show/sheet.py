@@ -21,7 +21,7 @@ LETTERS = 46
 LINE = 18
 SIDE = 128
 FRAME = 6
-CELL = SIDE + 2 * FRAME + 14
+CELL = SIDE + 2 * FRAME + 18
 ACROSS = 6
 
 
@@ -42,34 +42,36 @@ def best_of(image, text, most=None):
 
 
 def draw_sheet(shown, title, path):
-    """Writes eight of the texts and the five best pictures of each, the right one in green, be it the sixth.
+    """Writes eight of the texts and the five best pictures of each, the right one marked, be it the sixth.
 
     title: what stands above.
     """
-    rows = [draw_row(title, "", [])]
-    for query in np.sort(np.random.default_rng(0).permutation(len(shown.texts))[:QUERIES]):
+    rows = [draw_row(f"{title}\nticked: the right picture, which is the sixth if not among the best", "", [])]
+    for query in np.random.default_rng(0).permutation(len(shown.texts))[:QUERIES]:
         _, order = best_of(shown.image, shown.text[query])
         right = shown.owner[query]
-        place = order.tolist().index(right)
-        tiles = [(shown.pictures[i], GREY, "") for i in order[:ACROSS - 1] if i != right]
-        tiles.insert(min(place, ACROSS - 1), (shown.pictures[right], GREEN, f"right: number {place + 1}"))
+        words = f"right: number {(order == right).argmax() + 1}"
+        best = dict.fromkeys([*order[:ACROSS - 1], right])
+        tiles = [(shown.pictures[i], words if i == right else "", i == right) for i in best]
         rows.append(draw_row(f"the best of {len(order)} pictures", shown.texts[query], tiles))
     write_rows(rows, path)
 
 
 def draw_row(head, text, tiles):
-    """-> uint8 [height, width, 3]: a line above a text; beside them tiles, (Place, colour of the frame, words
-    below)."""
+    """-> uint8 [height, width, 3]: lines above a text; beside them tiles, (Place, words below, whether it is
+    the right one). That has a green frame, and a tick for those who do not see green."""
     lines = [head, "", *textwrap.wrap(printable(text), LETTERS, max_lines=14, placeholder=" ...")]
     height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 1))
     row = Image.new("RGB", (TEXT + ACROSS * CELL, height), "white")
     pen = ImageDraw.Draw(row)
     pen.multiline_text((0, 0), "\n".join(lines), INK, font_of(), spacing=4)
-    for n, (place, frame, words) in enumerate(tiles):
+    for n, (place, words, right) in enumerate(tiles):
         left, top = TEXT + n % ACROSS * CELL, n // ACROSS * CELL
         picture = ImageOps.pad(thumbnail(place, SIDE), (SIDE, SIDE), color="white")
-        row.paste(ImageOps.expand(picture, FRAME, frame), (left, top))
+        row.paste(ImageOps.expand(picture, FRAME, GREEN if right else GREY), (left, top))
         pen.text((left, top + SIDE + 2 * FRAME), printable(words), INK, font_of(11))
+        if right:
+            pen.text((left + 8, top), "\u2713", GREEN, font_of(36), stroke_width=4, stroke_fill="white")
     return np.array(row)
 
 
@@ -93,9 +95,10 @@ def printable(text):
 
 @functools.cache
 def font_of(size=14):
-    """matplotlib's DejaVu, which has most alphabets; without it Pillow's own, which has ASCII."""
+    """What a matplotlibrc names, else DejaVu, which has most alphabets; without matplotlib Pillow's own,
+    which has ASCII."""
     try:
         from matplotlib.font_manager import findfont
-        return ImageFont.truetype(findfont("DejaVu Sans"), size)
+        return ImageFont.truetype(findfont(None), size)
     except ImportError:
         return ImageFont.load_default(size)

@@ -6,10 +6,8 @@ COUNTS = {"n_texts": "texts", "n_images": "pictures", "n_classes": "names", "ski
 def heading(name, result):
     """A result's name, and what was counted."""
     counts = [f"{result[key]} {word}" for key, word in COUNTS.items() if result.get(key)]
-    if "benchmarks" in result:
-        counts.append(f"{len(result['benchmarks'])} benchmarks")
-    else:
-        counts.append(f"chance {result['chance']:.1f}")
+    counts.append(f"{len(result['benchmarks'])} benchmarks" if "benchmarks" in result else
+                  f"chance {result['chance']:.1f}%")
     return f"{name}: {', '.join(counts)}"
 
 

@@ -45,8 +45,12 @@ def vocabulary(llm):
 
 
 def words_of(model, llm, picture):
-    """PIL image -> [g][g]: the word that the LLM's unembedding finds nearest to each patch."""
+    """PIL image -> of each patch the word that the LLM's unembedding finds nearest, str [g, g], and its
+    strength, [g, g]: the cosine of the two, over the picture's largest.
+    """
     words, vectors = vocabulary(llm)
     device = next(model.parameters()).device
     states = patch_states(model, model.preprocess(picture).to(device)).cpu()
-    return words[(states @ vectors.T).argmax(-1).numpy()].tolist()
+    nearest = (states @ vectors.T).argmax(-1)
+    cosines = F.cosine_similarity(states, vectors[nearest], dim=2)
+    return words[nearest], (cosines / cosines.max()).numpy()
