@@ -22,9 +22,9 @@ def new_figure(width, height):
 def draw_curve(out):
     """Writes curve.png, the loss against the step and that of chance, from log.jsonl and config.json."""
     figure = new_figure(10, 4.5)
-    if figure is None:
-        return
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    if figure is None or not entries:
+        return
     s = json.loads((out / "config.json").read_text())["training"]
     # The least loss where all pairs score alike. InfoNCE: half of log(batch * positives), half of log(batch).
     # Sigmoid: a bias of -log(batch - 1) says that each text has one picture; 1/2B less than this.
