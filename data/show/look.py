@@ -54,7 +54,7 @@ def inspect(args):
     table = captions.read_table(Path(args.inspect, "captions.tsv"))
     for facets, row in zip(states[:3], islice(table, 0, None, step)):
         print(f"{row.key}: {row.long[:150]}")
-        nearest = (facets @ vectors.T).topk(4).indices     # [11, 4]
+        nearest = (facets @ vectors.T).topk(min(4, len(words))).indices     # [11, 4]
         for column, several in zip(COLUMNS, words[nearest]):
             print(f"  {column:8} {' '.join(several)}")
 
