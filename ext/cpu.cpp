@@ -26,24 +26,25 @@ struct Kernels {  // [2]: for float32, for bfloat16
   Kernel<SwiGlu> swiglu[2];
 };
 
-// Calls kernel(task, item) for all items on torch's OpenMP threads, which spin for a while after each
-// operation: threads of our own would fight them for the cores. torch.set_num_threads holds here too. torch
-// loads the pool for all to see; where there is none, one thread works. A kernel must not throw.
+// Calls kernel(task, item) for all items, a thread for `chunk` of them in a row, on torch's OpenMP threads.
+// They spin for a while after each operation: threads of our own would fight them for the cores.
+// torch.set_num_threads holds here too. torch loads the pool for all to see; where there is none, one thread
+// works. A kernel must not throw.
 template <class Task>
 void parallel(const Task& task, Kernel<Task> kernel, int64_t items, int64_t chunk = 32) {
-  using Work = const std::function<void()>;
+  using Loop = const std::function<void()>;
   static const auto threads = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_max_threads");
   static const auto pool = (void (*)(void (*)(void*), void*, unsigned, unsigned))dlsym(RTLD_DEFAULT,
                                                                                        "GOMP_parallel");
   std::atomic<int64_t> next{0};
-  Work some = [&] {
+  Loop loop = [&] {
     for (int64_t from; (from = next.fetch_add(chunk)) < items;)
       for (int64_t item = from; item < std::min(items, from + chunk); ++item) kernel(task, item);
   };
   const int64_t chunks = (items + chunk - 1) / chunk;
   const unsigned workers = threads && pool ? (unsigned)std::min<int64_t>(threads(), chunks) : 1;
-  if (workers > 1) pool([](void* some) { (*(Work*)some)(); }, (void*)&some, workers, 0);
-  else some();
+  if (workers > 1) pool([](void* loop) { (*(Loop*)loop)(); }, (void*)&loop, workers, 0);
+  else loop();
 }
 
 #define QUOTE(x) #x
