@@ -1,11 +1,9 @@
-// Attention over the forest. A task is one tile of queries and one KV head; its rows are queries x query
-// heads of that group, so that each loaded key serves them all. For a group of rows and a block of keys there
-// are two products:
+// Attention over the forest. A piece of work is a tile of queries and a KV head; its rows are the queries x
+// the query heads of that KV head, so that each loaded key serves them all. For a group of rows and a block
+// of keys there are two products:
 //   S^T = K Q^T          lanes over rows: no horizontal step in the softmax
 //   O = alpha O + P V    lanes over head_dim
 // The softmax is online and in base 2.
-
-constexpr float LOWEST = -INFINITY;
 
 // A row of `dim` elements as units, zeros from there to `units`, a multiple of 16.
 template <Math M, class T>
@@ -39,7 +37,7 @@ TARGET inline void softmax(const float* s, int keys, float scale, float* p, floa
     now = x > now ? x : now;
   }
   const vec log2_scale = splat(scale * 1.44269504f);
-  const vec base = now == splat(LOWEST) ? vec{} : now * log2_scale;  // nothing seen yet: keep -inf - -inf out
+  const vec base = now == splat(-INFINITY) ? vec{} : now * log2_scale;  // nothing seen yet: no -inf - -inf
   int j = 0;
   for (; j < keys; j += per_unit(M), p += GROUP) {
     const vec even = exp2_of<M != FLOATS>(load(s + j * GROUP) * log2_scale - base);
@@ -57,15 +55,13 @@ TARGET inline void softmax(const float* s, int keys, float scale, float* p, floa
 }
 
 template <class T>
-struct Task {
+struct Work {
   static constexpr Math M = sizeof(T) == 4 ? FLOATS : BF16_MATH;
   static constexpr int PER = per_unit(M);
   const Attention& a;
-  const Plan& plan;
   const Tile* tile;
   const int kv_head;
   float* const scratch;
-  const int32_t* query = plan.query + tile[0].query;
   const int share = a.heads / a.kv_heads, rows = (tile[1].query - tile[0].query) * share;
   const int padded = (int)round_up(rows, GROUP);
   const int units = (int)round_up(a.dim, 16 * PER) / PER;  // of a row of Q or K
@@ -79,7 +75,7 @@ struct Task {
   uint32_t* const q = (uint32_t*)take((int64_t)padded * units);     // [units, padded]
   uint32_t* const k_copy = (uint32_t*)take((KEYS + PAST) * units);  // [KEYS + PAST, units]
   uint32_t* const v_copy = (uint32_t*)take(KEYS / PER * width);     // [KEYS / PER, width]
-  int32_t* const q_first = (int32_t*)take(padded);
+  int32_t* const q_segment = (int32_t*)take(padded);
   int32_t* const q_depth = (int32_t*)take(padded);
 
   float* take(int64_t n) {  // on cache lines
@@ -88,44 +84,42 @@ struct Task {
     return (float*)part;
   }
 
-  int64_t offset(int r, int64_t stride) const {  // of a row of Q or of the result
-    return query[r / share] * stride + (kv_head * share + r % share) * a.dim;
+  T* elements(const Rows& x, int r) const {  // of Q or of the result
+    return (T*)x.at + (tile->query + r / share) * x.stride + (kv_head * share + r % share) * a.dim;
   }
 
   TARGET void begin() {
     for (int r = 0; r < padded; r += 16) {  // rows past the end repeat the last one
-      for (int i = 0; i < 16; ++i) {
-        const T* row = (const T*)a.q + offset(std::min(r + i, rows - 1), a.q_stride);
-        to_units<M>(row, a.dim, k_copy + i * units, units);
-      }
+      for (int i = 0; i < 16; ++i)
+        to_units<M>(elements(a.q, std::min(r + i, rows - 1)), a.dim, k_copy + i * units, units);
       for (int u = 0; u < units; u += 16) transpose(k_copy + u, units, q + (int64_t)u * padded + r, padded);
     }
     for (int r = 0; r < padded; ++r) {
-      const Token& token = plan.token[query[std::min(r, rows - 1) / share]];
-      q_first[r] = token.first;
+      const Token& token = a.plan.token[tile->query + std::min(r, rows - 1) / share];
+      q_segment[r] = token.segment;
       q_depth[r] = token.depth;
-      maximum[r] = LOWEST;
+      maximum[r] = -INFINITY;
       total[r] = 0;
     }
-    std::memset(o, 0, sizeof(float) * padded * width);
+    std::fill_n(o, padded * width, 0.f);
   }
 
   // All rows take in the n keys from packed token `start` on.
   TARGET void take_in(int64_t start, int n, bool masked) {
-    const T* k = (const T*)a.k + start * a.k_stride + kv_head * a.dim;
-    const T* v = (const T*)a.v + start * a.v_stride + kv_head * a.dim;
-    const bool k_in_place = sizeof(T) * PER == 4 && a.dim == units * PER && a.k_stride % PER == 0;
-    Units keys{(const uint32_t*)k, a.k_stride / PER, 1}, values{(const uint32_t*)v, a.v_stride, 1};
-    if (!k_in_place || start + n + PAST > plan.tokens) {  // past the packed row's end there is no memory
-      for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k_stride, a.dim, k_copy + j * units, units);
+    const T* k = (const T*)a.k.at + start * a.k.stride + kv_head * a.dim;
+    const T* v = (const T*)a.v.at + start * a.v.stride + kv_head * a.dim;
+    const bool k_in_place = sizeof(T) * PER == 4 && a.dim == units * PER && a.k.stride % PER == 0;
+    Units keys{(const uint32_t*)k, a.k.stride / PER, 1}, values{(const uint32_t*)v, a.v.stride, 1};
+    if (!k_in_place || start + n + PAST > a.plan.tokens) {  // past the packed row's end there is no memory
+      for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k.stride, a.dim, k_copy + j * units, units);
       keys = {k_copy, units, 1};
     }
     if (sizeof(T) == 2 || a.dim != width) {
-      to_value_units<M>(v, a.v_stride, n, a.dim, v_copy, width);
+      to_value_units<M>(v, a.v.stride, n, a.dim, v_copy, width);
       values = {v_copy, width, 1};
     }
     for (int r = 0; r < rows; r += GROUP) {
-      const Token* key = plan.token + start;
+      const Token* key = a.plan.token + start;
       int low = 0, high = n;
       if (masked) trim(key, r, low, high);
       if (low < high)
@@ -138,10 +132,10 @@ struct Task {
 
   // Leaves out keys at both ends that no row of the group sees.
   TARGET void trim(const Token* key, int r, int& low, int& high) const {
-    const int32_t lowest = q_first[r], highest = q_first[r + lanes(r) - 1];
+    const int32_t lowest = q_segment[r], highest = q_segment[r + lanes(r) - 1];
     const int32_t deepest = *std::max_element(q_depth + r, q_depth + r + lanes(r));
     const auto needed = [&](const Token& k) {
-      return k.first <= highest && lowest <= k.last && k.depth <= deepest;
+      return k.segment <= highest && lowest <= k.last && k.depth <= deepest;
     };
     while (low < high && !needed(key[high - 1])) --high;
     while (low < high && !needed(key[low])) ++low;
@@ -151,10 +145,11 @@ struct Task {
   TARGET void take_in_group(const Token* key, int r, int n, bool masked, Units keys, Units values) {
     alignas(64) float alpha[GROUP];
     product<M>(n, lanes(r), keys, {q + r, padded, 1}, units, s, GROUP, nullptr);
-    const int32_t *first = q_first + r, *depth = q_depth + r;
+    const int32_t *segment = q_segment + r, *depth = q_depth + r;
     float* score = s;
     for (int j = 0; masked && j < n; ++j, score += GROUP)
-      for (int i = 0; i < GROUP; ++i) score[i] = visible({first[i], 0, depth[i]}, key[j]) ? score[i] : LOWEST;
+      for (int i = 0; i < GROUP; ++i)
+        score[i] = visible({segment[i], 0, depth[i]}, key[j]) ? score[i] : -INFINITY;
     for (int i = 0; i < lanes(r); i += WIDTH)
       softmax<M>(s + i, n, a.scale, p + i, maximum + r + i, total + r + i, alpha + i);
     product<M>(std::min(lanes(r), rows - r), width, {(const uint32_t*)p, 1, GROUP}, values,
@@ -164,38 +159,30 @@ struct Task {
   TARGET void end() const {
     for (int r = 0; r < rows; ++r)
       for (int i = 0; i < a.dim; i += WIDTH)
-        put((T*)a.out + offset(r, a.out_stride) + i, load(o + r * width + i) * (1 / total[r]), a.dim - i);
+        put(elements(a.out, r) + i, load(o + r * width + i) * (1 / total[r]), a.dim - i);
   }
 };
 
 template <class T>
-TARGET void attend(const Attention& a, const Plan& plan, int64_t item) {
+TARGET void attention(const Attention& a, int64_t item) {
   struct alignas(64) Line { float x[16]; };
   thread_local std::vector<Line> scratch;
-  const Tile* tile = plan.tile + item / a.kv_heads;
+  const Tile* tile = a.plan.tile + item / a.kv_heads;
   const int kv_head = (int)(item % a.kv_heads);
-  const size_t lines = Task<T>{a, plan, tile, kv_head, nullptr}.floats / 16;
+  const size_t lines = Work<T>{a, tile, kv_head, nullptr}.floats / 16;
   if (scratch.size() < lines) scratch.resize(lines);
-  Task<T> task{a, plan, tile, kv_head, scratch[0].x};
+  Work<T> work{a, tile, kv_head, scratch[0].x};
 #ifdef AMX
   alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
   for (int t = 0; t < 3; ++t) config[16 + 2 * t] = 4 * (config[48 + t] = TILE);
   _tile_loadconfig(config);
 #endif
-  task.begin();
-  for (int32_t run = tile[0].run; run < tile[1].run; ++run) {
-    const auto [start, stop, before] = plan.run[run];
-    for (int64_t key = start; key < stop; key += KEYS)
-      task.take_in(key, (int)std::min<int64_t>(KEYS, stop - key), before >= tile->common);
-  }
-  task.end();
+  work.begin();
+  for (const Run* run = a.plan.run + tile[0].run; run < a.plan.run + tile[1].run; ++run)
+    for (int64_t key = run->start; key < run->stop; key += KEYS)
+      work.take_in(key, (int)std::min<int64_t>(KEYS, run->stop - key), run->before >= tile->common);
+  work.end();
 #ifdef AMX
   _tile_release();
 #endif
-}
-
-template <class T>
-void attention(const Attention& a, const Forest& forest) {
-  const Plan plan = forest.plan(forest.buffer.data());
-  parallel((int64_t)plan.tiles * a.kv_heads, [&](int64_t item) { attend<T>(a, plan, item); });
 }

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,40 +15,37 @@
 
 namespace {
 
-// Calls work(item) for all items on torch's OpenMP threads, which spin for a while after each operation:
-// threads of our own would fight them for the cores. torch.set_num_threads holds here too. torch loads the
-// pool for all to see; where there is none, one thread works. `work` must not throw.
-void parallel(int64_t items, const std::function<void(int64_t item)>& work) {
-  using Work = const std::function<void()>;
+template <class Task>
+using Kernel = void (*)(const Task&, int64_t item);  // an item: a row; of attention a tile and a KV head
+
+struct Kernels {  // [2]: for float32, for bfloat16
+  const char* name;
+  Kernel<Attention> attention[2];
+  Kernel<Rope> rope[2];
+  Kernel<RmsNorm> rmsnorm[2];
+  Kernel<SwiGlu> swiglu[2];
+};
+
+// Calls kernel(task, item) for all items, a thread for `chunk` of them in a row, on torch's OpenMP threads.
+// They spin for a while after each operation: threads of our own would fight them for the cores.
+// torch.set_num_threads holds here too. torch loads the pool for all to see; where there is none, one thread
+// works. A kernel must not throw.
+template <class Task>
+void parallel(const Task& task, Kernel<Task> kernel, int64_t items, int64_t chunk = 32) {
+  using Loop = const std::function<void()>;
   static const auto threads = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_max_threads");
   static const auto pool = (void (*)(void (*)(void*), void*, unsigned, unsigned))dlsym(RTLD_DEFAULT,
                                                                                        "GOMP_parallel");
   std::atomic<int64_t> next{0};
-  Work some = [&] {
-    for (int64_t item; (item = next++) < items;) work(item);
+  Loop loop = [&] {
+    for (int64_t from; (from = next.fetch_add(chunk)) < items;)
+      for (int64_t item = from; item < std::min(items, from + chunk); ++item) kernel(task, item);
   };
-  const unsigned workers = threads && pool ? (unsigned)std::min<int64_t>(threads(), items) : 1;
-  if (workers > 1) pool([](void* some) { (*(Work*)some)(); }, (void*)&some, workers, 0);
-  else some();
+  const int64_t chunks = (items + chunk - 1) / chunk;
+  const unsigned workers = threads && pool ? (unsigned)std::min<int64_t>(threads(), chunks) : 1;
+  if (workers > 1) pool([](void* loop) { (*(Loop*)loop)(); }, (void*)&loop, workers, 0);
+  else loop();
 }
-
-template <class Task>
-using RowKernel = void (*)(const Task&, int64_t from, int64_t to);
-
-template <class Task>
-void over_rows(const Task& task, RowKernel<Task> kernel, int64_t rows) {
-  constexpr int64_t CHUNK = 32;
-  parallel((rows + CHUNK - 1) / CHUNK,
-           [&](int64_t i) { kernel(task, i * CHUNK, std::min(rows, (i + 1) * CHUNK)); });
-}
-
-struct Kernels {  // [2]: for float32, for bfloat16
-  const char* name;
-  void (*attention[2])(const Attention&, const Forest&);
-  RowKernel<Rope> rope[2];
-  RowKernel<RmsNorm> rmsnorm[2];
-  RowKernel<SwiGlu> swiglu[2];
-};
 
 #define QUOTE(x) #x
 #define NAME(x) QUOTE(x)
@@ -76,22 +72,18 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 #define WIDTH 16
 #define AMX
 #include "kernels.inl"
-
-bool tiles_permitted() {  // Linux hands out their state on request
-  const int request_permission = 0x1023, tile_data = 18;
-  return !syscall(SYS_arch_prctl, request_permission, tile_data);
-}
 #endif
 
 std::vector<const Kernels*> usable() {  // best last; each needs what the one before needs
   std::vector<const Kernels*> list;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return list;
   list.push_back(&avx2::kernels);
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq")) return list;
   list.push_back(&avx512_bf16::kernels);
-  if (__builtin_cpu_supports("amx-bf16") && tiles_permitted()) list.push_back(&avx512_amx::kernels);
+  const int request_permission = 0x1023, tile_data = 18;  // Linux hands out AMX's state on request
+  if (__builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, request_permission, tile_data))
+    list.push_back(&avx512_amx::kernels);
 #endif
   return list;
 }
@@ -113,7 +105,9 @@ std::string simd(const std::string& name) {
   return used;
 }
 
-void cpu_attention(const Attention& a, Dtype dtype, const Forest& f) { kernels().attention[dtype](a, f); }
-void cpu_rows(const Rope& r, Dtype dtype, int64_t rows) { over_rows(r, kernels().rope[dtype], rows); }
-void cpu_rows(const RmsNorm& r, Dtype dtype, int64_t rows) { over_rows(r, kernels().rmsnorm[dtype], rows); }
-void cpu_rows(const SwiGlu& g, Dtype dtype, int64_t rows) { over_rows(g, kernels().swiglu[dtype], rows); }
+void run_on_cpu(const Attention& a, Dtype dtype) {
+  parallel(a, kernels().attention[dtype], (int64_t)a.plan.tiles * a.kv_heads, 1);
+}
+void run_on_cpu(const Rope& r, Dtype dtype) { parallel(r, kernels().rope[dtype], r.rows); }
+void run_on_cpu(const RmsNorm& r, Dtype dtype) { parallel(r, kernels().rmsnorm[dtype], r.rows); }
+void run_on_cpu(const SwiGlu& g, Dtype dtype) { parallel(g, kernels().swiglu[dtype], g.rows); }

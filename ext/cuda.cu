@@ -18,14 +18,14 @@ constexpr uint32_t WARP = 0xffffffff;
 using bf16 = __nv_bfloat16;
 
 // Key number i of a tile, counted through its runs; -1 past the last.
-__device__ int32_t key_at(const Plan& plan, int32_t tile, int32_t i) {
-  int32_t low = plan.tile[tile].run, high = plan.tile[tile + 1].run - 1;
+__device__ int32_t key_at(const Tile* tile, const Run* runs, int32_t i) {
+  int32_t low = tile[0].run, high = tile[1].run - 1;
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
-    if (plan.run[middle].before <= i) low = middle;
+    if (runs[middle].before <= i) low = middle;
     else high = middle - 1;
   }
-  const Run run = plan.run[low];
+  const Run run = runs[low];
   const int32_t key = run.start + (i - run.before);
   return key < run.stop ? key : -1;
 }
@@ -91,27 +91,26 @@ template <int DIM>
 struct Work {
   static constexpr int CHUNKS = DIM / 8;
   const Attention& a;
-  const Plan& plan;
   Shared<DIM>& shared;
-  const int tile = blockIdx.x, kv_head = blockIdx.y, share = a.heads / a.kv_heads;
+  const Tile* tile = a.plan.tile + blockIdx.x;
+  const int kv_head = blockIdx.y, share = a.heads / a.kv_heads;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int32_t* query = plan.query + plan.tile[tile].query;
-  const int rows = (plan.tile[tile + 1].query - plan.tile[tile].query) * share;
+  const int query = tile[0].query, rows = (tile[1].query - query) * share;
   Token token[2];  // of the lane's two rows
   uint32_t q[DIM / 16][4];
   float o[DIM / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
 
   __device__ int row_of(int half) const { return warp * 16 + lane / 4 + 8 * half; }
-  __device__ int64_t offset(int row, int64_t stride) const {
-    return query[row / share] * stride + (kv_head * share + row % share) * DIM;
+  __device__ bf16* elements(const Rows& x, int row) const {  // of Q or of the result
+    return (bf16*)x.at + (query + row / share) * x.stride + (kv_head * share + row % share) * DIM;
   }
 
   __device__ void begin() {
     for (int half : {0, 1})  // rows past the end repeat the last one; they are not stored
-      token[half] = plan.token[query[min(row_of(half), rows - 1) / share]];
+      token[half] = a.plan.token[query + min(row_of(half), rows - 1) / share];
     for (int i = thread; i < ROWS * CHUNKS; i += THREADS) {
       const int row = i / CHUNKS, chunk = i % CHUNKS;
-      const auto* from = (const bf16*)a.q + offset(min(row, rows - 1), a.q_stride) + chunk * 8;
+      const bf16* from = elements(a.q, min(row, rows - 1)) + chunk * 8;
       copy_16_bytes(at<DIM>(shared.k[1], row, chunk), from, true);
     }
     commit_copies();
@@ -119,19 +118,20 @@ struct Work {
 
   __device__ void find_keys(int block) {
     if (thread >= KEYS) return;
-    const int32_t key = key_at(plan, tile, block * KEYS + thread);
+    const int32_t key = key_at(tile, a.plan.run, block * KEYS + thread);
+    const Token past{INT32_MAX, 0, 0};  // visible to none
     shared.key[block % 3][thread] = key;
-    shared.token[block % 3][thread] = key < 0 ? Token{INT32_MAX, 0, 0} : plan.token[key];  // visible to none
+    shared.token[block % 3][thread] = key < 0 ? past : a.plan.token[key];
   }
 
   __device__ void fetch_keys(int block) {
-    const auto* k = (const bf16*)a.k + kv_head * DIM;
-    const auto* v = (const bf16*)a.v + kv_head * DIM;
+    const auto* k = (const bf16*)a.k.at + kv_head * DIM;
+    const auto* v = (const bf16*)a.v.at + kv_head * DIM;
     for (int i = thread; i < KEYS * CHUNKS; i += THREADS) {
       const int row = i / CHUNKS, chunk = i % CHUNKS;
       const int64_t key = shared.key[block % 3][row], safe = key < 0 ? 0 : key;
-      copy_16_bytes(at<DIM>(shared.k[block % 2], row, chunk), k + safe * a.k_stride + chunk * 8, key >= 0);
-      copy_16_bytes(at<DIM>(shared.v[block % 2], row, chunk), v + safe * a.v_stride + chunk * 8, key >= 0);
+      copy_16_bytes(at<DIM>(shared.k[block % 2], row, chunk), k + safe * a.k.stride + chunk * 8, key >= 0);
+      copy_16_bytes(at<DIM>(shared.v[block % 2], row, chunk), v + safe * a.v.stride + chunk * 8, key >= 0);
     }
     commit_copies();
   }
@@ -193,17 +193,17 @@ struct Work {
     const float scale = 1 / total[half];
     const int row = row_of(half);
     if (row >= rows) return;
-    auto* out = (bf16*)a.out + offset(row, a.out_stride) + lane % 4 * 2;
+    bf16* out = elements(a.out, row) + lane % 4 * 2;
     UNROLL for (int n = 0; n < DIM / 8; ++n)
       *reinterpret_cast<uint32_t*>(out + n * 8) = pack(o[n][2 * half] * scale, o[n][2 * half + 1] * scale);
   }
 };
 
 template <int DIM>
-__global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
+__global__ void __launch_bounds__(THREADS) attend(Attention a) {
   extern __shared__ __align__(128) unsigned char memory[];
-  Work<DIM> work{a, plan, *reinterpret_cast<Shared<DIM>*>(memory)};
-  const Run last = plan.run[plan.tile[blockIdx.x + 1].run - 1];
+  Work<DIM> work{a, *reinterpret_cast<Shared<DIM>*>(memory)};
+  const Run last = a.plan.run[work.tile[1].run - 1];
   const int32_t blocks = (last.before + last.stop - last.start + KEYS - 1) / KEYS;
   work.begin();
   work.find_keys(0);
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(THREADS) attend(Attention a, Plan plan) {
     work.find_keys(block + 2);
     float s[KEYS / 8][4] = {};
     work.multiply_keys(s, block);
-    if ((block + 1) * KEYS > plan.tile[blockIdx.x].common) work.hide(s, block);
+    if ((block + 1) * KEYS > work.tile->common) work.hide(s, block);
     for (int half : {0, 1}) work.softmax(s, half);
     work.multiply_values(s, block);
   }
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(THREADS) rotate(Rope r) {
   float x[N], y[N], cos[N], sin[N], turned[N];
   for (int i = threadIdx.x * N; i < r.heads * half; i += THREADS * N) {
     const int pair = i % half;
-    bf16* at = (bf16*)r.qkv + token * r.stride + i / half * r.dim + pair;
+    bf16* at = (bf16*)r.qkv.at + token * r.qkv.stride + i / half * r.dim + pair;
     get(x, at);
     get(y, at + half);
     get(cos, r.cos + token * half + pair);
@@ -307,27 +307,26 @@ __global__ void __launch_bounds__(THREADS) gate(SwiGlu g) {
   }
 }
 
-template <class... Task>
-void launch(void (*kernel)(Task...), dim3 grid, int bytes, uintptr_t stream, const Task&... task) {
+template <class Task>
+void launch(void (*kernel)(Task), dim3 grid, int bytes, uintptr_t stream, const Task& task) {
   if (!grid.x || !grid.y) return;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess)
-    kernel<<<grid, THREADS, bytes, (cudaStream_t)stream>>>(task...);
+    kernel<<<grid, THREADS, bytes, (cudaStream_t)stream>>>(task);
   const cudaError_t error = cudaGetLastError();  // and forgets it, or our next launch would be told of it
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
 }  // namespace
 
-void cuda_attention(const Attention& a, const Plan& plan, int tile_size, uintptr_t stream) {
-  if (tile_size * (a.heads / a.kv_heads) > ROWS || (a.dim != 64 && a.dim != 128))
+void run_on_cuda(const Attention& a, uintptr_t stream) {
+  if (a.plan.tile_size * (a.heads / a.kv_heads) > ROWS || (a.dim != 64 && a.dim != 128))
     throw std::invalid_argument("on CUDA head_dim is 64 or 128, and tile at most 64 // (heads a KV head)");
-  const dim3 grid(plan.tiles, a.kv_heads);
-  if (a.dim == 64) launch(attend<64>, grid, sizeof(Shared<64>), stream, a, plan);
-  else launch(attend<128>, grid, sizeof(Shared<128>), stream, a, plan);
+  const dim3 grid(a.plan.tiles, a.kv_heads);
+  if (a.dim == 64) launch(attend<64>, grid, sizeof(Shared<64>), stream, a);
+  else launch(attend<128>, grid, sizeof(Shared<128>), stream, a);
 }
-
-void cuda_rows(const Rope& r, int64_t rows, uintptr_t stream) { launch(rotate, rows, 0, stream, r); }
-void cuda_rows(const RmsNorm& r, int64_t rows, uintptr_t stream) {
-  launch(normalize, rows, sizeof(float) * (r.width + THREADS / 32), stream, r);
+void run_on_cuda(const Rope& r, uintptr_t stream) { launch(rotate, r.rows, 0, stream, r); }
+void run_on_cuda(const RmsNorm& r, uintptr_t stream) {
+  launch(normalize, r.rows, sizeof(float) * (r.width + THREADS / 32), stream, r);
 }
-void cuda_rows(const SwiGlu& g, int64_t rows, uintptr_t stream) { launch(gate, rows, 0, stream, g); }
+void run_on_cuda(const SwiGlu& g, uintptr_t stream) { launch(gate, g.rows, 0, stream, g); }

@@ -13,23 +13,22 @@ using namespace py::literals;
 
 namespace {
 
+using Tensor = const py::object&;
 using Sizes = std::vector<int64_t>;
 constexpr int64_t ANY = -1;  // a size
 const std::string FLOATING = "torch.float32 torch.bfloat16";
 
-struct View {  // of a tensor
+struct View : Rows {  // of a tensor
   std::string dtype, device;
   Sizes shape;
-  int64_t stride = 0;  // elements between rows
-  uintptr_t address;
   bool cuda;
 
   // Throws ValueError unless dtype and device ("": the CPU or CUDA) are among these, the shape is as wanted,
   // and the tensor is contiguous; with `gaps`, each of its rows.
-  View(const py::object& tensor, const char* name, const std::string& dtypes, const Sizes& wanted,
+  View(Tensor tensor, const char* name, const std::string& dtypes, const Sizes& wanted,
        const std::string& place = "", bool gaps = false)
-      : dtype(py::str(tensor.attr("dtype"))), device(py::str(tensor.attr("device"))),
-        shape(tensor.attr("shape").cast<Sizes>()), address(tensor.attr("data_ptr")().cast<uintptr_t>()),
+      : Rows{(void*)tensor.attr("data_ptr")().cast<uintptr_t>(), 0}, dtype(py::str(tensor.attr("dtype"))),
+        device(py::str(tensor.attr("device"))), shape(tensor.attr("shape").cast<Sizes>()),
         cuda(CUDA && device.rfind("cuda", 0) == 0) {
     const auto strides = tensor.attr("stride")().cast<Sizes>();
     bool right = dtypes.find(dtype) != std::string::npos && shape.size() == wanted.size();
@@ -40,7 +39,7 @@ struct View {  // of a tensor
       right &= shape[i] < 2 || strides[i] == step || (gaps && i == 0);
     }
     if (cuda)  // kernels move 16 bytes at once, and know bfloat16 alone
-      right &= address % 16 == 0 && (shape.size() < 2 || strides[0] % 8 == 0) &&
+      right &= (uintptr_t)at % 16 == 0 && (shape.size() < 2 || strides[0] % 8 == 0) &&
                (dtypes != FLOATING || floating() == BF16);
     if (!right)
       throw py::value_error(py::str("{} is {} {}, strides {}, on {}; expected {} {}, contiguous, on {}")
@@ -49,20 +48,26 @@ struct View {  // of a tensor
   }
 
   Dtype floating() const { return dtype == "torch.float32" ? F32 : BF16; }
-  template <class T>
-  T* data() const { return (T*)address; }
 };
 
-void mask(const Forest& forest, const py::object& out_) {
+template <class Task>
+void run(const Task& task, const View& out, uintptr_t stream) {  // where `out` lies
+  if constexpr (CUDA)
+    if (out.cuda) return run_on_cuda(task, stream);
+  py::gil_scoped_release release;
+  run_on_cpu(task, out.floating());
+}
+
+void mask(const Forest& forest, Tensor out_) {
   const int64_t n = forest.tokens;
-  auto* out = View(out_, "out", "torch.bool", {n, n}, "cpu").data<uint8_t>();
+  auto* out = (uint8_t*)View(out_, "out", "torch.bool", {n, n}, "cpu").at;
   const Token* token = forest.plan(forest.buffer.data()).token;
   for (int64_t q = 0; q < n; ++q)
     for (int64_t k = 0; k < n; ++k) *out++ = visible(token[q], token[k]);
 }
 
-void attention(const py::object& q_, const py::object& k_, const py::object& v_, const py::object& out_,
-               const Forest& forest, float scale, const py::object& plan_, uintptr_t stream) {
+void attention(Tensor q_, Tensor k_, Tensor v_, Tensor out_, const Forest& forest, float scale, Tensor plan_,
+               uintptr_t stream) {
   const View q(q_, "q", FLOATING, {forest.tokens, ANY, ANY}, "", true);
   const View k(k_, "k", q.dtype, {forest.tokens, ANY, q.shape[2]}, q.device, true);
   const View v(v_, "v", q.dtype, k.shape, q.device, true);
@@ -70,49 +75,36 @@ void attention(const py::object& q_, const py::object& k_, const py::object& v_,
   const int heads = (int)q.shape[1], kv_heads = (int)k.shape[1], dim = (int)q.shape[2];
   if (heads < 1 || kv_heads < 1 || heads % kv_heads || dim < 1 || dim > MAX_DIM)
     throw py::value_error("k's heads must divide q's, and head_dim is at most " + std::to_string(MAX_DIM));
-  const Attention a{q.data<void>(), k.data<void>(), v.data<void>(), out.data<void>(),
-                    q.stride, k.stride, v.stride, out.stride, heads, kv_heads, dim, scale};
-  if constexpr (CUDA)
-    if (out.cuda) {
-      const View plan(plan_, "plan", "torch.int32", {(int64_t)forest.buffer.size()}, q.device);
-      return cuda_attention(a, forest.plan(plan.data<int32_t>()), forest.tile_size, stream);
-    }
-  py::gil_scoped_release release;
-  cpu_attention(a, q.floating(), forest);
+  Plan plan = forest.plan(forest.buffer.data());
+  if (q.cuda) {
+    const View copy(plan_, "plan", "torch.int32", {(int64_t)forest.buffer.size()}, q.device);
+    plan = forest.plan((int32_t*)copy.at);
+  }
+  run(Attention{q, k, v, out, heads, kv_heads, dim, scale, plan}, out, stream);
 }
 
-template <class Task>
-void run(const Task& task, const View& out, uintptr_t stream) {  // over all rows, where `out` lies
-  if constexpr (CUDA)
-    if (out.cuda) return cuda_rows(task, out.shape[0], stream);
-  py::gil_scoped_release release;
-  cpu_rows(task, out.floating(), out.shape[0]);
-}
-
-void rope(const py::object& qkv_, const py::object& cos_, const py::object& sin_, int64_t heads,
-          uintptr_t stream) {
+void rope(Tensor qkv_, Tensor cos_, Tensor sin_, int64_t heads, uintptr_t stream) {
   const View cos(cos_, "cos", "torch.float32", {ANY, ANY});
   const View sin(sin_, "sin", "torch.float32", cos.shape, cos.device);
   const View qkv(qkv_, "qkv", FLOATING, {cos.shape[0], ANY, 2 * cos.shape[1]}, cos.device, true);
   if (heads < 0 || heads > qkv.shape[1]) throw py::value_error("qkv has fewer heads");
-  run(Rope{qkv.data<void>(), qkv.stride, (int)heads, (int)qkv.shape[2], cos.data<float>(), sin.data<float>()},
-      qkv, stream);
+  const int dim = (int)qkv.shape[2];
+  run(Rope{qkv, (int)heads, dim, (float*)cos.at, (float*)sin.at, qkv.shape[0]}, qkv, stream);
 }
 
-void rmsnorm(const py::object& x_, const py::object& weight_, const py::object& out_, float eps,
-             const py::object& delta_, uintptr_t stream) {
+void rmsnorm(Tensor x_, Tensor weight_, Tensor out_, float eps, Tensor delta_, uintptr_t stream) {
   const View x(x_, "x", "torch.float32", {ANY, ANY});
   const View weight(weight_, "weight", "torch.float32", {x.shape[1]}, x.device);
   const View out(out_, "out", FLOATING, x.shape, x.device);
-  RmsNorm task{x.data<float>(), nullptr, weight.data<float>(), out.data<void>(), x.shape[1], eps};
-  if (!delta_.is_none()) task.delta = View(delta_, "delta", out.dtype, x.shape, x.device).data<void>();
+  RmsNorm task{(float*)x.at, nullptr, (float*)weight.at, out.at, x.shape[0], x.shape[1], eps};
+  if (!delta_.is_none()) task.delta = View(delta_, "delta", out.dtype, x.shape, x.device).at;
   run(task, out, stream);
 }
 
-void swiglu(const py::object& gate_up_, const py::object& out_, uintptr_t stream) {
+void swiglu(Tensor gate_up_, Tensor out_, uintptr_t stream) {
   const View out(out_, "out", FLOATING, {ANY, ANY});
   const View gate_up(gate_up_, "gate_up", out.dtype, {out.shape[0], 2 * out.shape[1]}, out.device);
-  run(SwiGlu{gate_up.data<void>(), out.data<void>(), out.shape[1]}, out, stream);
+  run(SwiGlu{gate_up.at, out.at, out.shape[0], out.shape[1]}, out, stream);
 }
 
 }  // namespace
@@ -123,10 +115,10 @@ PYBIND11_MODULE(flame_ext, m) {
   m.attr("cuda") = CUDA;
   const auto plan = [](const Forest& f) { return py::array_t<int32_t>(f.buffer.size(), f.buffer.data()); };
   py::class_<Forest>(m, "Layout").def_property_readonly("plan", plan, "int32 [P], what kernels read; "
-      "begins with [T, 3]: a token's segment in preorder, that one's last descendant, the token's depth");
+      "begins with [T, 3]: a token's segment, that one's last descendant, the token's depth");
   m.def("layout", &std::make_unique<Forest, const Sizes&, const Sizes&, const int64_t&>, "lengths"_a,
-        "parents"_a, "tile"_a = 64, "parents[i] is -1 or an index < i. tile: how many queries at most share "
-        "a list of keys; on CUDA at most 64 // (heads a KV head)");
+        "parents"_a, "tile"_a = 64, "depth first: parents[i] is -1, i - 1 or an ancestor of that. tile: how "
+        "many queries at most share a list of keys; on CUDA at most 64 // (heads a KV head)");
   m.def("mask", mask, "layout"_a, "out"_a, "Writes into bool [T, T]: out[q, k] = k is visible to q");
   m.def("attention", attention, "q"_a, "k"_a, "v"_a, "out"_a, "layout"_a, "scale"_a, "plan"_a = py::none(),
         "stream"_a = 0, "q, out: [T, H, d]; k, v: [T, Hkv, d]; float32 or bfloat16; tokens may lie apart. "

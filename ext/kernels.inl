@@ -53,41 +53,38 @@ TARGET inline vec exp2_of(vec x) {
 }
 
 template <class T>
-TARGET void rope(const Rope& r, int64_t from, int64_t to) {
+TARGET void rope(const Rope& r, int64_t row) {
   const int half = r.dim / 2;
-  for (int64_t t = from; t < to; ++t)
-    for (int h = 0; h < r.heads; ++h) {
-      T* x = (T*)r.qkv + t * r.stride + h * r.dim;
-      T* y = x + half;
-      for (int i = 0; i < half; i += WIDTH) {
-        const int n = half - i;
-        const vec a = get(x + i, n), b = get(y + i, n);
-        const vec cos = get(r.cos + t * half + i, n), sin = get(r.sin + t * half + i, n);
-        put(x + i, a * cos - b * sin, n);
-        put(y + i, b * cos + a * sin, n);
-      }
+  for (int h = 0; h < r.heads; ++h) {
+    T* x = (T*)r.qkv.at + row * r.qkv.stride + h * r.dim;
+    T* y = x + half;
+    for (int i = 0; i < half; i += WIDTH) {
+      const int n = half - i;
+      const vec a = get(x + i, n), b = get(y + i, n);
+      const vec cos = get(r.cos + row * half + i, n), sin = get(r.sin + row * half + i, n);
+      put(x + i, a * cos - b * sin, n);
+      put(y + i, b * cos + a * sin, n);
     }
+  }
 }
 
 template <class T>
-TARGET void rmsnorm(const RmsNorm& r, int64_t from, int64_t to) {
+TARGET void rmsnorm(const RmsNorm& r, int64_t row) {
   const int64_t width = r.width;
-  for (int64_t t = from; t < to; ++t) {
-    float* x = r.x + t * width;
-    const T* delta = r.delta ? (const T*)r.delta + t * width : nullptr;
-    T* out = (T*)r.out + t * width;
-    vec squares{};
-    for (int64_t i = 0; i < width; i += WIDTH) {
-      vec value = get(x + i, width - i);
-      if (delta) put(x + i, value += get(delta + i, width - i), width - i);
-      squares += value * value;
-    }
-    float total = 0;
-    for (int i = 0; i < WIDTH; ++i) total += squares[i];
-    const vec scale = splat(1 / std::sqrt(total / width + r.eps));
-    for (int64_t i = 0; i < width; i += WIDTH)
-      put(out + i, get(x + i, width - i) * scale * get(r.weight + i, width - i), width - i);
+  float* x = r.x + row * width;
+  const T* delta = r.delta ? (const T*)r.delta + row * width : nullptr;
+  T* out = (T*)r.out + row * width;
+  vec squares{};
+  for (int64_t i = 0; i < width; i += WIDTH) {
+    vec value = get(x + i, width - i);
+    if (delta) put(x + i, value += get(delta + i, width - i), width - i);
+    squares += value * value;
   }
+  float total = 0;
+  for (int i = 0; i < WIDTH; ++i) total += squares[i];
+  const vec scale = splat(1 / std::sqrt(total / width + r.eps));
+  for (int64_t i = 0; i < width; i += WIDTH)
+    put(out + i, get(x + i, width - i) * scale * get(r.weight + i, width - i), width - i);
 }
 
 template <class T>
@@ -99,16 +96,15 @@ TARGET inline vec reciprocal(vec x) {
 }
 
 template <class T>
-TARGET void swiglu(const SwiGlu& g, int64_t from, int64_t to) {
-  for (int64_t t = from; t < to; ++t)
-    for (int64_t i = 0; i < g.width; i += WIDTH) {
-      const int64_t n = g.width - i;
-      const T* gate = (const T*)g.gate_up + 2 * t * g.width + i;
-      const vec x = get(gate, n), zero{};
-      const vec e = exp2_of<sizeof(T) == 2>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
-      const vec sigmoid = (x < zero ? e : splat(1)) * reciprocal<T>(1.f + e);
-      put((T*)g.out + t * g.width + i, x * sigmoid * get(gate + g.width, n), n);
-    }
+TARGET void swiglu(const SwiGlu& g, int64_t row) {
+  for (int64_t i = 0; i < g.width; i += WIDTH) {
+    const int64_t n = g.width - i;
+    const T* gate = (const T*)g.gate_up + 2 * row * g.width + i;
+    const vec x = get(gate, n), zero{};
+    const vec e = exp2_of<sizeof(T) == 2>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
+    const vec sigmoid = (x < zero ? e : splat(1)) * reciprocal<T>(1.f + e);
+    put((T*)g.out + row * g.width + i, x * sigmoid * get(gate + g.width, n), n);
+  }
 }
 
 #include "products.inl"

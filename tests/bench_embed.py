@@ -293,7 +293,7 @@ BYTES = 0.85 * 3.35e12  # bytes/s of memory: 85% of the data sheet's
 
 def attention_flops(layout, T, config):
     """What the CUDA kernel multiplies in one block: whole tiles of 64 rows by whole blocks of 64 keys."""
-    rest = layout.plan[4 * T:]
+    rest = layout.plan[3 * T:]
     tiles = int(np.argmax(rest[::3] == T)) + 1  # with the mark behind the last
     run = rest[1:3 * tiles:3]
     start, stop, before = rest[3 * tiles:].reshape(-1, 3).T

@@ -4,7 +4,7 @@
     python tests/gpu.py --only attention block    # some of the steps; --help lists them
     python tests/gpu.py --dry-run                 # without a GPU: every step on a stand-in, tiny, untimed
 
-It wants `FLAME_CUDA=1 pip install -e ".[test]"`. A step is a process of its own with a time limit: one that
+It wants `pip install -e ".[test]"` where nvcc is. A step is a process of its own with a time limit: one that
 fails, crashes or hangs says so in a line, and keeps no other from running. Times are medians of ten.
 What must be measured for cuda.cu's attention to stay: with FlexAttention a Nemo block of 16,384 tokens takes
 at least 5% longer (STAYS), on paper half an hour of CC3M. Else that takes its place in flame.NATIVE.
@@ -160,7 +160,7 @@ def card():
     yield (f"{about.name}, {about.total_memory / 2**30:.0f} GiB, capability {about.major}.{about.minor}, "
            f"driver {driver}, torch {torch.__version__}, {os.cpu_count()} CPU cores")
     if flame.flame_ext is None:
-        raise RuntimeError('flame_ext is missing; FLAME_CUDA=1 pip install -e ".[test]"')
+        raise RuntimeError('flame_ext is missing; pip install -v -e ".[test]" shows why')
     warnings.filterwarnings("error", message=".* in place of flame_ext")  # it says why
     yield f"kernels by {random_decoder(SMOLLM2).kernels.name}, as flame.usable_kernels finds after its probe"
 

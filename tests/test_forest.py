@@ -97,10 +97,16 @@ def test_captions_share_what_they_can(llm):
 
 
 def random_forest(random, segments=40, longest=90):
-    """(lengths, parents), in any order where a parent lies before its children."""
+    """(lengths, parents), depth first."""
     n = random.integers(1, segments + 1)
     lengths = random.integers(1, random.choice([2, 5, longest]) + 1, n)
-    return lengths, np.array([random.integers(-1, s) if s else -1 for s in range(n)])
+    parents = []
+    path = [-1]  # above the next segment
+    for s in range(n):
+        path = path[:random.integers(1, len(path) + 1)]
+        parents.append(path[-1])
+        path.append(s)
+    return lengths, np.array(parents)
 
 
 def rule(lengths, parents):

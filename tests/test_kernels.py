@@ -4,8 +4,8 @@
 
 * A layout is the forest's, and the mask is the rule, written here once more, densely.
 * Attention is softmax over the visible keys, in float64 up to rounding: for any forest (empty segments, one
-  token, children far from their parent), any heads, rows that lie apart; neither threads nor the rest of the
-  batch change it; it makes no T x T matrix.
+  token, many branches), any heads, rows that lie apart; neither threads nor the rest of the batch change it;
+  it makes no T x T matrix.
 * RoPE, RMSNorm and SwiGLU are their formulas, and touch nothing else.
 * What a kernel would read or write out of bounds is refused with ValueError or TypeError.
 * All that holds for every instruction set that this machine has, and for the CUDA kernels, thread by thread
@@ -89,10 +89,16 @@ def assert_attention(out, q, k, v, visible, scale):
 
 @st.composite
 def forests(draw):
-    """lengths, parents: empty, one-token, block-sized segments; children lie anywhere after their parent."""
-    n = draw(st.integers(1, 12))
-    lengths = [draw(st.one_of(st.integers(0, 9), st.integers(60, 100))) for _ in range(n)]
-    return lengths, [draw(st.integers(-1, s - 1)) for s in range(n)]
+    """lengths, parents: empty, one-token, block-sized segments, depth first."""
+    lengths = []
+    parents = []
+    path = [-1]  # above the next segment
+    for s in range(draw(st.integers(1, 12))):
+        path = path[:draw(st.integers(1, len(path)))]
+        lengths.append(draw(st.one_of(st.integers(0, 9), st.integers(60, 100))))
+        parents.append(path[-1])
+        path.append(s)
+    return lengths, parents
 
 
 def random_qkv(T, heads, kv_heads, dim, dtype, seed, gap=0):
@@ -111,8 +117,8 @@ def random_qkv(T, heads, kv_heads, dim, dtype, seed, gap=0):
 def test_layout_and_mask_are_the_rule(forest):
     layout = flame_ext.layout(forest[0], np.array(forest[1], np.int64))
     visible, segment, depth = rule(*forest)
-    first, last, depths = layout.plan[:3 * len(segment)].reshape(-1, 3).T  # preorder numbers
-    assert (depths == depth).all()
+    first, last, depths = layout.plan[:3 * len(segment)].reshape(-1, 3).T
+    assert (first == segment).all() and (depths == depth).all()
     below = (first[None, :] <= first[:, None]) & (first[:, None] <= last[None, :])
     assert (below & (depth[None, :] <= depth[:, None]) == visible).all()
     mask = torch.zeros(visible.shape, dtype=torch.bool)
@@ -171,16 +177,16 @@ def test_threads_change_nothing(dtype):
 
 
 def test_the_rest_of_the_batch_changes_nothing():
-    """Two captions on one root, their facets interleaved, and one of them alone."""
+    """Two captions on one root, and one of them alone."""
     q, k, v = random_qkv(203, 4, 2, 64, torch.float32, 0)
-    layout = flame_ext.layout([6, 100, 30, 9, 50, 8], [-1, 0, 0, 1, 2, 1])
+    layout = flame_ext.layout([6, 30, 50, 100, 9, 8], [-1, 0, 1, 0, 3, 3])
     together = torch.empty(q.shape)
     flame_ext.attention(q, k, v, together, layout, 0.125)
-    kept = torch.from_numpy(np.isin(np.repeat(range(6), [6, 100, 30, 9, 50, 8]), [0, 1, 3, 5]))
+    kept = torch.from_numpy(np.isin(np.repeat(range(6), [6, 30, 50, 100, 9, 8]), [0, 3, 4, 5]))
     alone = torch.empty(123, 4, 64)
     layout = flame_ext.layout([6, 100, 9, 8], [-1, 0, 1, 1])
     flame_ext.attention(q[kept], k[kept], v[kept], alone, layout, 0.125)
-    assert (together[kept] - alone).abs().max() < 1e-6
+    assert (together[kept] - alone).abs().max() < 1e-6 * alone.abs().max()
 
 
 def test_memory_is_linear():
@@ -276,6 +282,7 @@ def attention(q=ZEROS, k=ZEROS[:, :2], v=None, out=None):
     (lambda: flame_ext.layout([1, -2], [-1, 0]), ValueError, "segment 1"),
     (lambda: flame_ext.layout([1, 2], [-1, 1]), ValueError, "segment 1"),
     (lambda: flame_ext.layout([1], [-2]), ValueError, "segment 0"),
+    (lambda: flame_ext.layout([1, 1, 1], [-1, -1, 0]), ValueError, "segment 2"),
     (lambda: flame_ext.layout([2 ** 31 - 1, 1], [-1, -1]), ValueError, "segment 1"),
     (lambda: flame_ext.layout([1.5], [-1]), TypeError, "incompatible"),
     (lambda: flame_ext.layout([1], [-1], 0), ValueError, "at least 1 query"),
@@ -317,7 +324,7 @@ FORESTS = {  # lengths, parents
     "roots": ([3] * 45, [-1] * 45),
     "a chain": ([2, 1, 0] * 20, list(range(-1, 59))),
     "nothing seen at first": ([150, 2, 3, 66, 1], [-1] * 5),
-    "not depth first": ([20, 65, 9, 30, 7, 12, 40], [-1, 0, 0, 1, 2, 1, -1]),
+    "back to the root": ([20, 65, 30, 12, 9, 7, 40], [-1, 0, 1, 1, 0, 4, -1]),
 }
 
 
@@ -470,7 +477,8 @@ def test_the_cuda_kernels_compile_for_every_gpu_and_spill_no_register(tmp_path):
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     codes = [code for code in (80, 90, 120) if f"sm_{code}" in known] or [80]
     targets = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
-    command = [nvcc, "-std=c++17", "-O3", "--threads", "0", "-Xptxas", "-v", *targets, "-fatbin"]
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "--threads", "0", "-Xptxas", "-v", "-fatbin"]
+    command = [nvcc, *flags, *targets]
     done = subprocess.run([*command, "-o", tmp_path / "cuda", CUDA_SOURCE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)

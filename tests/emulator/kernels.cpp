@@ -46,9 +46,10 @@ extern "C" const char* attention(int segments, const int64_t* lengths, const int
     const OnDevice plan(forest.buffer.data(), forest.buffer.size() * 4);
     const OnDevice dq(q, n, strides[0] * 2, heads * dim * 2), dk(k, n, strides[1] * 2, kv_heads * dim * 2);
     const OnDevice dv(v, n, strides[2] * 2, kv_heads * dim * 2), to(out, n, strides[3] * 2, heads * dim * 2);
-    const Attention a{dq.data<void>(), dk.data<void>(), dv.data<void>(), to.data<void>(),
-                      strides[0], strides[1], strides[2], strides[3], heads, kv_heads, dim, scale};
-    cuda_attention(a, forest.plan(plan.data<int32_t>()), tile, 0);
+    const Attention a{{dq.data<void>(), strides[0]}, {dk.data<void>(), strides[1]},
+                      {dv.data<void>(), strides[2]}, {to.data<void>(), strides[3]},
+                      heads, kv_heads, dim, scale, forest.plan(plan.data<int32_t>())};
+    run_on_cuda(a, 0);
   });
 }
 
@@ -57,7 +58,7 @@ extern "C" const char* rope(void* qkv, int64_t rows, int64_t stride, int64_t row
   return reported(seed, [&] {
     const OnDevice x(qkv, rows, stride * 2, row * 2);
     const OnDevice c(cos, rows * dim / 2 * 4), s(sin, rows * dim / 2 * 4);
-    cuda_rows(Rope{x.data<void>(), stride, heads, dim, c.data<float>(), s.data<float>()}, rows, 0);
+    run_on_cuda(Rope{{x.data<void>(), stride}, heads, dim, c.data<float>(), s.data<float>(), rows}, 0);
   });
 }
 
@@ -67,15 +68,15 @@ extern "C" const char* rmsnorm(void* x, const void* weight, void* out, float eps
     const int64_t n = rows * width;
     const OnDevice stream(x, n * 4), w(weight, width * 4), to(out, n * 2), d(delta, delta ? n * 2 : 0);
     const RmsNorm task{stream.data<float>(), delta ? d.data<void>() : nullptr, w.data<float>(),
-                       to.data<void>(), width, eps};
-    cuda_rows(task, rows, 0);
+                       to.data<void>(), rows, width, eps};
+    run_on_cuda(task, 0);
   });
 }
 
 extern "C" const char* swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, unsigned seed) {
   return reported(seed, [&] {
     const OnDevice from(gate_up, rows * width * 4), to(out, rows * width * 2);
-    cuda_rows(SwiGlu{from.data<void>(), to.data<void>(), width}, rows, 0);
+    run_on_cuda(SwiGlu{from.data<void>(), to.data<void>(), rows, width}, 0);
   });
 }
 
