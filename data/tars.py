@@ -3,6 +3,8 @@ import io
 import os
 import sys
 import tarfile
+from itertools import groupby
+from operator import itemgetter
 
 from flame import explained
 
@@ -58,6 +60,12 @@ def tar_files(path, skipped):
                 raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
     except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too
         skip(skipped, DAMAGED, f"{os.path.basename(path)}: {explained(error)}")
+
+
+def tar_samples(path, skipped):
+    """Yields (folder, key, {suffix: (first byte, bytes)}) of each run of files with one key (webdataset)."""
+    for (folder, key), files in groupby(tar_files(path, skipped), itemgetter(0, 1)):
+        yield folder, key, {suffix: place for _, _, suffix, *place in files}
 
 
 def skip(skipped, reason, place):
