@@ -7,6 +7,7 @@ how it must lie. Nothing is decoded here: a picture is a Place, and evaluate.py 
 read. A caption that is empty is returned as "", for evaluate.py to count what it leaves out.
 """
 import csv
+import glob
 import json
 import re
 import sys
@@ -17,12 +18,11 @@ from pathlib import Path
 
 import duckdb
 
-from data.captions import read_table, write_table
+from data.captions import PICTURES, read_table, write_table
 from data.pictures import Place, find_pictures, places_of
-from data.tars import tar_files
+from data.tars import tar_samples
 from flame import InputError, read_json, reading
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures
 CURE = "data/README.md says where to get it and how it must lie"
 IMAGENET = Path(__file__).parent / "classes/imagenet"   # names and templates, which its val/ does not bring
 
@@ -55,7 +55,7 @@ def lines_of(path):
 
 def pictures_in(folder):
     """The files in a folder and its folders that are named like pictures, [Place]"""
-    return [Place(str(path)) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    return [Place(str(path)) for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
 
 
 def paired(pictures, languages, most=None):
@@ -82,14 +82,27 @@ def urban1k(root):
     return places, {"": [lines_of(path)[:1] or [""] for path in captions]}
 
 
-def sharegpt4v(root):
-    """The first 1,000 of the ShareGPT4V captions: second turn, newlines to spaces (Long-CLIP's choice)."""
-    with reading(root / "share-captioner_coco_lcs_sam_1246k_1107.json", CURE) as path:
-        columns = {"image": "VARCHAR", "conversations": "STRUCT(value VARCHAR)[]"}
-        table = duckdb.read_json(str(path), columns=columns, format="array")    # 1.5 GB: stops after these
-        rows = table.limit(1000).project("image, conversations[2].value").fetchall()
-        pictures = [Place(str(root / image)) for image, _ in rows]
+def pairs_of(path, query):
+    """(picture's path, caption) of each row of a JSON file; paths are relative to it, newlines are spaces."""
+    with reading(path, CURE):
+        rows = duckdb.execute(query, {"path": glob.escape(str(path))}).fetchall()
+        pictures = [Place(str(path.parent / image)) for image, _ in rows]
         return pictures, {"": [[text.replace("\n", " ")] for _, text in rows]}
+
+
+def sharegpt4v(root):
+    """The first 1,000 of the ShareGPT4V captions, 1.5 GB: the second turn (Long-CLIP's choice)."""
+    return pairs_of(root / "share-captioner_coco_lcs_sam_1246k_1107.json", """
+        SELECT image, conversations[2].value FROM read_json($path, format='array', columns={
+            image: 'VARCHAR', conversations: 'STRUCT(value VARCHAR)[]'}) LIMIT 1000""")
+
+
+def docci(root):
+    """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/"""
+    return pairs_of(root / "docci_descriptions.jsonlines", """
+        SELECT 'images/' || image_file, description FROM read_json($path, format='newline_delimited',
+            columns={split: 'VARCHAR', image_file: 'VARCHAR', description: 'VARCHAR'})
+        WHERE split = 'test'""")
 
 
 def dci(root):
@@ -100,18 +113,10 @@ def dci(root):
     for name in chain(*read_json(root / "splits.json", CURE).values()):
         with reading(root / "annotations" / name, CURE) as path:
             entry = json.loads(path.read_text("utf-8"))
-            sentences = re.split(r"\n|</s>|\.", f"{entry['short_caption']}\n{entry['extra_caption']}")
-            captions.append([". ".join(filter(None, map(str.strip, sentences)))])
+            text = f"{entry['short_caption']}\n{entry['extra_caption']}".strip()
+            captions.append([". ".join(filter(None, re.split(r"\s*(?:\n|</s>|\.)\s*", text)))])
             pictures.append(Place(str(root / "photos" / entry["image"])))
     return pictures, {"": captions}
-
-
-def docci(root):
-    """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/; newlines to spaces."""
-    with reading(root / "docci_descriptions.jsonlines", CURE) as path:
-        rows = [row for row in map(json.loads, lines_of(path)) if row["split"] == "test"]
-        pictures = [Place(str(root / "images" / row["image_file"])) for row in rows]
-        return pictures, {"": [[row["description"].replace("\n", " ")] for row in rows]}
 
 
 def xm3600(root):
@@ -129,8 +134,9 @@ def imagefolder(root, about=None):
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     names = [folder.name.replace("_", " ") for folder in folders]
     templates = ["a photo of a {}."]
-    if about or (root / "classnames.txt").exists():
-        names, templates = names_and_templates(about or root)
+    about = about or root
+    if (about / "classnames.txt").exists():
+        names, templates = names_and_templates(about)
     if len(names) != len(folders) or len(names) < 2:
         raise InputError(f"{root}: {len(folders)} class folders, {len(names)} names; as many are needed, and "
                          f"2 at least; {CURE}")
@@ -162,26 +168,25 @@ def webdataset(root, split):
 
     classnames.txt and zeroshot_classification_templates.txt lie beside. -> as read(), captions not yet paired
     """
-    samples = {}
+    classes = (root / "classnames.txt").exists()
+    pictures = []
+    texts = []
     skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
         with reading(tar, CURE), open(tar, "rb") as file:
-            for _, key, suffix, offset, size in tar_files(tar, skipped):
-                sample = samples.setdefault((tar, key), {})
-                if f".{suffix}" in SUFFIXES:
-                    sample["picture"] = Place(str(tar), offset, size)
-                else:
-                    file.seek(offset)
-                    sample[suffix] = file.read(size).decode()
+            for _, _, parts in tar_samples(tar, skipped):
+                offset, size = parts[".cls" if classes else ".txt"]
+                file.seek(offset)
+                texts.append(file.read(size).decode())
+                picture, = (suffix for suffix in parts if suffix in PICTURES)
+                pictures.append(Place(str(tar), *parts[picture]))
             if skipped:
                 raise ValueError(*skipped)
-    with reading(tar, CURE):    # a sample may lack one of the two, a class its name
-        pictures = [sample["picture"] for sample in samples.values()]
-        if not (root / "classnames.txt").exists():
-            return pictures, {"": [sample["txt"].splitlines() for sample in samples.values()]}
-        names, templates = names_and_templates(root)
-        labels = [range(len(names))[int(sample["cls"])] for sample in samples.values()]
-        return pictures, labels, names, templates
+    if not classes:
+        return pictures, {"": map(str.splitlines, texts)}
+    names, templates = names_and_templates(root)
+    with reading(tar, CURE):  # a class may lack its name
+        return pictures, [range(len(names))[int(text)] for text in texts], names, templates
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ def read_captions(captions, folder, prompts):
         write_table(table, captions, [])
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
-    numbers, files, places = find_pictures(list(keys), list(images), captions, folder)
+    numbers, files, places = find_pictures(keys, images, captions, folder)
     if len(numbers) < len(rows):
         print(f"{captions}: {len(rows) - len(numbers)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)

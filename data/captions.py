@@ -36,7 +36,7 @@ NAMES = {
     "long": ["long", "longSV_captions", "conversations"],
 }
 NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "license", ""}
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json in a tar: no caption is as long
@@ -81,8 +81,8 @@ CREATE TABLE filled AS SELECT *, coalesce(long, short, raw) AS best FROM (
     LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row));
 CREATE TABLE first AS SELECT min(row) AS row FROM filled WHERE best IS NOT NULL GROUP BY key;
 CREATE VIEW kept AS SELECT * FROM filled SEMI JOIN first USING (row)"""
-LOST = """SELECT CASE WHEN best IS NULL THEN 'no caption, or a broken row' ELSE 'key occurs before' END AS reason,
-    count(*), list_transform(min(row + 1, 5), lambda n: format('row {}', n))
+LOST = """SELECT CASE WHEN best IS NULL THEN 'no caption, or a broken row' ELSE 'key occurs before' END
+    AS reason, count(*), list_transform(min(row + 1, 5), lambda n: format('row {}', n))
 FROM filled ANTI JOIN first USING (row) GROUP BY reason ORDER BY reason DESC"""
 TOTALS = """SELECT count(*), (SELECT sum(others) FROM loaded), (SELECT count(*) FROM loaded WHERE others > 0),
     count(raw), count(short), count(long) FROM kept"""
@@ -146,8 +146,7 @@ def write_table(path, captions, joins):
                 database.execute("SET preserve_insertion_order = false")
                 database.execute(PAIR)
                 for name in dict(joins):
-                    files = ", ".join(str(source) for other, source in joins if other == name)
-                    check_join(database, captions, name, files)
+                    check_join(database, captions, name)
                 total = copy(database, captions, f"{scratch}/captions.tsv", skipped)
         except duckdb.Error as error:
             raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
@@ -174,17 +173,14 @@ def copy(database, captions, path, skipped):
     return total
 
 
-def check_join(database, captions, field, files):
-    """Shows five of a set's joined captions beside those of their rows, and what is left out.
+def check_join(database, captions, field):
+    """Shows five of a set's joined captions beside those of their rows, and says what is left out.
 
     Raises InputError where no row has one, or where they are of different pictures.
     """
     total, used, empty = database.execute(USED, [field]).fetchone()
-    if not used:
-        raise InputError(f"{files}: of its {total} rows with a {field} caption none has a key or URL that is "
-                         f"in {captions}; give --captions the files that it goes with")
-    print(f"{files}: {total} {field} captions, {total - used} of them of no row in {captions}; "
-          f"{empty} rows without one, or broken")
+    print(f"--join {field}: {total} captions, {total - used} of them of no row in {captions}; {empty} rows "
+          "without one, or broken")
     pairs = database.execute(FIRST, [field, ALIKE]).fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
@@ -193,11 +189,11 @@ def check_join(database, captions, field, files):
     words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair] for _, *pair in pairs if pair[0]]
     shared = sum(len(raw & text) for raw, text in words)
     chance = sum(len(raw & text) for (raw, _), (_, text) in zip(words, words[1:] + words[:1]))
-    if len(words) == ALIKE and chance > ALIKE / 10 and shared < 1.2 * chance:
+    if not used or len(words) == ALIKE and chance > ALIKE / 10 and shared < 1.2 * chance:
         raise InputError(
-            f"{files}: its {field} captions share no more words with the captions of the same keys in "
-            f"{captions} than with others: keys mean other pictures there. Recaptions go with the tars they "
-            "were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
+            f"--join {field}: its keys mean other pictures: {used} of {total} keys or URLs are in {captions} "
+            "and share no more words with the captions there than with others. Recaptions go with the tars "
+            "they were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,8 +211,8 @@ def source_files(path):
     else:
         paths = [path] if path.exists() else sorted(glob.glob(str(path))) or [path]
     files = []
-    for path in paths:  # the first that is missing ends it, however long the range is
-        with reading(path, WANTED) as file:
+    for each in paths:  # the first that is missing ends it, however long the range is
+        with reading(each, WANTED) as file:
             files.append(file)
     if not files:
         raise InputError(f"{path}: holds no captions; {WANTED}, or the folder that metadata.csv lies in; of "
@@ -270,9 +266,9 @@ def load(database, scratch, source, skipped, field=""):
             relation, columns = COCO.format(relation), COCO_COLUMNS
         fields = NAMES
         if field:
-            texts = [name for name in NAMES[field] if name in columns]
-            texts = texts or [name for name in columns if name not in NO_CAPTION]
-            fields = dict.fromkeys(NAMES, []) | {"key": NAMES["key"], "url": NAMES["url"], field: texts}
+            fields = dict.fromkeys(NAMES, []) | {name: NAMES[name] for name in ("key", "url", field)}
+            if columns.keys().isdisjoint(NAMES[field]):
+                fields[field] = [name for name in columns if name not in NO_CAPTION]
         values = []
         for name, names in fields.items():
             macro = "texts_of({})" if name in PROMPTS else "name_of({})"
@@ -314,18 +310,18 @@ def tar_rows(source, files, skipped):
         with open(path, "rb") as file:
             for folder, key, parts in tar_samples(path, skipped):
                 row = {"key": key}
-                for suffix in parts.keys() & {"json", "txt"}:
+                for suffix in sorted(parts.keys() & {".json", ".txt"}):
                     offset, size = parts[suffix]
                     file.seek(offset)
                     try:
                         if size > LARGEST_TEXT:
                             raise ValueError
                         text = file.read(size).decode("utf-8-sig")
-                        entries = {"raw": text} if suffix == "txt" else json.loads(text)
+                        entries = {"raw": text} if suffix == ".txt" else json.loads(text)
                         row |= {name: entries[name] for name in known & entries.keys()}
                     except (ValueError, AttributeError, RecursionError):
                         skip(skipped, "no UTF-8 text, no JSON object, or too large",
-                             f"{path}:{folder}{key}.{suffix}")
+                             f"{path}:{folder}{key}{suffix}")
                 yield row
 
 
