@@ -45,7 +45,10 @@ def read(name, root, split="test", most=None):
         raise InputError(f"{root}: no such folder, or split {split} is not in it; {CURE}")
     else:
         data = READERS[name](root)
-    return paired(*data, most) if len(data) == 2 else data
+    data = data if isinstance(data, tuple) else paired(data, most)
+    if not data[0]:
+        raise InputError(f"{root}: no pictures; {CURE}")
+    return data
 
 
 def lines_of(path):
@@ -58,17 +61,24 @@ def pictures_in(folder):
     return [Place(str(path)) for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
 
 
-def paired(pictures, languages, most=None):
-    """Pictures, {language: [captions of each picture]} -> pictures, {language: (texts, image_of_text)}"""
+def paired(rows, most=None):
+    """(language, picture, caption) of each -> pictures, {language: (texts, image_of_text)}
+
+    Rows of one picture are its several captions.
+    """
+    numbers = {}
     data = {}
-    for language, captions in languages.items():
-        pairs = [(text.strip(), i) for i, texts in enumerate(captions) for text in texts[:most]]
-        data[language] = [text for text, _ in pairs], [i for _, i in pairs]
-    return pictures, data
+    for language, place, text in rows:
+        texts, owners = data.setdefault(language, ([], []))
+        number = numbers.setdefault(place, len(numbers))
+        if not most or owners[-most:].count(number) < most:
+            texts.append(text.strip())
+            owners.append(number)
+    return list(numbers), data
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What only its authors distribute
+# What only its authors distribute: (language, picture, caption) after another, or as read() gives classes
 
 def urban1k(root):
     """image/<name>.jpg and caption/<name>.txt, whose first line is the caption (Long-CLIP, 1,000 pairs).
@@ -77,29 +87,27 @@ def urban1k(root):
     """
     root = next((path.parent for path in sorted(root.rglob("image"))), root)    # in the archive's own folders
     pictures = {path.stem: path for path in root.glob("image/*")}
-    captions = sorted(root.glob("caption/*.txt"))
-    places = [Place(str(pictures.get(path.stem, path))) for path in captions]
-    return places, {"": [lines_of(path)[:1] or [""] for path in captions]}
+    for path in sorted(root.glob("caption/*.txt")):
+        yield "", Place(str(pictures.get(path.stem, path))), [*lines_of(path), ""][0]
 
 
-def pairs_of(path, query):
-    """(picture's path, caption) of each row of a JSON file; paths are relative to it, newlines are spaces."""
+def rows_of_json(path, query):
+    """A query gives (picture's path from there, caption) of a JSON file; newlines become spaces."""
     with reading(path, CURE):
-        rows = duckdb.execute(query, {"path": glob.escape(str(path))}).fetchall()
-        pictures = [Place(str(path.parent / image)) for image, _ in rows]
-        return pictures, {"": [[text.replace("\n", " ")] for _, text in rows]}
+        for image, text in duckdb.execute(query, {"path": glob.escape(str(path))}).fetchall():
+            yield "", Place(str(path.parent / image)), text.replace("\n", " ")
 
 
 def sharegpt4v(root):
     """The first 1,000 of the ShareGPT4V captions, 1.5 GB: the second turn (Long-CLIP's choice)."""
-    return pairs_of(root / "share-captioner_coco_lcs_sam_1246k_1107.json", """
+    return rows_of_json(root / "share-captioner_coco_lcs_sam_1246k_1107.json", """
         SELECT image, conversations[2].value FROM read_json($path, format='array', columns={
             image: 'VARCHAR', conversations: 'STRUCT(value VARCHAR)[]'}) LIMIT 1000""")
 
 
 def docci(root):
     """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/"""
-    return pairs_of(root / "docci_descriptions.jsonlines", """
+    return rows_of_json(root / "docci_descriptions.jsonlines", """
         SELECT 'images/' || image_file, description FROM read_json($path, format='newline_delimited',
             columns={split: 'VARCHAR', image_file: 'VARCHAR', description: 'VARCHAR'})
         WHERE split = 'test'""")
@@ -108,24 +116,22 @@ def docci(root):
 def dci(root):
     """Densely Captioned Images, all splits: short caption, newline, extra caption, re-joined by sentences."""
     root = root / "densely_captioned_images"
-    pictures = []
-    captions = []
     for name in chain(*read_json(root / "splits.json", CURE).values()):
         with reading(root / "annotations" / name, CURE) as path:
             entry = json.loads(path.read_text("utf-8"))
             text = f"{entry['short_caption']}\n{entry['extra_caption']}".strip()
-            captions.append([". ".join(filter(None, re.split(r"\s*(?:\n|</s>|\.)\s*", text)))])
-            pictures.append(Place(str(root / "photos" / entry["image"])))
-    return pictures, {"": captions}
+            sentences = filter(None, re.split(r"\s*(?:\n|</s>|\.)\s*", text))
+            yield "", Place(str(root / "photos" / entry["image"])), ". ".join(sentences)
 
 
 def xm3600(root):
     """Crossmodal-3600: captions.jsonl, images/<key>.jpg; the strings in a line are no languages."""
     with reading(root / "captions.jsonl", CURE) as path:
-        rows = list(map(json.loads, lines_of(path)))
-        pictures = [Place(str(root / f"images/{row['image/key']}.jpg")) for row in rows]
-        languages = [name for name, value in rows[0].items() if isinstance(value, dict)]
-        return pictures, {name: [row[name]["caption"] for row in rows] for name in languages}
+        for row in map(json.loads, lines_of(path)):
+            place = Place(str(root / f"images/{row['image/key']}.jpg"))
+            for language, value in row.items():
+                if isinstance(value, dict):
+                    yield from ((language, place, text) for text in value["caption"])
 
 
 def imagefolder(root, about=None):
@@ -137,7 +143,7 @@ def imagefolder(root, about=None):
     about = about or root
     if (about / "classnames.txt").exists():
         names, templates = names_and_templates(about)
-    if len(names) != len(folders) or len(names) < 2:
+    if not len(names) == len(folders) > 1:
         raise InputError(f"{root}: {len(folders)} class folders, {len(names)} names; as many are needed, and "
                          f"2 at least; {CURE}")
     pictures = [pictures_in(folder) for folder in folders]
@@ -166,7 +172,7 @@ READERS = {reader.__name__: reader for reader in
 def webdataset(root, split):
     """<split>/0.tar, 1.tar ...; a sample is a picture and .txt, a caption a line, or .cls, a class's number.
 
-    classnames.txt and zeroshot_classification_templates.txt lie beside. -> as read(), captions not yet paired
+    classnames.txt and zeroshot_classification_templates.txt lie beside. -> rows for paired(), or as read()
     """
     classes = (root / "classnames.txt").exists()
     pictures = []
@@ -183,7 +189,8 @@ def webdataset(root, split):
             if skipped:
                 raise ValueError(*skipped)
     if not classes:
-        return pictures, {"": map(str.splitlines, texts)}
+        return [("", place, caption) for place, text in zip(pictures, texts)
+                for caption in text.splitlines() or [""]]
     names, templates = names_and_templates(root)
     with reading(tar, CURE):  # a class may lack its name
         return pictures, [range(len(names))[int(text)] for text in texts], names, templates
@@ -206,10 +213,8 @@ def read_captions(captions, folder, prompts):
     if len(numbers) < len(rows):
         print(f"{captions}: {len(rows) - len(numbers)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)
-    captions_of = {}
-    for number, place in sorted(zip(numbers.tolist(), places_of(files, places))):
-        captions_of.setdefault(place, []).append(getattr(rows[number], prompts))
-    return paired(list(captions_of), {"": captions_of.values()})
+    return paired(("", place, getattr(rows[number], prompts))
+                  for number, place in sorted(zip(numbers.tolist(), places_of(files, places))))
 
 
 def demo(root, split="test"):

@@ -39,7 +39,7 @@ NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "licens
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
-LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json in a tar: no caption is as long
+LARGEST_TEXT = 1 << 20  # of a .txt or .json so much is read: no caption is as long
 ALIKE = 200             # pairs of a caption and a joined one that tell whether keys mean the same pictures
 DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # what does not fit goes to the disk
 
@@ -314,14 +314,11 @@ def tar_rows(source, files, skipped):
                     offset, size = parts[suffix]
                     file.seek(offset)
                     try:
-                        if size > LARGEST_TEXT:
-                            raise ValueError
-                        text = file.read(size).decode("utf-8-sig")
+                        text = file.read(min(size, LARGEST_TEXT)).decode("utf-8-sig")
                         entries = {"raw": text} if suffix == ".txt" else json.loads(text)
                         row |= {name: entries[name] for name in known & entries.keys()}
                     except (ValueError, AttributeError, RecursionError):
-                        skip(skipped, "no UTF-8 text, no JSON object, or too large",
-                             f"{path}:{folder}{key}{suffix}")
+                        skip(skipped, "no UTF-8 text, or no JSON object", f"{path}:{folder}{key}{suffix}")
                 yield row
 
 
