@@ -50,7 +50,7 @@ def open_picture(place):
         raise OSError(0, "not a regular file, or too large", place.path)
     with open(place.path, "rb", buffering=0) as file:
         file.seek(place.offset)
-        return Image.open(io.BytesIO(file.read(size)))
+        return Image.open(io.BytesIO(file.read(place.size)))
 
 
 def find_pictures(keys, images, captions, folder=None, index=None):
@@ -72,7 +72,9 @@ def find_pictures(keys, images, captions, folder=None, index=None):
     if not files and not folder:
         root = captions.with_name(captions.name.split(".")[0])
     tars = source_files(captions) if captions.suffix == ".tar" and not folder else sorted(root.glob("*.tar"))
-    files = list(map(str, tars)) or sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))
+    files = list(map(str, tars)) or [
+        path for path in sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))
+        if sample_name(path)[2] in PICTURES]
     rows, places = find_by_key(keys, files, index)
     if not len(rows):
         raise InputError(f"{root}: no row of {captions} has a picture there, such as {wanted}; give --images "

@@ -365,7 +365,7 @@ def hole(name):     # a header of zeros, which tarfile takes for the end
     ("dci", write("densely_captioned_images/annotations/3.json", "{}"), "3.json: no 'short_caption'"),
     ("docci", write("docci_descriptions.jsonlines", '{"split": "test"}'), "jsonlines: "),
     ("docci", pipe("docci_descriptions.jsonlines"), "jsonlines: "),
-    ("xm3600", write("captions.jsonl", ""), "captions.jsonl: "),
+    ("xm3600", write("captions.jsonl", ""), "data/xm3600: no pictures"),
     ("urban1k", lambda root: (root / "caption/1.txt").write_bytes(b"\xff"), "1.txt: "),
     ("imagefolder", lambda root: [(root / name).rename(root.parent / name) for name in NAMES[1:]],
      "1 class folders"),
