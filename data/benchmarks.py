@@ -7,6 +7,7 @@ how it must lie. Nothing is decoded here: a picture is a Place, and evaluate.py 
 read. A caption that is empty is returned as "", for evaluate.py to count what it leaves out.
 """
 import csv
+import glob
 import json
 import re
 import sys
@@ -17,12 +18,11 @@ from pathlib import Path
 
 import duckdb
 
-from data.captions import read_table, write_table
+from data.captions import PICTURES, read_table, write_table
 from data.pictures import Place, find_pictures, places_of
-from data.tars import tar_files
+from data.tars import tar_samples
 from flame import InputError, read_json, reading
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures
 CURE = "data/README.md says where to get it and how it must lie"
 IMAGENET = Path(__file__).parent / "classes/imagenet"   # names and templates, which its val/ does not bring
 
@@ -45,7 +45,10 @@ def read(name, root, split="test", most=None):
         raise InputError(f"{root}: no such folder, or split {split} is not in it; {CURE}")
     else:
         data = READERS[name](root)
-    return paired(*data, most) if len(data) == 2 else data
+    data = data if isinstance(data, tuple) else paired(data, most)
+    if not data[0]:
+        raise InputError(f"{root}: no pictures; {CURE}")
+    return data
 
 
 def lines_of(path):
@@ -55,20 +58,27 @@ def lines_of(path):
 
 def pictures_in(folder):
     """The files in a folder and its folders that are named like pictures, [Place]"""
-    return [Place(str(path)) for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    return [Place(str(path)) for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
 
 
-def paired(pictures, languages, most=None):
-    """Pictures, {language: [captions of each picture]} -> pictures, {language: (texts, image_of_text)}"""
+def paired(rows, most=None):
+    """(language, picture, caption) of each -> pictures, {language: (texts, image_of_text)}
+
+    Rows of one picture are its several captions.
+    """
+    numbers = {}
     data = {}
-    for language, captions in languages.items():
-        pairs = [(text.strip(), i) for i, texts in enumerate(captions) for text in texts[:most]]
-        data[language] = [text for text, _ in pairs], [i for _, i in pairs]
-    return pictures, data
+    for language, place, text in rows:
+        texts, owners = data.setdefault(language, ([], []))
+        number = numbers.setdefault(place, len(numbers))
+        if not most or owners[-most:].count(number) < most:
+            texts.append(text.strip())
+            owners.append(number)
+    return list(numbers), data
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What only its authors distribute
+# What only its authors distribute: (language, picture, caption) after another, or as read() gives classes
 
 def urban1k(root):
     """image/<name>.jpg and caption/<name>.txt, whose first line is the caption (Long-CLIP, 1,000 pairs).
@@ -77,50 +87,51 @@ def urban1k(root):
     """
     root = next((path.parent for path in sorted(root.rglob("image"))), root)    # in the archive's own folders
     pictures = {path.stem: path for path in root.glob("image/*")}
-    captions = sorted(root.glob("caption/*.txt"))
-    places = [Place(str(pictures.get(path.stem, path))) for path in captions]
-    return places, {"": [lines_of(path)[:1] or [""] for path in captions]}
+    for path in sorted(root.glob("caption/*.txt")):
+        yield "", Place(str(pictures.get(path.stem, path))), [*lines_of(path), ""][0]
+
+
+def rows_of_json(path, query):
+    """A query gives (picture's path from there, caption) of a JSON file; newlines become spaces."""
+    with reading(path, CURE):
+        for image, text in duckdb.execute(query, {"path": glob.escape(str(path))}).fetchall():
+            yield "", Place(str(path.parent / image)), text.replace("\n", " ")
 
 
 def sharegpt4v(root):
-    """The first 1,000 of the ShareGPT4V captions: second turn, newlines to spaces (Long-CLIP's choice)."""
-    with reading(root / "share-captioner_coco_lcs_sam_1246k_1107.json", CURE) as path:
-        columns = {"image": "VARCHAR", "conversations": "STRUCT(value VARCHAR)[]"}
-        table = duckdb.read_json(str(path), columns=columns, format="array")    # 1.5 GB: stops after these
-        rows = table.limit(1000).project("image, conversations[2].value").fetchall()
-        pictures = [Place(str(root / image)) for image, _ in rows]
-        return pictures, {"": [[text.replace("\n", " ")] for _, text in rows]}
+    """The first 1,000 of the ShareGPT4V captions, 1.5 GB: the second turn (Long-CLIP's choice)."""
+    return rows_of_json(root / "share-captioner_coco_lcs_sam_1246k_1107.json", """
+        SELECT image, conversations[2].value FROM read_json($path, format='array', columns={
+            image: 'VARCHAR', conversations: 'STRUCT(value VARCHAR)[]'}) LIMIT 1000""")
+
+
+def docci(root):
+    """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/"""
+    return rows_of_json(root / "docci_descriptions.jsonlines", """
+        SELECT 'images/' || image_file, description FROM read_json($path, format='newline_delimited',
+            columns={split: 'VARCHAR', image_file: 'VARCHAR', description: 'VARCHAR'})
+        WHERE split = 'test'""")
 
 
 def dci(root):
     """Densely Captioned Images, all splits: short caption, newline, extra caption, re-joined by sentences."""
     root = root / "densely_captioned_images"
-    pictures = []
-    captions = []
     for name in chain(*read_json(root / "splits.json", CURE).values()):
         with reading(root / "annotations" / name, CURE) as path:
             entry = json.loads(path.read_text("utf-8"))
-            sentences = re.split(r"\n|</s>|\.", f"{entry['short_caption']}\n{entry['extra_caption']}")
-            captions.append([". ".join(filter(None, map(str.strip, sentences)))])
-            pictures.append(Place(str(root / "photos" / entry["image"])))
-    return pictures, {"": captions}
-
-
-def docci(root):
-    """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/; newlines to spaces."""
-    with reading(root / "docci_descriptions.jsonlines", CURE) as path:
-        rows = [row for row in map(json.loads, lines_of(path)) if row["split"] == "test"]
-        pictures = [Place(str(root / "images" / row["image_file"])) for row in rows]
-        return pictures, {"": [[row["description"].replace("\n", " ")] for row in rows]}
+            text = f"{entry['short_caption']}\n{entry['extra_caption']}".strip()
+            sentences = filter(None, re.split(r"\s*(?:\n|</s>|\.)\s*", text))
+            yield "", Place(str(root / "photos" / entry["image"])), ". ".join(sentences)
 
 
 def xm3600(root):
     """Crossmodal-3600: captions.jsonl, images/<key>.jpg; the strings in a line are no languages."""
     with reading(root / "captions.jsonl", CURE) as path:
-        rows = list(map(json.loads, lines_of(path)))
-        pictures = [Place(str(root / f"images/{row['image/key']}.jpg")) for row in rows]
-        languages = [name for name, value in rows[0].items() if isinstance(value, dict)]
-        return pictures, {name: [row[name]["caption"] for row in rows] for name in languages}
+        for row in map(json.loads, lines_of(path)):
+            place = Place(str(root / f"images/{row['image/key']}.jpg"))
+            for language, value in row.items():
+                if isinstance(value, dict):
+                    yield from ((language, place, text) for text in value["caption"])
 
 
 def imagefolder(root, about=None):
@@ -129,9 +140,10 @@ def imagefolder(root, about=None):
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     names = [folder.name.replace("_", " ") for folder in folders]
     templates = ["a photo of a {}."]
-    if about or (root / "classnames.txt").exists():
-        names, templates = names_and_templates(about or root)
-    if len(names) != len(folders) or len(names) < 2:
+    about = about or root
+    if (about / "classnames.txt").exists():
+        names, templates = names_and_templates(about)
+    if not len(names) == len(folders) > 1:
         raise InputError(f"{root}: {len(folders)} class folders, {len(names)} names; as many are needed, and "
                          f"2 at least; {CURE}")
     pictures = [pictures_in(folder) for folder in folders]
@@ -160,28 +172,28 @@ READERS = {reader.__name__: reader for reader in
 def webdataset(root, split):
     """<split>/0.tar, 1.tar ...; a sample is a picture and .txt, a caption a line, or .cls, a class's number.
 
-    classnames.txt and zeroshot_classification_templates.txt lie beside. -> as read(), captions not yet paired
+    classnames.txt and zeroshot_classification_templates.txt lie beside. -> rows for paired(), or as read()
     """
-    samples = {}
+    classes = (root / "classnames.txt").exists()
+    pictures = []
+    texts = []
     skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
         with reading(tar, CURE), open(tar, "rb") as file:
-            for _, key, suffix, offset, size in tar_files(tar, skipped):
-                sample = samples.setdefault((tar, key), {})
-                if f".{suffix}" in SUFFIXES:
-                    sample["picture"] = Place(str(tar), offset, size)
-                else:
-                    file.seek(offset)
-                    sample[suffix] = file.read(size).decode()
+            for _, _, parts in tar_samples(tar, skipped):
+                offset, size = parts[".cls" if classes else ".txt"]
+                file.seek(offset)
+                texts.append(file.read(size).decode())
+                picture, = (suffix for suffix in parts if suffix in PICTURES)
+                pictures.append(Place(str(tar), *parts[picture]))
             if skipped:
                 raise ValueError(*skipped)
-    with reading(tar, CURE):    # a sample may lack one of the two, a class its name
-        pictures = [sample["picture"] for sample in samples.values()]
-        if not (root / "classnames.txt").exists():
-            return pictures, {"": [sample["txt"].splitlines() for sample in samples.values()]}
-        names, templates = names_and_templates(root)
-        labels = [range(len(names))[int(sample["cls"])] for sample in samples.values()]
-        return pictures, labels, names, templates
+    if not classes:
+        return [("", place, caption) for place, text in zip(pictures, texts)
+                for caption in text.splitlines() or [""]]
+    names, templates = names_and_templates(root)
+    with reading(tar, CURE):  # a class may lack its name
+        return pictures, [range(len(names))[int(text)] for text in texts], names, templates
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,14 +209,12 @@ def read_captions(captions, folder, prompts):
         write_table(table, captions, [])
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
-    numbers, files, places = find_pictures(list(keys), list(images), captions, folder)
+    numbers, files, places = find_pictures(keys, images, captions, folder)
     if len(numbers) < len(rows):
         print(f"{captions}: {len(rows) - len(numbers)} of {len(rows)} rows have no picture and are left out",
               file=sys.stderr)
-    captions_of = {}
-    for number, place in sorted(zip(numbers.tolist(), places_of(files, places))):
-        captions_of.setdefault(place, []).append(getattr(rows[number], prompts))
-    return paired(list(captions_of), {"": captions_of.values()})
+    return paired(("", place, getattr(rows[number], prompts))
+                  for number, place in sorted(zip(numbers.tolist(), places_of(files, places))))
 
 
 def demo(root, split="test"):

@@ -14,24 +14,21 @@ import json
 import os
 import re
 import tempfile
-from functools import partial
-from itertools import chain, groupby, islice
-from operator import itemgetter
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import duckdb
 
-from data.tars import report_skipped, skip, tar_files
+from data.tars import report_skipped, skip, tar_samples
 from flame import InputError, PROMPTS, explained, reading
 
-NUMBER = "number of the row"  # a column of TSV and CSV, nine digits
 # Tables without a header, told by which of their two columns is a link: CC3M and CC12M as published.
 HEADLESS = {(False, True): ["raw", "url"], (True, False): ["url", "raw"]}
 # Our fields and the picture's URL by others' names; the first that is present counts. Of the recaptions by
 # three models that DreamLIP gives, ShareGPT4V's.
 NAMES = {
-    "key": ["key", "__key__", "id", NUMBER],
+    "key": ["key", "__key__", "id"],
     "image": ["image", "filepath", "file_name", "filename"],
     "url": ["url", "Image Path", "downloadurl"],
     "raw": ["raw", "title", "caption", "txt", "text", "blip_caption", "raw_caption"],
@@ -39,71 +36,68 @@ NAMES = {
     "long": ["long", "longSV_captions", "conversations"],
 }
 NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "license", ""}
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
-CURES = {"*/metadata.*": "give {}",
-         "**/*.arrow": "make Parquet of it, in Python: datasets.load_from_disk(DIR).to_parquet(FILE)"}
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
-LARGEST_TEXT = 1 << 20  # bytes of a .txt or .json in a tar: no caption is as long
+LARGEST_TEXT = 1 << 20  # of a .txt or .json so much is read: no caption is as long
 ALIKE = 200             # pairs of a caption and a joined one that tell whether keys mean the same pictures
 DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # what does not fit goes to the disk
 
 # White space but the space; a caption is one line with single spaces, a name has no tab or line break.
 ODD = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Of a value in JSON: the captions in it, a text, a list of texts or a conversation; or the name.
+# A row of `loaded` is one of the source, or of a join, which has a field and there its caption.
 SCHEMA = rf"""
-CREATE MACRO text_of(x) AS CASE WHEN typeof(x) = 'VARCHAR' THEN CAST(x AS VARCHAR)
-    WHEN json_type(to_json(x)) = 'VARCHAR' THEN to_json(x)->>'$'
-    WHEN json_type(to_json(x), '$[0]') = 'VARCHAR' THEN to_json(x)->>'$[0]' END;
-CREATE MACRO one_line(x) AS nullif(CASE WHEN regexp_matches(x, '[{ODD}]|  |^ | $')
-    THEN trim(regexp_replace(x, '[ {ODD}]+', ' ', 'g')) ELSE x END, '');
-CREATE MACRO answer_of(x) AS
-    list_filter(TRY_CAST(to_json(x) AS JSON[]), lambda t: t->>'from' = 'gpt')[1]->>'value';
-CREATE MACRO caption_of(x) AS one_line(coalesce(text_of(x), answer_of(x)));
-CREATE MACRO left_of(x) AS CASE WHEN json_type(to_json(x), '$[0]') = 'VARCHAR' THEN len(list_filter(
-    json_extract(to_json(x), '$[*]'), lambda t: json_type(t) = 'VARCHAR')) - 1 ELSE 0 END;
-CREATE MACRO name_of(x) AS nullif(regexp_replace(CASE WHEN typeof(x) <> 'JSON' THEN CAST(x AS VARCHAR)
-    ELSE coalesce(to_json(x)->>'$.path', to_json(x)->>'$') END, '[\x00\t\r\n]', ' ', 'g'), '');
-CREATE TABLE source (key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR, short VARCHAR, long VARCHAR,
-    others BIGINT);
-CREATE VIEW keyed AS SELECT rowid AS row, * REPLACE (coalesce(key, format('{{:09d}}', rowid)) AS key)
-    FROM source;
-CREATE TABLE joined (field VARCHAR, key VARCHAR, url VARCHAR, text VARCHAR, others BIGINT);
-CREATE VIEW answer AS SELECT rowid AS place, * FROM joined WHERE text IS NOT NULL;
-CREATE TABLE pair (field VARCHAR, row BIGINT, place BIGINT)"""
-PAIR = """INSERT INTO pair SELECT $1, row, min(place) FROM (
-    SELECT row, place FROM keyed JOIN answer a ON keyed.key = a.key WHERE field = $1 UNION ALL
-    SELECT row, place FROM keyed JOIN answer a ON keyed.url = a.url WHERE field = $1 AND a.key IS NULL
-) GROUP BY row"""
-USED = """SELECT count(*), (SELECT count(DISTINCT place) FROM pair WHERE field = $1)
-FROM answer WHERE field = $1"""
-FIRST = """SELECT k.key, coalesce(raw, short, long, ''), text
-FROM (SELECT * FROM pair WHERE field = $1 ORDER BY row LIMIT $2) JOIN keyed k USING (row)
+CREATE MACRO one_line(x) AS
+    nullif(trim(regexp_replace(x, ' *[{ODD}][ {ODD}]*|  +', ' ', 'g')), '');
+CREATE MACRO texts_of(x) AS nullif(list_filter(list_transform(
+    CASE json_type(x) WHEN 'ARRAY' THEN json_extract(x, '$[*]') ELSE [x] END, lambda t: one_line(
+        CASE WHEN json_type(t) = 'VARCHAR' THEN t->>'$' WHEN (t->>'from') = 'gpt' THEN t->>'value' END)),
+    lambda t: t IS NOT NULL), []);
+CREATE MACRO name_of(x) AS
+    nullif(regexp_replace(coalesce(x->>'$.path', x->>'$'), '[\x00\t\r\n]', ' ', 'g'), '');
+CREATE TABLE loaded (field VARCHAR, key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR, short VARCHAR,
+    long VARCHAR, others BIGINT);
+CREATE VIEW source AS SELECT rowid AS row, * REPLACE (coalesce(key, format('{{:09d}}', rowid)) AS key)
+    FROM loaded WHERE field = '';
+CREATE VIEW answer AS SELECT rowid AS place, field, key, url, coalesce(raw, short, long) AS text
+    FROM loaded WHERE field <> '' AND text IS NOT NULL"""
+LOAD = """INSERT INTO loaded SELECT '{}', key, image, url, raw[1], short[1], long[1],
+    ifnull(len(raw) - 1, 0) + ifnull(len(short) - 1, 0) + ifnull(len(long) - 1, 0) FROM (SELECT {} FROM {})"""
+PAIR = """CREATE TABLE pair AS SELECT row, field, min(place) AS place FROM (
+    SELECT row, a.field, place FROM source JOIN answer a ON source.key = a.key UNION ALL
+    SELECT row, a.field, place FROM source JOIN answer a ON source.url = a.url WHERE a.key IS NULL
+) GROUP BY row, field"""
+USED = """SELECT count(*), (SELECT count(DISTINCT place) FROM pair WHERE field = $1),
+    (SELECT count(*) FROM loaded WHERE field = $1) - count(*) FROM answer WHERE field = $1"""
+FIRST = """SELECT source.key, coalesce(raw, short, long, ''), text
+FROM (SELECT row, place FROM pair WHERE field = $1 ORDER BY row LIMIT $2) JOIN source USING (row)
 JOIN answer USING (place) ORDER BY row"""
-FILL = """CREATE TABLE filled AS SELECT *, coalesce(long, short, raw) AS best FROM (
-    SELECT row, key, coalesce(image, '') AS image, coalesce(r.text, raw) AS raw,
-        coalesce(s.text, short) AS short, coalesce(l.text, long) AS long FROM keyed
-    LEFT JOIN (SELECT row, text FROM pair JOIN answer USING (place) WHERE pair.field = 'raw') r USING (row)
-    LEFT JOIN (SELECT row, text FROM pair JOIN answer USING (place) WHERE pair.field = 'short') s USING (row)
-    LEFT JOIN (SELECT row, text FROM pair JOIN answer USING (place) WHERE pair.field = 'long') l USING (row));
+FILL = """CREATE MACRO joined(name) AS TABLE
+    SELECT row, text FROM pair JOIN answer USING (place) WHERE pair.field = name;
+CREATE TABLE filled AS SELECT *, coalesce(long, short, raw) AS best FROM (
+    SELECT row, key, image, coalesce(r.text, raw) AS raw, coalesce(s.text, short) AS short,
+        coalesce(l.text, long) AS long FROM source LEFT JOIN joined('raw') r USING (row)
+    LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row));
 CREATE TABLE first AS SELECT min(row) AS row FROM filled WHERE best IS NOT NULL GROUP BY key;
 CREATE VIEW kept AS SELECT * FROM filled SEMI JOIN first USING (row)"""
-LOST = """SELECT CASE WHEN best IS NULL THEN 'no caption' ELSE 'key occurs before' END AS reason,
-    count(*), list_transform(min(row + 1, 5), lambda n: format('row {}', n))
+LOST = """SELECT CASE WHEN best IS NULL THEN 'no caption, or a broken row' ELSE 'key occurs before' END
+    AS reason, count(*), list_transform(min(row + 1, 5), lambda n: format('row {}', n))
 FROM filled ANTI JOIN first USING (row) GROUP BY reason ORDER BY reason DESC"""
-LEFT = """SELECT sum(others), count(*) FROM
-    (SELECT others FROM source UNION ALL SELECT others FROM joined) WHERE others > 0"""
+TOTALS = """SELECT count(*), (SELECT sum(others) FROM loaded), (SELECT count(*) FROM loaded WHERE others > 0),
+    count(raw), count(short), count(long) FROM kept"""
 COPY = """COPY (SELECT key, image, coalesce(raw, best) AS raw, coalesce(short, best) AS short,
     coalesce(long, best) AS long FROM kept ORDER BY row)
 TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
-COLUMNS = """SELECT column_name, format('"{{}}"', replace(column_name, '"', '""'))
-    || CASE WHEN column_type LIKE '%BLOB%' THEN '.path' ELSE '' END
+COLUMNS = """SELECT column_name, format('to_json("{{}}"{{}})', replace(column_name, '"', '""'),
+    CASE WHEN column_type LIKE '%BLOB%' THEN '.path' ELSE '' END)
 FROM (DESCRIBE SELECT * FROM {}) WHERE column_type <> 'BLOB'"""
 KEYS = r"""SELECT name, format('(json->{{0}}$."{{1}}"{{0}})', chr(39), name) FROM (
     SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 100000) WHERE json IS NOT NULL)
 WHERE NOT regexp_matches(name, '[''"\\]')"""
 # A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
 JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=134217728)"
-FORMS = {  # what DuckDB reads: relation of $files, query of its columns
+FORMS = {  # what DuckDB reads: relation of $files, query of its columns as JSON
     ".parquet": ("read_parquet($files, union_by_name=true)", COLUMNS),
     ".json": (JSON.format("auto"), KEYS),
     ".jsonl": (JSON.format("newline_delimited"), KEYS),
@@ -150,9 +144,9 @@ def write_table(path, captions, joins):
                     load(database, scratch, source, skipped, name)
                 # Rows have numbers by now. Kept in order, 15 million would not go to the disk in time.
                 database.execute("SET preserve_insertion_order = false")
+                database.execute(PAIR)
                 for name in dict(joins):
-                    files = ", ".join(str(source) for other, source in joins if other == name)
-                    join(database, captions, name, files)
+                    check_join(database, captions, name)
                 total = copy(database, captions, f"{scratch}/captions.tsv", skipped)
         except duckdb.Error as error:
             raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
@@ -169,10 +163,8 @@ def copy(database, captions, path, skipped):
     database.execute(FILL)
     skipped |= {reason: entry for reason, *entry in database.execute(LOST).fetchall()}
     database.execute(COPY, {"path": path})
-    total, *counts = database.execute("SELECT count(*), count(raw), count(short), count(long) "
-                                      "FROM kept").fetchone()
+    total, others, lists, *counts = database.execute(TOTALS).fetchone()
     print(f"{captions}: {total} rows")
-    others, lists = database.execute(LEFT).fetchone()
     if lists:
         print(f"lists of captions in {lists} rows: the first counts, {others} others are left out")
     for name, count in zip(PROMPTS, counts):
@@ -181,17 +173,14 @@ def copy(database, captions, path, skipped):
     return total
 
 
-def join(database, captions, field, files):
-    """Pairs a set's joined captions with rows of the source, of each row the first. Five pairs are shown.
+def check_join(database, captions, field):
+    """Shows five of a set's joined captions beside those of their rows, and says what is left out.
 
-    Raises InputError where there is none, or where they are of different pictures.
+    Raises InputError where no row has one, or where they are of different pictures.
     """
-    database.execute(PAIR, [field])
-    total, used = database.execute(USED, [field]).fetchone()
-    if not used:
-        raise InputError(f"{files}: of its {total} rows with a {field} caption none has a key or URL that is "
-                         f"in {captions}; give --captions the files that it goes with")
-    print(f"{files}: {total} {field} captions, {total - used} of them of no row in {captions}")
+    total, used, empty = database.execute(USED, [field]).fetchone()
+    print(f"--join {field}: {total} captions, {total - used} of them of no row in {captions}; {empty} rows "
+          "without one, or broken")
     pairs = database.execute(FIRST, [field, ALIKE]).fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
@@ -200,11 +189,11 @@ def join(database, captions, field, files):
     words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair] for _, *pair in pairs if pair[0]]
     shared = sum(len(raw & text) for raw, text in words)
     chance = sum(len(raw & text) for (raw, _), (_, text) in zip(words, words[1:] + words[:1]))
-    if len(words) == ALIKE and chance > ALIKE / 10 and shared < 1.2 * chance:
+    if not used or len(words) == ALIKE and chance > ALIKE / 10 and shared < 1.2 * chance:
         raise InputError(
-            f"{files}: its {field} captions share no more words with the captions of the same keys in "
-            f"{captions} than with others: keys mean other pictures there. Recaptions go with the tars they "
-            "were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
+            f"--join {field}: its keys mean other pictures: {used} of {total} keys or URLs are in {captions} "
+            "and share no more words with the captions there than with others. Recaptions go with the tars "
+            "they were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,16 +207,16 @@ def source_files(path):
         paths = next(filter(None, (sorted(path.glob(pattern)) for pattern in FOLDERS)), [])
     elif span:
         numbers = range(int(span[2]), int(span[3]) + 1)
-        paths = (Path(f"{span[1]}{n:0{len(span[2])}d}{span[4]}") for n in numbers)
+        paths = (f"{span[1]}{n:0{len(span[2])}d}{span[4]}" for n in numbers)
     else:
-        paths = [path] if path.exists() else map(Path, sorted(glob.glob(str(path))) or [path])
+        paths = [path] if path.exists() else sorted(glob.glob(str(path))) or [path]
     files = []
-    for file in paths:  # the first that is missing ends it, however long the range is
-        with reading(file, WANTED):
+    for each in paths:  # the first that is missing ends it, however long the range is
+        with reading(each, WANTED) as file:
             files.append(file)
     if not files:
-        cures = [CURES[pattern].format(file.parent) for pattern in CURES for file in path.glob(pattern)]
-        raise InputError(f"{path}: holds no captions; {[*cures, WANTED][0]}")
+        raise InputError(f"{path}: holds no captions; {WANTED}, or the folder that metadata.csv lies in; of "
+                         "what datasets saved make Parquet, datasets.load_from_disk(DIR).to_parquet(FILE)")
     return files
 
 
@@ -254,65 +243,46 @@ def fingerprint(sources):
 # ------------------------------------------------------------------------------------------------------------
 # A source becomes rows of a table of DuckDB
 
-def load(database, scratch, source, skipped, field=None):
-    """Appends a source's rows to the table `source`, in their order.
+def load(database, scratch, source, skipped, field=""):
+    """Appends a source's rows to the table `loaded`, in their order.
 
-    field: the prompt set of a join, to the table `joined`. Its caption is the column named as the set;
-    without one, the first text that is neither key nor picture, as "minicpm" in the recaptioned releases.
+    field: the prompt set of a join. Its caption is the column named as the set; without one, the first text
+    that is neither key nor picture, as "minicpm" in the recaptioned releases.
     -> the names of its columns
     """
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
     with reading(files[0], WANTED):
         if kind not in FORMS:
-            readers = {".tar": tar_rows, ".txt": partial(text_rows, Path(source))}
-            rows = readers.get(kind, csv_rows)(files, skipped)
-            files = [spool(f"{scratch}/rows.jsonl", rows, skipped)]
-        relation, names = FORMS.get(kind, FORMS[".jsonl"])
+            rows = {".tar": tar_rows, ".txt": text_rows}.get(kind, csv_rows)(source, files, skipped)
+            kind = ".jsonl"
+            files = [f"{scratch}/rows.jsonl"]
+            with open(files[0], "w") as spool:  # what is no UTF-8 becomes a broken row
+                spool.writelines(json.dumps(row) + "\n" for row in rows)
+        relation, names = FORMS[kind]
         paths = {"files": [glob.escape(str(file)) for file in files]}
         columns = dict(database.execute(names.format(relation), paths).fetchall())
         if columns.keys() >= {"images", "annotations"}:  # COCO's; each caption is a row
             relation, columns = COCO.format(relation), COCO_COLUMNS
-        table = "source SELECT "
         fields = NAMES
         if field:
-            table = f"joined SELECT '{field}', "
-            columns.pop(NUMBER, None)  # another file's
-            names = NAMES[field]
-            if columns.keys().isdisjoint(names):
-                names = [name for name in columns if name not in NO_CAPTION]
-            fields = {"key": NAMES["key"], "url": NAMES["url"], field: names}
+            fields = dict.fromkeys(NAMES, []) | {name: NAMES[name] for name in ("key", "url", field)}
+            if columns.keys().isdisjoint(NAMES[field]):
+                fields[field] = [name for name in columns if name not in NO_CAPTION]
         values = []
-        others = ["0"]
         for name, names in fields.items():
-            present = [columns[name] for name in names if name in columns]
-            macro = "name_of({})"
-            if name in PROMPTS:
-                macro = "caption_of({})"
-                others += map("left_of({})".format, present)
-            values.append(f"coalesce({', '.join([*map(macro.format, present), 'NULL'])})")
-        selected = f"{', '.join(values)}, {' + '.join(others)}"
-        database.execute(f"INSERT INTO {table} {selected} FROM {relation}", paths)
+            macro = "texts_of({})" if name in PROMPTS else "name_of({})"
+            present = [columns[name] for name in names if name in columns] or ["'null'::JSON"]
+            values.append(f"coalesce({', '.join(map(macro.format, present))}) AS {name}")
+        database.execute(LOAD.format(field, ", ".join(values), relation), paths)
         return columns
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What DuckDB does not read: generators of (place, {name: value})
+# What DuckDB does not read: generators of {name: value}
 
-def spool(path, rows, skipped):
-    """Writes rows as JSONL. -> path"""
-    with open(path, "wb") as file:
-        for place, row in rows:
-            try:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            except UnicodeEncodeError:
-                skip(skipped, "no UTF-8", place)
-    return path
-
-
-def csv_rows(files, skipped):
-    """TSV has no quotes. Empty lines have no number, bad rows do, as img2dataset counts."""
-    number = 0
+def csv_rows(source, files, skipped):
+    """TSV has no quotes. An empty line is no row, a broken one is an empty row: so img2dataset counts."""
     for path in files:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
@@ -325,40 +295,31 @@ def csv_rows(files, skipped):
             reader = csv.reader(chain([header] * bool(headless), file), **form)
             row = []
             while row is not None:
-                place = f"{path.name} line {reader.line_num + 1 + (not headless)}"
                 try:
                     row = next(reader, None)
-                    if not row:
-                        continue
-                    if len(row) != len(names):
-                        raise csv.Error("not as many columns as the header has")
-                    yield place, {NUMBER: f"{number:09d}"} | dict(zip(headless or names, row))
-                except csv.Error as error:
-                    skip(skipped, str(error), place)
-                number += 1
+                    if row:
+                        yield dict(zip(headless or names, row)) if len(row) == len(names) else {}
+                except csv.Error:
+                    yield {}
 
 
-def tar_rows(files, skipped):
+def tar_rows(source, files, skipped):
     """Samples: .json has captions by any known name, .txt is the raw one."""
     known = {name for field in ("url", *PROMPTS) for name in NAMES[field]}
     for path in files:
         with open(path, "rb") as file:
-            for (folder, key), members in groupby(tar_files(path, skipped), itemgetter(0, 1)):
+            for folder, key, parts in tar_samples(path, skipped):
                 row = {"key": key}
-                place = f"{path}:{folder}{key}"
-                for _, _, suffix, offset, size in members:
-                    if suffix not in ("json", "txt"):
-                        continue
+                for suffix in sorted(parts.keys() & {".json", ".txt"}):
+                    offset, size = parts[suffix]
                     file.seek(offset)
                     try:
-                        if size > LARGEST_TEXT:
-                            raise ValueError
-                        text = file.read(size).decode("utf-8-sig")
-                        entries = {"raw": text} if suffix == "txt" else json.loads(text)
+                        text = file.read(min(size, LARGEST_TEXT)).decode("utf-8-sig")
+                        entries = {"raw": text} if suffix == ".txt" else json.loads(text)
                         row |= {name: entries[name] for name in known & entries.keys()}
                     except (ValueError, AttributeError, RecursionError):
-                        skip(skipped, "no UTF-8 text, no JSON object, or too large", f"{place}.{suffix}")
-                yield place, row
+                        skip(skipped, "no UTF-8 text, or no JSON object", f"{path}:{folder}{key}{suffix}")
+                yield row
 
 
 def pictures_beside(file):
@@ -368,11 +329,10 @@ def pictures_beside(file):
 def text_rows(folder, files, skipped):
     """Each a.txt that has a picture beside it; the picture's path is key and image."""
     for file in files:
-        pictures = pictures_beside(file)
-        if not pictures:
-            skip(skipped, "text without a picture beside it", str(file))
-            continue
-        image = pictures[0].relative_to(folder)
-        with open(file, encoding="utf-8-sig", errors="surrogateescape") as opened:
-            yield str(file), {"key": str(image.with_suffix("")), "image": str(image),
-                              "raw": opened.read(LARGEST_TEXT)}
+        try:
+            image = pictures_beside(file)[0].relative_to(folder)
+            with open(file, encoding="utf-8-sig") as opened:
+                text = opened.read(LARGEST_TEXT)
+            yield {"key": str(image.with_suffix("")), "image": str(image), "raw": text}
+        except (IndexError, UnicodeDecodeError):
+            skip(skipped, "text without a picture beside it, or no UTF-8", str(file))

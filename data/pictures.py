@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import stat
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -46,17 +45,12 @@ class Place(NamedTuple):
 
 def open_picture(place):
     """PIL image, its header read, not yet decoded. Raises nearly anything on a stranger's bytes."""
-    about = os.stat(place.path)
-    if not stat.S_ISREG(about.st_mode) or place.size < 0 and about.st_size > LARGEST:  # a pipe is waited for
+    size = os.path.getsize(place.path) if place.size < 0 else place.size
+    if size > LARGEST or not os.path.isfile(place.path):  # a pipe is waited for
         raise OSError(0, "not a regular file, or too large", place.path)
     with open(place.path, "rb", buffering=0) as file:
         file.seek(place.offset)
         return Image.open(io.BytesIO(file.read(place.size)))
-
-
-def reason(place, error):
-    """Why a picture could not be read, and where it lies."""
-    return f"{type(error).__name__}: {place.path}" + f", byte {place.offset}" * (place.offset > 0)
 
 
 def find_pictures(keys, images, captions, folder=None, index=None):
@@ -65,59 +59,48 @@ def find_pictures(keys, images, captions, folder=None, index=None):
     A place is (which of files, first byte, bytes; -1: to the end). keys, images: of a table that was made of
     the source `captions`. folder: where the images' paths start, or where files or tars (*.tar, as
     img2dataset and webdataset write them; never unpacked) lie by key. Without one these are the tars that
-    were captioned, else in the folder named as the captions. index: file (.npz) that keeps what was seen in
-    the tars. Raises InputError where no row has a picture.
+    were captioned, else in the folder named as the captions. index: file (.npz) that keeps what was found by
+    key. Raises InputError where no row has a picture.
     """
     captions = Path(captions)
     root = Path(folder or (captions if captions.is_dir() else captions.parent))
     files = [os.path.join(root, image) for image in images if image]
-    if not files and not folder:
-        root = captions.with_name(captions.name.split(".")[0])
-    captioned = captions.suffix == ".tar" and not folder
-    tars = source_files(captions) if captioned else sorted(root.glob("*.tar"))
     wanted = (files or keys)[0]
     if any(map(os.path.isfile, files[::1 + len(files) // LOOKED_AT])):  # else they are in tars, or lie by key
-        rows = np.array([row for row, image in enumerate(images) if image], np.int64)
-        places = np.array([(n, 0, -1) for n in range(len(files))], np.int64)
-    elif tars:
-        files = list(map(str, tars))
-        rows, places = index_tars(keys, files, index)
-    else:
-        paths = sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))
-        files = [path for path in paths if f".{sample_name(path)[2]}" in PICTURES]
-        pictures = ((sample_name(path)[1], (n, 0, -1)) for n, path in enumerate(files))
-        rows, places = first_of_each_row(pictures, keys)
+        rows = [row for row, image in enumerate(images) if image]
+        return np.array(rows), files, np.array([(n, 0, -1) for n in range(len(files))])
+    if not files and not folder:
+        root = captions.with_name(captions.name.split(".")[0])
+    tars = source_files(captions) if captions.suffix == ".tar" and not folder else sorted(root.glob("*.tar"))
+    files = list(map(str, tars)) or [
+        path for path in sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))
+        if sample_name(path)[2] in PICTURES]
+    rows, places = find_by_key(keys, files, index)
     if not len(rows):
-        numbered = "; tars' keys are row numbers only at 10,000 a shard, else embed the tars themselves"
-        raise InputError(f"{root}: no row of {captions} has a picture there, such as {wanted}; give "
-                         f"--images DIR{numbered * bool(tars)}")
+        raise InputError(f"{root}: no row of {captions} has a picture there, such as {wanted}; give --images "
+                         "DIR, or embed the tars themselves: at 10,000 a shard alone their keys are numbers")
     return rows, files, places
 
 
-def first_of_each_row(pictures, keys):
-    """(key, place) of each picture -> rows [n], places [n, 3]"""
-    row_of = {key: row for row, key in enumerate(keys)}
-    firsts = {}
-    for key, place in pictures:
-        if key in row_of:
-            firsts.setdefault(row_of[key], place)
-    return np.array([*firsts], np.int64), np.array([*firsts.values()], np.int64).reshape(-1, 3)
-
-
-def index_tars(keys, tars, index):
-    """-> rows [n], places [n, 3]. Of a tar that is cut short or damaged, what comes before that."""
-    about = [(tar, *os.stat(tar)[6:9:2]) for tar in tars]  # bytes, time of change
-    stamp = hashlib.sha256(json.dumps([keys, about]).encode()).hexdigest()
+def find_by_key(keys, files, index):
+    """-> rows [n], places [n, 3], of each key the first. Of a damaged tar, what comes before the damage."""
+    changed = [os.stat(file).st_mtime_ns for file in files if file.endswith(".tar")]
+    stamp = hashlib.sha256(json.dumps([keys, files, changed]).encode()).hexdigest()
     if index and os.path.exists(index):
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
                 return saved["rows"], saved["places"]
+    row_of = {key: row for row, key in enumerate(keys)}
+    firsts = {}
     skipped = {}
-    pictures = ((key, (n, offset, size)) for n, tar in enumerate(tars)
-                for _, key, suffix, offset, size in tar_files(tar, skipped)
-                if f".{suffix}" in PICTURES and size <= LARGEST)
-    rows, places = first_of_each_row(pictures, keys)
-    report_skipped(os.path.dirname(tars[0]), skipped)
+    for n, file in enumerate(files):
+        held = tar_files(file, skipped) if file.endswith(".tar") else [(*sample_name(file), 0, -1)]
+        for _, key, suffix, offset, size in held:
+            if key in row_of and suffix in PICTURES:
+                firsts.setdefault(row_of[key], (n, offset, size))
+    report_skipped("pictures", skipped)
+    rows = np.array([*firsts], np.int64)
+    places = np.array([*firsts.values()], np.int64).reshape(-1, 3)
     if index:
         write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
     return rows, places
@@ -128,40 +111,35 @@ def index_tars(keys, tars, index):
 
 def unpack_parquet(captions, folder):
     """Pictures in Parquet, struct<bytes, path> as the Hub has them, become tars in the folder: a tar for each
-    file, pictures named by key. A tar that exists is done. What no tar can name is skipped and counted.
+    file, pictures named by key. A tar that exists is done. What no tar can hold is skipped and counted.
     """
-    files = source_files(captions)
-    tables = [duckdb.read_parquet(str(file)) for file in files if file.suffix == ".parquet"]
+    files = [file for file in source_files(captions) if file.suffix == ".parquet"]
     skipped = {}
     first = 0  # the number of a file's first row
-    for n, table in enumerate(bar(tables, "pictures", unit=" files", disable=not tables)):
-        with reading(files[n], WANTED):
+    for n, file in enumerate(bar(files, "pictures", unit=" files", disable=not files)):
+        with reading(file, WANTED):
+            table = duckdb.read_parquet(str(file))
             inside = [name for name, kind in zip(table.columns, table.types) if "bytes BLOB" in str(kind)]
             if not inside:
                 return
-            key = next((f'"{name}"' for name in NAMES["key"] if name in table.columns), "NULL")
-            rows = table.project(f'{key}, "{inside[0]}".bytes')
+            number = f"format('{{:09d}}', {first} + row_number() OVER () - 1)"
+            keys = [f'"{name}"::VARCHAR' for name in NAMES["key"] if name in table.columns]
+            rows = table.project(f"""coalesce({', '.join([*keys, number])}), "{inside[0]}".bytes""")
             if not (folder / f"{n:05d}.tar").exists():
                 folder.mkdir(exist_ok=True)
-                write(folder / f"{n:05d}.tar", functools.partial(write_tar, rows, first, skipped))
+                write(folder / f"{n:05d}.tar", functools.partial(write_tar, rows, skipped))
             first += len(table)
     report_skipped(captions, skipped)
 
 
-def write_tar(rows, first, skipped, path):
-    """rows: a DuckDB relation of (key or NULL, a picture's bytes)."""
+def write_tar(rows, skipped, path):
+    """rows: a DuckDB relation of (key, a picture's bytes)."""
     with tarfile.open(path, "w") as tar:
-        for number, (key, content) in enumerate(rows.fetchall(), first):
-            key = f"{number:09d}" if key is None else str(key)
-            try:
-                suffix = Image.open(io.BytesIO(content)).format.lower()
-            except Exception:  # decoders raise nearly anything; NULL has no bytes
-                skip(skipped, "no picture", key)
+        for key, content in rows.fetchall():
+            if content is None or sample_name(key) != ("", key, ""):
+                skip(skipped, "no picture, or a key with a dot or slash", key)
                 continue
-            if sample_name(f"{key}.{suffix}") != ("", key, suffix) or f".{suffix}" not in PICTURES:
-                skip(skipped, "key with a dot or slash, or neither JPEG, PNG nor WebP", key)
-                continue
-            member = tarfile.TarInfo(f"{key}.{suffix}")
+            member = tarfile.TarInfo(f"{key}.jpg")  # whatever it is: decoders look at the bytes
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
 
@@ -261,7 +239,8 @@ class Batches(torch.utils.data.Dataset):
                 pixels[i] = random_crop(self.open(place), size, s["crop_scale"], draws[i])
                 readable[i] = True
             except Exception as error:  # decoders raise nearly anything on a stranger's bytes
-                failed.append((self.store.keys[self.rows[chosen[i]]], reason(place, error)))
+                key = self.store.keys[self.rows[chosen[i]]]
+                failed.append((key, f"{type(error).__name__}: {place.path}"))
         facets = self.store.take(self.rows[chosen], columns)
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 

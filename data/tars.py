@@ -3,6 +3,8 @@ import io
 import os
 import sys
 import tarfile
+from itertools import groupby
+from operator import itemgetter
 
 from flame import explained
 
@@ -11,10 +13,10 @@ LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
 
 
 def sample_name(path):
-    """-> folder, key, suffix: "a/", "b", "c.jpg" of "a/b.c.JPG". A key ends at its first dot (webdataset)."""
+    """-> folder, key, suffix: "a/", "b", ".c.jpg" of "a/b.c.JPG". A key ends at its first dot."""
     folder, slash, name = path.rpartition("/")
-    key, _, suffix = name.partition(".")
-    return folder + slash, key, suffix.lower()
+    key, dot, suffix = name.partition(".")
+    return folder + slash, key, dot + suffix.lower()
 
 
 class _Headers(io.BufferedReader):
@@ -43,14 +45,12 @@ def tar_files(path, skipped):
                     raise tarfile.ReadError(f"{member.name} ends before it begins")
                 end = tar.offset
                 folder, key, suffix = sample_name(member.name)
-                if not member.isfile() or not key or not suffix:
-                    continue
                 if member.issparse():
                     skip(skipped, "sparse file in a tar", f"{path}:{member.name}")
-                elif 0 <= member.size <= size - member.offset_data:
+                elif member.isfile() and key and suffix:
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError(f"{member.name} is cut off")
                     yield folder, key, suffix, member.offset_data, member.size
-                else:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
             # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
             file.seek(tar.offset)
             blocks = iter(lambda: file.read(LARGEST_HEADER), b"")
@@ -58,6 +58,12 @@ def tar_files(path, skipped):
                 raise tarfile.ReadError(f"neither a file nor the end at byte {tar.offset}")
     except Exception as error:  # tarfile raises nearly anything on a stranger's bytes, MemoryError too
         skip(skipped, DAMAGED, f"{os.path.basename(path)}: {explained(error)}")
+
+
+def tar_samples(path, skipped):
+    """Yields (folder, key, {suffix: (first byte, bytes)}) of each run of files with one key (webdataset)."""
+    for (folder, key), files in groupby(tar_files(path, skipped), itemgetter(0, 1)):
+        yield folder, key, {suffix: place for _, _, suffix, *place in files}
 
 
 def skip(skipped, reason, place):
