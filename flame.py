@@ -469,15 +469,15 @@ class TextProjection(nn.Module):
         if mapped and map_rank:  # M = down up, else up is M
             self.down = nn.Parameter(torch.randn(len(mapped), dim, map_rank) * dim ** -0.5)
 
-    def forward(self, facets, columns, trained=True):
-        """[N, K, D], int [K] or [N, K] store columns -> [N, K, D] unit vectors. trained: by M too"""
+    def forward(self, facets, columns):
+        """[N, K, D], int [K] or [N, K] store columns -> [N, K, D] unit vectors."""
         columns = torch.as_tensor(columns, device=self.mean.device).expand(facets.shape[:2])
         x = F.normalize(facets.float(), dim=-1) - self.mean[columns]
         out = torch.empty_like(x)
         for c in columns.unique().tolist():  # one product a column, not one small matrix a vector
             u = x[columns == c]
             u = self.rest[c] * u + (u @ self.basis[c] * self.gain[c]) @ self.basis[c].T
-            if trained and c in self.mapped:
+            if c in self.mapped:
                 m = self.mapped.index(c)
                 u = u + (u @ self.down[m] if hasattr(self, "down") else u) @ self.up[m]
             out[columns == c] = u

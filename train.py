@@ -70,15 +70,6 @@ def infonce_loss(image, text, scale, bias=0.0, first=0):
     return total.sum() * ranks() / text[..., 0].numel() + 0 * bias
 
 
-def pull_loss(image, fixed, first=0):
-    """Mean over images of 1 - cosine with the mean of their texts before the trained map, [B, D].
-
-    Distillation: contrast and the trained map give up some of the LLM's geometry, this keeps more of it.
-    """
-    cosines = F.cosine_similarity(image, fixed[first:first + len(image)])
-    return (1 - cosines).sum() * ranks() / len(fixed)
-
-
 LOSSES = {"sigmoid": sigmoid_loss, "infonce": infonce_loss}
 LOGITS = 3072 * 3072 * 6  # at once: the published batch's, 226 MB in float32
 
@@ -123,7 +114,6 @@ SETTINGS = {
     "projector_hidden": (0,         4096,        count(0, 131_072),    "its width; at least the LLM's"),
     "pool_first":       (True,      False,       bool,                 "average patches, then project"),
     "loss":             ("infonce", "sigmoid",   tuple(LOSSES),        "both with several positives"),
-    "pull":             (4.0,       0.0,         real(0, 1000),        "weight of a pull to untrained texts"),
     "text_projection":  ("agree+linear", "none", str,                  "none|whiten|agree[+linear[:RANK]]"),
     "positives":        (6,         6,           count(1, 11),         "embeddings an image meets in a step"),
     "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
@@ -411,9 +401,7 @@ def forward_backward(model, encode, batch, s, device):
     # projection itself.
     facets = gather(facets.to(device, non_blocking=True)).flatten(0, 1)
     columns = gather(columns.to(device, non_blocking=True)).flatten(0, 1)
-    texts = facets[everyone], columns[everyone]
-    text = model.text(*texts)  # [B, P, D], B: the readable ones of all ranks
-    fixed = model.text(*texts, trained=False).mean(1)  # [B, D]
+    text = model.text(facets[everyone], columns[everyone])  # [B, P, D], B: the readable ones of all ranks
     first = everyone[:rank() * len(pixels)].sum().item()
     readable = readable.to(device)
     chunks = [slice(at, at + s["chunk"]) for at in range(0, len(pixels), s["chunk"])]
@@ -424,9 +412,7 @@ def forward_backward(model, encode, batch, s, device):
             return encode(flame.to_pixels(pixels[chunk].to(device, non_blocking=True)), some)
 
     def loss_of(image):
-        image = image[readable]
-        contrast = LOSSES[s["loss"]](image, text, model.logit_scale.exp(), model.logit_bias, first)
-        return contrast + s["pull"] * pull_loss(image, fixed, first)
+        return LOSSES[s["loss"]](image[readable], text, model.logit_scale.exp(), model.logit_bias, first)
 
     if len(chunks) == 1:
         loss = loss_of(encoded(chunks[0]))

@@ -190,17 +190,6 @@ def test_losses_are_their_definitions():
     assert train.infonce_loss(image, text, scale).item() == pytest.approx(total / 15, rel=1e-6)
 
 
-def test_the_pull_is_towards_the_texts_before_the_trained_map():
-    text = flame.TextProjection(24, 24, mapped=[1, 2])
-    torch.nn.init.normal_(text.up)
-    facets, columns, image = torch.randn(5, 3, 24), torch.tensor([0, 1, 2]), unit(5, 24).float()
-    units = F.normalize(facets, dim=2)  # the closed form is the identity here
-    cosines = [image[i] @ units[i].mean(0) / units[i].mean(0).norm() for i in range(5)]
-    fixed = text(facets, columns, trained=False).mean(1)
-    assert train.pull_loss(image, fixed).item() == pytest.approx(1 - np.mean(cosines), abs=1e-5)
-    assert not torch.allclose(text(facets, columns).mean(1), fixed, atol=0.1)
-
-
 def gradients(loss, *tensors):
     """-> the loss and its gradients, [None: zero]."""
     tensors = [x.clone().requires_grad_() for x in tensors]
