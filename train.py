@@ -160,6 +160,7 @@ def train(args, s):
     """
     device = args.device
     store = flame.open_store(args.embeddings)
+    checkpoint.identity(store)  # one that does not say what it is ends here, not at the first save
     columns = chosen_columns(s["columns"])
     tower = None
     if s["image_tower"]:

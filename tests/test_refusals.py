@@ -290,6 +290,13 @@ def test_a_damaged_checkpoint_and_its_cure(folder, name, number):
     assert typed(f"{GO_ON_TRAINING} --overwrite")[0] == 0
 
 
+def test_a_store_that_does_not_say_of_which_captions_it_is(folder):
+    meta = json.loads(Path("store/meta.json").read_text())
+    del meta["captions"]["sha256"]
+    Path("store/meta.json").write_text(json.dumps(meta))
+    refuses(TRAIN, "store/meta.json: no 'sha256'")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Settings
 
