@@ -180,7 +180,7 @@ def train(args, s):
             flame.load(out)  # it is whole
             say(f"{out}: finished already, nothing to do; --overwrite trains anew")
             return False
-        model, optimizer = build(store, columns, s, device, not earlier, tower)
+        model, optimizer = build(store, columns, s, device, not earlier, tower, pictures[0])
         start = checkpoint.restore(out, model, optimizer) if earlier else 0
         fit_chunk(model, s, device)
         encode = distribute(model, s["compile"])
@@ -228,11 +228,12 @@ def settle(s, images, columns, D):
     s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def build(store, columns, s, device, fit, tower=None):
+def build(store, columns, s, device, fit, tower=None, rows=None):
     """-> model and optimizer, as at the start of a run.
 
     fit: whether to fit the text projection; a run that goes on has it in its checkpoint, and other ranks get
-    rank 0's. tower: tensors that the image tower starts from.
+    rank 0's. tower: tensors that the image tower starts from. rows: of the store that are trained on, all or
+    int [n].
     """
     torch.manual_seed(s["seed"])
     sizes = "image_size patch_size width layers heads quick_gelu projector_hidden pool_first"
@@ -242,7 +243,7 @@ def build(store, columns, s, device, fit, tower=None):
     initialise(model.visual, s)
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
     if fit and rank() == 0:
-        fit_text_projection(model.text, store, s["text_projection"], columns, device)
+        fit_text_projection(model.text, store, s["text_projection"], columns, device, rows)
     if tower:
         with flame.reading(s["image_tower"], "give a CLIP's, a ViT"):
             model.visual.load_state_dict(tower)

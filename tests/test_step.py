@@ -742,6 +742,15 @@ def test_one_caption_has_nothing_to_agree_with(run, small, tmp_path):
     assert "whiten," in fit(run, small[0], f"{flags} one --columns long.0,long.1").stdout
 
 
+def test_the_text_projection_is_fitted_on_what_is_trained(run, small, tmp_path):
+    """Rows without a picture, as of a split kept apart, have no part in it."""
+    table = small[0] / "captions.tsv"
+    table.write_text(table.read_text().replace("p022.png", "").replace("p023.png", ""))
+    assert fit(run, small[0], "--steps 1 --text-projection whiten").returncode == 0
+    units = flame.open_store(small[0]).read(range(22), EVERY)
+    torch.testing.assert_close(flame.load(tmp_path / "out/store").text.mean, units.mean(0))
+
+
 def test_agreement_is_of_the_columns_that_are_trained(long_store):
     """Whatever the others hold."""
     maps = []
