@@ -203,13 +203,13 @@ def chosen_columns(names):
 def pictures_of(store, folder, out):
     """-> the pictures to train on: rows of the store [n], files, places [n, 3] (data/pictures.py)"""
     if rank() > 0:
-        wait_for_all()  # rank 0 writes the index of the tars, the others read it
+        wait_for_all(out / ".lock")  # rank 0 writes the index of the tars, the others read it
     captions = store.meta["captions"]["path"]
     unpacked = store.path / "pictures"  # what embed.py found inside of Parquet
     folder = folder or (unpacked if unpacked.is_dir() else None)
     pictures = find_pictures(store.keys, store.images, captions, folder, out / "tars.npz")
     if rank() == 0:
-        wait_for_all()
+        wait_for_all(out / ".lock")
     return pictures
 
 
@@ -470,6 +470,7 @@ def read_arguments(argv):
             how = {"choices": values}
         add("--" + name.replace("_", "-"), help=f"{what} ({demo} / {cc3m})", **how)
     args = parser.parse_args(argv)
+    args.device = start_ranks(args.device)
     args.embeddings = args.embeddings or newest_store()
     args.preset = args.preset or ("demo" if len(flame.open_store(args.embeddings)) < FEW else "cc3m")
     s = {name: row[args.preset != "demo"] for name, row in SETTINGS.items()}
@@ -499,7 +500,6 @@ def main(argv=None):
     def body():
         nonlocal stopped
         args, s = read_arguments(argv)
-        args.device = start_ranks(args.device)
         say(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
         stopped = train(args, s)

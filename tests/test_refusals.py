@@ -282,13 +282,16 @@ def test_any_file_damaged_in_any_way(folder, number):
 # Settings
 
 SETTINGS = {
-    TRAIN: "image-size=0 patch-size=7 width=nan heads=5 loss=softmax text-projection=whitening init=zeros "
-           "positives=0 columns=long.9 batch=-4 chunk=0 epochs=inf lr=1e400 patch-dropout=1 "
-           "seed=-1 preset=huge device=cuda:99 embeddings=nowhere images=nowhere image-tower=captions.tsv "
-           "lock-image=5",
+    TRAIN: "image-size=0 image-size=65 patch-size=7 patch-size=64 width=nan layers=9999 heads=5 heads=0 "
+           "loss=softmax loss=infonce-slots text-projection=whitening text-projection=center "
+           "text-projection=agree:0.1 text-projection=raw=agree text-projection=whiten+linear:-1 init=zeros "
+           "init-scale=0 positives=0 positives=12 columns=long.9 columns=raw.1 batch=-4 batch=0 chunk=0 "
+           "epochs=inf epochs=-1 steps=1e3 lr=1e400 lr=nan lr=-1 lr=much crop-scale=1.1 patch-dropout=1 "
+           "patch-dropout=nan workers=-1 seed=-1 seed=1.0 preset=huge device=cuda:99 device=foo no-such=1 "
+           "embeddings=nowhere embeddings=images images=nowhere image-tower=captions.tsv lock-image=5",
     EMBED: "captions=nowhere.tsv captions=images/x-{5..2}.tar captions=/dev/zero join=foo=captions.tsv "
-           "join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps window=0 shard=3/2 shard=x "
-           "inspect=nowhere out=captions.tsv",
+           "join=long= join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps window=0 shard=3/2 "
+           "shard=x inspect=nowhere out=captions.tsv",
     SCORE: "checkpoint=nowhere llm=images data-root=nowhere out=captions.tsv split=train prompts=medium "
            "device=foo",
 }
