@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 import flame
-from data import captions, pictures, tars
+from data import benchmarks, captions, pictures, tars
 from data.captions import fingerprint, read_table, source_name, write_table
 from data.pictures import Place, find_pictures, open_picture, places_of, reason
 from data.tars import tar_files
@@ -135,7 +135,7 @@ def test_any_text_is_one_line_in_every_form(tmp_path, table, texts):
         if wanted:
             assert [tuple(row) for row in table(source)[0]] == wanted, kind
         else:
-            with pytest.raises(flame.InputError, match="no caption in its columns"):
+            with pytest.raises(flame.InputError, match="no caption in its columns .*raw, short, long; "):
                 table(source)
 
 
@@ -556,6 +556,7 @@ def test_captioned_tars_are_the_pictures_too(tmp_path):
     keys = ["k0", "k1", "k2"]
     for source in ("cc/{0..2}.tar", "cc/*.tar", "cc"):
         assert found(tmp_path, keys, source=source) == {"k0": 0, "k1": 1, "k2": 2}
+        assert len(benchmarks.read_captions(tmp_path / source, None, "raw")[0]) == 3
     assert found(tmp_path, keys, source="cc/1.tar") == {"k1": 1}
 
 
@@ -587,6 +588,12 @@ def test_tars_are_indexed_once(tmp_path, monkeypatch, capsys):
         patched.setattr(pictures, "tar_files", None)  # would be called
         assert found(tmp_path, ["b", "a"], **where) == {"a": 0, "b": 1}
     assert found(tmp_path, ["a", "c"], **where) == {"a": 0}           # other keys, another index
+    with pytest.raises(flame.InputError, match="tars' keys are row numbers only at 10,000 a shard"):
+        found(tmp_path, ["x"], folder=folder)
+    where["index"].write_bytes(b"damaged")
+    with pytest.raises(flame.InputError, match="tars.npz: .*; delete it"):
+        found(tmp_path, ["a", "c"], **where)
+    where["index"].unlink()
     tar(folder / "1.tar", member("c.png", data[2]))
     os.mkfifo(folder / "2.tar")
     (folder / "3.tar").mkdir()
