@@ -52,7 +52,7 @@ def embed(args):
             if args.overwrite:
                 shutil.rmtree(out / "pictures", ignore_errors=True)
             unpack_parquet(args.captions, out / "pictures")
-        wait_for_all()
+        wait_for_all(out / "meta.json")
         shard, shards = args.shard
         meta = read_json(out / "meta.json")
         windows = [w for w in store.missing_windows(out, meta) if w % shards == shard]

@@ -181,7 +181,7 @@ def train(args, s):
             flame.load(out)  # it is whole
             say(f"{out}: finished already, nothing to do; --overwrite trains anew")
             return False
-        model, optimizer = build(store, columns, s, device, not earlier, tower)
+        model, optimizer = build(store, columns, s, device, not earlier, tower, pictures[0])
         start = checkpoint.restore(out, model, optimizer) if earlier else 0
         fit_chunk(model, s, device)
         encode = distribute(model, s["compile"])
@@ -204,13 +204,13 @@ def chosen_columns(names):
 def pictures_of(store, folder, out):
     """-> the pictures to train on: rows of the store [n], files, places [n, 3] (data/pictures.py)"""
     if rank() > 0:
-        wait_for_all()  # rank 0 writes the index of the tars, the others read it
+        wait_for_all(out / ".lock")  # rank 0 writes the index of the tars, the others read it
     captions = store.meta["captions"]["path"]
     unpacked = store.path / "pictures"  # what embed.py found inside of Parquet
     folder = folder or (unpacked if unpacked.is_dir() else None)
     pictures = find_pictures(store.keys, store.images, captions, folder, out / "tars.npz")
     if rank() == 0:
-        wait_for_all()
+        wait_for_all(out / ".lock")
     return pictures
 
 
@@ -229,11 +229,12 @@ def settle(s, images, columns, D):
     s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def build(store, columns, s, device, fit, tower=None):
+def build(store, columns, s, device, fit, tower=None, rows=None):
     """-> model and optimizer, as at the start of a run.
 
     fit: whether to fit the text projection; a run that goes on has it in its checkpoint, and other ranks get
-    rank 0's. tower: tensors that the image tower starts from.
+    rank 0's. tower: tensors that the image tower starts from. rows: of the store that are trained on, all or
+    int [n].
     """
     torch.manual_seed(s["seed"])
     sizes = "image_size patch_size width layers heads quick_gelu projector_hidden pool_first"
@@ -243,7 +244,7 @@ def build(store, columns, s, device, fit, tower=None):
     initialise(model.visual, s)
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
     if fit and rank() == 0:
-        fit_text_projection(model.text, store, s["text_projection"], columns, device)
+        fit_text_projection(model.text, store, s["text_projection"], columns, device, rows)
     if tower:
         with flame.reading(s["image_tower"], "give a CLIP's, a ViT"):
             model.visual.load_state_dict(tower)
@@ -470,6 +471,7 @@ def read_arguments(argv):
             how = {"choices": values}
         add("--" + name.replace("_", "-"), help=f"{what} ({demo} / {cc3m})", **how)
     args = parser.parse_args(argv)
+    args.device = start_ranks(args.device)
     args.embeddings = args.embeddings or newest_store()
     args.preset = args.preset or ("demo" if len(flame.open_store(args.embeddings)) < FEW else "cc3m")
     s = {name: row[args.preset != "demo"] for name, row in SETTINGS.items()}
@@ -499,7 +501,6 @@ def main(argv=None):
     def body():
         nonlocal stopped
         args, s = read_arguments(argv)
-        args.device = start_ranks(args.device)
         say(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
         stopped = train(args, s)

@@ -34,11 +34,19 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+class Lines(tqdm):
+    """A bar of which each state is a line of its own."""
+
+    @staticmethod
+    def status_printer(file):
+        return functools.partial(print, file=file)
+
+
 def bar(*items, **settings):
     """A tqdm bar; where there is no terminal, a line every 30 seconds."""
-    if not sys.stderr.isatty():
-        settings |= {"bar_format": "{l_bar}{bar:10}{r_bar}\n", "mininterval": 30, "maxinterval": 30}
-    return tqdm(*items, **settings)
+    if sys.stderr.isatty():
+        return tqdm(*items, **settings)
+    return Lines(*items, bar_format="{l_bar}{bar:10}{r_bar}", mininterval=30, maxinterval=30, **settings)
 
 
 def usable_device(name):

@@ -42,8 +42,9 @@ def text_config(spec, D, columns):
 
 
 @torch.no_grad()
-def fit_text_projection(projection, store, spec, columns, device="cpu"):
-    """Fills in the closed form of a flame.TextProjection for those columns, computed from the store.
+def fit_text_projection(projection, store, spec, columns, device="cpu", rows=None):
+    """Fills in the closed form of a flame.TextProjection for those columns, computed from the store's rows,
+    all or int [n].
 
     Per column: u = x / |x|, mean mu of u; "whiten" maps u to W (u - mu), see `whitening`, "agree" to
     A (u - mu), see `agreement`. In float64 on `device`, a column at a time.
@@ -51,7 +52,8 @@ def fit_text_projection(projection, store, spec, columns, device="cpu"):
     kind, _ = parse_projection(spec)
     if kind == "none":
         return
-    units = store.read(np.arange(0, len(store), -(-len(store) // SAMPLE)), columns)  # [n, K, D]
+    rows = np.arange(len(store)) if rows is None else rows
+    units = store.read(rows[::-(-len(rows) // SAMPLE)], columns)  # [n, K, D]
     if not units.isfinite().all():
         raise flame.InputError(f"{store.path}: vectors are NaN or infinite; make the store anew")
     projection.to(device)

@@ -25,7 +25,8 @@ def start_ranks(name):
     """
     numbers = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     several = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "WORLD_SIZE" in os.environ
-    if several and "RANK" not in os.environ or not all(map(str.isdecimal, numbers)):
+    known = all(map(str.isdecimal, numbers)) and rank() < ranks()
+    if several and "RANK" not in os.environ or not known:
         raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(numbers)}: processes would not know "
                          "of one another; use torchrun, on several nodes srun --ntasks-per-node 1 torchrun")
     if ranks() > 1 and name == "cuda":
@@ -37,9 +38,19 @@ def start_ranks(name):
     return device
 
 
-def wait_for_all():
+def wait_for_all(written=None):
+    """written: a path that rank 0 has written. Raises InputError in all ranks where one does not see it, and
+    where another rank has ended.
+    """
+    seen = [written is None or os.path.exists(written)] * ranks()
     if ranks() > 1:
-        dist.barrier()
+        try:
+            dist.all_gather_object(seen, seen[0])
+        except RuntimeError:  # gloo's or NCCL's
+            raise InputError("another rank has ended; see what it says, on whichever node") from None
+    if not all(seen):
+        raise InputError(f"{written}: not every rank sees what rank 0 wrote there; all nodes must share that "
+                         "disk, but embed.py --shard i/n needs none")
 
 
 def say(text):

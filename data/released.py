@@ -78,6 +78,8 @@ def load(path):
     """
     with reading(path, "give the authors' .pt file, or a folder that train.py wrote"):
         weights = read_weights(path)
+        if "text.mean" in weights:  # of a text projection, without which scores are others
+            raise ValueError("weights that train.py wrote")
         llm = {"name": None, "fingerprint": None, "layer": None, "positions": "sequential"}
         model = Released(sizes_of(weights) | {
             "projector_hidden": len(weights["mm.0.weight"]), "text_dim": len(weights["mm.2.weight"]),

@@ -317,7 +317,8 @@ def test_a_perfect_model_scores_100(bench, colours, tmp_path, capsys):
         assert result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100
         files.add(f"{bench}.png")
     assert {path.name for path in (tmp_path / "results").iterdir()} == files
-    assert "100.0 [100.0, 100.0]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "100.0 [100.0, 100.0]" in out and f"LLM {os.path.dirname(benchmarks.__file__)}/demo/llm" in out
 
 
 def test_bad_pictures_and_captions_shift_nothing(colours, tmp_path, capsys):

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image, UnidentifiedImageError
 
 import flame
-from data import captions, pictures, tars
+from data import benchmarks, captions, pictures, tars
 from data.captions import fingerprint, read_table, source_name, write_table
 from data.pictures import Place, find_pictures, open_picture, places_of
 from data.tars import tar_files
@@ -132,7 +132,7 @@ def test_any_text_is_one_line_in_every_form(tmp_path, table, texts):
         if wanted:
             assert [tuple(row) for row in table(source)[0]] == wanted, kind
         else:
-            with pytest.raises(flame.InputError, match="no caption in its columns"):
+            with pytest.raises(flame.InputError, match="no caption in its columns .*raw, short, long; "):
                 table(source)
 
 
@@ -532,6 +532,7 @@ def test_captioned_tars_are_the_pictures_too(tmp_path):
     keys = ["k0", "k1", "k2"]
     for source in ("cc/{0..2}.tar", "cc/*.tar", "cc"):
         assert found(tmp_path, keys, source=source) == {"k0": 0, "k1": 1, "k2": 2}
+        assert len(benchmarks.read_captions(tmp_path / source, None, "raw")[0]) == 3
     assert found(tmp_path, keys, source="cc/1.tar") == {"k1": 1}
 
 
@@ -560,12 +561,17 @@ def test_tars_are_indexed_once(tmp_path, monkeypatch, capsys):
         patched.setattr(pictures, "tar_files", None)  # would be called
         assert found(tmp_path, ["b", "a"], **where) == {"a": 0, "b": 1}
     assert found(tmp_path, ["a", "c"], **where) == {"a": 0}           # other keys, another index
+    with pytest.raises(flame.InputError, match="tars' keys are row numbers only at 10,000 a shard"):
+        found(tmp_path, ["x"], folder=folder)
     tar(folder / "1.tar", member("c.png", data[2]))
     os.mkfifo(folder / "2.tar")
     (folder / "3.tar").mkdir()
     with within(10):
         assert found(tmp_path, ["a", "c"], **where) == {"a": 0, "c": 2}   # another tar
     assert f"skipped 2: {tars.DAMAGED} (2.tar: ReadError not a regular" in capsys.readouterr().err
+    where["index"].write_bytes(b"damaged")
+    with pytest.raises(flame.InputError, match="tars.npz: .*; delete it"):
+        found(tmp_path, ["a", "c"], **where)
 
 
 def test_what_cannot_be_read_is_named_by_its_place(tmp_path, monkeypatch):

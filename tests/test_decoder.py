@@ -583,6 +583,7 @@ class Executed:
     ({"module.mm.2.weight": torch.zeros(48, 41)}, "mm.2.weight"),
     ({"module.visual.conv1.weight": None}, "no 'visual.conv1.weight'"),
     ({"module.visual.ln_pre.weight": None}, "visual.ln_pre.weight"),
+    ({"module.text.mean": torch.zeros(1)}, "weights that train.py wrote"),
     ({"x": Executed()}, ": Unsupported .*print")])
 def test_a_checkpoint_that_does_not_match_is_refused_by_name(released_checkpoint, capsys, more, words):
     """One line that names the tensor; nothing in the file is executed."""

