@@ -534,7 +534,7 @@ def test_an_open_clip_model_is_scored_alike(small_clip, tmp_path, monkeypatch, c
 
 def test_a_pipe_that_is_closed_is_no_error():
     """As `evaluate.py ... | head` closes it."""
-    code = "import sys; from data.command import run; sys.exit(run('', lambda: print('\\udce9' * 10**6), ''))"
+    code = "import sys; from data.command import run; sys.exit(run('', lambda: print('\\ud83e' * 10**6), ''))"
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": Path(evaluate.__file__).parent}
     with subprocess.Popen([sys.executable, "-c", code], **pipe) as process:
         process.stdout.close()
