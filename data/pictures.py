@@ -78,7 +78,7 @@ def find_pictures(keys, images, captions, folder=None, index=None):
     rows, places = find_by_key(keys, files, index)
     if not len(rows):
         raise InputError(f"{root}: no row of {captions} has a picture there, such as {wanted}; give --images "
-                         "DIR, or embed the tars themselves: at 10,000 a shard alone their keys are numbers")
+                         "DIR, or embed the tars themselves; only at 10,000 a shard are keys row numbers")
     return rows, files, places
 
 

@@ -561,7 +561,7 @@ def test_tars_are_indexed_once(tmp_path, monkeypatch, capsys):
         patched.setattr(pictures, "tar_files", None)  # would be called
         assert found(tmp_path, ["b", "a"], **where) == {"a": 0, "b": 1}
     assert found(tmp_path, ["a", "c"], **where) == {"a": 0}           # other keys, another index
-    with pytest.raises(flame.InputError, match="tars' keys are row numbers only at 10,000 a shard"):
+    with pytest.raises(flame.InputError, match="only at 10,000 a shard are keys row numbers"):
         found(tmp_path, ["x"], folder=folder)
     tar(folder / "1.tar", member("c.png", data[2]))
     os.mkfifo(folder / "2.tar")
