@@ -101,7 +101,7 @@ def find_by_key(keys, files, index):
     report_skipped("pictures", skipped)
     rows = np.array([*firsts], np.int64)
     places = np.array([*firsts.values()], np.int64).reshape(-1, 3)
-    if index:
+    if index and len(rows):
         write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
     return rows, places
 

@@ -39,15 +39,17 @@ def start_ranks(name):
 
 
 def wait_for_all(written=None):
-    """written: a path that rank 0 has written. Raises InputError in all ranks where one does not see it, and
-    where another rank has ended.
+    """written: a path that rank 0 has written before it comes here. Raises InputError in all ranks where one
+    does not see it, and where another rank has ended.
     """
-    seen = [written is None or os.path.exists(written)] * ranks()
-    if ranks() > 1:
-        try:
-            dist.all_gather_object(seen, seen[0])
-        except RuntimeError:  # gloo's or NCCL's
-            raise InputError("another rank has ended; see what it says, on whichever node") from None
+    if ranks() == 1:
+        return
+    seen = [False] * ranks()
+    try:
+        dist.barrier()  # before that it may not be written
+        dist.all_gather_object(seen, written is None or os.path.exists(written))
+    except RuntimeError:  # gloo's or NCCL's
+        raise InputError("another rank has ended; see what it says, on whichever node") from None
     if not all(seen):
         raise InputError(f"{written}: not every rank sees what rank 0 wrote there; all nodes must share that "
                          "disk, but embed.py --shard i/n needs none")

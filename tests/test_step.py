@@ -823,7 +823,7 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, 
             wide = Image.fromarray(np.arange(768, dtype=damage).reshape(24, 32) * 80)
             wide.save(path, "PNG" if damage == "uint16" else "TIFF")
     for name, batch, steps in (("store", 12, 6), ("single", 1, 48)):  # three epochs, two
-        done = fit(run, small[0], f"--batch {batch} --steps {steps} --name {name}")
+        done = fit(run, small[0], f"--batch {batch} --steps {steps} --checkpoint-every 4 --name {name}")
         assert done.returncode == 0 and "skipped 7 unreadable pictures" in done.stderr, done.stderr
         out = tmp_path / "out" / name
         skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
