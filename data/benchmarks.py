@@ -210,11 +210,14 @@ def read_captions(captions, folder, prompts):
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
     numbers, files, places = find_pictures(keys, images, captions, folder)
-    if len(numbers) < len(rows):
-        print(f"{captions}: {len(rows) - len(numbers)} of {len(rows)} rows have no picture and are left out",
-              file=sys.stderr)
-    return paired(("", place, getattr(rows[number], prompts))
-                  for number, place in sorted(zip(numbers.tolist(), places_of(files, places))))
+    pictures, data = paired(("", place, getattr(rows[number], prompts))
+                            for number, place in sorted(zip(numbers.tolist(), places_of(files, places))))
+    lost = len(rows) - len(numbers)
+    if lost:
+        print(f"{captions}: {lost} of {len(rows)} rows have no picture and are left out", file=sys.stderr)
+        data[""][0].extend([""] * lost)  # texts that are counted as left out
+        data[""][1].extend([-1] * lost)
+    return pictures, data
 
 
 def demo(root, split="test"):

@@ -39,7 +39,7 @@ NO_CAPTION = {*NAMES["key"], *NAMES["image"], *NAMES["url"], "image_id", "licens
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FOLDERS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
 WANTED = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
-LARGEST_TEXT = 1 << 20  # of a .txt or .json so much is read: no caption is as long
+LARGEST_TEXT = 1 << 24  # of a .txt or .json so much is read: more than an LLM's context has room for
 ALIKE = 200             # pairs of a caption and a joined one that tell whether keys mean the same pictures
 DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # what does not fit goes to the disk
 

@@ -366,7 +366,7 @@ def test_ones_own_captions_in_other_forms(colours, tmp_path, monkeypatch, capsys
     assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 1)
     assert "1 of 12 rows have no picture" in error and "gone.png" in error
     assert titles == [f"{out.splitlines()[-4]}; out/run"] and titles[0].startswith(
-        "ours: 10 texts, 5 pictures, 1 texts left out, 1 pictures left out, 2 texts that training had")
+        "ours: 10 texts, 5 pictures, 2 texts left out, 1 pictures left out, 2 texts that training had")
     assert result["trained_texts"] == 2
 
 
