@@ -1,4 +1,5 @@
 """The processes that torchrun starts, the ranks: which one this is, and what they say to one another."""
+import atexit
 import datetime
 import os
 
@@ -35,6 +36,7 @@ def start_ranks(name):
     if ranks() > 1:  # rank 0 alone indexes tars and fits the text projection, for minutes
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        atexit.register(dist.destroy_process_group)  # else its threads now and then abort a finished process
     return device
 
 
