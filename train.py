@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -504,8 +503,6 @@ def main(argv=None):
         say(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
         stopped = train(args, s)
-        if ranks() > 1:
-            dist.destroy_process_group()
 
     code = command.run("train.py", body, "the same command goes on (without --overwrite)")
     return 128 + signal.SIGTERM if stopped else code  # so that who started it knows
