@@ -69,8 +69,7 @@ def make_files(root, name, llm, seed):
 
 
 def run_stages(root, name, llm):
-    """embed.py, train.py and evaluate.py on the corpus, in the folder root. Raises InputError where one fails.
-    """
+    """embed.py, train.py and evaluate.py on the corpus, in the folder root; InputError where one fails."""
     quick = name == "demo-quick"
     other = llm != "smollm2"
     run = name + f"-{llm}" * other
