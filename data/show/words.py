@@ -39,9 +39,9 @@ def vocabulary(llm):
     unembedding = read(head).float()
     tokenizer = flame.load_tokenizer(llm)
     texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
-    words = {token: text[1:] for token, text in enumerate(texts)
-             if len(text) > 3 and text[0] == " " and text[1:].isalpha()}
-    return np.array([*words.values()]), unembedding[[*words]] * norm
+    tokens = [token for token, text in enumerate(texts)
+              if len(text) > 3 and text[0] == " " and text[1:].isalpha()]
+    return np.array([texts[token][1:] for token in tokens]), unembedding[tokens] * norm
 
 
 def words_of(model, llm, picture):
