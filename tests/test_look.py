@@ -93,7 +93,7 @@ def client(world):
     """gradio's client of the page, which is served in this process."""
     args, places, towers = world
     image, _ = encode_images(towers, places)
-    blocks = page.serve(args, places, image, towers, left_out=3, wait=False)
+    blocks = page.serve(args, places, image, towers, left_out=3)
     assert "12 pictures of" in str(blocks.config) and "3 cannot be read" in str(blocks.config)
     yield Client(blocks.local_url, verbose=False, analytics_enabled=False)
     blocks.close()
@@ -135,7 +135,7 @@ def test_the_page_of_an_open_clip_model_has_texts_and_pictures_alone(world, smal
     clip = OpenClip(small_clip).eval()
     towers = Towers(clip, lambda: clip, "cpu", None, "clip", "clip")
     image, _ = encode_images(towers, places)
-    blocks = page.serve(args, places, image, towers, wait=False)
+    blocks = page.serve(args, places, image, towers)
     client = Client(blocks.local_url, verbose=False, analytics_enabled=False)
     html, switches, _ = client.predict(LONG, api_name="/text")
     assert tiles(html) == ranked((args, places, towers), encode_texts(towers, [LONG], "raw")[0])

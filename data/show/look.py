@@ -41,13 +41,12 @@ def inspect(args):
 
     # A sample, evenly spaced, says as much as all rows.
     step = store.N // SAMPLE + 1
-    states = store.read(range(0, store.N, step), range(len(COLUMNS)))
+    states = store.read(range(0, store.N, step), range(len(COLUMNS)))   # [n, 11, D]
     states -= states.mean(0)
     units = normalize(states, dim=-1)
 
     print("\nmean cosine of one caption's facets, the corpus mean subtracted: raw, short, long")
-    for line in torch.einsum("nad,nbd->ab", units, units).tolist():
-        print(" ", *(f"{total / len(units):6.2f}" for total in line))
+    print((torch.einsum("nad,nbd->ab", units, units) / len(units)).numpy().round(2))
 
     print("\nthe words that set each facet apart: the LLM's unembedding of its state, less the corpus mean's")
     words, vectors = vocabulary(args.llm)
@@ -71,7 +70,7 @@ def draw(args):
     tokenizer = flame.load_tokenizer(args.llm)
     prefixes, suffixes = flame.tokenize(tokenizer, [args.draw], "long")
     forest = flame.caption_forest(prefixes, suffixes, args.positions)
-    apart = sum(len(prefixes[0]) + len(facet) for facet in suffixes[0])
+    apart = 7 * len(prefixes[0]) + sum(map(len, suffixes[0]))
     T = len(forest.tokens)
     figure = new_figure(0.13 * T, 0.13 * T)
     if figure is None:
@@ -98,9 +97,8 @@ def draw(args):
     # No query sees a later key: the upper right half is empty, there is room for the tree of segments.
     write(0.45 * T, 3, f"7 facets of one caption in one pass: {T} tokens instead of {apart}\n"
           "row: query, column: key it sees; framed: the answers' rows")
-    depths = {-1: -1}
+    depths = flame.lineage(forest.parents).sum(1)   # [S], from 1
     for s, tokens in enumerate(forest.tokens.split(forest.lengths.tolist())):
-        depths[s] = depths[forest.parents[s]] + 1
         text = textwrap.shorten(tokenizer.decode(tokens.tolist()), 80, placeholder=" ...")
         write(0.45 * T + 2 * depths[s], 2 * s + 6, text, color=colours[s])
 

@@ -35,32 +35,53 @@ def prompts_of(args, query):
     return args.prompts or ("long" if len(query.split()) > LONG else "raw")
 
 
-def serve(args, places, image, towers, left_out=0, wait=True):
-    """Serves the page until Ctrl-C; wait=False: -> its gradio Blocks at once, local_url is their address.
+def serve(args, places, image, towers, left_out=0):
+    """Opens the page and goes on -> its gradio Blocks; local_url is their address.
 
     places: the gallery, M of them; image: their unit vectors [M, D]; left_out: how many cannot be read.
+    "text", "facets", "picture" and "words" are what gradio's client may call, too.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"    # read when it is imported
     try:
         import gradio
     except ImportError:
         raise InputError("--search without a text opens a page: pip install gradio") from None
     towers.encoder()    # the LLM is read now, not while somebody waits
+    by_text, by_picture, by_click = answers(gradio, args, places, image, towers._replace(cache=None))
     about = f"{len(image):,} pictures of {args.images}, {left_out} cannot be read"
-    blocks = build(gradio, args, places, image, towers._replace(cache=None), about)
+    page = {"title": "FLAME", "fill_width": True, "delete_cache": (3600, 3600), "analytics_enabled": False}
+    with gradio.Blocks(**page) as blocks:
+        gradio.HTML(f"<b>FLAME</b> {escape(printable(about))}", elem_id="head")
+        with gradio.Row(elem_id="ask"):
+            text = gradio.Textbox(
+                label="a text to search for", elem_id="text", max_lines=6, container=False, scale=4,
+                placeholder="a fox in the snow, ein Fuchs im Schnee, un renard dans la neige",
+                autofocus=True, submit_btn=True)
+            picture = gradio.Image(
+                label="a picture to search for", elem_id="picture", type="filepath", image_mode=None,
+                sources=["upload"], height=80, scale=1, show_label=False, buttons=[],
+                placeholder="or drop a picture")
+        facets = gradio.CheckboxGroup(label="What each question finds", visible=False, elem_id="facets")
+        with gradio.Row(elem_id="answer"):
+            words = gradio.HTML(elem_id="words", apply_default_css=False)
+            gallery = gradio.HTML(by_text("")[0], elem_id="gallery", js_on_load=CLICK,
+                                  apply_default_css=False)
+        each = {"show_progress": "minimal", "concurrency_id": "towers"}     # one at a time
+        text.submit(by_text, text, [gallery, facets, picture], api_name="text", **each)
+        facets.input(by_text, [text, facets], [gallery, facets, picture], api_name="facets", **each)
+        picture.upload(by_picture, picture, [gallery, facets, text], api_name="picture", **each)
+        if hasattr(towers.model, "mm"):     # open_clip's has no LLM to find words in
+            gallery.click(by_click, None, words, api_name="words", **each).then(None, js=LOOK)
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(server_name="127.0.0.1", inbrowser=sys.stdout.isatty(), prevent_thread_lock=True,
                   quiet=True, share=False, show_error=True, ssr_mode=False, run_history=False,
                   footer_links=[], max_file_size="50mb", theme=theme,
                   css_paths=Path(__file__).with_name("page.css"))
     print(f"{len(image)} pictures to search: {blocks.local_url}   (Ctrl-C ends it)", flush=True)
-    if wait:
-        blocks.block_thread()
     return blocks
 
 
-def build(gradio, args, places, image, towers, about):
-    """-> the page. "text", "facets", "picture" and "words" are what gradio's client may call, too."""
+def answers(gradio, args, places, image, towers):
+    """-> what answers a text, a picture, and a click on one of the gallery"""
     image_of = functools.lru_cache(4096)(lambda i: drawn(thumbnail(places[i], SIDE)))
 
     @functools.lru_cache(256)
@@ -102,33 +123,7 @@ def build(gradio, args, places, image, towers, about):
         return (f'<div class="patches" style="--side: {len(words)}">{drawn(thumbnail(place, 720))}'
                 f"{''.join(cells)}</div>{name_of(place)}"
                 "<small>Each patch in the LLM's own words; the fainter, the weaker (by cosine)</small>")
-
-    with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(3600, 3600)) as blocks:
-        text, picture, facets, words, gallery = lay_out(gradio, about, by_text("")[0])
-        each = {"show_progress": "minimal", "concurrency_id": "towers"}     # one at a time
-        text.submit(by_text, text, [gallery, facets, picture], api_name="text", **each)
-        facets.input(by_text, [text, facets], [gallery, facets, picture], api_name="facets", **each)
-        picture.upload(by_picture, picture, [gallery, facets, text], api_name="picture", **each)
-        if hasattr(towers.model, "mm"):     # open_clip's has no LLM to find words in
-            gallery.click(by_click, None, words, api_name="words", **each).then(None, js=LOOK)
-    return blocks
-
-
-def lay_out(gradio, about, first):
-    """-> the page's parts; the gallery shows `first`."""
-    gradio.HTML(f"<b>FLAME</b> {escape(printable(about))}", elem_id="head")
-    with gradio.Row(elem_id="ask"):
-        text = gradio.Textbox(label="a text to search for", lines=1, max_lines=6, container=False, scale=4,
-                              placeholder="a fox in the snow, ein Fuchs im Schnee, un renard dans la neige",
-                              autofocus=True, submit_btn=True, elem_id="text")
-        picture = gradio.Image(type="filepath", image_mode=None, sources=["upload"], height=80, scale=1,
-                               label="a picture to search for", show_label=False, buttons=[],
-                               placeholder="or drop a picture", elem_id="picture")
-    facets = gradio.CheckboxGroup(label="What each question finds", visible=False, elem_id="facets")
-    with gradio.Row(elem_id="answer"):
-        words = gradio.HTML(elem_id="words", apply_default_css=False)
-        gallery = gradio.HTML(first, elem_id="gallery", js_on_load=CLICK, apply_default_css=False)
-    return text, picture, facets, words, gallery
+    return by_text, by_picture, by_click
 
 
 def drawn(picture):

@@ -25,9 +25,10 @@ def search(args, places, towers):
     if args.vectors:
         files.write(args.vectors.with_suffix(".npy"), lambda temporary: np.save(temporary, image))
         files.write_text(args.vectors.with_suffix(".txt"), "".join(f"{place.path}\n" for place in places))
-        return print(f"-> {args.vectors}: {image.shape[0]} x {image.shape[1]}, and the paths as .txt")
+        return print(f"-> {args.vectors}: {image.shape}, and the paths as .txt")
     if not args.search:
-        return page.serve(args, places, image, towers, left_out)
+        return page.serve(args, places, image, towers, left_out).block_thread()
+    head = f"the best of {len(image)} pictures"
     rows = []
     for query in args.search:
         if os.path.isfile(query):   # a text may be too long for a file's name
@@ -35,12 +36,12 @@ def search(args, places, towers):
         else:
             vectors = encode_texts(towers, [query], page.prompts_of(args, query))
         scores, best = sheet.best_of(image, vectors[0], args.top)
-        print(f"{sheet.printable(query)}: the best of {len(image)} pictures")
+        print(f"{query}: {head}")
         for number, i in enumerate(best, 1):
-            print(f"{number:3}  {scores[i]:.4f}  {sheet.printable(places[i].path)}")
+            print(f"{number:3}  {scores[i]:.4f}  {places[i].path}")
         tiles = [(places[i], f"{scores[i]:.3f}  {os.path.basename(places[i].path)[:16]}", False)
                  for i in best]
-        rows.append(sheet.draw_row(f"the best of {len(image)} pictures", query, tiles))
+        rows.append(sheet.draw_row(head, query, tiles))
     path = args.out / "search.png"
     sheet.write_rows(rows, path)
     print(f"-> {path}")
