@@ -1,10 +1,9 @@
 """Captions: every source becomes one table, captions.tsv, which is all that the rest of the house reads.
 
-A source is a file (TSV, CSV, JSON or JSONL, .gz too; Parquet; a tar), several by a range or a glob
-("cc3m/{0000..0575}.tar", "x-*.parquet"), or a folder of tars, of Parquet, of pictures with a .txt each, or
-with metadata.jsonl or .csv (data/README.md). Python reads TSV, CSV, tars and texts row by row; DuckDB reads
-JSON and Parquet, joins, sorts and writes, out of core. Without keys, the row's number in the file is the key,
-nine digits, as img2dataset names its samples. A bad row is skipped, counted and named, never fatal.
+A source is a file, several by a range or a glob, or a folder (data/README.md). Python reads TSV, CSV, tars
+and texts row by row; DuckDB reads JSON and Parquet, joins, sorts and writes, out of core. Without keys, the
+row's number in the file is the key, nine digits, as img2dataset names its samples. A bad row is skipped,
+counted and named, never fatal.
 """
 import csv
 import glob
@@ -23,10 +22,7 @@ import duckdb
 from data.tars import report_skipped, skip, tar_samples
 from flame import InputError, PROMPTS, explained, reading
 
-# Tables without a header, told by which of their two columns is a link: CC3M and CC12M as published.
-HEADLESS = {(False, True): ["raw", "url"], (True, False): ["url", "raw"]}
-# Our fields and the picture's URL by others' names; the first that is present counts. Of the recaptions by
-# three models that DreamLIP gives, ShareGPT4V's.
+# Our fields and the picture's URL by others' names; the first that is present counts. SV: ShareGPT4V's.
 NAMES = {
     "key": ["key", "__key__", "id"],
     "image": ["image", "filepath", "file_name", "filename"],
@@ -87,11 +83,11 @@ FROM filled SEMI JOIN first USING (row)"""
 COPY = """COPY (SELECT key, image, coalesce(raw, long, short) AS raw, coalesce(short, long, raw) AS short,
     coalesce(long, short, raw) AS long FROM filled SEMI JOIN first USING (row) ORDER BY row)
 TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
-COLUMNS = """SELECT column_name, format('to_json("{{}}"{{}})', replace(column_name, '"', '""'),
-    CASE WHEN column_type LIKE '%BLOB%' THEN '.path' ELSE '' END)
-FROM (DESCRIBE SELECT * FROM {}) WHERE column_type <> 'BLOB'"""
-KEYS = r"""SELECT name, format('(json->{{0}}$."{{1}}"{{0}})', chr(39), name) FROM (
-    SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 100000) WHERE json IS NOT NULL)
+COLUMNS = """SELECT column_name, format('to_json("{{}}"{{}})', column_name,
+    if(column_type LIKE '%BLOB%', '.path', ''))
+FROM (DESCRIBE FROM {}) WHERE column_type <> 'BLOB' AND NOT contains(column_name, '"')"""
+KEYS = r"""SELECT name, '(json->''$."' || name || '"'')' FROM (
+    SELECT unnest(json_keys(json)) AS name FROM (FROM {} LIMIT 100000))
 WHERE NOT regexp_matches(name, '[''"\\]')"""
 # A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
 JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=134217728)"
@@ -149,8 +145,7 @@ def write_table(path, captions, joins):
                                  f"{', '.join(NAMES)}")
             print(f"{captions}: {total} rows, {raw} raw, {short} short, {long} long captions; where one is "
                   f"missing the row's best is asked; of lists the first counts, {others} are left out")
-            database.execute(COPY, {"path": f"{scratch}/captions.tsv"})
-            os.replace(f"{scratch}/captions.tsv", path)
+            database.execute(COPY, {"path": str(path)})
     except duckdb.Error as error:
         raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
 
@@ -225,11 +220,10 @@ def fingerprint(sources):
 # A source becomes rows of a table of DuckDB
 
 def load(database, scratch, source, skipped, field=""):
-    """Appends a source's rows to the table `loaded`, in their order.
+    """Appends a source's rows to the table `loaded`, in their order. -> its columns, a dict
 
     field: the prompt set of a join. Its caption is the column named as the set; without one, the first text
     that is neither key nor picture, as "minicpm" in the recaptioned releases.
-    -> the names of its columns
     """
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
@@ -261,8 +255,7 @@ def load(database, scratch, source, skipped, field=""):
         return columns
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What DuckDB does not read: generators of {name: value}
+# What DuckDB does not read: {name: value} of a row after another.
 
 def csv_rows(source, files, skipped):
     """TSV has no quotes. An empty line is no row, a broken one is an empty row: so img2dataset counts."""
@@ -274,14 +267,17 @@ def csv_rows(source, files, skipped):
             if ".csv" in path.name.lower():
                 form = {"delimiter": max("\t,;", key=header.count), "strict": True}
             names = next(csv.reader([header], **form))
-            headless = HEADLESS.get(tuple("://" in name for name in names))
-            reader = csv.reader(chain([header] * bool(headless), file), **form)
+            lines = file
+            if len(names) == 2 and "://" in header:  # no header, as CC3M and CC12M are published
+                names = ["url" if "://" in name else "raw" for name in names]
+                lines = chain([header], file)
+            reader = csv.reader(lines, **form)
             row = []
             while row is not None:
                 try:
                     row = next(reader, None)
                     if row:
-                        yield dict(zip(headless or names, row)) if len(row) == len(names) else {}
+                        yield dict(zip(names, row)) if len(row) == len(names) else {}
                 except csv.Error:
                     yield {}
 

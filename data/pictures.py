@@ -1,8 +1,4 @@
-"""The pictures of a table's rows: where they lie, and training's batches of them.
-
-They are files that the captions name, or files or tars whose names are the keys (data/README.md). What lies
-inside of Parquet becomes tars when it is embedded.
-"""
+"""The pictures of a table's rows: where they lie (data/README.md), and training's batches of them."""
 import functools
 import glob
 import hashlib
@@ -60,12 +56,11 @@ def pictures_in(folder):
 def find_pictures(keys, images, captions, folder=None, index=""):
     """-> (rows int64 [n] that have a picture, files [str], places int64 [n, 3]), in the disk's order.
 
-    A place is (which of files, first byte, bytes at most). keys, images: of a table that was made of the
-    source `captions`. Pictures are the files that images names, from the folder on, or from where the
-    captions lie. Where none of these is there, they lie by key, as files or in tars (as img2dataset and
-    webdataset write them; never unpacked): in the folder; without one, in the tars that were captioned, else
-    in the folder named as the captions. index: file (.npz) that keeps what was found by key. Raises
-    InputError where no row has a picture.
+    A place is (which of files, first byte, bytes at most). keys, images: of the table made of `captions`.
+    Pictures are the files that images names, from the folder on, else from where the captions lie. Where none
+    is there, they lie by key, as files or in tars that are never unpacked: in the folder; without one, in the
+    tars that were captioned, else in the folder named as the captions. index: file (.npz) that keeps what was
+    found by key. Raises InputError where no row has a picture.
     """
     captions = Path(captions)
     root = Path(folder or (captions if captions.is_dir() else captions.parent))
@@ -127,10 +122,11 @@ def unpack_parquet(captions, folder):
             keys = [f'"{name}"::VARCHAR' for name in NAMES["key"] if name in table.columns]
             keys.append(f"format('{{:09d}}', {first} + file_row_number)")
             rows = table.project(f"""coalesce({', '.join(keys)}), "{inside[0]}".bytes""")
-            if not (folder / f"{n:05d}.tar").exists():
-                folder.mkdir(exist_ok=True)
-                write(folder / f"{n:05d}.tar", functools.partial(write_tar, rows, skipped))
             first += len(table)
+            tar = folder / f"{n:05d}.tar"
+            if not tar.exists():
+                folder.mkdir(exist_ok=True)
+                write(tar, functools.partial(write_tar, rows, skipped))
     report_skipped(captions, skipped)
 
 
@@ -154,7 +150,7 @@ def crop_box(width, height, smallest, draw):
 
     Its area is a share from `smallest` to 1 of the picture's, its ratio 3/4 to 4/3. What does not fit is
     drawn again; where no try fits, the box is the largest in the middle that has such a ratio.
-    draw: numbers from [0, 1), two for the place and two for each try.
+    draw: DRAWS numbers from [0, 1).
     """
     for share, slant in draw[2:].reshape(-1, 2).tolist():
         area = width * height * (smallest + (1 - smallest) * share)
