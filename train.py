@@ -186,7 +186,7 @@ def train(args, s):
         encode = distribute(model, s["compile"])
         say(f"{s['images']} images x {len(columns)} embeddings -> {out}, {ranks()} ranks, from step {start}")
         say("  ".join(f"{name}={value}" for name, value in s.items()))
-        batches = Batches(store, columns, pictures, s, s["steps"], rank(), ranks())
+        batches = Batches(store, columns, pictures, s, rank(), ranks())
         run = Run(s, out, args.images, batches, device, model, encode, optimizer)
         return take_steps(run, start, args.tensorboard)
 

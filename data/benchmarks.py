@@ -10,16 +10,14 @@ import csv
 import glob
 import json
 import re
-import sys
 import tempfile
-from collections import Counter
 from itertools import chain
 from pathlib import Path
 
 import duckdb
 
 from data.captions import PICTURES, read_table, write_table
-from data.pictures import Place, find_pictures, places_of
+from data.pictures import Place, find_pictures, pictures_in, places_of
 from data.tars import tar_samples
 from flame import InputError, read_json, reading
 
@@ -54,11 +52,6 @@ def read(name, root, split="test", most=None):
 def lines_of(path):
     with reading(path, CURE):   # those that are not empty, without white space around
         return list(filter(None, map(str.strip, path.read_text("utf-8-sig").split("\n"))))
-
-
-def pictures_in(folder):
-    """The files in a folder and its folders that are named like pictures, [Place]"""
-    return [Place(str(path)) for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES]
 
 
 def paired(rows, most=None):
@@ -175,25 +168,24 @@ def webdataset(root, split):
     classnames.txt and zeroshot_classification_templates.txt lie beside. -> rows for paired(), or as read()
     """
     classes = (root / "classnames.txt").exists()
-    pictures = []
-    texts = []
+    samples = []
     skipped = {}
     for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
         with reading(tar, CURE), open(tar, "rb") as file:
             for _, _, parts in tar_samples(tar, skipped):
                 offset, size = parts[".cls" if classes else ".txt"]
                 file.seek(offset)
-                texts.append(file.read(size).decode())
-                picture, = (suffix for suffix in parts if suffix in PICTURES)
-                pictures.append(Place(str(tar), *parts[picture]))
+                text = file.read(size).decode()
+                picture, = (Place(str(tar), *parts[suffix]) for suffix in parts if suffix in PICTURES)
+                samples.append((picture, text))
             if skipped:
                 raise ValueError(*skipped)
     if not classes:
-        return [("", place, caption) for place, text in zip(pictures, texts)
-                for caption in text.splitlines() or [""]]
+        return [("", picture, caption) for picture, text in samples for caption in text.splitlines() or [""]]
     names, templates = names_and_templates(root)
     with reading(tar, CURE):  # a class may lack its name
-        return pictures, [range(len(names))[int(text)] for text in texts], names, templates
+        labels = [range(len(names))[int(text)] for _, text in samples]
+    return [picture for picture, _ in samples], labels, names, templates
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,7 +194,8 @@ def webdataset(root, split):
 def read_captions(captions, folder, prompts):
     """Captions in any form that embed.py reads, those that the prompt set is asked of -> as read().
 
-    Rows of one picture are its several captions; rows without one are left out. folder: where pictures lie.
+    Rows of one picture are its several captions; a row without one counts as that of a picture that cannot
+    be read. folder: where pictures lie.
     """
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary, "captions.tsv")
@@ -210,14 +203,9 @@ def read_captions(captions, folder, prompts):
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
     numbers, files, places = find_pictures(keys, images, captions, folder)
-    pictures, data = paired(("", place, getattr(rows[number], prompts))
-                            for number, place in sorted(zip(numbers.tolist(), places_of(files, places))))
-    lost = len(rows) - len(numbers)
-    if lost:
-        print(f"{captions}: {lost} of {len(rows)} rows have no picture and are left out", file=sys.stderr)
-        data[""][0].extend([""] * lost)  # texts that are counted as left out
-        data[""][1].extend([-1] * lost)
-    return pictures, data
+    place_of = dict(zip(numbers.tolist(), places_of(files, places)))
+    return paired(("", place_of.get(n, Place(f"no picture of {row.key}")), getattr(row, prompts))
+                  for n, row in enumerate(rows))
 
 
 def demo(root, split="test"):
@@ -225,21 +213,16 @@ def demo(root, split="test"):
 
     scenes    [Place], the pictures of <split>.tsv
     captions  {"long" | "short" | "raw" | "reworded": list[str]}, one text a scene
-    objects   [(Place, object, "seen" | "unseen")]: single-object pictures. Of each object's pictures, in the
-              order of objects.tsv, the first, third ... belong to val and the rest to test.
+    objects   [(Place, object, "seen" | "unseen")]: single-object pictures. Of objects.tsv, which has an even
+              number of each object's, the first, third ... belong to val and the rest to test.
     names     {language: {object: name}}
     synonyms  {"first" | "second": {object: name}}, of the seen ones: val's are the first, test's the second
     """
     rows = rows_of(root / f"{split}.tsv")
     scenes = [Place(str(root / row["image"])) for row in rows]
     captions = {kind: [row[kind] for row in rows] for kind in ("long", "short", "raw", "reworded")}
-    objects = []
-    seen = Counter()
-    for row in rows_of(root / "objects.tsv"):
-        thing = row["object"]
-        seen[thing] += 1
-        if seen[thing] % 2 == (split == "val"):
-            objects.append((Place(str(root / row["image"])), thing, row["split"]))
+    objects = [(Place(str(root / row["image"])), row["object"], row["split"])
+               for row in rows_of(root / "objects.tsv")[split != "val"::2]]
     order = "first" if split == "val" else "second"
     synonyms = {order: names_in(root / "synonyms.tsv")[order]}
     return scenes, captions, objects, names_in(root / "names.tsv"), synonyms

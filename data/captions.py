@@ -1,10 +1,9 @@
 """Captions: every source becomes one table, captions.tsv, which is all that the rest of the house reads.
 
-A source is a file (TSV, CSV, JSON or JSONL, .gz too; Parquet; a tar), several by a range or a glob
-("cc3m/{0000..0575}.tar", "x-*.parquet"), or a folder of tars, of Parquet, of pictures with a .txt each, or
-with metadata.jsonl or .csv (data/README.md). Python reads TSV, CSV, tars and texts row by row; DuckDB reads
-JSON and Parquet, joins, sorts and writes, out of core. Without keys, the row's number in the file is the key,
-nine digits, as img2dataset names its samples. A bad row is skipped, counted and named, never fatal.
+A source is a file, several by a range or a glob, or a folder (data/README.md). Python reads TSV, CSV, tars
+and texts row by row; DuckDB reads JSON and Parquet, joins, sorts and writes, out of core. Without keys, the
+row's number in the file is the key, nine digits, as img2dataset names its samples. A bad row is skipped,
+counted and named, never fatal.
 """
 import csv
 import glob
@@ -23,10 +22,7 @@ import duckdb
 from data.tars import report_skipped, skip, tar_samples
 from flame import InputError, PROMPTS, explained, reading
 
-# Tables without a header, told by which of their two columns is a link: CC3M and CC12M as published.
-HEADLESS = {(False, True): ["raw", "url"], (True, False): ["url", "raw"]}
-# Our fields and the picture's URL by others' names; the first that is present counts. Of the recaptions by
-# three models that DreamLIP gives, ShareGPT4V's.
+# Our fields and the picture's URL by others' names; the first that is present counts. SV: ShareGPT4V's.
 NAMES = {
     "key": ["key", "__key__", "id"],
     "image": ["image", "filepath", "file_name", "filename"],
@@ -46,54 +42,52 @@ DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # what
 # White space but the space; a caption is one line with single spaces, a name has no tab or line break.
 ODD = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # Of a value in JSON: the captions in it, a text, a list of texts or a conversation; or the name.
-# A row of `loaded` is one of the source, or of a join, which has a field and there its caption.
+# A row of `loaded` is one of the source, or of a join, which has a field, the prompt set of its captions.
 SCHEMA = rf"""
-CREATE MACRO one_line(x) AS
-    nullif(trim(regexp_replace(x, ' *[{ODD}][ {ODD}]*|  +', ' ', 'g')), '');
-CREATE MACRO texts_of(x) AS nullif(list_filter(list_transform(
-    CASE json_type(x) WHEN 'ARRAY' THEN json_extract(x, '$[*]') ELSE [x] END, lambda t: one_line(
-        CASE WHEN json_type(t) = 'VARCHAR' THEN t->>'$' WHEN (t->>'from') = 'gpt' THEN t->>'value' END)),
-    lambda t: t IS NOT NULL), []);
+CREATE MACRO text_of(x) AS nullif(trim(regexp_replace(
+    CASE WHEN json_type(x) = 'VARCHAR' THEN x->>'$' WHEN (x->>'from') = 'gpt' THEN x->>'value' END,
+    ' *[{ODD}][ {ODD}]*|  +', ' ', 'g')), '');
+CREATE MACRO texts_of(x) AS nullif(list_filter(
+    [text_of(t) FOR t IN list_prepend(x, json_extract(x, '$[*]'))], lambda t: t IS NOT NULL), []);
 CREATE MACRO name_of(x) AS
     nullif(regexp_replace(coalesce(x->>'$.path', x->>'$'), '[\x00\t\r\n]', ' ', 'g'), '');
-CREATE TABLE loaded (field VARCHAR, key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR, short VARCHAR,
-    long VARCHAR, others BIGINT);
-CREATE VIEW source AS SELECT rowid AS row, * REPLACE (coalesce(key, format('{{:09d}}', rowid)) AS key)
-    FROM loaded WHERE field = '';
-CREATE VIEW answer AS SELECT rowid AS place, field, key, url, coalesce(raw, short, long) AS text
-    FROM loaded WHERE field <> '' AND text IS NOT NULL"""
-LOAD = """INSERT INTO loaded SELECT '{}', key, image, url, raw[1], short[1], long[1],
-    ifnull(len(raw) - 1, 0) + ifnull(len(short) - 1, 0) + ifnull(len(long) - 1, 0) FROM (SELECT {} FROM {})"""
-PAIR = """CREATE TABLE pair AS SELECT row, field, min(place) AS place FROM (
-    SELECT row, a.field, place FROM source JOIN answer a ON source.key = a.key UNION ALL
-    SELECT row, a.field, place FROM source JOIN answer a ON source.url = a.url WHERE a.key IS NULL
-) GROUP BY row, field"""
-USED = """SELECT count(*), (SELECT count(DISTINCT place) FROM pair WHERE field = $1),
-    (SELECT count(*) FROM loaded WHERE field = $1) - count(*) FROM answer WHERE field = $1"""
+CREATE TABLE loaded (field VARCHAR, key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR[], short VARCHAR[],
+    long VARCHAR[]);
+CREATE VIEW source AS SELECT rowid AS row, coalesce(key, format('{{:09d}}', rowid)) AS key, image, url,
+    raw[1] AS raw, short[1] AS short, long[1] AS long FROM loaded WHERE field = '';
+CREATE VIEW answer AS SELECT rowid AS place, field, coalesce(key, url) AS link,
+    coalesce(raw, short, long)[1] AS text FROM loaded WHERE field <> ''"""
+# Rows have numbers by now. Kept in order, 15 million would not go to the disk in time.
+JOIN = """SET preserve_insertion_order = false;
+CREATE TABLE pair AS SELECT row, field, min(place) AS place
+FROM (SELECT row, unnest([key, url]) AS link FROM source) JOIN answer USING (link)
+WHERE text IS NOT NULL GROUP BY row, field;
+CREATE MACRO joined(name) AS TABLE
+    SELECT row, text FROM pair JOIN answer USING (place) WHERE pair.field = name;
+CREATE TABLE filled AS SELECT row, key, image, coalesce(r.text, raw) AS raw, coalesce(s.text, short) AS short,
+    coalesce(l.text, long) AS long FROM source LEFT JOIN joined('raw') r USING (row)
+    LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row);
+CREATE TABLE first AS
+    SELECT min(row) AS row FROM filled WHERE coalesce(raw, short, long) IS NOT NULL GROUP BY key"""
+USED = """SELECT count(text), (SELECT count(*) FROM pair WHERE field = $1), count(*) - count(text)
+FROM answer WHERE field = $1"""
 FIRST = """SELECT source.key, coalesce(raw, short, long, ''), text
 FROM (SELECT row, place FROM pair WHERE field = $1 ORDER BY row LIMIT $2) JOIN source USING (row)
 JOIN answer USING (place) ORDER BY row"""
-FILL = """CREATE MACRO joined(name) AS TABLE
-    SELECT row, text FROM pair JOIN answer USING (place) WHERE pair.field = name;
-CREATE TABLE filled AS SELECT *, coalesce(long, short, raw) AS best FROM (
-    SELECT row, key, image, coalesce(r.text, raw) AS raw, coalesce(s.text, short) AS short,
-        coalesce(l.text, long) AS long FROM source LEFT JOIN joined('raw') r USING (row)
-    LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row));
-CREATE TABLE first AS SELECT min(row) AS row FROM filled WHERE best IS NOT NULL GROUP BY key;
-CREATE VIEW kept AS SELECT * FROM filled SEMI JOIN first USING (row)"""
-LOST = """SELECT CASE WHEN best IS NULL THEN 'no caption, or a broken row' ELSE 'key occurs before' END
-    AS reason, count(*), list_transform(min(row + 1, 5), lambda n: format('row {}', n))
+LOST = """SELECT CASE WHEN coalesce(raw, short, long) IS NULL THEN 'no caption, or a broken row'
+    ELSE 'key occurs before' END AS reason, count(*), list_transform(min(row + 1, 5), lambda n: 'row ' || n)
 FROM filled ANTI JOIN first USING (row) GROUP BY reason ORDER BY reason DESC"""
-TOTALS = """SELECT count(*), (SELECT sum(others) FROM loaded), (SELECT count(*) FROM loaded WHERE others > 0),
-    count(raw), count(short), count(long) FROM kept"""
-COPY = """COPY (SELECT key, image, coalesce(raw, best) AS raw, coalesce(short, best) AS short,
-    coalesce(long, best) AS long FROM kept ORDER BY row)
+KEPT = """SELECT count(*), count(raw), count(short), count(long),
+    (SELECT sum(len(list_concat(raw[2:], short[2:], long[2:]))) FROM loaded)
+FROM filled SEMI JOIN first USING (row)"""
+COPY = """COPY (SELECT key, image, coalesce(raw, long, short) AS raw, coalesce(short, long, raw) AS short,
+    coalesce(long, short, raw) AS long FROM filled SEMI JOIN first USING (row) ORDER BY row)
 TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
-COLUMNS = """SELECT column_name, format('to_json("{{}}"{{}})', replace(column_name, '"', '""'),
-    CASE WHEN column_type LIKE '%BLOB%' THEN '.path' ELSE '' END)
-FROM (DESCRIBE SELECT * FROM {}) WHERE column_type <> 'BLOB'"""
-KEYS = r"""SELECT name, format('(json->{{0}}$."{{1}}"{{0}})', chr(39), name) FROM (
-    SELECT unnest(json_keys(json)) AS name FROM (SELECT json FROM {} LIMIT 100000) WHERE json IS NOT NULL)
+COLUMNS = """SELECT column_name, format('to_json("{{}}"{{}})', column_name,
+    if(column_type LIKE '%BLOB%', '.path', ''))
+FROM (DESCRIBE FROM {}) WHERE column_type <> 'BLOB' AND NOT contains(column_name, '"')"""
+KEYS = r"""SELECT name, '(json->''$."' || name || '"'')' FROM (
+    SELECT unnest(json_keys(json)) AS name FROM (FROM {} LIMIT 100000))
 WHERE NOT regexp_matches(name, '[''"\\]')"""
 # A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
 JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=134217728)"
@@ -102,11 +96,9 @@ FORMS = {  # what DuckDB reads: relation of $files, query of its columns as JSON
     ".json": (JSON.format("auto"), KEYS),
     ".jsonl": (JSON.format("newline_delimited"), KEYS),
 }
-COCO_COLUMNS = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
-COCO = """(SELECT text, picture->'file_name' AS path
-    FROM (SELECT unnest(texts) AS text, unnest(range(len(texts))) AS n
-        FROM (SELECT json->'$.annotations[*]' AS texts FROM {0}))
-    LEFT JOIN (SELECT unnest(json->'$.images[*]') AS picture FROM {0}) ON picture->>'id' = text->>'image_id'
+COCO = """(SELECT text, image->'file_name' AS path
+    FROM (SELECT *, row_number() OVER () AS n FROM (SELECT unnest(json->'$.annotations[*]') AS text FROM {0}))
+    LEFT JOIN (SELECT unnest(json->'$.images[*]') AS image FROM {0}) ON image->>'id' = text->>'image_id'
     ORDER BY n)"""
 
 
@@ -135,65 +127,49 @@ def write_table(path, captions, joins):
     caption, where a join's captions are of other pictures, or where the disk is full.
     """
     skipped = {}
-    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".captions-") as scratch:
-        try:
-            with duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database:
-                database.execute(SCHEMA)
-                columns = load(database, scratch, captions, skipped)
-                for name, source in joins:
-                    load(database, scratch, source, skipped, name)
-                # Rows have numbers by now. Kept in order, 15 million would not go to the disk in time.
-                database.execute("SET preserve_insertion_order = false")
-                database.execute(PAIR)
-                for name in dict(joins):
-                    check_join(database, captions, name)
-                total = copy(database, captions, f"{scratch}/captions.tsv", skipped)
-        except duckdb.Error as error:
-            raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
-        finally:
+    try:
+        with (tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".captions-") as scratch,
+              duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database):
+            database.execute(SCHEMA)
+            columns = load(database, scratch, captions, skipped)
+            for name, source in joins:
+                load(database, scratch, source, skipped, name)
+            database.execute(JOIN)
+            for name in dict(joins):
+                check_join(database, captions, name)
+            skipped |= {reason: entry for reason, *entry in database.execute(LOST).fetchall()}
             report_skipped(captions, skipped)
-        if not total:
-            raise InputError(f"{captions}: no caption in its columns {', '.join(columns)}; wanted are some "
-                             f"of {', '.join(NAMES)}")
-        os.replace(f"{scratch}/captions.tsv", path)
-
-
-def copy(database, captions, path, skipped):
-    """Writes the rows that have a caption, the first of each key, in the source's order. -> how many"""
-    database.execute(FILL)
-    skipped |= {reason: entry for reason, *entry in database.execute(LOST).fetchall()}
-    database.execute(COPY, {"path": path})
-    total, others, lists, *counts = database.execute(TOTALS).fetchone()
-    print(f"{captions}: {total} rows")
-    if lists:
-        print(f"lists of captions in {lists} rows: the first counts, {others} others are left out")
-    for name, count in zip(PROMPTS, counts):
-        if count < total:
-            print(f"no {name} caption in {total - count} of {total} rows: their best one is asked")
-    return total
+            total, raw, short, long, others = database.execute(KEPT).fetchone()
+            if not total:
+                raise InputError(f"{captions}: no caption in its columns {[*columns]}; wanted are some of "
+                                 f"{', '.join(NAMES)}")
+            print(f"{captions}: {total} rows, {raw} raw, {short} short, {long} long captions; where one is "
+                  f"missing the row's best is asked; of lists the first counts, {others} are left out")
+            database.execute(COPY, {"path": str(path)})
+    except duckdb.Error as error:
+        raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
 
 
 def check_join(database, captions, field):
-    """Shows five of a set's joined captions beside those of their rows, and says what is left out.
+    """Shows five of a set's joined captions beside those of their rows, and says how many rows have one.
 
     Raises InputError where no row has one, or where they are of different pictures.
     """
-    total, used, empty = database.execute(USED, [field]).fetchone()
-    print(f"--join {field}: {total} captions, {total - used} of them of no row in {captions}; {empty} rows "
-          "without one, or broken")
+    total, rows, empty = database.execute(USED, [field]).fetchone()
+    print(f"--join {field}: {rows} rows have one of {total} captions; {empty} others are empty or broken")
     pairs = database.execute(FIRST, [field, ALIKE]).fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
     # A recaption shares words of four letters and more with its picture's own caption, more than with another
     # picture's. Where they share none at all, since the languages differ, nothing can be said.
-    words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair] for _, *pair in pairs if pair[0]]
+    words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair] for _, *pair in pairs]
     shared = sum(len(raw & text) for raw, text in words)
     chance = sum(len(raw & text) for (raw, _), (_, text) in zip(words, words[1:] + words[:1]))
-    if not used or len(words) == ALIKE and chance > ALIKE / 10 and shared < 1.2 * chance:
+    if not pairs or len(pairs) == ALIKE and chance > ALIKE / 10 and shared < 1.2 * chance:
         raise InputError(
-            f"--join {field}: its keys mean other pictures: {used} of {total} keys or URLs are in {captions} "
-            "and share no more words with the captions there than with others. Recaptions go with the tars "
-            "they were made from, those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
+            f"--join {field}: its keys mean other pictures: {rows} rows of {captions} have one of them, and "
+            "share no more words with it than with others. Recaptions go with the tars they were made from, "
+            "those of FLAME for CC3M with pixparse/cc3m-wds; give --captions these")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,8 +182,8 @@ def source_files(path):
     if path.is_dir():
         paths = next(filter(None, (sorted(path.glob(pattern)) for pattern in FOLDERS)), [])
     elif span:
-        numbers = range(int(span[2]), int(span[3]) + 1)
-        paths = (f"{span[1]}{n:0{len(span[2])}d}{span[4]}" for n in numbers)
+        before, first, last, after = span.groups()
+        paths = (f"{before}{n:0{len(first)}d}{after}" for n in range(int(first), int(last) + 1))
     else:
         paths = [path] if path.exists() else sorted(glob.glob(str(path))) or [path]
     files = []
@@ -244,11 +220,10 @@ def fingerprint(sources):
 # A source becomes rows of a table of DuckDB
 
 def load(database, scratch, source, skipped, field=""):
-    """Appends a source's rows to the table `loaded`, in their order.
+    """Appends a source's rows to the table `loaded`, in their order. -> its columns, a dict
 
     field: the prompt set of a join. Its caption is the column named as the set; without one, the first text
     that is neither key nor picture, as "minicpm" in the recaptioned releases.
-    -> the names of its columns
     """
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
@@ -263,23 +238,24 @@ def load(database, scratch, source, skipped, field=""):
         paths = {"files": [glob.escape(str(file)) for file in files]}
         columns = dict(database.execute(names.format(relation), paths).fetchall())
         if columns.keys() >= {"images", "annotations"}:  # COCO's; each caption is a row
-            relation, columns = COCO.format(relation), COCO_COLUMNS
+            relation = COCO.format(relation)
+            columns = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
         fields = NAMES
         if field:
-            fields = dict.fromkeys(NAMES, []) | {name: NAMES[name] for name in ("key", "url", field)}
+            fields = {name: NAMES[name] for name in ("key", "url", field)}
             if columns.keys().isdisjoint(NAMES[field]):
                 fields[field] = [name for name in columns if name not in NO_CAPTION]
-        values = []
-        for name, names in fields.items():
-            macro = "texts_of({})" if name in PROMPTS else "name_of({})"
-            present = [columns[name] for name in names if name in columns] or ["'null'::JSON"]
-            values.append(f"coalesce({', '.join(map(macro.format, present))}) AS {name}")
-        database.execute(LOAD.format(field, ", ".join(values), relation), paths)
+        values = [f"'{field}' AS field"]
+        for name, aliases in fields.items():
+            macro = "texts_of" if name in PROMPTS else "name_of"
+            present = [f"{macro}({columns[alias]})" for alias in aliases if alias in columns]
+            if present:
+                values.append(f"coalesce({', '.join(present)}) AS {name}")
+        database.execute(f"INSERT INTO loaded BY NAME SELECT {', '.join(values)} FROM {relation}", paths)
         return columns
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What DuckDB does not read: generators of {name: value}
+# What DuckDB does not read: {name: value} of a row after another.
 
 def csv_rows(source, files, skipped):
     """TSV has no quotes. An empty line is no row, a broken one is an empty row: so img2dataset counts."""
@@ -291,14 +267,17 @@ def csv_rows(source, files, skipped):
             if ".csv" in path.name.lower():
                 form = {"delimiter": max("\t,;", key=header.count), "strict": True}
             names = next(csv.reader([header], **form))
-            headless = HEADLESS.get(tuple("://" in name for name in names))
-            reader = csv.reader(chain([header] * bool(headless), file), **form)
+            lines = file
+            if len(names) == 2 and "://" in header:  # no header, as CC3M and CC12M are published
+                names = ["url" if "://" in name else "raw" for name in names]
+                lines = chain([header], file)
+            reader = csv.reader(lines, **form)
             row = []
             while row is not None:
                 try:
                     row = next(reader, None)
                     if row:
-                        yield dict(zip(headless or names, row)) if len(row) == len(names) else {}
+                        yield dict(zip(names, row)) if len(row) == len(names) else {}
                 except csv.Error:
                     yield {}
 

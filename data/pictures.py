@@ -1,8 +1,4 @@
-"""The pictures of a table's rows: where they lie, and training's batches of them.
-
-They are files that the captions name, or files or tars whose names are the keys (data/README.md). What lies
-inside of Parquet becomes tars when it is embedded.
-"""
+"""The pictures of a table's rows: where they lie (data/README.md), and training's batches of them."""
 import functools
 import glob
 import hashlib
@@ -26,8 +22,7 @@ from data.files import write
 from data.tars import report_skipped, sample_name, skip, tar_files
 from flame import InputError, reading, rgb
 
-LARGEST = 1 << 30  # bytes of a picture's file
-KEPT = 1 << 28     # bytes of decoded pictures that a loader's process keeps: of the demo all, 70 MB
+LARGEST = 1 << 30  # bytes of a picture's file; what is larger is cut, and no decoder takes it
 LOOKED_AT = 1000   # pictures that stand for all of them where it is asked whether they are there
 SHUFFLE = 50_000   # pictures are put off at most: several tars are mixed, each is still read nearly in order
 DRAWS = 22         # numbers that fix a crop: two for its place, two for each of ten tries to fit it in
@@ -40,70 +35,72 @@ class Place(NamedTuple):
     """Where a picture's bytes are: a file, or a part of a tar."""
     path: str
     offset: int = 0
-    size: int = -1  # to the end
+    size: int = LARGEST  # at most
 
 
 def open_picture(place):
     """PIL image, its header read, not yet decoded. Raises nearly anything on a stranger's bytes."""
-    size = os.path.getsize(place.path) if place.size < 0 else place.size
-    if size > LARGEST or not os.path.isfile(place.path):  # a pipe is waited for
-        raise OSError(0, "not a regular file, or too large", place.path)
+    if not os.path.isfile(place.path):  # a pipe is waited for
+        raise OSError(0, "not a regular file", place.path)
     with open(place.path, "rb", buffering=0) as file:
         file.seek(place.offset)
-        return Image.open(io.BytesIO(file.read(place.size)))
+        return Image.open(io.BytesIO(file.read(min(place.size, LARGEST))))
 
 
-def find_pictures(keys, images, captions, folder=None, index=None):
+def pictures_in(folder):
+    """The files in a folder and its folders that are named like pictures, [Place]"""
+    paths = sorted(glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
+    return [Place(path) for path in paths if path.lower().endswith(PICTURES)]
+
+
+def find_pictures(keys, images, captions, folder=None, index=""):
     """-> (rows int64 [n] that have a picture, files [str], places int64 [n, 3]), in the disk's order.
 
-    A place is (which of files, first byte, bytes; -1: to the end). keys, images: of a table that was made of
-    the source `captions`. folder: where the images' paths start, or where files or tars (*.tar, as
-    img2dataset and webdataset write them; never unpacked) lie by key. Without one these are the tars that
-    were captioned, else in the folder named as the captions. index: file (.npz) that keeps what was found by
-    key. Raises InputError where no row has a picture.
+    A place is (which of files, first byte, bytes at most). keys, images: of the table made of `captions`.
+    Pictures are the files that images names, from the folder on, else from where the captions lie. Where none
+    is there, they lie by key, as files or in tars that are never unpacked: in the folder; without one, in the
+    tars that were captioned, else in the folder named as the captions. index: file (.npz) that keeps what was
+    found by key. Raises InputError where no row has a picture.
     """
     captions = Path(captions)
     root = Path(folder or (captions if captions.is_dir() else captions.parent))
-    files = [os.path.join(root, image) for image in images if image]
+    rows = [row for row, image in enumerate(images) if image]
+    files = [os.path.join(root, images[row]) for row in rows]
+    if any(map(os.path.isfile, files[::1 + len(files) // LOOKED_AT])):
+        return np.array(rows), files, np.array([(n, 0, LARGEST) for n in range(len(files))])
     wanted = (files or keys)[0]
-    if any(map(os.path.isfile, files[::1 + len(files) // LOOKED_AT])):  # else they are in tars, or lie by key
-        rows = [row for row, image in enumerate(images) if image]
-        return np.array(rows), files, np.array([(n, 0, -1) for n in range(len(files))])
-    if not files and not folder:
+    if not folder and not captions.is_dir():
         root = captions.with_name(captions.name.split(".")[0])
     tars = source_files(captions) if captions.suffix == ".tar" and not folder else sorted(root.glob("*.tar"))
-    files = list(map(str, tars)) or [
-        path for path in sorted(glob.iglob(f"{glob.escape(str(root))}/**", recursive=True))
-        if sample_name(path)[2] in PICTURES]
-    rows, places = find_by_key(keys, files, index)
-    if not len(rows):
+    files = list(map(str, tars)) or [place.path for place in pictures_in(root)]
+    changed = [os.stat(tar).st_mtime_ns for tar in tars]
+    stamp = hashlib.sha256(json.dumps([keys, files, changed]).encode()).hexdigest()
+    if os.path.exists(index):
+        with reading(index, "delete it") as path, np.load(path) as saved:
+            if str(saved["stamp"]) == stamp:
+                return saved["rows"], files, saved["places"]
+    place_of = places_by_key(keys, files)
+    if not place_of:
         raise InputError(f"{root}: no row of {captions} has a picture there, such as {wanted}; give --images "
                          "DIR, or embed the tars themselves; only at 10,000 a shard are keys row numbers")
+    rows, places = np.array([*place_of]), np.array([*place_of.values()])
+    if index:
+        write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
     return rows, files, places
 
 
-def find_by_key(keys, files, index):
-    """-> rows [n], places [n, 3], of each key the first. Of a damaged tar, what comes before the damage."""
-    changed = [os.stat(file).st_mtime_ns for file in files if file.endswith(".tar")]
-    stamp = hashlib.sha256(json.dumps([keys, files, changed]).encode()).hexdigest()
-    if index and os.path.exists(index):
-        with reading(index, "delete it") as path, np.load(path) as saved:
-            if str(saved["stamp"]) == stamp:
-                return saved["rows"], saved["places"]
+def places_by_key(keys, files):
+    """-> {row: place}, of each key's first picture. Of a damaged tar, what comes before the damage."""
     row_of = {key: row for row, key in enumerate(keys)}
-    firsts = {}
+    place_of = {}
     skipped = {}
     for n, file in enumerate(files):
-        held = tar_files(file, skipped) if file.endswith(".tar") else [(*sample_name(file), 0, -1)]
+        held = tar_files(file, skipped) if file.endswith(".tar") else [(*sample_name(file), 0, LARGEST)]
         for _, key, suffix, offset, size in held:
             if key in row_of and suffix in PICTURES:
-                firsts.setdefault(row_of[key], (n, offset, size))
+                place_of.setdefault(row_of[key], (n, offset, size))
     report_skipped("pictures", skipped)
-    rows = np.array([*firsts], np.int64)
-    places = np.array([*firsts.values()], np.int64).reshape(-1, 3)
-    if index and len(rows):
-        write(index, functools.partial(np.savez, stamp=stamp, rows=rows, places=places))
-    return rows, places
+    return place_of
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,17 +115,18 @@ def unpack_parquet(captions, folder):
     first = 0  # the number of a file's first row
     for n, file in enumerate(bar(files, "pictures", unit=" files", disable=not files)):
         with reading(file, WANTED):
-            table = duckdb.read_parquet(str(file))
+            table = duckdb.read_parquet(str(file), file_row_number=True)
             inside = [name for name, kind in zip(table.columns, table.types) if "bytes BLOB" in str(kind)]
             if not inside:
                 return
-            number = f"format('{{:09d}}', {first} + row_number() OVER () - 1)"
             keys = [f'"{name}"::VARCHAR' for name in NAMES["key"] if name in table.columns]
-            rows = table.project(f"""coalesce({', '.join([*keys, number])}), "{inside[0]}".bytes""")
-            if not (folder / f"{n:05d}.tar").exists():
-                folder.mkdir(exist_ok=True)
-                write(folder / f"{n:05d}.tar", functools.partial(write_tar, rows, skipped))
+            keys.append(f"format('{{:09d}}', {first} + file_row_number)")
+            rows = table.project(f"""coalesce({', '.join(keys)}), "{inside[0]}".bytes""")
             first += len(table)
+            tar = folder / f"{n:05d}.tar"
+            if not tar.exists():
+                folder.mkdir(exist_ok=True)
+                write(tar, functools.partial(write_tar, rows, skipped))
     report_skipped(captions, skipped)
 
 
@@ -152,7 +150,7 @@ def crop_box(width, height, smallest, draw):
 
     Its area is a share from `smallest` to 1 of the picture's, its ratio 3/4 to 4/3. What does not fit is
     drawn again; where no try fits, the box is the largest in the middle that has such a ratio.
-    draw: numbers from [0, 1), two for the place and two for each try.
+    draw: DRAWS numbers from [0, 1).
     """
     for share, slant in draw[2:].reshape(-1, 2).tolist():
         area = width * height * (smallest + (1 - smallest) * share)
@@ -177,14 +175,12 @@ def random_crop(image, size, smallest, draw):
     least = (math.ceil(width * size / w), math.ceil(height * size / h))
     reduced = image.draft(None, least)  # None: not a JPEG
     x = reduced[1][2] / width if reduced else 1.0
-    pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else rgb(image)))  # [h, w, 3]
-    bottom = max(1, math.ceil((top + h) * x))
-    right = max(1, math.ceil((left + w) * x))
-    box = pixels[round(top * x):bottom, round(left * x):right].permute(2, 0, 1)
-    return F.interpolate(box[None], (size, size), mode="bicubic", antialias=True)[0]
+    box = round(left * x), round(top * x), math.ceil((left + w) * x), math.ceil((top + h) * x)
+    pixels = torch.from_numpy(np.array(rgb(image.crop(box)))).permute(2, 0, 1)
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
-class Batches(torch.utils.data.Dataset):
+class Batches:
     """Item t is this rank's slice of the batch of step t, a pure function of the seed and t.
 
     -> (pixels uint8 [b, 3, S, S], facets float16 [b, P, D], their columns int64 [b, P], readable bool [b],
@@ -192,18 +188,13 @@ class Batches(torch.utils.data.Dataset):
     An unreadable picture's pixels are 0.
     """
 
-    def __init__(self, store, columns, pictures, settings, steps, rank=0, world=1):
+    def __init__(self, store, columns, pictures, settings, rank=0, world=1):
         self.store = store
         self.columns = np.array(columns)
         self.rows, self.files, self.places = pictures
         self.settings = settings
-        self.steps = steps
         self.batch = settings["batch"]
         self.mine = slice(rank * self.batch // world, (rank + 1) * self.batch // world)
-        self.kept = {}
-
-    def __len__(self):
-        return self.steps
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
@@ -227,35 +218,21 @@ class Batches(torch.utils.data.Dataset):
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
         columns = self.columns[self.some(rng, len(self.columns), s["positives"])]
-        kept = patches_kept(s)
         patches = (size // s["patch_size"]) ** 2
-        kept = torch.from_numpy(self.some(rng, patches, kept)) if kept < patches else None
+        kept = torch.from_numpy(self.some(rng, patches, patches_kept(s))) if s["patch_dropout"] else None
         chosen = self.pictures(step)[self.mine]
         pixels = torch.zeros(len(chosen), 3, size, size, dtype=torch.uint8)
         readable = torch.zeros(len(chosen), dtype=torch.bool)
         failed = []
         for i, place in enumerate(places_of(self.files, self.places[chosen])):
             try:
-                pixels[i] = random_crop(self.open(place), size, s["crop_scale"], draws[i])
+                pixels[i] = random_crop(open_picture(place), size, s["crop_scale"], draws[i])
                 readable[i] = True
             except Exception as error:  # decoders raise nearly anything on a stranger's bytes
                 key = self.store.keys[self.rows[chosen[i]]]
                 failed.append((key, f"{type(error).__name__}: {place.path}"))
         facets = self.store.take(self.rows[chosen], columns)
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
-
-    def open(self, place):
-        """PIL image. Where memory has room for all, as for the demo's, each is decoded once: a tenth of a
-        step's time on two cores. A step sees the same: `random_crop` decodes none so small by draft.
-        """
-        if place in self.kept:
-            return self.kept[place]
-        image = open_picture(place)
-        small = min(image.size) < 2 * self.settings["image_size"]
-        if small and 3 * math.prod(image.size) * len(self.rows) <= KEPT:
-            image.load()
-            self.kept[place] = image
-        return image
 
     def some(self, rng, n, k):
         """k of n for each picture of this rank, without replacement."""

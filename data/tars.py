@@ -31,25 +31,20 @@ class _Headers(io.BufferedReader):
 def tar_files(path, skipped):
     """Yields (folder, key, suffix, first byte, bytes) of a tar's regular files, in its order; unpacks none.
 
-    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED]. Sparse files are left out.
+    Where the tar is cut short or damaged it ends, and counts as skipped[DAMAGED].
     """
     try:
         if not os.path.isfile(path):
             raise tarfile.ReadError("not a regular file")
         size = os.path.getsize(path)
-        end = -1
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # or tarfile remembers them all
-                if tar.offset <= end:  # a negative size; what comes before would come again without end
-                    raise tarfile.ReadError(f"{member.name} ends before it begins")
-                end = tar.offset
+                # Of a negative size what comes before would come again, without end.
+                if member.issparse() or not 0 <= member.size <= size - member.offset_data:
+                    raise tarfile.ReadError(f"{member.name} is sparse, or cut off")
                 folder, key, suffix = sample_name(member.name)
-                if member.issparse():
-                    skip(skipped, "sparse file in a tar", f"{path}:{member.name}")
-                elif member.isfile() and key and suffix:
-                    if not 0 <= member.size <= size - member.offset_data:
-                        raise tarfile.ReadError(f"{member.name} is cut off")
+                if member.isfile() and key and suffix:
                     yield folder, key, suffix, member.offset_data, member.size
             # A tar ends in empty blocks; a header of zeros looks like its end, unless something lies behind.
             file.seek(tar.offset)

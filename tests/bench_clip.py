@@ -274,8 +274,9 @@ def run_clip(args, run, seed):
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, s["beta2"]), fused=True)
     pictures = find_pictures(store.keys, store.images, store.meta["captions"]["path"])
-    batches = Batches(store, range(len(flame.COLUMNS)), pictures, s, s["steps"])
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=s["workers"])
+    batches = Batches(store, range(len(flame.COLUMNS)), pictures, s)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(s["steps"]),
+                                         num_workers=s["workers"])
     fast = flame.default_dtype("cpu") == torch.bfloat16
 
     started = cpu_seconds()

@@ -131,7 +131,7 @@ def bench_pictures(args, synchronize):
             facets = torch.randn(64, 6, 576).half()
             store = SimpleNamespace(keys=paths, take=lambda rows, columns: facets)
             s = settings_of(preset, batch=64)
-            batches = Batches(store, range(11), (np.arange(64), paths, places), s, steps=1)
+            batches = Batches(store, range(11), (np.arange(64), paths, places), s)
             took, = seconds_of(lambda: batches[0], seconds=args.seconds / 4, synchronize=synchronize)
         yield f"a loader's process, {side}-px {kind}", f"{64 / took:.0f} images/s", "", ""
 

@@ -110,8 +110,7 @@ def test_every_form_gives_the_same_bytes(tmp_path, table, kind):
     rows, out, err = table(write_rows(tmp_path / f"x.{kind}", ROWS, kind))
     assert (tmp_path / "made/captions.tsv").read_bytes() == TABLE.encode()
     assert len(rows) == 4 and rows[0].image == "pics/a  b.jpg" and not err
-    for line in ("4 rows", "no raw caption in 1 of 4", "no short caption in 2 of 4", "no long caption in 2"):
-        assert line in out
+    assert "4 rows, 3 raw, 2 short, 2 long captions; where one is missing the row's best is asked" in out
 
 
 BLANK = "[\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
@@ -132,7 +131,7 @@ def test_any_text_is_one_line_in_every_form(tmp_path, table, texts):
         if wanted:
             assert [tuple(row) for row in table(source)[0]] == wanted, kind
         else:
-            with pytest.raises(flame.InputError, match="no caption in its columns .*raw, short, long; "):
+            with pytest.raises(flame.InputError, match=r"in its columns \[.*'raw', 'short', 'long'\]; "):
                 table(source)
 
 
@@ -178,10 +177,10 @@ def test_of_a_list_of_captions_the_others_are_counted(tmp_path, table):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made, out, _ = table(tmp_path / "x.jsonl")
     assert raws(made) == {"0": "a", "1": "d", "2": "e", "3": "l 3", "4": "l 4"}
-    assert "lists of captions in 2 rows: the first counts, 3 others are left out\n" in out
+    assert "of lists the first counts, 3 are left out\n" in out
     (tmp_path / "y.tsv").write_text("key\tlong\n" + "".join(f"{n}\tx\n" for n in range(5)))
-    assert "lists of captions" not in table(tmp_path / "y.tsv")[1]
-    assert "lists of captions in 2" in table(tmp_path / "y.tsv", {"raw": [tmp_path / "x.jsonl"]})[1]
+    assert "of lists the first counts, 0 are left out" in table(tmp_path / "y.tsv")[1]
+    assert "of lists the first counts, 3 are" in table(tmp_path / "y.tsv", {"raw": [tmp_path / "x.jsonl"]})[1]
 
 
 def test_parquet_as_datasets_writes_it(tmp_path, table):
@@ -194,7 +193,7 @@ def test_parquet_as_datasets_writes_it(tmp_path, table):
                              f"TO '{tmp_path}/set/data/train-{n}.parquet'")
     rows, out, err = table(tmp_path / "set")
     assert [tuple(row) for row in rows] == [(f"{n}", f"{n}.jpg", *3 * [f"first {n}"]) for n in range(2)]
-    assert "no long caption in 2 of 2" in out and "lists of captions in 2 rows" in out and not err
+    assert "2 raw, 0 short, 0 long captions" in out and "2 are left out" in out and not err
 
 
 # --- nothing is lost without a word
@@ -252,7 +251,7 @@ def test_the_number_of_a_row_is_img2datasets(tmp_path, table):
     (tmp_path / "cc.tsv").write_text("\n".join(lines))
     rows, out, err = table(tmp_path / "cc.tsv")
     assert raws(rows) == {"000000000": "a cat", "000000002": '"b" dog', "000000004": "d"}
-    assert "2: no caption" in err and "no long caption in 3 of 3 rows: their best one is asked" in out
+    assert "2: no caption" in err and "3 rows, 3 raw, 0 short, 0 long captions; where one is missing" in out
     (tmp_path / "cc.tsv").write_text("caption\turl\n" + "\n".join(lines))  # the header that it wants
     assert table(tmp_path / "cc.tsv")[0] == rows
     (tmp_path / "bad.tsv").write_bytes(b"a\thttp://x/0\nno url\n\xff\thttp://x/2\nd\thttp://x/3\n")
@@ -303,9 +302,8 @@ def test_joined_captions_go_to_their_rows(tmp_path, table):
     assert [row[2:] for row in rows] == [
         ("raw 0", "Short 0.", "Long 0."), ("raw 1", "Short 1.", "Short 1."),
         ("raw 2", "Short 2.", "Long 2."), ("raw 3", "Short 3.", "Long 3."), ("raw 4", "old 4", "old 4")]
-    assert "--join long: 7 captions, 4 of them of no row in" in out
-    assert "; 1 rows without one, or broken\n" in out
-    assert "  0: 'raw 0' | 'Long 0.'\n" in out and "no long caption in 2 of 5 rows" in out
+    assert "--join long: 3 rows have one of 7 captions; 1 others are empty or broken\n" in out
+    assert "  0: 'raw 0' | 'Long 0.'\n" in out and "5 short, 3 long captions" in out
 
 
 DREAMLIP = ["Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions",
@@ -331,11 +329,11 @@ def test_dreamlip_meets_tars_by_the_pictures_url(tmp_path, table):
     wanted += [(key, "raw", f'shortSV_captions, "{n}"', f'longSV_captions, "{n}"')
                for key, n in (("01", 8), ("02", 7), ("10", 6), ("11", 5), ("12", 4))]
     assert [(row.key, *row[2:]) for row in rows] == wanted
-    assert "--join long: 9 captions, 4 of them of no row" in out
+    assert "--join long: 5 rows have one of 9 captions; 0 others" in out
     rows, _, _ = table(file)
     assert rows[8][:3:2] == ("000000008", 'raw_caption, "8"') and rows[8].long == 'longSV_captions, "8"'
     file.write_text(file.read_text().replace("//x/", "//y/"))
-    with pytest.raises(flame.InputError, match="--join short: its keys mean other pictures: 0 of 9 "):
+    with pytest.raises(flame.InputError, match="--join short: its keys mean other pictures: 0 rows of "):
         table(tmp_path / "cc3m", {"short": [file]})
 
 
@@ -371,6 +369,9 @@ def test_ranges_globs_and_folders(tmp_path, table):
             table(tmp_path / source)
     (tmp_path / "photos/train").mkdir(parents=True)
     (tmp_path / "photos/train/metadata.csv").write_text("file_name,text\na.jpg,a fox\n")
+    (tmp_path / "empty.tsv").write_text("")
+    with pytest.raises(flame.InputError, match=r"no caption in its columns \[\]; wanted are some of key, "):
+        table(tmp_path / "empty.tsv")
     with pytest.raises(flame.InputError, match="photos: holds no captions; .*metadata.csv lies .*to_parquet"):
         table(tmp_path / "photos")
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a fox\n")
@@ -441,6 +442,7 @@ HOSTILE = {  # what: a file in a tar after which nothing can be read
     "PAX headers without end": member("pax", b"9 a=bcde\n", tarfile.XHDTYPE) * 3000,
     "a sparse map that is none": pax("evil.txt", **{"GNU.sparse.map": "0,1,x", "GNU.sparse.name": "x.txt"}),
     "a sparse file of negative size": pax("evil.txt", **SPARSE, **{"GNU.sparse.realsize": -1}, size=-1024),
+    "a sparse file": pax("evil.txt", **{"GNU.sparse.map": "0,4", "GNU.sparse.size": 20 << 30}),
     "noise": b"\xff" * 512,
 }
 
@@ -452,13 +454,6 @@ def test_of_a_hostile_tar_what_comes_before_is_used(tmp_path, table, what):
     with within(10):
         rows, _, err = table(tmp_path / "a-{0..1}.tar")
     assert raws(rows) == {"good": "before", "next": "another"} and f"1: {tars.DAMAGED} (a-0.tar: " in err
-
-
-def test_a_sparse_file_in_a_tar_is_left_out(tmp_path, table):
-    sparse = pax("evil.txt", **{"GNU.sparse.map": "0,4", "GNU.sparse.size": 20 << 30})
-    tar(tmp_path / "a.tar", member("good.txt", b"before"), sparse, member("late.txt", b"after"))
-    rows, _, err = table(tmp_path / "a.tar")
-    assert raws(rows) == {"good": "before", "late": "after"} and "1: sparse file in a tar" in err
 
 
 def test_a_tar_cut_anywhere_gives_what_is_complete(tmp_path):
@@ -578,13 +573,13 @@ def test_what_cannot_be_read_is_named_by_its_place(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     large = picture(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no picture")
-    monkeypatch.setattr(pictures, "LARGEST", len(large) - 1)
-    for name, why in {"pipe.png": OSError, "large.png": OSError, "gone.png": FileNotFoundError,
+    monkeypatch.setattr(pictures, "LARGEST", len(large) // 2)
+    for name, why in {"pipe.png": OSError, "large.png": OSError, "gone.png": OSError,
                       "text.png": UnidentifiedImageError}.items():
         with within(5), pytest.raises(why):
-            open_picture(Place(str(tmp_path / name)))
+            open_picture(Place(str(tmp_path / name))).load()
     (tmp_path / "tars").mkdir()
     tar(tmp_path / "tars/0.tar", member("a.png", large))
     _, *where = find_pictures(["a"], [""], tmp_path / "c.tsv", tmp_path / "tars")
-    with pytest.raises(OSError, match="too large"):
-        open_picture(*places_of(*where))
+    with pytest.raises(OSError):
+        open_picture(*places_of(*where)).load()

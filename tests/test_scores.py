@@ -363,10 +363,10 @@ def test_ones_own_captions_in_other_forms(colours, tmp_path, monkeypatch, capsys
     code, result = colours("ours", "--captions", "ours.tsv", "--images", "mine")
     out, error = capsys.readouterr()
     assert code == 0 and result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100
-    assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 1)
-    assert "1 of 12 rows have no picture" in error and "gone.png" in error
+    assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 2)
+    assert "2 of 7 pictures cannot be read (no picture of 000000010, mine/gone.png ...)" in error
     assert titles == [f"{out.splitlines()[-4]}; out/run"] and titles[0].startswith(
-        "ours: 10 texts, 5 pictures, 2 texts left out, 1 pictures left out, 2 texts that training had")
+        "ours: 10 texts, 5 pictures, 2 texts left out, 2 pictures left out, 2 texts that training had")
     assert result["trained_texts"] == 2
 
 
