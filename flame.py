@@ -605,7 +605,7 @@ def check_questions(recorded, path):
 # ------------------------------------------------------------------------------------------------------------
 # An LLM's folder: config.json, weights, tokenizer
 
-# A block's tensors by our names: those of a checkpoint that stand in one, below each other.
+# A block's tensors by our names, and those of the checkpoint that each is made of, one below the other.
 BLOCK = {
     "attention_norm": ["input_layernorm.weight"],
     "wqkv": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
@@ -844,7 +844,8 @@ def tokenize_within_context(encoder, captions, prompts):
     In "restart" every facet's string must fit in by itself, else the prefix and all facets together.
     """
     together = max if encoder.positions == "restart" else sum
-    shortened = [caption[:16 * encoder.context] for caption in captions]  # few tokens have so many letters
+    # A token has fewer than 16 letters on the average: what lies behind these is not even tokenized.
+    shortened = [caption[:16 * encoder.context] for caption in captions]
     prefixes, suffixes = encoder.tokenize(encoder.tokenizer, shortened, prompts)
     for i, caption in enumerate(shortened):
         while (tokens := len(prefixes[i]) + together(map(len, suffixes[i]))) > encoder.context:
@@ -1015,7 +1016,7 @@ class Store:
         """[rows, 11, D], mapped"""
         with reading(self.path / f"{w:06d}.npy", "delete it and run the same embed.py command again") as path:
             rows = min(self.window, self.N - w * self.window)
-            return np.asarray(np.load(path, mmap_mode="r")).reshape(rows, len(COLUMNS), self.D)
+            return np.asarray(np.load(path, mmap_mode="r"), np.float16).reshape(rows, len(COLUMNS), self.D)
 
     @functools.cached_property
     def table(self):
@@ -1059,11 +1060,10 @@ def load(checkpoint: str | Path) -> Flame:
     cure = "train or download it anew"
     checkpoint = hub_folder(checkpoint)
     saved = read_json(Path(checkpoint, "config.json"), cure)
-    with reading(Path(checkpoint, "model.safetensors"), cure) as path:
-        weights = load_file(path)
+    with reading(Path(checkpoint, "model.safetensors"), cure) as file:
         with torch.device("meta"):  # nothing is allocated by what config.json says
             model = Flame({"columns": COLUMNS} | saved["model"] | {"llm": saved["llm"]})
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(load_file(file), assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
         columns = model.config["columns"]
         layer, positions, path = (saved["llm"].get(name) for name in ("layer", "positions", "path"))
