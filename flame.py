@@ -16,8 +16,8 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from contextlib import contextmanager
-from itertools import accumulate, chain, groupby
+from contextlib import contextmanager, suppress
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -82,14 +82,11 @@ class Forest(NamedTuple):
     answers: torch.Tensor    # [N] int64, packed index of each sequence's last token
 
 
-def build_forest(sequences, positions=None):
-    """Trie of N token sequences (non-empty lists of ints) -> Forest.
+def build_forest(sequences):
+    """Trie of N token sequences (non-empty lists of ints) -> Forest; a token's position is its depth.
 
-    positions: N lists of ints as long as the sequences; None numbers each sequence 0, 1, 2 ...
-    Tokens are shared between sequences where all that comes before, and the positions, agree.
+    Tokens are shared between sequences where all that comes before agrees.
     """
-    if positions is not None:  # then equal tokens at other positions are not shared
-        sequences = [list(zip(*pair, strict=True)) for pair in zip(sequences, positions, strict=True)]
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     answers = np.zeros(len(sequences), np.int64)
     packed = []
@@ -112,13 +109,9 @@ def build_forest(sequences, positions=None):
         todo += reversed([([*fork], common, parent) for _, fork in forks])  # the first is popped next
     lengths = np.array(lengths, np.int32)
     parents = np.array(parents, np.int32)
-    if positions is None:
-        numbers = token_depths(lengths, parents)
-    else:
-        numbers = np.array([position for _, position in packed], np.int64)
-        packed = [token for token, _ in packed]
     tokens = torch.tensor(packed, dtype=torch.int64)
-    return Forest(tokens, torch.from_numpy(numbers), lengths, parents, torch.from_numpy(answers))
+    depths = torch.from_numpy(token_depths(lengths, parents))
+    return Forest(tokens, depths, lengths, parents, torch.from_numpy(answers))
 
 
 def shared_prefix(a, b):
@@ -208,8 +201,8 @@ def decode(decoder, forest):
     update = None                                                    # what the last sublayer adds to it
     for block in decoder.blocks:
         h = kernels.add_and_norm(x, update, block["attention_norm"], eps, dtype)
-        qkv = F.linear(h, block["wqkv"], block["bqkv"]).view(len(x), heads + 2 * kv_heads, head_dim)
-        if block["qk_norm"] is not None:
+        qkv = F.linear(h, block["wqkv"], block.get("bqkv")).view(len(x), heads + 2 * kv_heads, head_dim)
+        if "qk_norm" in block:
             norm_heads(qkv, block["qk_norm"], eps)
         kernels.rope(qkv, *turns[block["rope"]], heads + kv_heads)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
@@ -217,10 +210,10 @@ def decode(decoder, forest):
         if block is decoder.blocks[-1]:  # from here on nobody reads any other token
             mixed = mixed[answers]
             x = x[answers]
-        update = norm_after(F.linear(mixed, block["wo"]), block["norm_after_attention"])
+        update = norm_after(F.linear(mixed, block["wo"]), block.get("norm_after_attention"))
         h = kernels.add_and_norm(x, update, block["mlp_norm"], eps, dtype)
         update = F.linear(gated(F.linear(h, block["w_gate_up"])), block["w_down"])
-        update = norm_after(update, block["norm_after_mlp"])
+        update = norm_after(update, block.get("norm_after_mlp"))
     return x + update
 
 
@@ -294,20 +287,16 @@ def caption_forest(prefixes, suffixes, positions="restart"):
     positions: see TextEncoder
     """
     sequences = []
-    consecutive = []
-    for prefix, facets in zip(prefixes, suffixes):
-        earlier = []  # the questions before this one
+    for before, facets in zip(prefixes, suffixes):
         for facet in facets:
-            sequences.append(prefix + earlier * (positions == "causal") + facet)
-            if positions == "sequential":  # as if the K facets stood one after the other
-                start = len(prefix) + len(earlier)
-                consecutive.append([*range(len(prefix)), *range(start, start + len(facet))])
-            earlier = earlier + facet
-    return build_forest(sequences, consecutive or None)
+            sequences.append(before + facet)
+            if positions == "causal":
+                before = before + facet
+    return build_forest(sequences)
 
 
 BUDGET = {"cpu": 2048, "cuda": 16384}  # tokens in one packed row; on CPU its activations stay in cache
-POSITIONS = ("restart", "sequential", "causal")
+POSITIONS = ("restart", "causal")
 
 
 class TextEncoder:
@@ -315,8 +304,8 @@ class TextEncoder:
 
     llm_dir    Hugging Face folder of an LLM (config.json, safetensors, and a tokenizer), or its id there
     layer      how many blocks to keep (default: all but the last, as in the paper)
-    positions  "restart": every facet's RoPE positions go on from the caption; "sequential": consecutive over
-               all K facets, as released; "causal": one chain, where a facet also sees those before it
+    positions  "restart": every facet's RoPE positions go on from the caption; "causal": one chain, where a
+               facet also sees those before it
     budget     tokens in one packed row, which the last caption may exceed (default: BUDGET)
     """
 
@@ -333,7 +322,8 @@ class TextEncoder:
         self.kernels = self.decoder.kernels.name
         self.layer = len(self.decoder.blocks)
         self.positions = positions
-        self.tokenize = tokenize  # data/released.py puts the released code's in its place
+        self.tokenize = tokenize  # data/released.py puts the released code's in place of these two
+        self.caption_forest = functools.partial(caption_forest, positions=positions)
         self.dim = self.decoder.config["hidden_size"]
         self.context = self.decoder.config["context"]
         self.budget = budget or BUDGET.get(device.type, 2048)
@@ -367,8 +357,7 @@ class TextEncoder:
         begins = accumulate((sizes[i] for i in order), initial=0)  # tokens before each
         for _, group in groupby(zip(order, begins), key=lambda pair: pair[1] * packed_rows // total):
             batch = [i for i, _ in group]
-            chosen = [prefixes[i] for i in batch], [suffixes[i] for i in batch]
-            forest = caption_forest(*chosen, self.positions)
+            forest = self.caption_forest([prefixes[i] for i in batch], [suffixes[i] for i in batch])
             if forest.tokens.max() >= len(self.decoder.embedding):
                 raise InputError(f"{self.llm_dir}: its tokenizer knows more tokens than its weights do")
             yield batch, forest
@@ -614,32 +603,46 @@ def check_questions(recorded, path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# An LLM's folder
+# An LLM's folder: config.json, weights, tokenizer
 
-# model_type: Llama 1-3.x and SmolLM2; Mistral-7B and Nemo; Qwen2 and 2.5; Qwen3; Gemma 3's text models
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+# A block's tensors by our names, and those of the checkpoint that each is made of, one below the other.
+BLOCK = {
+    "attention_norm": ["input_layernorm.weight"],
+    "wqkv": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "wo": ["self_attn.o_proj.weight"],
+    "mlp_norm": ["post_attention_layernorm.weight"],
+    "w_gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "w_down": ["mlp.down_proj.weight"],
+}
+HEAD_NORMS = {"qk_norm": ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]}
+FAMILIES = {  # by model_type: what their blocks have besides
+    "llama": {},    # Llama 1 to 3, SmolLM2
+    "mistral": {},  # Mistral-7B, Nemo
+    "qwen2": {"bqkv": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"]},  # and 2.5
+    "qwen3": HEAD_NORMS,
+    "gemma3_text": HEAD_NORMS | {
+        "norm_after_attention": ["post_attention_layernorm.weight"],
+        "mlp_norm": ["pre_feedforward_layernorm.weight"],
+        "norm_after_mlp": ["post_feedforward_layernorm.weight"],
+    },
+}
 LLM_CURE = ("--llm or $FLAME_LLM wants a Hugging Face checkpoint folder, config.json, *.safetensors and a "
             "tokenizer, not quantised; python data/demo.py --make-only makes a small one")
 
 
 def hub_folder(name):
-    """An existing folder as it is; of a Hugging Face id, owner/name, the folder in the cache, downloaded.
+    """An existing folder as it is; of a Hugging Face id, owner/name, that in its cache, downloaded first.
 
-    name: of an LLM or of a checkpoint. Raises InputError where the id is neither cached nor to be had.
+    Of an LLM or of a checkpoint. Raises InputError where the id is not to be had.
     """
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
-    names = ["config.json", "*.safetensors", "model.safetensors.index.json",
-             "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
+    names = ["config.json", "model*.safetensors", "tokenizer*.json", "tokenizer.model"]
     try:
         from huggingface_hub import snapshot_download
-        twice = ["consolidated*", "*/*"]  # the same weights once more, as Mistral's own code reads them
-        return Path(snapshot_download(str(name), allow_patterns=names, ignore_patterns=twice))
+        return Path(snapshot_download(str(name), allow_patterns=names))
     except Exception as error:  # offline, gated, no such model, a full disk
         raise InputError(f"{name}: no such folder, and no Hugging Face id: {explained(error)}") from None
-
-
-SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
 
 
 def llm_config(llm_dir):
@@ -649,78 +652,70 @@ def llm_config(llm_dir):
     inv_freq [kinds, head_dim / 2] float64, RoPE's angular frequencies; rope: the kind of each block
     context: tokens that a string may have, so that no sliding window ever cuts one
     """
-    with reading(Path(llm_dir) / "config.json", LLM_CURE) as path:
+    with reading(Path(llm_dir, "config.json"), LLM_CURE) as path:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        family = entries["model_type"]
-        if family not in FAMILIES:
-            raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-        if entries.get("quantization_config") or entries.get("compression_config"):
-            raise ValueError("the weights are quantised")
+        family = supported("model_type", entries["model_type"], *FAMILIES)
         gemma = family == "gemma3_text"
-        wanted = "gelu_pytorch_tanh" if gemma else "silu"
-        activation = entries.get("hidden_activation") or entries.get("hidden_act") or wanted
-        if activation != wanted or entries.get("use_bidirectional_attention"):
-            raise ValueError(f"hidden_act {activation!r} or attention both ways is not supported; supported: "
-                             f"{wanted}, causal")
-        depth, D, inner, vocabulary, heads = (int(entries[name]) for name in SIZES)
-        kv_heads = int(entries.get("num_key_value_heads") or heads)
+        activation = "gelu_pytorch_tanh" if gemma else "silu"
+        for name in ("hidden_act", "hidden_activation"):
+            supported(name, entries.get(name) or activation, activation)
+        if entries.get("use_bidirectional_attention"):
+            raise ValueError("attention both ways is not supported")
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        blocks, D, heads = sizes = [int(entries[name]) for name in names]
         head_dim = int(entries.get("head_dim") or D // heads)
-        if heads % kv_heads or head_dim % 2 or not 0 < head_dim <= 4096:
-            raise ValueError(f"{heads} heads of {head_dim} do not go with {kv_heads} key heads, or with RoPE")
-        window = int(entries.get("sliding_window", 4096) or 0)
-        if not entries.get("use_sliding_window", family == "mistral" or gemma):
-            window = 0
-        ropes, kinds = ropes_of_blocks(entries, depth, gemma)
-        unlimited = 1 << 20
-        context = min(int(entries.get("max_position_embeddings") or unlimited), window or unlimited)
-        config = dict(zip(SIZES, (depth, D, inner, vocabulary, heads))) | {
+        context = int(entries["max_position_embeddings"])
+        if entries.get("use_sliding_window", family == "mistral" or gemma):
+            context = min(context, int(entries.get("sliding_window", 4096) or context))
+        ropes, kinds = ropes_of_blocks(entries, blocks, gemma)
+        return dict(zip(names, sizes)) | {
             "model_type": family,
-            "rms_norm_eps": float(entries["rms_norm_eps"]),
-            "num_key_value_heads": kv_heads,
+            "num_key_value_heads": int(entries.get("num_key_value_heads") or heads),
             "head_dim": head_dim,
+            "rms_norm_eps": float(entries["rms_norm_eps"]),
             "gelu": gemma,
             "norm_offset": float(gemma),
             "embedding_scale": D ** 0.5 if gemma else 1.0,
-            "query_scale": (head_dim / float(entries.get("query_pre_attn_scalar") or head_dim)) ** 0.5,
+            "query_scale": (head_dim / entries.get("query_pre_attn_scalar", head_dim)) ** 0.5,
             "inv_freq": torch.stack([rope_frequencies(rope, head_dim) for rope in ropes]),
             "rope": kinds,
             "context": context,
         }
-    return config
+
+
+def supported(name, value, *known):
+    """The value of an entry in config.json; ValueError where it is none of those that are known here."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not supported; supported: {', '.join(known)}")
+    return value
 
 
 def ropes_of_blocks(entries, blocks, gemma):
     """-> (settings of each kind of RoPE, the kind of each block). Of Gemma's, 0 sees all, 1 a window."""
-    theta = entries.get("rope_theta")
     settings = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5's, 4's
+    full = {"rope_theta": entries.get("rope_theta", 1e6 if gemma else 1e4)}
+    full |= settings.get("full_attention", settings)
     if not gemma:
-        return [{"rope_theta": theta or 10000} | settings], [0] * blocks
-    full = {"rope_theta": theta or 1e6} | settings.get("full_attention", settings)
-    local = {"rope_theta": entries.get("rope_local_base_freq") or 10000}
-    local |= settings.get("sliding_attention", {})
+        return [full], [0] * blocks
+    local = {"rope_theta": entries.get("rope_local_base_freq", 1e4)} | settings.get("sliding_attention", {})
     names = ["full_attention", "sliding_attention"]
     period = int(entries.get("sliding_window_pattern") or 6)
     kinds = entries.get("layer_types") or [names[i % period > 0] for i in range(1, blocks + 1)]
-    return [full, local], [names.index(kind) for kind, _ in zip(kinds, range(blocks), strict=True)]
+    return [full, local], [names.index(kinds[i]) for i in range(blocks)]
 
 
 def rope_frequencies(rope, head_dim):
     """-> float64 [head_dim / 2]. Scaling makes far positions look like the near ones of training."""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
-    theta = float(rope["rope_theta"])
-    freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if kind == "default":
-        return freq
-    factor = float(rope["factor"])
-    if kind == "linear":
+    supported("rope_type", kind, "default", "linear", "llama3")
+    freq = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    factor = 1 if kind == "default" else rope["factor"]
+    if kind != "llama3":
         return freq / factor
     # What turns often within the first training's context is kept, what turns seldom slowed; else a blend.
-    low = float(rope["low_freq_factor"])
-    high = float(rope["high_freq_factor"])
-    turns = freq * float(rope["original_max_position_embeddings"]) / (2 * np.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    low = rope["low_freq_factor"]
+    turns = freq * rope["original_max_position_embeddings"] / (2 * np.pi)
+    kept = ((turns - low) / (rope["high_freq_factor"] - low)).clamp(0, 1)
     return freq * (kept + (1 - kept) / factor)
 
 
@@ -730,17 +725,16 @@ def weights_reader(llm_dir):
     files = {}
     for file in sorted(Path(llm_dir).glob("model*.safetensors")):
         with reading(file, LLM_CURE), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                if name in files:  # shards of two downloads
-                    raise ValueError(f"tensor {name} is also in {files[name].name}")
-                files[name] = file
+            for name in files.keys() & opened.keys():  # shards of two downloads
+                raise ValueError(f"tensor {name} is also in {files[name].name}")
+            files |= dict.fromkeys(opened.keys(), file)
 
     def read(name):  # opens the file each time: pages of what was copied elsewhere leave memory at once
         if name not in files:
             raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; {LLM_CURE}")
         with reading(files[name], LLM_CURE), safe_open(files[name], framework="pt") as opened:
             tensor = opened.get_tensor(name)
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            if tensor.dtype.itemsize < 2:
                 raise ValueError(f"tensor {name} is {tensor.dtype}, of a quantised checkpoint")
             return tensor
     return read, files.keys()
@@ -749,7 +743,7 @@ def weights_reader(llm_dir):
 def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     """Reads the first `layer` blocks (default: all but the last) of a Hugging Face checkpoint folder.
 
-    Tensors go one at a time to device and dtype, so that the host never holds a shard; norms stay float32.
+    Matrices go one at a time to device and dtype, so that the host never holds a shard; norms are float32.
     Raises InputError where the folder lacks a file, is of another family, or a shape is not its config's.
     """
     config = llm_config(llm_dir)
@@ -758,65 +752,38 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     if not 1 <= layer <= blocks:
         raise InputError(f"{llm_dir}: layer {layer} asked for; choose 1 to {blocks}, its blocks")
     read, names = weights_reader(llm_dir)
-    unread = set(names)
-
-    def weight(name, *shape, to=dtype):
-        unread.discard(name)
-        tensor = read(name)
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{llm_dir}: {name} is {list(tensor.shape)}, by config.json {list(shape)}")
-        return tensor.to(device, to)
-
-    embedding = weight("model.embed_tokens.weight", config["vocab_size"], config["hidden_size"])
-    blocks = [load_block(config, weight, i) for i in range(layer)]
-    for name in sorted(unread):  # a bias, say, or another norm: ignored, it would change the states
-        of_block = re.match(r"model\.layers\.(\d+)\.", name)
-        if of_block and int(of_block[1]) < layer and not name.endswith("inv_freq"):
+    known = {"self_attn.rotary_emb.inv_freq"}.union(*BLOCK.values(), *FAMILIES[config["model_type"]].values())
+    for name in sorted(names):  # a bias, say, or another norm: ignored, it would change the states
+        of_block = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+        if of_block and int(of_block[1]) < layer and of_block[2] not in known:
             raise InputError(f"{llm_dir}: tensor {name} is of no {config['model_type']} block")
+    embedding = read("model.embed_tokens.weight").to(device, dtype)
+    blocks = [load_block(llm_dir, config, read, i, device, dtype) for i in range(layer)]
     decoder = Decoder(config, embedding, blocks, config["inv_freq"].float().to(device), TWINS)
     return decoder._replace(kernels=usable_kernels(decoder))
 
 
-def load_block(config, weight, i):
-    """weight(name, *shape) -> the tensors of block i; q, k, v are one matrix, so are gate and up."""
-    family = config["model_type"]
-    gemma = family == "gemma3_text"
-    D = config["hidden_size"]
-    inner = config["intermediate_size"]
-    head_dim = config["head_dim"]
+def load_block(llm_dir, config, read, i, device, dtype):
+    """read(name) -> block i, {our name: tensor}, and the kind of its RoPE"""
+    heads = config["num_attention_heads"]
     kv_heads = config["num_key_value_heads"]
-    heads = {"q": config["num_attention_heads"], "k": kv_heads, "v": kv_heads}
-    prefix = f"model.layers.{i}."
-    attention = prefix + "self_attn."
-    mlp = prefix + "mlp."
+    block = {"rope": config["rope"][i]}
+    for ours, theirs in (BLOCK | FAMILIES[config["model_type"]]).items():
+        tensor = torch.cat([read(f"model.layers.{i}.{name}") for name in theirs])
+        if "norm" in ours:
+            block[ours] = tensor.to(device, torch.float32) + config["norm_offset"]
+        else:
+            block[ours] = tensor.to(device, dtype)
+    shape = list(block["wqkv"].shape)
+    wanted = [(heads + 2 * kv_heads) * config["head_dim"], config["hidden_size"]]
+    if shape != wanted:
+        raise InputError(f"{llm_dir}: wqkv of block {i} is {shape}, by config.json {wanted}")
+    if "qk_norm" in block:  # -> [heads + kv_heads, head_dim]
+        q, k = block["qk_norm"].chunk(2)
+        q = q * config["query_scale"]  # since attention divides by the root of head_dim
+        block["qk_norm"] = torch.stack([q] * heads + [k] * kv_heads)
+    return block
 
-    def norm(name, size=D):
-        return weight(f"{name}.weight", size, to=torch.float32) + config["norm_offset"]
-
-    biases = [f"{attention}{x}_proj.bias" for x in heads] if family == "qwen2" else []
-    head_norms = [f"{attention}{x}_norm" for x in "qk"] if family in ("qwen3", "gemma3_text") else []
-    bias = [weight(name, n * head_dim) for name, n in zip(biases, heads.values())]
-    scales = config["query_scale"], 1.0  # since attention divides by the root of head_dim
-    qk_norm = [(norm(name, head_dim) * scale).expand(n, -1)
-               for name, n, scale in zip(head_norms, heads.values(), scales)]
-    before_mlp = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
-    return {
-        "attention_norm": norm(prefix + "input_layernorm"),
-        "wqkv": torch.cat([weight(f"{attention}{x}_proj.weight", n * head_dim, D) for x, n in heads.items()]),
-        "bqkv": torch.cat(bias) if bias else None,
-        "qk_norm": torch.cat(qk_norm) if qk_norm else None,  # [heads + kv_heads, head_dim]
-        "rope": config["rope"][i],
-        "wo": weight(attention + "o_proj.weight", D, heads["q"] * head_dim),
-        "norm_after_attention": norm(prefix + "post_attention_layernorm") if gemma else None,
-        "mlp_norm": norm(prefix + before_mlp),
-        "w_gate_up": torch.cat([weight(f"{mlp}{x}_proj.weight", inner, D) for x in ("gate", "up")]),
-        "w_down": weight(mlp + "down_proj.weight", D, inner),
-        "norm_after_mlp": norm(prefix + "post_feedforward_layernorm") if gemma else None,
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers
 
 class Tokenizer(NamedTuple):
     encode: Callable        # str -> list[int], special tokens as the model's own tokenizer adds them
@@ -826,42 +793,30 @@ class Tokenizer(NamedTuple):
 
 def tokenizer_file(llm_dir):
     """A checkpoint folder's tokenizer.json, else tokenizer.model (sentencepiece)."""
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (Path(llm_dir) / name).is_file():
-            return Path(llm_dir) / name
-    raise InputError(f"{llm_dir}: no tokenizer.json or tokenizer.model; {LLM_CURE}")
+    path = Path(llm_dir, "tokenizer.json")
+    return path if path.exists() else path.with_suffix(".model")
 
 
 def load_tokenizer(llm_dir: str | Path) -> Tokenizer:
     """-> Tokenizer. Raises InputError where the folder has none, or one that cannot be read."""
     with reading(tokenizer_file(llm_dir), LLM_CURE) as path:
-        tokenizer = read_tokenizer_json(path) if path.suffix == ".json" else read_sentencepiece(path)
+        if path.suffix == ".json":
+            from tokenizers import Tokenizer as Published
+            published = Published.from_file(str(path))
+            published.no_padding()  # a file may carry settings for both
+            published.no_truncation()
+            tokenizer = Tokenizer(lambda text: published.encode(text).ids,
+                                  lambda texts: [row.ids for row in published.encode_batch_fast(texts)],
+                                  published.decode)
+        else:
+            from sentencepiece import SentencePieceProcessor
+            settings = path.with_name("tokenizer_config.json")
+            bos = read_json(settings, LLM_CURE).get("add_bos_token", True) if settings.exists() else True
+            pieces = SentencePieceProcessor(model_file=str(path), add_bos=bos)
+            tokenizer = Tokenizer(pieces.encode, pieces.encode, pieces.decode)
         if not tokenizer.encode("A cat."):
             raise ValueError("makes no token of a text")
         return tokenizer
-
-
-def read_tokenizer_json(path):
-    from tokenizers import Tokenizer as Published
-    published = Published.from_file(str(path))
-    published.no_padding()  # a file may carry settings for both
-    published.no_truncation()
-
-    def encode_batch(texts):
-        return [encoding.ids for encoding in published.encode_batch_fast(texts)]
-    return Tokenizer(lambda text: published.encode(text).ids, encode_batch, published.decode)
-
-
-def read_sentencepiece(path):
-    from sentencepiece import SentencePieceProcessor
-    pieces = SentencePieceProcessor(model_file=str(path))
-    settings = path.with_name("tokenizer_config.json")
-    bos = read_json(settings, LLM_CURE).get("add_bos_token", True) if settings.exists() else True
-    start = [pieces.bos_id()] if bos else []
-
-    def encode_batch(texts):
-        return [start + ids for ids in pieces.encode(texts)]
-    return Tokenizer(lambda text: start + pieces.encode(text), encode_batch, pieces.decode)
 
 
 def tokenize(tokenizer, captions, prompts):
@@ -883,27 +838,23 @@ def tokenize(tokenizer, captions, prompts):
     return prefixes, suffixes
 
 
-LETTERS = 16  # of a caption kept for each token of context; what lies behind is not even tokenized
-
-
 def tokenize_within_context(encoder, captions, prompts):
     """As tokenize; a caption too long for the model's context loses its end, the prompt stays whole.
 
     In "restart" every facet's string must fit in by itself, else the prefix and all facets together.
     """
     together = max if encoder.positions == "restart" else sum
-    captions = [caption[:LETTERS * encoder.context] for caption in captions]
-    prefixes, suffixes = encoder.tokenize(encoder.tokenizer, captions, prompts)
-    for i, caption in enumerate(captions):
-        cut = len(caption) == LETTERS * encoder.context
+    # A token has fewer than 16 letters on the average: what lies behind these is not even tokenized.
+    shortened = [caption[:16 * encoder.context] for caption in captions]
+    prefixes, suffixes = encoder.tokenize(encoder.tokenizer, shortened, prompts)
+    for i, caption in enumerate(shortened):
         while (tokens := len(prefixes[i]) + together(map(len, suffixes[i]))) > encoder.context:
             if not caption:
                 raise InputError(f"{encoder.llm_dir}: its context of {encoder.context} tokens cannot hold "
                                  f"the {prompts} prompts; choose another LLM")
-            cut = True
             caption = caption[:len(caption) * encoder.context // tokens]
             (prefixes[i],), (suffixes[i],) = encoder.tokenize(encoder.tokenizer, [caption], prompts)
-        encoder.truncated += cut
+        encoder.truncated += caption != captions[i]
     return prefixes, suffixes
 
 
@@ -928,8 +879,7 @@ def rgb(image):
 
 def to_pixels(image):
     """uint8 [..., 3, H, W] -> float32, normalised by CLIP's mean and deviation."""
-    mean = torch.tensor(CLIP_MEAN, device=image.device)[:, None, None]
-    std = torch.tensor(CLIP_STD, device=image.device)[:, None, None]
+    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD], device=image.device)[..., None, None]
     return image.contiguous().float().div_(255).sub_(mean).div_(std)
 
 
@@ -947,42 +897,40 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 
 
+def call(kernel, x, *operands):
+    """Runs a kernel of flame_ext, by its name, where the tensor x lies; on a GPU in its stream's turn."""
+    with torch.cuda.device_of(x):  # does nothing on the CPU
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        getattr(flame_ext, kernel)(x, *operands, stream=stream)
+
+
 def native_attention(forest, device, share):
     """Reads every ancestor's keys and values where they lie."""
     tile = max(1, 64 // share) if device.type == "cuda" else 64  # queries that are worked on together
     layout = flame_ext.layout(forest.lengths, forest.parents, tile)
-    plan = to_device(torch.tensor(layout.plan), device) if device.type == "cuda" else None
+    plan = to_device(torch.tensor(layout.plan), device)
 
     def attend(q, k, v):
-        out = torch.empty(q.shape, dtype=q.dtype, device=device)
-        call(flame_ext.attention, q, q, k, v, out, layout, q.shape[-1] ** -0.5, plan)
+        out = torch.empty_like(q)
+        call("attention", q, k, v, out, layout, q.shape[-1] ** -0.5, plan)
         return out
     return attend
 
 
 def native_add_and_norm(x, update, weight, eps, dtype):
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    call(flame_ext.rmsnorm, x, x, weight, out, eps, update)
+    out = torch.empty_like(x, dtype=dtype)
+    call("rmsnorm", x, weight, out, eps, update)
     return out
-
-
-def native_rope(qkv, cos, sin, heads):
-    call(flame_ext.rope, qkv, qkv, cos, sin, heads)
 
 
 def native_swiglu(gate_up):
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    call(flame_ext.swiglu, gate_up, gate_up, out)
+    call("swiglu", gate_up, out)
     return out
 
 
-NATIVE = Kernels("flame_ext", native_attention, native_add_and_norm, native_rope, native_swiglu)
-
-
-def call(kernel, at, *operands):
-    """Runs one of the extension's kernels where the tensor `at` lies; on a GPU in its stream's turn."""
-    with torch.cuda.device_of(at):  # does nothing on the CPU
-        kernel(*operands, stream=torch.cuda.current_stream(at.device).cuda_stream if at.is_cuda else 0)
+NATIVE = Kernels("flame_ext", native_attention, native_add_and_norm, functools.partial(call, "rope"),
+                 native_swiglu)
 
 
 def usable_kernels(decoder):
@@ -992,10 +940,9 @@ def usable_kernels(decoder):
     in two blocks, the mean subtracted. They are bfloat16's alone, for heads of 64 and 128 dimensions.
     """
     at = decoder.embedding
-    if flame_ext is None or at.dtype not in (torch.float32, torch.bfloat16):
-        return TWINS
-    if not at.is_cuda:
-        return NATIVE if at.is_cpu and flame_ext.cpu else TWINS
+    known = flame_ext and at.dtype in (torch.float32, torch.bfloat16)
+    if not known or not at.is_cuda:
+        return NATIVE if known and at.is_cpu and flame_ext.cpu else TWINS
     try:
         if not flame_ext.cuda:
             raise RuntimeError("it was built without CUDA")
@@ -1003,7 +950,7 @@ def usable_kernels(decoder):
             raise RuntimeError("compute capability below 8.0")
         rows = np.random.default_rng(0).integers(len(at), size=(40, 60)).tolist()
         forest = build_forest([rows[0] + rows[n % 5 + 1][:n] + rows[n] for n in range(6, 40)])
-        trial = decoder._replace(blocks=decoder.blocks[:2], kernels=TWINS)
+        trial = decoder._replace(blocks=decoder.blocks[:2])
         twin = decode(trial, forest)
         error = (decode(trial._replace(kernels=NATIVE), forest) - twin).norm(dim=1)
         worst = (error / (twin - twin.mean(0)).norm(dim=1)).max()
@@ -1031,14 +978,14 @@ def default_dtype(device):
 def keep_freed_memory():
     """Lets glibc keep what is freed. Every block of a tower frees and takes the same large buffers again;
     given back in between, their pages are zeroed anew each time, a sixth of the time on CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
+    with suppress(Exception):  # where the C library is another
+        mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The embedding store, written by embed.py, read by train.py
+# What the stages write: embed.py the embedding store, train.py checkpoints
 
 class Store:
     """A finished store: captions.tsv, meta.json, windows of its rows 000000.npy ..., float16 [window, 11, D]
@@ -1054,9 +1001,9 @@ class Store:
                 raise ValueError(f"N, D, window {sizes}, captions {self.meta['captions']}")
             check_questions(self.meta["llm"]["questions"], meta)
         present = set(os.listdir(self.path))
-        for name in chain(["captions.tsv"], (f"{w:06d}.npy" for w in range(-(-self.N // self.window)))):
-            if name not in present:
-                raise InputError(f"{self.path}: {name} is missing; run the same embed.py command again")
+        for w in range(-(-self.N // self.window)):
+            if f"{w:06d}.npy" not in present:
+                raise InputError(f"{self.path}: {w:06d}.npy is missing; run the same embed.py command again")
         self.vectors = functools.lru_cache(8192)(self.open_window)  # a process may map 65,000 files
 
     def __len__(self):
@@ -1069,25 +1016,20 @@ class Store:
         """[rows, 11, D], mapped"""
         with reading(self.path / f"{w:06d}.npy", "delete it and run the same embed.py command again") as path:
             rows = min(self.window, self.N - w * self.window)
-            return np.asarray(np.load(path, mmap_mode="r")).reshape(rows, len(COLUMNS), self.D)
+            return np.asarray(np.load(path, mmap_mode="r"), np.float16).reshape(rows, len(COLUMNS), self.D)
 
     @functools.cached_property
     def table(self):
-        """[N] of [key, the picture's path as the captions' source gives it, or ""]"""
+        """[N] keys, and [N] pictures' paths as the captions' source gives them, or "" """
         with reading(self.path / "captions.tsv", "make the store anew") as path:
             with open(path, encoding="utf-8", newline="\n") as file:
                 rows = [line.split("\t", 2)[:2] for line in file][1:]
-            if [len(row) for row in rows] != [2] * self.N:
+            if len(rows) != self.N:
                 raise ValueError(f"not the table of {self.N} rows that meta.json speaks of")
-            return rows
+            return [key for key, _ in rows], [image for _, image in rows]
 
-    @functools.cached_property
-    def keys(self):
-        return [key for key, _ in self.table]
-
-    @functools.cached_property
-    def images(self):
-        return [image for _, image in self.table]
+    keys = property(lambda store: store.table[0])
+    images = property(lambda store: store.table[1])
 
     def take(self, rows, columns) -> torch.Tensor:
         """int [n] rows, [m] columns for all rows or [n, m] -> float16 [n, m, D], as they lie there"""
@@ -1109,29 +1051,23 @@ class Store:
 open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints, written by train.py
-
 def load(checkpoint: str | Path) -> Flame:
-    """Checkpoint folder written by train.py, or its Hugging Face id -> Flame in eval mode. Raises InputError
-    where it does not fit.
+    """Checkpoint folder written by train.py, or its Hugging Face id -> Flame in eval mode.
 
-    In its config: "columns", names of the store columns it was trained on; "llm", how its texts were made.
+    Raises InputError where it cannot be read, or was made with other questions.
     """
     from safetensors.torch import load_file
     cure = "train or download it anew"
     checkpoint = hub_folder(checkpoint)
     saved = read_json(Path(checkpoint, "config.json"), cure)
-    with reading(Path(checkpoint, "model.safetensors"), cure) as path:
-        weights = load_file(path)
+    with reading(Path(checkpoint, "model.safetensors"), cure) as file:
         with torch.device("meta"):  # nothing is allocated by what config.json says
             model = Flame({"columns": COLUMNS} | saved["model"] | {"llm": saved["llm"]})
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(load_file(file), assign=True)
         check_questions(saved["llm"]["questions"], Path(checkpoint, "config.json"))
         columns = model.config["columns"]
-        record = ("layer", "positions", "name", "path", "fingerprint")
-        layer, positions, *texts = (saved["llm"].get(name) for name in record)
-        typed = isinstance(layer, int | None) and all(isinstance(text, str | None) for text in texts)
+        layer, positions, path = (saved["llm"].get(name) for name in ("layer", "positions", "path"))
+        typed = isinstance(layer, int | None) and isinstance(path, str | None)
         if not columns or {*columns} - {*COLUMNS} or positions not in (None, *POSITIONS) or not typed:
-            raise ValueError(f"config.json speaks of columns {columns}, LLM {layer} {positions} {texts}")
+            raise ValueError(f"config.json speaks of columns {columns}, LLM {path} {layer} {positions}")
     return model.eval()

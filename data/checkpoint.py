@@ -57,17 +57,15 @@ def earlier_run(out, store, fixed):
             if (out / name).exists() and not (out / "log.jsonl").exists():
                 raise InputError(f"{out / name}: no run of train.py left this here; {ANEW}")
         return None
-    record = read_json(path, cure=ANEW)
     with reading(path, ANEW):
-        record["step"] = int(record["step"])
-        trained_on = record["store"]["identity"]
-        before = {name: record["training"][name] for name in fixed}
-    if trained_on != identity(store):
-        raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
-    for name, value in fixed.items():
-        if before[name] != value:
-            raise InputError(f"{out}: was trained with {name} {before[name]}, now it is {value}; {ANEW}")
-    return record
+        record = read_json(path, ANEW)
+        if record["store"]["identity"] != identity(store):
+            raise InputError(f"{out}: holds a checkpoint of another store than {store.path}; {ANEW}")
+        for name, value in fixed.items():
+            before = record["training"][name]
+            if before != value:
+                raise InputError(f"{out}: was trained with {name} {before}, now it is {value}; {ANEW}")
+        return record | {"step": int(record["step"])}
 
 
 def restore(out, model, optimizer):
@@ -92,12 +90,9 @@ def begin(out, start):
 def newest_checkpoint(folder=Path("out")):
     """The finished checkpoint under `folder` that was written last. InputError if there is none."""
     cure = "mend it, remove its folder, or name another checkpoint with --checkpoint"
-    finished = []
-    for path in folder.glob("*/config.json"):
-        record = read_json(path, cure=cure)
+    for path in sorted(folder.glob("*/config.json"), key=os.path.getmtime, reverse=True):
         with reading(path, cure):
+            record = read_json(path, cure)
             if record["step"] == record["training"]["steps"]:  # else a run still training
-                finished.append((path.stat().st_mtime, path.parent))
-    if not finished:
-        raise InputError(f"{folder}: no finished checkpoint; run train.py, or name one with --checkpoint")
-    return max(finished)[1]
+                return path.parent
+    raise InputError(f"{folder}: no finished checkpoint; run train.py, or name one with --checkpoint")

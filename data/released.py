@@ -8,7 +8,7 @@ similarity is that of the mean *unnormalised* state. What its padding masks do t
 this is what it gives one caption at a time.
 """
 import pickle
-from itertools import accumulate
+from itertools import accumulate, count
 
 import numpy as np
 import torch
@@ -24,11 +24,27 @@ UNUSED = ("visual.ln_post.", "visual.proj=")  # FLAME has neither
 
 def text_encoder(llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, positions="restart"):
     """The text tower that a store or a checkpoint says it was made with: flame's own, or the released one."""
-    encoder = flame.TextEncoder(llm_dir, device, dtype, layer, positions)
-    if positions == "sequential":
-        encoder.tokenize = tokenize
-        encoder.context = min(encoder.context, CONTEXT)
+    if positions != "sequential":
+        return flame.TextEncoder(llm_dir, device, dtype, layer, positions)
+    encoder = flame.TextEncoder(llm_dir, device, dtype, layer, "causal")  # all questions take up its context
+    encoder.tokenize = tokenize
+    encoder.caption_forest = caption_forest
+    encoder.context = min(encoder.context, CONTEXT)
     return encoder
+
+
+def caption_forest(prefixes, suffixes):
+    """As flame.caption_forest, of facets whose positions go on from one another though none sees another.
+
+    Its tokens are told apart by their positions: where these differ none is shared.
+    """
+    sequences = []
+    for prefix, facets in zip(prefixes, suffixes):
+        numbers = count(len(prefix))
+        sequences += [[*zip(prefix, count()), *zip(facet, numbers)] for facet in facets]
+    forest = flame.build_forest(sequences)
+    tokens, positions = forest.tokens.T
+    return forest._replace(tokens=tokens, positions=positions)
 
 
 def tokenize(tokenizer, captions, prompts):
@@ -53,12 +69,12 @@ def as_released(tokenizer, captions):
     """Captions as the released code puts them into the template."""
     texts = []
     for ids in tokenizer.encode_batch(list(captions)):
-        text = tokenizer.decode(ids[:CAPTION_TOKENS])
-        if text and not text.endswith((".", "?", '"', "'")):
-            text += "."
+        text = tokenizer.decode(ids[:CAPTION_TOKENS]).replace('"', "'")
         if text.endswith("?"):
             text = text[:-1] + "."
-        texts.append(text.replace('"', "'"))
+        elif text and not text.endswith((".", "'")):
+            text += "."
+        texts.append(text)
     return texts
 
 

@@ -38,9 +38,14 @@ def begin(out, settings, make_table, overwrite):
     """
     meta = out / "meta.json"
     table = out / "captions.tsv"
-    earlier = [path for path in (table, *out.glob("[0-9]" * 6 + ".npy")) if path.exists()]
+    earlier = [*out.glob(table.name), *out.glob("[0-9]" * 6 + ".npy")]
     if meta.exists() and not overwrite:
-        recorded = refuse_other_settings(meta, settings)
+        with reading(meta, CURE):
+            recorded = read_json(meta, CURE)
+            for setting in FIXED:
+                was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
+                if was != now:
+                    raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
         if table.exists():
             with reading(table, CURE):
                 if window_starts(table, settings["window"]) != (recorded["N"], recorded["starts"]):
@@ -68,13 +73,12 @@ def llm_fingerprint(llm_dir):
     4 KiB: under a second for a 24-GB model, and a fine-tune of few tensors and its base are told apart.
     """
     tokenizer = flame.tokenizer_file(llm_dir)
-    names = ["config.json", tokenizer.name]
-    settings = Path(llm_dir, "tokenizer_config.json")  # says whether BOS is in front
-    if tokenizer.suffix == ".model" and settings.exists():
-        names.append(settings.name)
+    settings = [Path(llm_dir, "config.json"), tokenizer]
+    if tokenizer.suffix == ".model":
+        settings += Path(llm_dir).glob("tokenizer_config.json")  # says whether BOS is in front
     digest = hashlib.sha256(tokenizer.name.encode())
-    for name in names:
-        with reading(Path(llm_dir, name), flame.LLM_CURE) as path:
+    for path in settings:
+        with reading(path, flame.LLM_CURE):
             digest.update(path.read_bytes())
     for path in sorted(Path(llm_dir).glob("model*.safetensors")):
         with reading(path, flame.LLM_CURE), open(path, "rb") as file:
@@ -85,17 +89,6 @@ def llm_fingerprint(llm_dir):
                 file.seek(start + entry.get("data_offsets", [0])[0])
                 digest.update(file.read(4096))
     return digest.hexdigest()[:16]
-
-
-def refuse_other_settings(meta, settings):
-    """-> what meta.json says. Raises InputError that names the setting."""
-    with reading(meta, CURE):
-        recorded = read_json(meta, CURE)
-        for setting in FIXED:
-            was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
-            if was != now:
-                raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
-        return recorded
 
 
 def window_starts(table, window):

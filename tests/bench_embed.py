@@ -29,6 +29,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -154,19 +155,15 @@ def flat_forest(prefix, facets):
 # ---------------------------------------------------------------- an idea left out
 
 def unshared(prefixes, suffixes, captions, facets):
-    """The forest where captions, or one's facets, share no beginning: their first tokens' positions differ.
-
-    That costs what it would cost in truth; the states are wrong.
-    """
+    """The forest where captions, or one's facets, share no beginning: their first tokens bear a number."""
     sequences = []
-    positions = []
     for n, (prefix, questions) in enumerate(zip(prefixes, suffixes)):
         for k, facet in enumerate(questions):
-            sequences.append(prefix + facet)
-            positions.append([*range(len(prefix) + len(facet))])
-            positions[-1][0] += n * captions
-            positions[-1][len(prefix)] += k * facets
-    return flame.build_forest(sequences, positions)
+            sequences.append([(token, 0) for token in prefix + facet])
+            sequences[-1][0] = prefix[0], n * captions
+            sequences[-1][len(prefix)] = facet[0], k * facets
+    forest = flame.build_forest(sequences)
+    return forest._replace(tokens=forest.tokens[:, 0])
 
 
 def ablate(what, encoder):
@@ -183,9 +180,9 @@ def ablate(what, encoder):
     if what == "no packing":
         encoder.budget = 1
     if what == "no root":
-        flame.caption_forest = lambda prefixes, suffixes, _: unshared(prefixes, suffixes, 1, 0)
+        encoder.caption_forest = partial(unshared, captions=1, facets=0)
     if what == "no trie":
-        flame.caption_forest = lambda prefixes, suffixes, _: unshared(prefixes, suffixes, 0, 1)
+        encoder.caption_forest = partial(unshared, captions=0, facets=1)
     if what == "no pruning":
         flame.decode = decode_all
 
@@ -223,7 +220,7 @@ def peak_gib(device):
 
 def measure(args):
     method = args.one if args.one in METHODS else "extension"
-    config = flame.llm_config(args.llm)
+    config = json.loads(Path(args.llm, "config.json").read_text()) | flame.llm_config(args.llm)
     layer = config["num_hidden_layers"] - 1
     captions = make_captions(args.captions, args.words)
     prefixes, suffixes = flame.tokenize(flame.load_tokenizer(args.llm), captions, "long")
@@ -273,9 +270,8 @@ def profiled(encoder, captions):
     encoder.decoder = encoder.decoder._replace(kernels=steps._replace(attention=attention, **clocks))
     encoder.tokenize = clocked("tokenizing", encoder.tokenize)
     linear = clocked("matrix products", torch.nn.functional.linear)
-    caption_forest = clocked("layout and trie", flame.caption_forest)
-    with mock.patch.object(flame, "caption_forest", caption_forest), \
-            mock.patch.object(torch.nn.functional, "linear", linear):
+    encoder.caption_forest = clocked("layout and trie", encoder.caption_forest)
+    with mock.patch.object(torch.nn.functional, "linear", linear):
         started = time.perf_counter()
         encoder.encode(captions, "long")
         total = time.perf_counter() - started

@@ -295,7 +295,7 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
 @pytest.mark.parametrize("name, change, words", [
     (LLAMA, config(model_type="gemma2"), "config.json: .*gemma2.*llama, mistral, qwen2, qwen3, gemma3_text"),
     (GEMMA, config(use_bidirectional_attention=True), "config.json: .*attention both ways"),
-    (GEMMA, config(layer_types=["full_attention"]), "config.json: zip"),
+    (GEMMA, config(layer_types=["full_attention"]), "config.json: IndexError"),
     (LLAMA, config(model_type="qwen3"), "no tensor model.layers.0.self_attn.q_norm.weight"),
     (QWEN2, config(model_type="llama"), "tensor .*bias is of no llama block"),
     (QWEN3, config(model_type="llama"), "layers.0.self_attn.k_norm.weight is of no llama block"),
@@ -303,16 +303,14 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
     (LLAMA, config(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
     (LLAMA, config(rope_parameters=dict(rope_type="linear")), "config.json: no 'factor'"),
     (LLAMA, config(hidden_act="gelu"), "config.json: hidden_act 'gelu'"),
-    (LLAMA, config(head_dim=11), "config.json: 4 heads of 11"),
     (LLAMA, config(hidden_size=64, head_dim=12), "is .*, by config.json "),
-    (LLAMA, config(quantization_config={"quant_method": "fp8"}), "config.json: the weights are quantised"),
     (LLAMA, quantised(torch.int8), "model.safetensors: .*_proj.weight is torch.int8"),
     (LLAMA, quantised(torch.float8_e4m3fn), "model.safetensors: .*_proj.weight is torch.float8_e4m3fn"),
     (QWEN2, tensors(lambda name, x: None if name == BIAS else x), f"no tensor {BIAS}"),
     (LLAMA, holding("model.safetensors", None), "no tensor model.embed_tokens.weight in its safetensors"),
     (LLAMA, lambda llm_dir: shutil.copy(llm_dir / "model.safetensors", llm_dir / "model-1.safetensors"),
      "model.safetensors: tensor .* is also in model-1.safetensors"),
-    (LLAMA, holding("tokenizer.json", None), "no tokenizer.json or tokenizer.model"),
+    (LLAMA, holding("tokenizer.json", None), "tokenizer.model: no such file.* and a tokenizer"),
 ])
 def test_what_is_not_supported_is_refused_in_one_line(folder, name, change, words):
     llm_dir = folder(name)

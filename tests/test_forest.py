@@ -5,7 +5,7 @@
 * `visible` is the rule, so that a facet's last token sees its own string and nothing else;
 * K strings run one by one and the same strings in one forest give the same states, whatever is shared;
 * attention in stretches and the extension's attention are attention under the mask of all pairs;
-* RoPE positions are what "restart", "sequential" and "causal" say;
+* RoPE positions are what "restart" and "causal" say, and the released code's;
 * packed rows are few, about as long as each other, and change no embedding; their memory is linear.
 """
 import functools
@@ -17,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 import flame
 from conftest import CAPTIONS, centered_error, memory_grown
+from data import released
 
 
 # --- strings
@@ -70,22 +71,17 @@ ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1,
 
 
 @settings(max_examples=300, deadline=None)
-@given(ROWS, st.data())
-def test_the_forest_is_the_trie(rows, data):
-    """Of (token, position) pairs; without positions a token's is its place in the string."""
-    given_positions = None
-    if data.draw(st.booleans()):
-        given_positions = [data.draw(st.lists(st.integers(0, 2), min_size=len(row), max_size=len(row)))
-                           for row in rows]
-    forest = flame.build_forest(rows, given_positions)
-    pairs = [list(zip(row, positions))
-             for row, positions in zip(rows, given_positions or map(range, map(len, rows)))]
-    prefixes = {tuple(row[:n + 1]) for row in pairs for n in range(len(row))}
+@given(ROWS)
+def test_the_forest_is_the_trie(rows):
+    """A token's position is its place in the string."""
+    forest = flame.build_forest(rows)
+    prefixes = {tuple(row[:n + 1]) for row in rows for n in range(len(row))}
     assert len(forest.tokens) == forest.lengths.sum() == len(prefixes)  # nothing is held twice
     assert (forest.lengths > 0).all() and (forest.parents < np.arange(len(forest.parents))).all()
     seen = flame.visible(forest.lengths, forest.parents)[forest.answers.numpy()]
-    for row, mask in zip(pairs, seen, strict=True):  # an answer sees its own string and nothing else
-        assert list(zip(forest.tokens[mask].tolist(), forest.positions[mask].tolist())) == row
+    for row, mask in zip(rows, seen, strict=True):  # an answer sees its own string and nothing else
+        assert forest.tokens[mask].tolist() == row
+        assert forest.positions[mask].tolist() == list(range(len(row)))
 
 
 def test_captions_share_what_they_can(llm):
@@ -197,14 +193,16 @@ def test_separate_passes_equal_one_forest(tiny_llm, kernels):
 PREFIX, FACETS = [1, 2, 3], [[4, 5], [4, 6, 7], [8]]
 
 
-@pytest.mark.parametrize("positions, strings, numbers", [
-    ("restart", [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [1, 2, 3, 8]], [range(5), range(6), range(4)]),
-    ("sequential", [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [1, 2, 3, 8]],
+@pytest.mark.parametrize("make, strings, numbers", [
+    (flame.caption_forest, [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [1, 2, 3, 8]],
+     [range(5), range(6), range(4)]),
+    (released.caption_forest, [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 7], [1, 2, 3, 8]],
      [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7], [0, 1, 2, 8]]),
-    ("causal", [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 4, 6, 7], [1, 2, 3, 4, 5, 4, 6, 7, 8]],
+    (functools.partial(flame.caption_forest, positions="causal"),
+     [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 4, 6, 7], [1, 2, 3, 4, 5, 4, 6, 7, 8]],
      [range(5), range(8), range(9)])])
-def test_what_a_facet_sees_and_at_which_positions(positions, strings, numbers):
-    forest = flame.caption_forest([PREFIX], [FACETS], positions)
+def test_what_a_facet_sees_and_at_which_positions(make, strings, numbers):
+    forest = make([PREFIX], [FACETS])
     seen = flame.visible(forest.lengths, forest.parents)[forest.answers.numpy()]
     assert [forest.tokens[mask].tolist() for mask in seen] == strings
     assert [forest.positions[mask].tolist() for mask in seen] == [list(row) for row in numbers]
