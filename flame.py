@@ -744,7 +744,7 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     """Reads the first `layer` blocks (default: all but the last) of a Hugging Face checkpoint folder.
 
     Matrices go one at a time to device and dtype, so that the host never holds a shard; norms are float32.
-    Raises InputError where the folder lacks a file, is of another family, or a shape is not its config's.
+    Raises InputError where the folder lacks a file, is of another family, or sizes are not its config's.
     """
     config = llm_config(llm_dir)
     blocks = config["num_hidden_layers"]
@@ -758,12 +758,14 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
         if of_block and int(of_block[1]) < layer and of_block[2] not in known:
             raise InputError(f"{llm_dir}: tensor {name} is of no {config['model_type']} block")
     embedding = read("model.embed_tokens.weight").to(device, dtype)
-    blocks = [load_block(llm_dir, config, read, i, device, dtype) for i in range(layer)]
+    blocks = [load_block(config, read, i, device, dtype) for i in range(layer)]
     decoder = Decoder(config, embedding, blocks, config["inv_freq"].float().to(device), TWINS)
+    with reading(Path(llm_dir, "config.json"), LLM_CURE):  # do the weights have the sizes that it gives?
+        decode(decoder, build_forest([[0]])).view(config["hidden_size"])
     return decoder._replace(kernels=usable_kernels(decoder))
 
 
-def load_block(llm_dir, config, read, i, device, dtype):
+def load_block(config, read, i, device, dtype):
     """read(name) -> block i, {our name: tensor}, and the kind of its RoPE"""
     heads = config["num_attention_heads"]
     kv_heads = config["num_key_value_heads"]
@@ -774,10 +776,6 @@ def load_block(llm_dir, config, read, i, device, dtype):
             block[ours] = tensor.to(device, torch.float32) + config["norm_offset"]
         else:
             block[ours] = tensor.to(device, dtype)
-    shape = list(block["wqkv"].shape)
-    wanted = [(heads + 2 * kv_heads) * config["head_dim"], config["hidden_size"]]
-    if shape != wanted:
-        raise InputError(f"{llm_dir}: wqkv of block {i} is {shape}, by config.json {wanted}")
     if "qk_norm" in block:  # -> [heads + kv_heads, head_dim]
         q, k = block["qk_norm"].chunk(2)
         q = q * config["query_scale"]  # since attention divides by the root of head_dim

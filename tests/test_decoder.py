@@ -303,7 +303,7 @@ BIAS = "model.layers.1.self_attn.k_proj.bias"
     (LLAMA, config(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
     (LLAMA, config(rope_parameters=dict(rope_type="linear")), "config.json: no 'factor'"),
     (LLAMA, config(hidden_act="gelu"), "config.json: hidden_act 'gelu'"),
-    (LLAMA, config(hidden_size=64, head_dim=12), "is .*, by config.json "),
+    (LLAMA, config(hidden_size=64, head_dim=12), "config.json: shape .* is invalid for"),
     (LLAMA, quantised(torch.int8), "model.safetensors: .*_proj.weight is torch.int8"),
     (LLAMA, quantised(torch.float8_e4m3fn), "model.safetensors: .*_proj.weight is torch.float8_e4m3fn"),
     (QWEN2, tensors(lambda name, x: None if name == BIAS else x), f"no tensor {BIAS}"),
