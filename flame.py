@@ -661,8 +661,8 @@ def llm_config(llm_dir):
             supported(name, entries.get(name) or activation, activation)
         if entries.get("use_bidirectional_attention"):
             raise ValueError("attention both ways is not supported")
-        names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-        blocks, D, heads = sizes = [int(entries[name]) for name in names]
+        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        blocks, D, heads, _ = sizes = [int(entries[name]) for name in names]
         head_dim = int(entries.get("head_dim") or D // heads)
         context = int(entries["max_position_embeddings"])
         if entries.get("use_sliding_window", family == "mistral" or gemma):
