@@ -363,6 +363,26 @@ def test_jpeg_decoded_at_reduced_scale_shows_the_same(mode):
     assert max(reduced) > 3  # it was put to use
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_pictures_that_are_kept_decoded_change_nothing(small, tmp_path, monkeypatch, suffix):
+    """Of 32 x 24 pixels for 16: kept; for 8 they might be decoded by draft, and are not."""
+    store = flame.open_store(small[0])
+    rows, files, places = found(store)
+    for file in files:
+        Image.open(file).save(file.replace(".png", suffix))
+    pictures_there = rows, [file.replace(".png", suffix) for file in files], places
+    for size, count in ((16, 24), (8, 0)):
+        batches = []
+        for room in (1 << 28, 0):
+            monkeypatch.setattr(pictures, "KEPT", room)
+            s = settings_for(image_size=size, patch_size=8, crop_scale=0.3)
+            batches.append(Batches(store, EVERY, pictures_there, s))
+            seen = torch.stack([batches[-1][step][0][0] for step in range(6)])
+            if room:
+                kept = seen
+        assert kept.equal(seen) and [len(one.decoded) for one in batches] == [count, 0]
+
+
 # --- batches
 
 def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
