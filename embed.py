@@ -25,11 +25,12 @@ from torch.nn.functional import normalize
 
 import flame
 from data import files, store
-from data.captions import fingerprint, read_table, source_name, write_table
+from data.captions import read_table, write_table
 from data.command import Parser, bar, number, run
-from data.pictures import unpack_parquet
 from data.ranks import rank, ranks, say, start_ranks, wait_for_all
 from data.show import look
+from data.sources import fingerprint, source_name
+from data.tars import unpack_parquet
 from flame import COLUMNS, InputError, PROMPTS, read_json
 
 # Rows of a window, at most lost by a crash: a minute of work.

@@ -32,11 +32,12 @@ import torch
 
 import flame
 from data import benchmarks, files
-from data.captions import read_table, source_name
+from data.captions import read_table
 from data.command import Parser, bar, number, run, usable_device
 from data.intervals import RECALL_AT, averaged, compare, named, scored, with_intervals
 from data.show import search, table
 from data.show.sheet import Shown, draw_sheet
+from data.sources import source_name
 from data.towers import encode_facets, encode_images, encode_texts, open_towers, trained_facets
 from flame import InputError
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import duckdb
 
-from data.captions import PICTURES, read_table, write_table
+from data.captions import read_table, write_table
 from data.pictures import Place, find_pictures, pictures_in, places_of
+from data.sources import PICTURES
 from data.tars import tar_samples
 from flame import InputError, read_json, reading
 

@@ -6,20 +6,17 @@ import io
 import json
 import math
 import os
-import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-import duckdb
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.captions import NAMES, PICTURES, WANTED, source_files
-from data.command import bar
 from data.files import write
-from data.tars import report_skipped, sample_name, skip, tar_files
+from data.sources import PICTURES, source_files
+from data.tars import report_skipped, sample_name, tar_files
 from flame import InputError, reading, rgb
 
 LARGEST = 1 << 30  # bytes of a picture's file; what is larger is cut, and no decoder takes it
@@ -102,45 +99,6 @@ def places_by_key(keys, files):
                 place_of.setdefault(row_of[key], (n, offset, size))
     report_skipped("pictures", skipped)
     return place_of
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Inside of Parquet
-
-def unpack_parquet(captions, folder):
-    """Pictures in Parquet, struct<bytes, path> as the Hub has them, become tars in the folder: a tar for each
-    file, pictures named by key. A tar that exists is done. What no tar can hold is skipped and counted.
-    """
-    files = [file for file in source_files(captions) if file.suffix == ".parquet"]
-    skipped = {}
-    first = 0  # the number of a file's first row
-    for n, file in enumerate(bar(files, "pictures", unit=" files", disable=not files)):
-        with reading(file, WANTED):
-            table = duckdb.read_parquet(str(file), file_row_number=True)
-            inside = [name for name, kind in zip(table.columns, table.types) if "bytes BLOB" in str(kind)]
-            if not inside:
-                return
-            keys = [f'"{name}"::VARCHAR' for name in NAMES["key"] if name in table.columns]
-            keys.append(f"format('{{:09d}}', {first} + file_row_number)")
-            rows = table.project(f"""coalesce({', '.join(keys)}), "{inside[0]}".bytes""")
-            first += len(table)
-            tar = folder / f"{n:05d}.tar"
-            if not tar.exists():
-                folder.mkdir(exist_ok=True)
-                write(tar, functools.partial(write_tar, rows, skipped))
-    report_skipped(captions, skipped)
-
-
-def write_tar(rows, skipped, path):
-    """rows: a DuckDB relation of (key, a picture's bytes)."""
-    with tarfile.open(path, "w") as tar:
-        for key, content in rows.fetchall():
-            if content is None or sample_name(key) != ("", key, ""):
-                skip(skipped, "no picture, or a key with a dot or slash", key)
-                continue
-            member = tarfile.TarInfo(f"{key}.jpg")  # whatever it is: decoders look at the bytes
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Tars, however damaged or hostile: where the files in them lie; and counting what is left out."""
+"""Tars, however damaged or hostile: where the files in them lie; and counting what is left out. Pictures that
+lie inside of Parquet become tars.
+"""
+import functools
 import io
 import os
 import sys
@@ -6,7 +9,12 @@ import tarfile
 from itertools import groupby
 from operator import itemgetter
 
-from flame import explained
+import duckdb
+
+from data.command import bar
+from data.files import write
+from data.sources import NAMES, WANTED, source_files
+from flame import explained, reading
 
 DAMAGED = "tar that is none, or damaged from there on"
 LARGEST_HEADER = 1 << 14  # bytes of a header in a tar: a name and some numbers
@@ -71,3 +79,42 @@ def report_skipped(source, skipped):
     """Says on stderr what was skipped, a line a reason."""
     for reason, (count, places) in skipped.items():
         print(f"{source}: skipped {count}: {reason} ({', '.join(places)})", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inside of Parquet
+
+def unpack_parquet(captions, folder):
+    """Pictures in Parquet, struct<bytes, path> as the Hub has them, become tars in the folder: a tar for each
+    file, pictures named by key. A tar that exists is done. What no tar can hold is skipped and counted.
+    """
+    files = [file for file in source_files(captions) if file.suffix == ".parquet"]
+    skipped = {}
+    first = 0  # the number of a file's first row
+    for n, file in enumerate(bar(files, "pictures", unit=" files", disable=not files)):
+        with reading(file, WANTED):
+            table = duckdb.read_parquet(str(file), file_row_number=True)
+            inside = [name for name, kind in zip(table.columns, table.types) if "bytes BLOB" in str(kind)]
+            if not inside:
+                return
+            keys = [f'"{name}"::VARCHAR' for name in NAMES["key"] if name in table.columns]
+            keys.append(f"format('{{:09d}}', {first} + file_row_number)")
+            rows = table.project(f"""coalesce({', '.join(keys)}), "{inside[0]}".bytes""")
+            first += len(table)
+            tar = folder / f"{n:05d}.tar"
+            if not tar.exists():
+                folder.mkdir(exist_ok=True)
+                write(tar, functools.partial(write_tar, rows, skipped))
+    report_skipped(captions, skipped)
+
+
+def write_tar(rows, skipped, path):
+    """rows: a DuckDB relation of (key, a picture's bytes)."""
+    with tarfile.open(path, "w") as tar:
+        for key, content in rows.fetchall():
+            if content is None or sample_name(key) != ("", key, ""):
+                skip(skipped, "no picture, or a key with a dot or slash", key)
+                continue
+            member = tarfile.TarInfo(f"{key}.jpg")  # whatever it is: decoders look at the bytes
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))

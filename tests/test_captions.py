@@ -28,8 +28,9 @@ from PIL import Image, UnidentifiedImageError
 
 import flame
 from data import benchmarks, captions, pictures, tars
-from data.captions import fingerprint, read_table, source_name, write_table
+from data.captions import read_table, write_table
 from data.pictures import Place, find_pictures, open_picture, places_of
+from data.sources import fingerprint, source_name
 from data.tars import tar_files
 
 

@@ -30,7 +30,8 @@ import embed
 import flame
 import train
 from data.command import bar
-from data.pictures import open_picture, places_of, write_tar
+from data.pictures import open_picture, places_of
+from data.tars import write_tar
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [("key", "image", "raw", "short", "long")]
