@@ -131,8 +131,9 @@ def write_table(path, captions, joins):
             if not total:
                 raise InputError(f"{captions}: no caption in its columns {[*columns]}; wanted are some of "
                                  f"{', '.join(NAMES)}")
+            left_out = f"; of lists the first counts, {others} are left out" if others else ""
             print(f"{captions}: {total} rows, {raw} raw, {short} short, {long} long captions; where one is "
-                  f"missing the row's best is asked; of lists the first counts, {others} are left out")
+                  f"missing the row's best is asked{left_out}")
             database.execute(COPY, {"path": str(path)})
     except duckdb.Error as error:
         raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
