@@ -115,6 +115,7 @@ SETTINGS = {
     "loss":             ("infonce", "sigmoid",   tuple(LOSSES),        "both with several positives"),
     "text_projection":  ("agree+linear", "none", str,                  "none|whiten|agree[+linear[:RANK]]"),
     "positives":        (6,         6,           count(1, 11),         "embeddings an image meets in a step"),
+    "raw_always":       (True,      False,       bool,                 "the raw caption's is one of them"),
     "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
     "batch":            (256,       3072,        count(1, 10**7),      "of all ranks (published: 8 x 384)"),
     "chunk":            (384,       384,         count(1, 10**7),      "images a rank encodes at once"),

@@ -17,7 +17,7 @@ from PIL import Image
 from data.files import write
 from data.sources import PICTURES, source_files
 from data.tars import report_skipped, sample_name, tar_files
-from flame import InputError, reading, rgb
+from flame import COLUMNS, InputError, reading, rgb
 
 LARGEST = 1 << 30  # bytes of a picture's file; what is larger is cut, and no decoder takes it
 KEPT = 1 << 28     # bytes of decoded pictures that a loader's process keeps: of the demo all, 70 MB
@@ -177,7 +177,9 @@ class Batches:
         size = s["image_size"]
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
-        columns = self.columns[self.some(rng, len(self.columns), s["positives"])]
+        # Bare names are asked by the raw caption's one column, which else half of the steps leave out.
+        raw = np.flatnonzero(self.columns == COLUMNS.index("raw.0")) if s["raw_always"] else []
+        columns = self.columns[self.some(rng, len(self.columns), s["positives"], raw)]
         patches = (size // s["patch_size"]) ** 2
         kept = torch.from_numpy(self.some(rng, patches, patches_kept(s))) if s["patch_dropout"] else None
         chosen = self.pictures(step)[self.mine]
@@ -207,9 +209,11 @@ class Batches:
             self.decoded[place] = image
         return image
 
-    def some(self, rng, n, k):
-        """k of n for each picture of this rank, without replacement."""
-        return rng.random((self.batch, n)).argsort(1)[self.mine, :k]
+    def some(self, rng, n, k, always=()):
+        """k of n for each picture of this rank, without replacement, these among them."""
+        draws = rng.random((self.batch, n))
+        draws[:, always] = -1
+        return draws.argsort(1)[self.mine, :k]
 
 
 def places_of(files, places):

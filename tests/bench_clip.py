@@ -12,9 +12,9 @@ crops and batches. `python data/demo.py` comes first, and with --llm gemma3; the
                      state at the last token of each plain caption, or the mean of its tokens' states
     published        the paper's text side with SmolLM2: facets as they are, sigmoid loss from scale 10
     clip             open_clip's text transformer (77 tokens, width 192, 4 blocks, 3 heads), trained from
-                     scratch along with the ViT on one of a picture's captions a step, raw, short, long as
-                     often as FLAME meets them (1 : 3 : 7); InfoNCE. Its attention is computed as our ViT's,
-                     which is faster on a CPU than open_clip's, by the same formula
+                     scratch along with the ViT on one of a picture's captions a step, raw, short, long by
+                     1 : 3 : 7, as the published recipe meets them; InfoNCE. Its attention is computed as
+                     our ViT's, which is faster on a CPU than open_clip's, by the same formula
     clip-seconds     the same for as many steps as fit into the seconds that `smollm2` took
 
 Each run is a process of its own. It leaves a JSON in <out> with what evaluate.py says of the demo, so
@@ -52,7 +52,7 @@ LR = {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 1e-3, "published": 
       "clip-seconds": 5e-4}
 RUNS = list(LR)
 FLAGS = {
-    "published": ["--text-projection", "none", "--loss", "sigmoid", "--init-scale", "10"],
+    "published": ["--text-projection", "none", "--loss", "sigmoid", "--init-scale", "10", "--no-raw-always"],
     "last": ["--columns", "raw.0,short.0,long.0", "--positives", "3"],
     "mean": ["--columns", "raw.0,short.0,long.0", "--positives", "3"],
 }

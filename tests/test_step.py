@@ -410,6 +410,14 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
     assert sorted(seen) == list(range(24))
 
 
+@pytest.mark.parametrize("raw_always, raw, others", [(False, 6 / 11, 6 / 11), (True, 1, 5 / 10)])
+def test_positives_are_drawn_evenly_and_the_raw_caption_always_where_told(small, raw_always, raw, others):
+    batches = batches_of(flame.open_store(small[0]), batch=24, positives=6, raw_always=raw_always)
+    columns = torch.cat([batches[step][0][2] for step in range(50)])  # [1200, 6]
+    shares = columns.flatten().bincount() / len(columns)
+    assert (shares - torch.tensor([raw] + [others] * 10)).abs().max() < 0.06
+
+
 def test_tars_are_read_nearly_in_order(store, monkeypatch):
     """Tar after tar, in an order of its own each epoch; a picture is put off by so many places at most."""
     monkeypatch.setattr(pictures, "SHUFFLE", 8)
