@@ -178,7 +178,9 @@ class Batches:
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
         # Bare names are asked by the raw caption's one column, which else half of the steps leave out.
-        raw = np.flatnonzero(self.columns == COLUMNS.index("raw.0")) if s["raw_always"] else []
+        raw = []
+        if s["raw_always"] and s["positives"] > 1:  # of one, it would be the only one ever
+            raw = np.flatnonzero(self.columns == COLUMNS.index("raw.0"))
         columns = self.columns[self.some(rng, len(self.columns), s["positives"], raw)]
         patches = (size // s["patch_size"]) ** 2
         kept = torch.from_numpy(self.some(rng, patches, patches_kept(s))) if s["patch_dropout"] else None

@@ -410,10 +410,12 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
     assert sorted(seen) == list(range(24))
 
 
-@pytest.mark.parametrize("raw_always, raw, others", [(False, 6 / 11, 6 / 11), (True, 1, 5 / 10)])
-def test_positives_are_drawn_evenly_and_the_raw_caption_always_where_told(small, raw_always, raw, others):
-    batches = batches_of(flame.open_store(small[0]), batch=24, positives=6, raw_always=raw_always)
-    columns = torch.cat([batches[step][0][2] for step in range(50)])  # [1200, 6]
+@pytest.mark.parametrize("positives, raw_always, raw, others", [
+    (6, False, 6 / 11, 6 / 11), (6, True, 1, 5 / 10), (1, True, 1 / 11, 1 / 11)])
+def test_positives_are_drawn_evenly_and_the_raw_caption_always_where_told(small, positives, raw_always, raw,
+                                                                          others):
+    batches = batches_of(flame.open_store(small[0]), batch=24, positives=positives, raw_always=raw_always)
+    columns = torch.cat([batches[step][0][2] for step in range(50)])  # [1200, P]
     shares = columns.flatten().bincount() / len(columns)
     assert (shares - torch.tensor([raw] + [others] * 10)).abs().max() < 0.06
 
