@@ -42,7 +42,7 @@ from data.towers import encode_facets, encode_images, encode_texts, open_towers,
 from flame import InputError
 
 BLOCK = 1 << 22                 # similarities held at once: 16 MiB, whatever the size of the gallery
-DEMO_TEMPLATE = "{} clip art"   # of the demo's English class names; best of four on its validation split
+DEMO_TEMPLATE = "a picture of {}"   # of names; bare, they find less by synonym on the validation split
 GALLERY = 24                    # names of unseen objects to choose from: among many more, few are ever right
 
 
@@ -200,12 +200,11 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     long, short, raw   retrieval among the scenes with those captions. Raw captions are often equal or fit
                        several scenes; only the scene they were written for counts.
     reworded           the same with captions in words that no training caption has
-    seen               single-object pictures among the names of all seen objects, by DEMO_TEMPLATE
+    seen               single-object pictures among the English names of all seen objects
     unseen             the same for objects that training never had, in galleries of GALLERY, averaged. They
                        take turns, so that each has some of every kind: related things are listed together.
-    multilingual       the pictures of seen objects among the bare names of all seen objects in one language,
-                       for each but English, and the average. Objects that share a name share a class.
-    english            the same in the language that was trained
+    multilingual       the pictures of seen objects among the names of all seen objects in one language, for
+                       each but English, and the average. Objects that share a name share a class.
     synonyms           the same among other names of all seen objects: the first on val, the second on test
     """
     parts = {}
@@ -214,14 +213,12 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": every}.items():
         data = {kind: (captions[kind], range(len(scenes)))}
         parts[kind], sheets[kind] = score_captions(towers, prompts, scenes, data)
-    clip_art = {thing: DEMO_TEMPLATE.format(name) for thing, name in names["en"].items()}
     things = list(dict.fromkeys(thing for _, thing, split in objects if split == "unseen"))
     count = max(1, len(things) // GALLERY)
     galleries = {
-        "seen": {"en": clip_art},
-        "unseen": {str(n): {thing: clip_art[thing] for thing in things[n::count]} for n in range(count)},
+        "seen": {"en": names["en"]},
+        "unseen": {str(n): {thing: names["en"][thing] for thing in things[n::count]} for n in range(count)},
         "multilingual": {language: several for language, several in names.items() if language != "en"},
-        "english": {"en": names["en"]},
         "synonyms": synonyms,
     }
     for part, languages in galleries.items():
@@ -232,21 +229,21 @@ def score_demo(towers, raw, short, long, scenes, captions, objects, names, synon
 
 
 def score_names(towers, prompts, pictures, languages):
-    """[(picture, thing)] among those things' names, in each of {language: {thing: name}}, and the mean over
-    them. Intervals are over things: pictures of one thing fail together.
+    """[(picture, thing)] among those things' names, in DEMO_TEMPLATE, in each of {language: {thing: name}},
+    and the mean over them. Intervals are over things: pictures of one thing fail together.
     """
     image, kept = encode_images(towers, [place for place, _ in pictures])
     things = [pictures[i][1] for i in kept]
     every, groups = np.unique(things, return_inverse=True)
-    words = {language: np.array([names.get(thing, "") for thing in things])
-             for language, names in languages.items()}
-    texts = list(filter(None, chain(*words.values())))
+    filled = {language: np.array([DEMO_TEMPLATE.format(names[thing]) if thing in names else ""
+                                  for thing in things]) for language, names in languages.items()}
+    texts = list(filter(None, chain(*filled.values())))
     vector_of = dict(zip(texts, encode_texts(towers, texts, prompts)))      # in one pass of the LLM
     results = {}
-    for language, names in words.items():
-        rows = np.flatnonzero(names)    # a thing may have no name there
-        choices, labels = np.unique(names[rows], return_inverse=True)
-        classes = np.array([vector_of[name] for name in choices])
+    for language, asked in filled.items():
+        rows = np.flatnonzero(asked)    # a thing may have no name there
+        choices, labels = np.unique(asked[rows], return_inverse=True)
+        classes = np.array([vector_of[text] for text in choices])
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
         tops = {f"top{k}": (ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **scored(tops)}

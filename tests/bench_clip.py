@@ -70,7 +70,6 @@ ROWS = {
     "objects by synonym top-1": ("synonyms", "top1"),
     "objects by synonym top-5": ("synonyms", "top5"),
     "objects in 13 languages top-1": ("multilingual", "top1"),
-    "objects in English top-1": ("english", "top1"),
 }
 
 

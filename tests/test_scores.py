@@ -292,22 +292,21 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     code, result = colours("demo")
     parts = result["parts"]
     assert code == 0 and result["columns"] == flame.COLUMNS
-    assert list(parts) == "long short raw reworded seen unseen multilingual english synonyms".split()
+    assert list(parts) == "long short raw reworded seen unseen multilingual synonyms".split()
     assert result["text_to_image"] == parts["long"]["text_to_image"] and result["n_images"] == 5
-    assert [parts[p]["prompts"] for p in parts] == ["long", "short", "raw", "raw short long"] + ["raw"] * 5
+    assert [parts[p]["prompts"] for p in parts] == ["long", "short", "raw", "raw short long"] + ["raw"] * 4
     for part in ("long", "short", "raw", "reworded"):
         assert parts[part]["text_to_image"]["R@1"] == 80            # yellow finds the white picture
     assert (parts["seen"]["n_images"], parts["seen"]["n_classes"], parts["seen"]["top1"]) == (6, 3, 100)
     # yellow's name says white: a yellow picture finds both names equally far, a white one finds them equal, a
     # tie, wrong
     assert [parts["unseen"][name] for name in ("n_images", "n_classes", "chance", "top1")] == [4, 2, 50, 0]
-    assert parts["english"]["top1"] == 100 and parts["english"]["n_classes"] == 3
     french = parts["multilingual"]      # English, which was trained, is not among the languages
     assert french["top1"] == pytest.approx(100 / 3)     # vert says blue: green is wrong, blue a tie
     assert french["ci95"]["top1"] == [0, 100]       # over 3 objects; over their 6 pictures it is less
     assert [parts["synonyms"][name] for name in ("n_images", "n_classes", "top1", "top5")] == [6, 3, 100, 100]
     out = capsys.readouterr().out
-    assert "unseen: 4 pictures, 2 names, chance 50.0" in out and "english: 6" in out
+    assert "unseen: 4 pictures, 2 names, chance 50.0" in out
     monkeypatch.setattr(evaluate, "GALLERY", 1)     # unseen objects, in as many galleries as there are
     result = colours("demo", "--split", "val")[1]
     assert result["split"] == "val" and result["parts"]["unseen"]["chance"] == 100
