@@ -241,7 +241,7 @@ def score_names(towers, prompts, pictures, languages):
     vector_of = dict(zip(texts, encode_texts(towers, texts, prompts)))      # in one pass of the LLM
     results = {}
     for language, asked in filled.items():
-        rows = np.flatnonzero(asked)    # a thing may have no name there
+        rows = np.flatnonzero(asked)    # a gallery of unseen objects has some
         choices, labels = np.unique(asked[rows], return_inverse=True)
         classes = np.array([vector_of[text] for text in choices])
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
