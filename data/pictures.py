@@ -177,7 +177,7 @@ class Batches:
         size = s["image_size"]
         rng = np.random.default_rng([s["seed"], 2, step])  # drawn for the whole batch, whatever the slice
         draws = rng.random((self.batch, DRAWS))[self.mine]
-        # Bare names are asked by the raw caption's one column, which else half of the steps leave out.
+        # Names are asked by the raw caption's one column, which else half of the steps leave out.
         raw = []
         if s["raw_always"] and s["positives"] > 1:  # of one, it would be the only one ever
             raw = np.flatnonzero(self.columns == COLUMNS.index("raw.0"))

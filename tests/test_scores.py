@@ -308,8 +308,10 @@ def test_all_parts_of_the_demo(colours, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "unseen: 4 pictures, 2 names, chance 50.0" in out
     monkeypatch.setattr(evaluate, "GALLERY", 1)     # unseen objects, in as many galleries as there are
+    monkeypatch.setattr(evaluate, "DEMO_TEMPLATE", "a white {}")    # all names are white: a tie, wrong
     result = colours("demo", "--split", "val")[1]
     assert result["split"] == "val" and result["parts"]["unseen"]["chance"] == 100
+    assert [result["parts"][part]["top1"] for part in ("seen", "synonyms", "multilingual")] == [0, 0, 0]
 
 
 def test_ablation_equals_one_subset_at_a_time():
