@@ -366,17 +366,17 @@ def take_steps(run, start, tensorboard=False):
 
 
 def take_step(run, step, batch):
-    """One step of AdamW, on every rank alike; -> (mean loss over ranks, whether any was told to stop).
+    """One step of AdamW, on every rank alike; -> (mean loss over ranks, whether any rank is to stop).
 
     Where no rank can read a picture of the batch nothing is learnt, and the loss is None.
     """
     s = run.s
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
-    told = torch.tensor(float(len(STOP)), device=run.device)
+    signals = torch.tensor(float(len(STOP)), device=run.device)
     if loss is None:
-        return None, gather(told).any().item()
-    loss, stop = gather(torch.stack([loss, told])).mean(0).tolist()
+        return None, gather(signals).any().item()
+    loss, stop = gather(torch.stack([loss, signals])).mean(0).tolist()
     if not math.isfinite(loss):  # before it can reach the weights
         raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept; "
                          "lower --lr, and check the store by embed.py --inspect")

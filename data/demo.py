@@ -74,7 +74,7 @@ def run_stages(root, name, llm):
     other = llm != "smollm2"
     run = name + f"-{llm}" * other
     results = "results" + "/quick" * quick + f"/{llm}" * other
-    small = " --steps 80 --batch 100" * quick
+    small = " --steps 40 --batch 100" * quick
     tower = f"--llm {LLM_FOLDERS[llm]}"
     for line in (
         f"embed.py --captions data/{name}/demo.tsv {tower} --out data/embeddings/{run}",

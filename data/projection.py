@@ -60,9 +60,9 @@ def fit_text_projection(projection, store, spec, columns, device="cpu", rows=Non
     for k, c in enumerate(columns):
         fill(projection, c, units[:, k], whitening)
     if kind == "agree":
-        others = said_by_others(projection, units, columns)
+        others = means_of_others(projection, units, columns)
         for k, c in enumerate(columns):
-            fill(projection, c, units[:, k], functools.partial(agreement, said=others[set_of(c)]))
+            fill(projection, c, units[:, k], functools.partial(agreement, others=others[set_of(c)]))
 
 
 def fill(projection, c, u, closed_form):
@@ -106,22 +106,22 @@ def captions_differ(store, columns):
     return any(len({getattr(row, set_of(c)) for c in columns}) > 1 for row in rows)
 
 
-def said_by_others(projection, units, columns):
-    """{prompt set: what each row's other sets say [n, D]} of columns' unit vectors [n, K, D].
+def means_of_others(projection, units, columns):
+    """{prompt set: mean of each row's other sets [n, D]} of columns' unit vectors [n, K, D].
 
-    A set says the mean over its columns of their vectors in `projection`; the others together say the mean.
+    A set's mean is that over its columns of their vectors in `projection`.
     """
     counts = Counter(set_of(c) for c in columns)  # a set's columns lie side by side
-    said = []
+    means = []
     for part in units.split(1024):
         views = projection(part.to(projection.mean.device), columns).split([*counts.values()], dim=1)
-        said.append(torch.stack([view.mean(1) for view in views]))
-    said = torch.cat(said, 1)  # [sets, n, D]
-    return dict(zip(counts, (said.sum(0) - said) / (len(counts) - 1)))
+        means.append(torch.stack([view.mean(1) for view in views]))
+    means = torch.cat(means, 1)  # [sets, n, D]
+    return dict(zip(counts, (means.sum(0) - means) / (len(counts) - 1)))
 
 
-def agreement(x, rank, said):
-    """Ridge regression predicts from a column, x [n, D], what the row's other prompt sets have `said`:
+def agreement(x, rank, others):
+    """Ridge regression predicts from a column, x [n, D], the mean of the row's other prompt sets, `others`:
     (C + ridge c_1)^-1 P, with C the column's covariance, c_1 its largest eigenvalue, P its product with them.
 
     They tell of the same picture in other words. So what can be predicted is what the column says of the
@@ -133,7 +133,7 @@ def agreement(x, rank, said):
     covariance = x.T @ x / len(x)
     eye = torch.eye(len(covariance), dtype=x.dtype, device=x.device)
     largest = torch.linalg.eigvalsh(covariance)[-1].clamp_min(1e-24)
-    regression = torch.linalg.solve(covariance + RIDGE * largest * eye, x.T @ said.double() / len(x))
+    regression = torch.linalg.solve(covariance + RIDGE * largest * eye, x.T @ others.double() / len(x))
     values, vectors = torch.linalg.eigh((regression + regression.T) / 2)  # ascending
     gain = values.flip(0)[:rank].clamp_min(0) / values[-1].clamp_min(1e-24)
     return 0.0, vectors.flip(1)[:, :rank], gain
