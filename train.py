@@ -10,10 +10,11 @@ step. So N ranks equal one rank with the whole batch, a batch encoded in chunks 
 after a crash the same command goes on as if nothing had been.
 """
 import argparse
+import atexit
 import contextlib
 import functools
-import importlib.util
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -189,7 +190,7 @@ def train(args, s):
         say("  ".join(f"{name}={value}" for name, value in s.items()))
         batches = Batches(store, columns, pictures, s, rank(), ranks())
         run = Run(s, out, args.images, batches, device, model, encode, optimizer)
-        return take_steps(run, start, args.tensorboard)
+        return take_steps(run, start)
 
 
 def chosen_columns(names):
@@ -295,6 +296,8 @@ def fit_chunk(model, s, device):
             s["chunk"] //= 2
         finally:
             model.zero_grad(set_to_none=True)
+    # Ranks of unequal chunks would not gather equally often.
+    s["chunk"] = gather(torch.tensor(s["chunk"], device=device)).min().item()
 
 
 def half_precision(device):
@@ -313,7 +316,7 @@ def distribute(model, compiled):
     return encode
 
 
-def take_steps(run, start, tensorboard=False):
+def take_steps(run, start):
     """The loop: a batch, a step, a line in the log, now and then a checkpoint."""
     s, out = run.s, run.out
     loader = torch.utils.data.DataLoader(
@@ -321,10 +324,6 @@ def take_steps(run, start, tensorboard=False):
         worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
     if start == s["steps"] and rank() == 0:  # killed between training.pt and the rest of its last checkpoint
         checkpoint.save(run, start)
-    board = None
-    if tensorboard and rank() == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(out / "tensorboard")
     waited, stop, taken, failures = 0.0, False, 0, []
     begun = clock = time.time()
     with command.bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
@@ -335,12 +334,15 @@ def take_steps(run, start, tensorboard=False):
             taken += loss is not None
             failures += failed
             due = stop or step + 1 == s["steps"] or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
-            if step == start > 0 or taken == 1 and loss is not None:  # what was there is not touched before
+            resumed = step == start > 0
+            first_learnt = taken == 1 and loss is not None
+            if resumed or first_learnt:  # what was there is not touched before
                 if rank() == 0:
                     checkpoint.begin(out, start)
                 wait_for_all()
             if taken or start:
-                failures = progress.note_skipped(out, failures)
+                progress.note_skipped(out, failures)
+                failures.clear()
             elif due:
                 raise InputError(f"{out}: no picture of {step + 1} steps could be read (first: key "
                                  f"{': '.join(failures[0])}); give the right --images DIR")
@@ -350,7 +352,7 @@ def take_steps(run, start, tensorboard=False):
                 rate = (step + 1 - start) * s["batch"] / spent
                 entry = {"step": step, "loss": loss, "lr": learning_rate(step, s), "images_per_s": rate,
                          "waited": waited / spent}
-                progress.log_step(run, entry, bar, board)
+                progress.log_step(run, entry, bar)
             if rank() == 0 and due:
                 checkpoint.save(run, step + 1)
                 plots.draw_curve(out)
@@ -447,6 +449,14 @@ def outlive_sigterm(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def end_loaders():
+    """A rank that fails leaves loaders to Python, which ends them by SIGTERM and would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of their end
+    for loader in multiprocessing.active_children():
+        loader.kill()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -461,7 +471,6 @@ def read_arguments(argv):
     add("--name", help="checkpoint goes to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--overwrite", action="store_true", help="throw away what is at out/NAME and start anew")
-    add("--tensorboard", action="store_true", help="also log to out/NAME/tensorboard")
     add = parser.add_argument_group("settings (demo / cc3m)").add_argument
     for name, (demo, cc3m, values, what) in SETTINGS.items():
         how = {"type": values, "metavar": "X"}
@@ -483,8 +492,6 @@ def read_arguments(argv):
     if s["lock_image"] and not s["image_tower"]:
         raise InputError("--lock-image: a ViT of random weights would stay so; give --image-tower too")
     parse_projection(s["text_projection"])
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard: not installed; pip install tensorboard")
     return args, s
 
 

@@ -86,11 +86,13 @@ def run(script, body, again):
         code = 130
         line = f"interrupted; {again}"
     except InputError as error:
-        line = str(error)
+        line = str(error).rpartition("InputError: ")[2]  # a loader process sends its traceback too
     except torch.OutOfMemoryError:  # a GPU's
         line = ("out of memory on the GPU; free memory, give train.py a lower --chunk or --batch, "
                 "or --device cpu")
-    except ConnectionError:  # by which a process hears that another has ended
+    except (ConnectionError, RuntimeError) as error:  # by which a process hears that another has ended
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
         line = "a loader process was killed, likely for memory; give fewer --workers"
     except OSError as error:  # a file vanished, a folder may not be read
         line = (f"{error.filename or 'a file'}: {error.strerror or error}; "

@@ -52,7 +52,8 @@ def pictures_in(folder):
 
 
 def find_pictures(keys, images, captions, folder=None, index=""):
-    """-> (rows int64 [n] that have a picture, files [str], places int64 [n, 3]), in the disk's order.
+    """-> (rows int64 [n] that name a picture, or have one by key, files [str], places int64 [n, 3]), in the
+    disk's order. A file that is not there is an unreadable picture of a training step.
 
     A place is (which of files, first byte, bytes at most). keys, images: of the table made of `captions`.
     Pictures are the files that images names, from the folder on, else from where the captions lie. Where none

@@ -7,11 +7,11 @@ from contextlib import suppress
 from data import files
 
 
-def log_step(run, entry, bar, board):
+def log_step(run, entry, bar):
     """A line in log.jsonl and on the bar.
 
     run: train.Run. entry: step, loss, lr, images_per_s, and waited, the share of the time that went into
-    waiting for data. board: TensorBoard's SummaryWriter or None.
+    waiting for data.
     """
     entry["scale"] = run.model.logit_scale.exp().item()
     entry["bias"] = run.model.logit_bias.item()
@@ -19,8 +19,6 @@ def log_step(run, entry, bar, board):
                         "{waited:.1%} of the time".format(**entry), refresh=False)
     entry |= {name: round(value, 5) for name, value in entry.items() if name != "lr"}
     files.append(run.out / "log.jsonl", json.dumps(entry) + "\n")
-    for name, value in entry.items() if board else ():
-        board.add_scalar(name, value, entry["step"])
 
 
 def earlier_log(out, start):
@@ -39,12 +37,11 @@ def lines_of(path):
 
 
 def note_skipped(out, failed):
-    """[(key, why)] -> a line each in skipped.txt, once, whichever rank and epoch met it. -> []"""
+    """[(key, why)] -> a line each in skipped.txt, once, whichever rank and epoch met it."""
     path = out / "skipped.txt"
     if failed:
         known = {line.split("\t")[0] for line in lines_of(path)}
         files.append(path, "".join(f"{key}\t{why}\n" for key, why in failed if key not in known))
-    return []
 
 
 def tell_skipped(out):

@@ -47,7 +47,7 @@ from data.store import write_window  # noqa: E402
 from data.towers import Towers  # noqa: E402
 
 KINDS = ("raw", "short", "long")
-# Peak learning rates, each chosen on the validation split (tests/RESULTS.md).
+# Peak learning rates, chosen on the validation split (tests/RESULTS.md); `published` was not tuned.
 LR = {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 2e-3, "published": 1e-3, "clip": 2e-3,
       "clip-seconds": 5e-4}
 RUNS = list(LR)
@@ -203,12 +203,19 @@ class CausalAttention(flame.Attention):
 
 
 class ClipTexts:
-    """CLIP's text tower in the text encoder's place: the same vector for every question of a prompt set."""
+    """CLIP's text tower, of random weights, in the text encoder's place: one vector for all questions."""
 
-    def __init__(self, tokenizer, tower):
-        self.tokenizer = tokenizer
-        self.tower = tower
-        self.causal = tower.attn_mask  # [77, 77]
+    def __init__(self, D):
+        from open_clip import SimpleTokenizer
+        from open_clip.transformer import TextTransformer
+        self.tokenizer = SimpleTokenizer()
+        vocabulary = self.tokenizer.vocab_size
+        self.tower = TextTransformer(77, vocabulary, width=192, heads=3, layers=4, output_dim=D)
+        for block in self.tower.transformer.resblocks:
+            attention = CausalAttention(192, 3)
+            attention.load_state_dict(block.attn.state_dict())
+            block.attn = attention
+        self.causal = self.tower.attn_mask  # [77, 77]
 
     def encode(self, tokens):
         """int64 [n, 77] -> float32 [n, D] unit vectors, in the order given.
@@ -243,16 +250,11 @@ def clip_steps(args, run, seed):
 
 def run_clip(args, run, seed):
     """The same batches of pictures; texts through a tower of their own. -> as run_flame()"""
-    from open_clip import SimpleTokenizer
-    from open_clip.transformer import TextTransformer
     s = {name: values[0] for name, values in train.SETTINGS.items()} | CLIP
     s |= {"seed": seed, "steps": clip_steps(args, run, seed), "positives": 1, "lr": args.lr or LR[run]}
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
     store = store_of(args, run)
     s["batch"] = min(s["batch"], len(store))
-    rows = read_table(store.path / "captions.tsv")
-    tokenizer = SimpleTokenizer()
-    tokens = torch.stack([tokenizer([getattr(row, kind) for kind in KINDS]) for row in rows])  # [N, 3, 77]
 
     torch.manual_seed(seed)
     D = store.meta["D"]
@@ -262,13 +264,11 @@ def run_clip(args, run, seed):
     model = flame.Flame(config)
     train.initialise(model.visual, s)
     torch.nn.init.constant_(model.logit_scale, float(np.log(s["init_scale"])))
-    tower = TextTransformer(77, tokenizer.vocab_size, width=192, heads=3, layers=4, output_dim=D)
-    for block in tower.transformer.resblocks:
-        attention = CausalAttention(192, 3)
-        attention.load_state_dict(block.attn.state_dict())
-        block.attn = attention
-    encoder = ClipTexts(tokenizer, tower)
-    parameters = [*model.parameters(), *tower.parameters()]
+    encoder = ClipTexts(D)
+    rows = read_table(store.path / "captions.tsv")
+    tokens = torch.stack([encoder.tokenizer([getattr(row, kind) for kind in KINDS]) for row in rows])
+    # tokens: [N, 3, 77]
+    parameters = [*model.parameters(), *encoder.tower.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": s["weight_decay"]},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, s["beta2"]), fused=True)
@@ -362,7 +362,7 @@ def figure(args):
                 args.pairs = pairs
                 values = [scores(args, result, row)[0] for result in finished(args, run)]
                 if values:
-                    points.append((pairs, np.mean(values), np.std(values)))
+                    points.append((pairs, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0))
             if points:
                 sizes, means, deviations = zip(*points)
                 ax.errorbar(sizes, means, deviations, fmt="o-", color=colour, label=label, capsize=3)

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import RandomResizedCrop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself
+import bench_clip
 import embed
 import flame
 import train
@@ -208,6 +209,19 @@ def test_with_one_positive_the_losses_are_open_clips():
     torch.testing.assert_close(gradients(train.sigmoid_loss, *tensors), theirs)
 
 
+def test_the_rivals_text_tower_is_open_clips(monkeypatch):
+    """bench_clip.py computes its attention otherwise, and cuts texts to their length."""
+    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    ours = bench_clip.ClipTexts(24)
+    torch.manual_seed(0)
+    theirs = open_clip.transformer.TextTransformer(77, ours.tokenizer.vocab_size, 192, 3, 4, output_dim=24)
+    tokens = ours.tokenizer(["A red kite.", "fox", "", "One more of many words, " * 30])
+    with torch.no_grad():
+        expected = F.normalize(theirs(tokens), dim=-1)
+        torch.testing.assert_close(ours.encode(tokens), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", train.LOSSES)
 @pytest.mark.parametrize("logits", [1, 3000])  # blocks of 1 and of 100 of 180 texts
 def test_a_loss_in_blocks_is_the_dense_one(monkeypatch, kind, logits):
@@ -242,6 +256,9 @@ def one_of_two_ranks(folder):
     train.LOGITS = (40, 300)[rank]
     store = flame.open_store(folder / "data" / "store")
     torch.save([one_step(store, *case, rank, 2) for case in CASES], folder / f"rank{rank}.pt")
+    s = settings_for(batch=12, chunk=(6, 4)[rank])  # as if rank 1 had less memory
+    train.fit_chunk(None, s, torch.device("cpu"))
+    assert s["chunk"] == 4
     torch.distributed.destroy_process_group()
 
 
@@ -559,7 +576,7 @@ def test_the_curve_has_name_number_and_the_loss_of_chance(tmp_path, monkeypatch,
 @pytest.mark.parametrize("flags", [
     "--loss sigmoid --text-projection whiten+linear:8 --chunk 5", "--text-projection none --no-pool-first",
     "--columns long.3,raw.0 --patch-dropout 0 --init published"])
-def test_every_option_trains(run, small, tmp_path, flags):
+def test_other_losses_projections_and_columns_train(run, small, tmp_path, flags):
     done = fit(run, small[0], f"--steps 30 {flags}")
     assert done.returncode == 0, done.stderr
     log = entries(tmp_path / "out/store")
@@ -585,9 +602,9 @@ def test_weight_decay_spares_vectors_and_scale(store):
     assert spared.count(()) == 2  # scale and bias
 
 
-@pytest.mark.parametrize("rows, preset", [(24, "demo"), (10, "cc3m")])
-def test_the_preset_fits_the_number_of_images(world, monkeypatch, rows, preset):
-    monkeypatch.setattr(train, "FEW", rows + 1 if preset == "demo" else 24)
+@pytest.mark.parametrize("few, preset", [(25, "demo"), (24, "cc3m")])
+def test_the_preset_fits_the_number_of_images(world, monkeypatch, few, preset):
+    monkeypatch.setattr(train, "FEW", few)
     args, s = train.read_arguments(["--embeddings", str(world / "store")])
     assert args.preset == preset and s["width"] == {"demo": 192, "cc3m": 768}[preset]
     assert train.read_arguments(["--embeddings", str(world), "--preset", "yfcc15m"])[1]["epochs"] == 25
@@ -759,6 +776,10 @@ def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
 def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path, monkeypatch):
     with files.alone(tmp_path / "out/store"):
         one_line(fit(run, small[0]), "out/store: another process is writing here")
+        with monkeypatch.context() as late:  # opened the lock, and got it when its holder had left
+            late.setattr(files.fcntl, "flock", lambda lock, how: os.unlink(lock.name))
+            with pytest.raises(flame.InputError, match="another process"), files.alone(tmp_path / "out/late"):
+                pass
     assert fit(run, small[0], "--steps 2").returncode == 0  # the lock is nobody's any more
     with files.replacing(tmp_path / "one.json") as temporary:  # nor do two that score write the same file
         temporary.write_text("first")
@@ -847,7 +868,7 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, 
         assert adamw[0]["step"] == len(entries(out))
         assert json.loads((out / "config.json").read_text())["step"] == steps
     with monkeypatch.context() as stopped:  # right after one, and gone on with
-        stopped.setattr(train.progress, "note_skipped", lambda out, failed: train.STOP.extend(failed) or [])
+        stopped.setattr(train.progress, "note_skipped", lambda out, failed: train.STOP.extend(failed))
         assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 143
     train.STOP.clear()
     assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 0
@@ -857,6 +878,28 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, 
     (tmp_path / "data" / "p000.png").write_text("not a picture")
     one_line(fit(run, small[0], "--steps 3 --name bad"), "no picture of 3 steps could be read", "--images")
     assert not (tmp_path / "out/bad").exists()
+
+
+@pytest.mark.parametrize("damage, cure", [("cut", "000000.npy"), ("killed", "give fewer --workers")])
+def test_what_ends_a_loader_ends_the_run_in_one_line(small, tmp_path, damage, cure):
+    """Loaders outlive SIGTERM, by which Python would end them and then wait."""
+    if damage == "cut":
+        window = small[0] / "000000.npy"
+        window.write_bytes(window.read_bytes()[:-9])
+    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL, "--workers", "1",
+               *("--steps 1000000 --text-projection none".split())]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while damage == "killed" and not (tmp_path / "out/store/log.jsonl").exists():
+            time.sleep(0.1)
+        for loader in children_of(process.pid) if damage == "killed" else ():
+            os.kill(loader, signal.SIGKILL)
+        _, error = process.communicate(timeout=120)
+    one_line(subprocess.CompletedProcess(command, process.returncode, "", error), cure)
+
+
+def children_of(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):
