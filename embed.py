@@ -7,9 +7,9 @@
 
 The LLM never changes, so its facet embeddings are computed once and training never runs it. The captions
 become one table, which is cut into windows of rows; a window is a file, and what is in it depends on nothing
-but its captions and the recorded settings. So windows can be split over processes (torchrun) and machines
-(--shard), and after a crash, or kill -9, the same command makes those that are missing and ends with the same
-bytes.
+but its captions and the recorded settings (where other kernels run the LLM, within rounding). So windows can
+be split over processes (torchrun) and machines (--shard), and after a crash, or kill -9, the same command
+makes those that are missing and ends with the same bytes.
 """
 import os
 import shutil
@@ -57,8 +57,9 @@ def embed(args):
         shard, shards = args.shard
         meta = read_json(out / "meta.json")
         windows = [w for w in store.missing_windows(out, meta) if w % shards == shard]
+        wait_for_all()  # all ranks have seen the same ones
         if windows:
-            run_windows(out, meta, encoder(), windows, shards)
+            run_windows(out, meta, encoder(), windows)
         wait_for_all()
     missing = len(store.missing_windows(out, meta))
     say(f"{out}: {meta['N']} x {len(COLUMNS)} embeddings of {meta['D']}, "
@@ -97,12 +98,12 @@ def check_states(encoder, captions):
         raise InputError(f"{encoder.llm_dir}: its states are all equal; download its weights anew")
 
 
-def run_windows(out, meta, encoder, missing, shards):
-    """Embeds and writes this rank's windows of those that are missing of a shard.
+def run_windows(out, meta, encoder, missing):
+    """Embeds and writes this rank's share of the windows that are missing.
 
     A GPU always has the next packed row before the last one is fetched, and a thread writes the windows.
     """
-    windows = [w for w in missing if w // shards % ranks() == rank()]
+    windows = missing[rank()::ranks()]
     todo = sum(min(meta["window"], meta["N"] - w * meta["window"]) for w in windows)
     size = 2e-9 * meta["N"] * len(COLUMNS) * meta["D"]
     say(f"{out}: {size:.2g} GB; {len(missing)} of {len(meta['starts'])} windows of {meta['window']} rows to "
@@ -114,15 +115,17 @@ def run_windows(out, meta, encoder, missing, shards):
     with ThreadPoolExecutor(1) as thread, bar(
             total=todo * len(COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
             disable=rank() > 0) as done:
-        writing = thread.submit(len, windows)
+        writing = None
         for (wait, takers, part, whole), _ in pairwise(chain(running, [None])):
             for rows, facets in zip(takers, wait()):
                 part[rows] = facets
                 done.update(len(rows) * len(facets))
             if whole:
-                writing.result()  # raises what it raised; no more than three windows in memory
+                if writing:
+                    writing.result()  # raises what it raised; no more than three windows in memory
                 writing = thread.submit(store.write_window, out, *whole)
-        writing.result()
+        if writing:
+            writing.result()
     if encoder.truncated:
         say(f"{encoder.truncated} captions were cut to the model's context")
 

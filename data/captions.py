@@ -116,7 +116,7 @@ def write_table(path, captions, joins):
     """
     skipped = {}
     try:
-        with (tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".captions-") as scratch,
+        with (tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=f"{Path(path).stem}.") as scratch,
               duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database):
             database.execute(SCHEMA)
             columns = load(database, scratch, captions, skipped)

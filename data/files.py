@@ -2,11 +2,13 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 
 from flame import InputError, explained
@@ -43,11 +45,14 @@ def folder(path):
 @contextmanager
 def alone(path):
     """The same, for one process at a time: another is refused for as long as this one lives."""
+    busy = f"{path}: another process is writing here; wait for it, or end it"
     with folder(path), open(Path(path, ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{path}: another process is writing here; wait for it, or end it") from None
+            raise InputError(busy) from None
+        if not os.fstat(lock.fileno()).st_nlink:  # who held it took it away meanwhile
+            raise InputError(busy)
         try:
             yield
         finally:
@@ -66,13 +71,13 @@ def replacing(path):
     temporary = path.with_name(f"{begins}{os.getpid()}{path.suffix}")  # libraries go by the ending
     with disk_errors(path):
         try:
-            for old in path.parent.glob(f"{begins}*{path.suffix}"):
+            for old in path.parent.glob(f"{begins}*"):
                 writer = old.name.removeprefix(begins).split(".")[0]
                 with suppress(PermissionError, ValueError):
                     try:
                         os.kill(int(writer), 0)
                     except ProcessLookupError:  # it runs no more
-                        old.unlink(missing_ok=True)
+                        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -89,6 +94,19 @@ def write(path, save):
             save(temporary)
         except (RuntimeError, SafetensorError) as error:  # how these libraries say it
             raise OSError(None, explained(error)) from None
+
+
+def write_array(path, array):
+    """A .npy file. numpy.save does not notice that the last bytes find no room."""
+    array = np.ascontiguousarray(array)
+
+    def save(temporary):
+        with open(temporary, "wb") as file:
+            header = np.lib.format.header_data_from_array_1_0(array)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(array)
+
+    write(path, save)
 
 
 def write_text(path, text):

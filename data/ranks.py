@@ -33,9 +33,9 @@ def start_ranks(name):
     if ranks() > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = command.usable_device(name)
-    if ranks() > 1:  # rank 0 alone indexes tars and fits the text projection, for minutes
+    if ranks() > 1:  # rank 0 alone joins captions and unpacks pictures, for hours; who waits is not ended
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
         atexit.register(dist.destroy_process_group)  # else its threads now and then abort a finished process
     return device
 

@@ -6,14 +6,11 @@ the writer is killed or the disk is full, the same command makes those that are 
 same bytes. Two runs at once write the same bytes under the same names.
 """
 import hashlib
-import io
 import json
 from functools import reduce
 from itertools import accumulate
 from operator import getitem
 from pathlib import Path
-
-import numpy as np
 
 import flame
 from data import files
@@ -103,6 +100,4 @@ def window_starts(table, window):
 
 def write_window(out, w, block):
     """block: float16 [rows, 11, D] of unit vectors."""
-    file = io.BytesIO()  # on a full disk numpy.save does not notice that the last bytes find no room
-    np.save(file, block)
-    files.write(window_file(out, w), lambda temporary: temporary.write_bytes(file.getbuffer()))
+    files.write_array(window_file(out, w), block)

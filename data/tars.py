@@ -4,6 +4,7 @@ lie inside of Parquet become tars.
 import functools
 import io
 import os
+import re
 import sys
 import tarfile
 from itertools import groupby
@@ -94,7 +95,8 @@ def unpack_parquet(captions, folder):
     for n, file in enumerate(bar(files, "pictures", unit=" files", disable=not files)):
         with reading(file, WANTED):
             table = duckdb.read_parquet(str(file), file_row_number=True)
-            inside = [name for name, kind in zip(table.columns, table.types) if "bytes BLOB" in str(kind)]
+            picture = re.compile(r"STRUCT\(.*bytes BLOB.*\)")  # a list of them is no one picture
+            inside = [name for name, kind in zip(table.columns, table.types) if picture.fullmatch(str(kind))]
             if not inside:
                 return
             keys = [f'"{name}"::VARCHAR' for name in NAMES["key"] if name in table.columns]

@@ -58,7 +58,7 @@ def cached(towers, about, make):
         return np.load(path, mmap_mode="r")
     array = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, lambda temporary: np.save(temporary, array))
+    files.write_array(path, array)
     return array
 
 
@@ -85,6 +85,10 @@ def encode_images(towers, places):
     """
     about = [towers.image_tower, [stamp(place) for place in places]]
     vectors = cached(towers, about, lambda: image_vectors(towers, places))
+    bad = np.flatnonzero(~vectors.any(1))
+    if len(bad):    # once more: a disk may have failed for a moment
+        vectors = np.array(vectors)
+        vectors[bad] = image_vectors(towers, [places[i] for i in bad])
     whole = vectors.any(1)
     bad = np.flatnonzero(~whole)
     examples = ", ".join(places[i].path for i in bad[:3])

@@ -29,6 +29,9 @@ import pytest
 import torch
 from PIL import Image
 
+from data import files
+from flame import InputError
+
 SECONDS = 60      # after which a case counts as hung, on a busy machine too
 MEMORY = 4 << 30  # bytes of address space that a case may add: what asks for more fails, not the machine
 DRAWS = int(os.environ.get("FLAME_DAMAGE_DRAWS", 100))
@@ -349,6 +352,22 @@ def test_a_bad_picture_is_skipped_and_counted(folder):
     Path("images/03.png").write_bytes(Path("images/03.png").read_bytes()[:60])
     code, lines = typed(SEARCH)
     assert code == 0 and any("1 of 12" in line for line in lines), lines
+
+
+def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """numpy.save would not notice that its last bytes find no room."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    array = np.random.default_rng(0).random((9, 7)).astype(np.float16)[:, ::2]
+    files.write_array(tmp_path / "array.npy", array)
+    assert np.array_equal(np.load(tmp_path / "array.npy"), array)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(InputError, match="large.npy"):
+            files.write_array(tmp_path / "large.npy", np.zeros(230, np.float32))  # 1,048 bytes
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["array.npy"]
 
 
 SIZES = [(command, size) for command in (EMBED, TRAIN, SCORE) for size in (0, 1_000)]

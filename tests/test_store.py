@@ -176,8 +176,7 @@ def test_kills_at_any_moment_end_with_the_same_bytes(run):
         kills += process.wait() == -9
     assert kills
     run("--out", "store", "--window", 2)
-    left = files_of("whole")
-    assert {name: data for name, data in files_of("store").items() if name[0] != "."} == left
+    assert files_of("store") == files_of("whole")  # nor is anything left over
 
 
 def test_ranks_and_runs_at_once_equal_one(run):
@@ -188,6 +187,24 @@ def test_ranks_and_runs_at_once_equal_one(run):
             for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert files_of("ranks") == files_of("both") == files_of("whole")
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], [[0, 4, 8], [2, 6, 10]]), (["--shard", "0/4"], [[0, 8], [4]])])
+def test_ranks_share_the_windows_that_are_missing(run, monkeypatch, flags, expected):
+    """Be they all of one rank's: who has none to make would wait for the other."""
+    run("--window", 2)
+    for w in range(0, 11, 2):
+        (STORE / f"{w:06d}.npy").unlink()
+    made = []
+    monkeypatch.setattr(embed.store, "write_window", lambda out, w, block: made.append(w))
+    monkeypatch.setattr(embed, "wait_for_all", lambda *written: None)
+    monkeypatch.setattr(embed, "ranks", lambda: 2)
+    for rank, windows in enumerate(expected):
+        monkeypatch.setattr(embed, "rank", lambda: rank)
+        run("--window", 2, *flags)
+        assert made == windows
+        made.clear()
 
 
 def test_shards_in_one_folder_or_put_together_equal_one(run):
@@ -305,6 +322,9 @@ def test_pictures_inside_of_parquet_become_tars_that_training_finds(run):
     assert Path(found[1][0]).stat().st_mtime_ns == written  # it is done
     run("--overwrite", captions="hub.parquet")
     assert Path(found[1][0]).stat().st_mtime_ns > written
+    duckdb.sql("SELECT id, text, [image] AS images FROM 'hub.parquet'").write_parquet("lists.parquet")
+    run(captions="lists.parquet")  # captions, and lists of pictures: none is a row's
+    assert not Path("data/embeddings/lists/pictures").exists()
     skipped = {}
     write_tar(duckdb.read_parquet("hub.parquet").project("id, image.bytes"), skipped, "x.tar")
     assert [*skipped.values()] == [(2, ["dot.ted", "k4"])]

@@ -1,8 +1,6 @@
 """evaluate.py --search and --vectors: pictures under a folder, ranked by texts or a picture, or encoded."""
 import os
 
-import numpy as np
-
 from data import files
 from data.pictures import Place
 from data.show import page, sheet
@@ -23,9 +21,10 @@ def search(args, places, towers):
     left_out = len(places) - len(kept)
     places = [places[i] for i in kept]
     if args.vectors:
-        files.write(args.vectors.with_suffix(".npy"), lambda temporary: np.save(temporary, image))
-        files.write_text(args.vectors.with_suffix(".txt"), "".join(f"{place.path}\n" for place in places))
-        return print(f"-> {args.vectors}: {image.shape}, and the paths as .txt")
+        name = str(args.vectors).removesuffix(".npy")
+        files.write_array(f"{name}.npy", image)
+        files.write_text(f"{name}.txt", "".join(f"{place.path}\n" for place in places))
+        return print(f"-> {name}.npy: {image.shape}, and the paths as .txt")
     if not args.search:
         return page.serve(args, places, image, towers, left_out).block_thread()
     head = f"the best of {len(image)} pictures"
@@ -34,7 +33,8 @@ def search(args, places, towers):
         if os.path.isfile(query):   # a text may be too long for a file's name
             vectors, _ = encode_images(towers, [Place(query)])
         else:
-            vectors = encode_texts(towers, [query], page.prompts_of(args, query))
+            text = query.encode("utf-8", "replace").decode()   # the shell may hand over any bytes
+            vectors = encode_texts(towers, [text], page.prompts_of(args, text))
         scores, best = sheet.best_of(image, vectors[0], args.top)
         print(f"{sheet.printable(query)}: {head}")
         for number, i in enumerate(best, 1):
