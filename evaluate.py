@@ -170,7 +170,6 @@ def score_captions(towers, prompts, pictures, languages):
                              f"least 2 are needed; {benchmarks.CURE}")
         asked, owner = zip(*pairs)
         text = encode_texts(towers, asked, prompts)
-        # captions of one picture fail together
         results[language] = {"n_texts": len(asked), **scored(hits_both_ways(text, image, owner))}
         if not shown or language == "en":
             shown = Shown(asked, text, gallery, image, np.array(owner), prompts)
@@ -247,8 +246,9 @@ def score_names(towers, prompts, pictures, languages):
         ranks = first_hit_ranks(image[rows], classes, labels, np.arange(len(choices)))
         tops = {f"top{k}": (ranks[:, None] < k, groups[rows], len(every)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **scored(tops)}
-    chance = float(np.mean([100 / result["n_classes"] for result in results.values()]))
-    return {**counted(pictures, image, prompts, chance), "n_classes": len(choices), **together(results)}
+    sizes = np.array([result["n_classes"] for result in results.values()])
+    chance = float(np.mean(100 / sizes))
+    return {**counted(pictures, image, prompts, chance), "n_classes": int(sizes.max()), **together(results)}
 
 
 class Benchmark(NamedTuple):
@@ -365,7 +365,8 @@ def read(args):
 
 def evaluate(args, name, towers, *data):
     """Scores a benchmark and reports it. -> what report() returns"""
-    columns = [f"{prompts}.{k}" for prompts in args.asked for k in trained_facets(towers.model, prompts)]
+    columns = [f"{prompts}.{k}" for prompts in dict.fromkeys(args.asked)
+               for k in trained_facets(towers.model, prompts)]
     scores, shown = args.how.score(towers, *args.asked, *data)
     scores |= {"columns": columns}
     if args.captions:

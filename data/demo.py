@@ -4,7 +4,6 @@ in minutes on two CPU cores.
     python data/demo.py               # makes data/demo, then runs embed.py, train.py and evaluate.py on it
     python data/demo.py --quick       # the same in small, under data/demo-quick, to see that everything works
     python data/demo.py --make-only   # only makes the files
-    python data/demo.py --seed 1      # other scenes
     python data/demo.py --llm gemma3  # with Gemma 3 270M, which knows more, in many languages
 
 Every stage's command line is printed before it runs, so that it can be typed again and varied. A second run
@@ -49,11 +48,11 @@ LLM_FOLDERS = {"smollm2": "data/demo/llm", "gemma3": "data/demo/gemma3"}
 AGAIN = "what is finished is reused next time"
 
 
-def make_files(root, name, llm, seed):
+def make_files(root, name, llm):
     """The LLM, and the corpus root/data/name, "demo" or "demo-quick"; neither if it is there already."""
     settings = {
         "corpus": 4,  # counts changes of the code that change what is made
-        "seed": seed,
+        "seed": 0,
         "side": SIDE,
         **SIZES[name],
         "seen": len(OBJECTS),
@@ -98,7 +97,6 @@ def main(argv=None):
                             help="a small corpus under data/demo-quick, to see that everything works")
         parser.add_argument("--llm", choices=LLMS, default="smollm2",
                             help="the frozen LLM (default smollm2); gemma3 under Google's Gemma Terms of Use")
-        parser.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
         parser.add_argument("--make-only", action="store_true", help="make the files, run nothing")
         parser.add_argument("--root", type=Path, default=REPOSITORY, metavar="DIR",
                             help="write data/, out/ and results/ there (default: the repository)")
@@ -107,7 +105,7 @@ def main(argv=None):
         name = "demo-quick" if args.quick else "demo"
         try:
             with files.alone(root / "data" / name):
-                make_files(root, name, args.llm, args.seed)
+                make_files(root, name, args.llm)
         except ModuleNotFoundError as error:
             raise InputError(f"{error}; the demo's packages come with: pip install -e '.[demo]'") from None
         print(f"data/{name}: ready")

@@ -11,6 +11,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -405,6 +406,10 @@ def test_a_group_scores_each_as_alone_and_averages(colours, tmp_path, monkeypatc
     assert 30 <= low < 73 < high <= 100
     rows = printed.split("short: 2 benchmarks\n")[1].splitlines()
     assert [row.split()[0] for row in rows[:4]] == ["text_to_image", "image_to_text", "coco", "flickr30k"]
+    assert colours("", "--compare", "results/short.json", "results/short.json")[0] == 0
+    printed = capsys.readouterr().out
+    for figure in ("text_to_image", "benchmarks/coco/text_to_image"):
+        assert re.search(rf"^{figure} .* 0\.0 \[  0\.0,   0\.0\]", printed, re.M), printed
     code, group = colours("short", "--data-root", "elsewhere", "--all-captions")
     assert group["benchmarks"]["coco"]["n_texts"] == 35
 
