@@ -267,7 +267,6 @@ def run_clip(args, run, seed):
     encoder = ClipTexts(D)
     rows = read_table(store.path / "captions.tsv")
     tokens = torch.stack([encoder.tokenizer([getattr(row, kind) for kind in KINDS]) for row in rows])
-    # tokens: [N, 3, 77]
     parameters = [*model.parameters(), *encoder.tower.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": s["weight_decay"]},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]

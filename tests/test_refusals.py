@@ -354,7 +354,7 @@ def test_a_bad_picture_is_skipped_and_counted(folder):
     assert code == 0 and any("1 of 12" in line for line in lines), lines
 
 
-def test_an_array_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_an_array_is_written_whole_or_not_at_all(tmp_path):
     """numpy.save would not notice that its last bytes find no room."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     array = np.random.default_rng(0).random((9, 7)).astype(np.float16)[:, ::2]

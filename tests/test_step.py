@@ -886,20 +886,16 @@ def test_what_ends_a_loader_ends_the_run_in_one_line(small, tmp_path, damage, cu
     if damage == "cut":
         window = small[0] / "000000.npy"
         window.write_bytes(window.read_bytes()[:-9])
-    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL, "--workers", "1",
-               *("--steps 1000000 --text-projection none".split())]
+    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL,
+               *"--workers 1 --steps 1000000 --text-projection none".split()]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        while damage == "killed" and not (tmp_path / "out/store/log.jsonl").exists():
-            time.sleep(0.1)
-        for loader in children_of(process.pid) if damage == "killed" else ():
-            os.kill(loader, signal.SIGKILL)
+        if damage == "killed":
+            while process.poll() is None and not (tmp_path / "out/store/log.jsonl").exists():
+                time.sleep(0.1)
+            for loader in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(loader), signal.SIGKILL)
         _, error = process.communicate(timeout=120)
     one_line(subprocess.CompletedProcess(command, process.returncode, "", error), cure)
-
-
-def children_of(pid):
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):
