@@ -12,7 +12,6 @@ be split over processes (torchrun) and machines (--shard), and after a crash, or
 makes those that are missing and ends with the same bytes.
 """
 import os
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -50,8 +49,6 @@ def embed(args):
     with files.folder(out):
         if rank() == 0:
             store.begin(out, settings_of(args), make_table, args.overwrite)
-            if args.overwrite:
-                shutil.rmtree(out / "pictures", ignore_errors=True)
             unpack_parquet(args.captions, out / "pictures")
         wait_for_all(out / "meta.json")
         shard, shards = args.shard
@@ -79,7 +76,7 @@ def settings_of(args):
         },
         "captions": {
             "path": os.path.abspath(args.captions),
-            "sha256": fingerprint([args.captions, *(source for _, source in args.join)]),
+            "sha256": fingerprint([("", args.captions), *args.join]),
         },
         "columns": COLUMNS,
         "D": flame.llm_config(args.llm)["hidden_size"],
@@ -123,7 +120,7 @@ def run_windows(out, meta, encoder, missing):
             if whole:
                 if writing:
                     writing.result()  # raises what it raised; no more than three windows in memory
-                writing = thread.submit(store.write_window, out, *whole)
+                writing = thread.submit(store.write_window, out, meta, *whole)
         if writing:
             writing.result()
     if encoder.truncated:
@@ -203,7 +200,7 @@ def command_line():
     add = parser.add_argument
     add("--captions", metavar="FILE",
         help="TSV/CSV with a header among `key image raw short long`, Conceptual Captions TSV, JSON, JSONL, "
-        "Parquet, tars, a folder of any; several by x-{000..123}.tar or x-*.parquet")
+        "Parquet, tars, a folder of the last two or of pictures; several by x-{000..123}.tar or x-*.parquet")
     add("--join", metavar="SET=FILE", type=join, nargs="+", action="extend", default=[],
         help="captions of a prompt set from files of their own, by key or URL: long=long.parquet")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", Path(__file__).parent / "data/demo/llm"),

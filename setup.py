@@ -38,9 +38,7 @@ def with_cuda(extension, nvcc, folder):
     nvcc itself would link from: the module imports on machines without GPU or driver too."""
     os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, "cuda.o")
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
-    gpus = [A100, H100] if "sm_90" in known else [A100]  # nvcc before 11.8 does not know the H100
-    command = [nvcc, *CUDA_FLAGS, *gpus, "-c", CUDA_SOURCE, "-o", target]
+    command = [nvcc, *CUDA_FLAGS, A100, H100, "-c", CUDA_SOURCE, "-o", target]
     subprocess.run(command, check=True)
     dry_run = subprocess.run([*command, "--dryrun"], capture_output=True, text=True).stderr
     libraries = re.search("LIBRARIES=(.*)", dry_run)[1]
@@ -80,7 +78,7 @@ setup(
     python_requires=">=3.11",  # hashlib.file_digest
     py_modules=["flame"],
     install_requires=["torch>=2.6", "numpy", "sentencepiece", "tqdm", "pillow", "safetensors", "tokenizers",
-                      "duckdb>=1.3"],
+                      "duckdb>=1.4"],
     extras_require={
         "demo": DEMO,
         "app": APP,

@@ -3,7 +3,7 @@
 A source is a file, several by a range or a glob, or a folder (data/README.md). Python reads TSV, CSV, tars
 and texts row by row; DuckDB reads JSON and Parquet, joins, sorts and writes, out of core. Without keys, the
 row's number in the file is the key, nine digits, as img2dataset names its samples. A bad row is skipped,
-counted and named, never fatal.
+counted and named, never fatal; of a damaged JSON list or Parquet nothing is taken.
 """
 import csv
 import glob
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import duckdb
 
-from data.sources import NAMES, WANTED, pictures_beside, source_files
+from data.sources import NAMES, WANTED, picture_beside, source_files
 from data.tars import report_skipped, skip, tar_samples
 from flame import InputError, PROMPTS, explained, reading
 
@@ -75,8 +75,8 @@ COLUMNS = """SELECT column_name, format('to_json("{{}}"{{}})', column_name,
     if(column_type LIKE '%BLOB%', '.path', ''))
 FROM (DESCRIBE FROM {}) WHERE column_type <> 'BLOB' AND NOT contains(column_name, '"')"""
 KEYS = r"""SELECT name, '(json->''$."' || name || '"'')' FROM (
-    SELECT unnest(json_keys(json)) AS name FROM (FROM {} LIMIT 100000))
-WHERE NOT regexp_matches(name, '[''"\\]')"""
+    SELECT name, row_number() OVER () AS n FROM (SELECT unnest(json_keys(json)) AS name FROM {}))
+WHERE NOT regexp_matches(name, '[''"\\]') GROUP BY name ORDER BY min(n)"""
 # A list of objects, an object a line (a broken one is a row of NULL), or COCO's one object of 100 MB.
 JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=134217728)"
 FORMS = {  # what DuckDB reads: relation of $files, query of its columns as JSON
@@ -129,13 +129,15 @@ def write_table(path, captions, joins):
             report_skipped(captions, skipped)
             total, raw, short, long, others = database.execute(KEPT).fetchone()
             if not total:
-                raise InputError(f"{captions}: no caption in its columns {[*columns]}; wanted are some of "
-                                 f"{', '.join(NAMES)}")
+                raise InputError(f"{captions}: no caption in its columns {[*columns][:20]}; wanted are some "
+                                 f"of {', '.join(NAMES)}")
             left_out = f"; of lists the first counts, {others} are left out" if others else ""
             print(f"{captions}: {total} rows, {raw} raw, {short} short, {long} long captions; where one is "
                   f"missing the row's best is asked{left_out}")
             database.execute(COPY, {"path": str(path)})
-    except duckdb.Error as error:
+    except (duckdb.Error, RuntimeError) as error:
+        if "interrupted" in str(error):  # Ctrl-C
+            raise KeyboardInterrupt from None
         raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
 
 
@@ -167,8 +169,8 @@ def check_join(database, captions, field):
 def load(database, scratch, source, skipped, field=""):
     """Appends a source's rows to the table `loaded`, in their order. -> its columns, a dict
 
-    field: the prompt set of a join. Its caption is the column named as the set; without one, the first text
-    that is neither key nor picture, as "minicpm" in the recaptioned releases.
+    field: the prompt set of a join. Its caption is the column named as the set; without one, the first that
+    has texts and is neither key nor picture, as "minicpm" in the recaptioned releases.
     """
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
@@ -189,7 +191,12 @@ def load(database, scratch, source, skipped, field=""):
         if field:
             fields = {name: NAMES[name] for name in ("key", "url", field)}
             if columns.keys().isdisjoint(NAMES[field]):
-                fields[field] = [name for name in columns if name not in NO_CAPTION]
+                others = [name for name, value in columns.items()
+                          if name not in NO_CAPTION and not value.endswith('".path)')][:20]
+                counts = ", ".join(f"count(texts_of({columns[name]}))" for name in others)
+                texts, = database.execute(f"SELECT [{counts}] FROM (FROM {relation} LIMIT 1000)",
+                                          paths).fetchone()
+                fields[field] = [name for name, count in zip(others, texts) if count][:1]
         values = [f"'{field}' AS field"]
         for name, aliases in fields.items():
             macro = "texts_of" if name in PROMPTS else "name_of"
@@ -250,9 +257,9 @@ def text_rows(folder, files, skipped):
     """Each a.txt that has a picture beside it; the picture's path is key and image."""
     for file in files:
         try:
-            image = pictures_beside(file)[0].relative_to(folder)
+            image = picture_beside(file).relative_to(folder)
             with open(file, encoding="utf-8-sig") as opened:
                 text = opened.read(LARGEST_TEXT)
             yield {"key": str(image.with_suffix("")), "image": str(image), "raw": text}
-        except (IndexError, UnicodeDecodeError):
+        except (AttributeError, UnicodeDecodeError):
             skip(skipped, "text without a picture beside it, or no UTF-8", str(file))

@@ -28,7 +28,9 @@ def source_files(path):
     path = Path(path)
     span = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if path.is_dir():
-        paths = next(filter(None, (sorted(path.glob(pattern)) for pattern in FOLDERS)), [])
+        here = glob.escape(str(path))
+        kinds = (sorted(glob.iglob(f"{here}/{pattern}", recursive=True)) for pattern in FOLDERS)  # links too
+        paths = next(filter(None, kinds), [])
     elif span:
         before, first, last, after = span.groups()
         paths = (f"{before}{n:0{len(first)}d}{after}" for n in range(int(first), int(last) + 1))
@@ -50,11 +52,13 @@ def source_name(path):
 
 
 def fingerprint(sources):
-    """SHA-256 of what captions come from, in hexadecimal; of a tar, gigabytes of pictures, name and size."""
+    """SHA-256 of what captions come from, [(prompt set of a join or "", source)], in hexadecimal; of a tar,
+    gigabytes of pictures, name and size."""
     digest = hashlib.sha256()
-    for source in sources:
+    for field, source in sources:
+        digest.update(field.encode())
         for file in source_files(source):
-            if file.suffix == ".txt" and not pictures_beside(file):
+            if file.suffix == ".txt" and not picture_beside(file):
                 continue  # no caption; train.py may write one there
             name = os.path.relpath(file, Path(source).parent)
             digest.update(os.fsencode(f"{name} {file.stat().st_size}\n"))
@@ -64,5 +68,7 @@ def fingerprint(sources):
     return digest.hexdigest()
 
 
-def pictures_beside(file):
-    return [file.with_suffix(suffix) for suffix in PICTURES if file.with_suffix(suffix).is_file()]
+def picture_beside(file):
+    """The picture of a caption's file, None where there is none."""
+    names = (file.with_suffix(end) for suffix in PICTURES for end in (suffix, suffix.upper()))
+    return next(filter(Path.is_file, names), None)

@@ -7,6 +7,7 @@ same bytes. Two runs at once write the same bytes under the same names.
 """
 import hashlib
 import json
+import shutil
 from functools import reduce
 from itertools import accumulate
 from operator import getitem
@@ -20,6 +21,7 @@ from flame import InputError, read_json, reading
 FIXED = ("llm: fingerprint", "llm: layer", "llm: positions", "llm: questions", "captions: sha256", "columns",
          "D", "dtype", "device", "budget", "window")
 CURE = "choose another --out, or --overwrite"
+WINDOWS = "[0-9][0-9][0-9][0-9][0-9][0-9].npy"
 
 
 def window_file(out, w):
@@ -31,31 +33,42 @@ def begin(out, settings, make_table, overwrite):
 
     settings: all that fixes the bytes. make_table(path) writes captions.tsv and checks all that can be
     checked: with overwrite, what was there goes only after that. Raises InputError where the store was made
-    with other settings, or where files lie that no run of embed.py left.
+    with other settings, or where files lie that no run of embed.py left, overwrite or not.
     """
     meta = out / "meta.json"
     table = out / "captions.tsv"
-    earlier = [*out.glob(table.name), *out.glob("[0-9]" * 6 + ".npy")]
-    if meta.exists() and not overwrite:
-        with reading(meta, CURE):
-            recorded = read_json(meta, CURE)
-            for setting in FIXED:
-                was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
-                if was != now:
-                    raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
+    begun = meta.exists()
+    for path in [] if begun else [*out.glob(table.name), *out.glob(WINDOWS)]:
+        raise InputError(f"{path}: no run of embed.py left this here; choose another --out")
+    if begun and not overwrite:
+        recorded = check_settings(out, settings)
         if table.exists():
             with reading(table, CURE):
                 if window_starts(table, settings["window"]) != (recorded["N"], recorded["starts"]):
                     raise ValueError("not the table that meta.json speaks of")
             return
-    elif earlier and not overwrite:
-        raise InputError(f"{earlier[0]}: no run of embed.py left this here; {CURE}")
     with files.replacing(table) as temporary:
         make_table(temporary)
         N, starts = window_starts(temporary, settings["window"])
-        for path in earlier if overwrite else ():  # none lies beside another's meta.json
-            path.unlink()
+        if begun and overwrite:
+            shutil.rmtree(out / "pictures", ignore_errors=True)
+            for path in (table, *out.glob(WINDOWS)):
+                path.unlink(missing_ok=True)
+        elif meta.exists():  # another run's meanwhile
+            check_settings(out, settings)
         files.write_json(meta, settings | {"N": N, "starts": starts})
+
+
+def check_settings(out, settings):
+    """-> meta.json's entries. Raises InputError where it was made with other settings."""
+    meta = out / "meta.json"
+    with reading(meta, CURE):
+        recorded = read_json(meta, CURE)
+        for setting in FIXED:
+            was, now = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
+            if was != now:
+                raise InputError(f"{meta}: made with {setting} {was}, now it is {now}; {CURE}")
+    return recorded
 
 
 def missing_windows(out, meta):
@@ -98,6 +111,7 @@ def window_starts(table, window):
     return N, starts[:-(-N // window)]
 
 
-def write_window(out, w, block):
-    """block: float16 [rows, 11, D] of unit vectors."""
+def write_window(out, meta, w, block):
+    """block: float16 [rows, 11, D] of unit vectors, made with the settings in meta."""
+    check_settings(out, meta)  # --overwrite may have begun another store here
     files.write_array(window_file(out, w), block)

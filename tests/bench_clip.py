@@ -5,22 +5,20 @@ crops and batches. `python data/demo.py` comes first, and with --llm gemma3; the
     python tests/bench_clip.py --seeds 1 --runs smollm2 clip clip-seconds
     python tests/bench_clip.py --pairs 625                # of 2,500, the first
     python tests/bench_clip.py --lr 1e-3 --runs clip; ... --table --split val    # to choose a learning rate
-    python tests/bench_clip.py --table                    # the table of what is finished, on the test split
+    python tests/bench_clip.py --table                    # what is finished, on the test split
 
     smollm2, gemma3  train.py --preset demo: facets of a frozen LLM
     last, mean       the same map and loss with a pretrained text tower that is asked no question: SmolLM2's
                      state at the last token of each plain caption, or the mean of its tokens' states
     published        the paper's text side with SmolLM2: facets as they are, sigmoid loss from scale 10
     clip             open_clip's text transformer (77 tokens, width 192, 4 blocks, 3 heads), trained from
-                     scratch along with the ViT on one of a picture's captions a step, raw, short, long by
-                     1 : 3 : 7, as the published recipe meets them; InfoNCE. Its attention is computed as
-                     our ViT's, which is faster on a CPU than open_clip's, by the same formula
+                     scratch along with the ViT on one of a picture's captions a step (--shares); InfoNCE.
+                     Its attention is computed as our ViT's, by the same formula and faster on a CPU
     clip-seconds     the same for as many steps as fit into the seconds that `smollm2` took
 
-Each run is a process of its own. It leaves a JSON in <out> with what evaluate.py says of the demo, so
-the script goes on where it was stopped. Seconds are CPU seconds of training, loaders included, so that other
-work on the machine counts little: of the whole train.py command for FLAME, of the loop alone for CLIP. What
-FLAME's captions cost to embed, once, is not in them; embed.py's bar says it.
+Each run is a process of its own. It leaves a JSON in <out> with what evaluate.py says of the demo, so the
+script goes on where it was stopped. Seconds are CPU seconds, so that other work on the machine counts little:
+of the whole train.py command for FLAME, of the loop alone for CLIP; embedding the captions is not in them.
 """
 import argparse
 import functools
@@ -43,7 +41,7 @@ import train  # noqa: E402
 from data import benchmarks, files  # noqa: E402
 from data.captions import read_table  # noqa: E402
 from data.pictures import Batches, find_pictures  # noqa: E402
-from data.store import write_window  # noqa: E402
+from data.store import window_file  # noqa: E402
 from data.towers import Towers  # noqa: E402
 
 KINDS = ("raw", "short", "long")
@@ -57,8 +55,7 @@ FLAGS = {
     "mean": ["--columns", "raw.0,short.0,long.0", "--positives", "3"],
 }
 CLIP = {"weight_decay": 0.2, "beta2": 0.98}  # CLIP's published ones; the rest is the demo's preset
-# A row of the table: the part of evaluate.py's result, and its key.
-ROWS = {
+ROWS = {  # of the table: the part of evaluate.py's result, and its key
     "long captions R@1": ("long", "R@1"),
     "long captions R@10": ("long", "R@10"),
     "short captions R@1": ("short", "R@1"),
@@ -73,7 +70,6 @@ ROWS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
 # One run
 
 def cpu_seconds():
@@ -125,7 +121,6 @@ def scored(args, model, encoder, name):
     return parts
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Stores: the demo's, its first pairs, and one of plain captions
 
 def store_of(args, run):
@@ -154,7 +149,8 @@ def derived(path, folder, vectors_of, pairs=None):
         lines = (folder / "captions.tsv").read_text("utf-8").split("\n")
         files.write_text(path / "captions.tsv", "\n".join(lines[:pairs + 1]) + "\n")
         for w, first in enumerate(tqdm(range(0, pairs, store.window), desc=path.name)):
-            write_window(path, w, vectors_of(store, np.arange(first, min(pairs, first + store.window))))
+            rows = np.arange(first, min(pairs, first + store.window))
+            files.write_array(window_file(path, w), vectors_of(store, rows))
         files.write_json(path / "meta.json", store.meta | {"N": pairs})
     return path
 
@@ -188,7 +184,6 @@ class PlainTexts:
             yield rows.tolist(), vectors[:, None].expand(-1, facets, -1)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # CLIP
 
 class CausalAttention(flame.Attention):
@@ -281,7 +276,7 @@ def run_clip(args, run, seed):
     for step, ((pixels, _, _, _, kept), _) in enumerate(tqdm(loader, desc=run, unit=" steps")):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, s)
-        shares = np.array([1, 3, 7]) / 11  # of raw, short and long
+        shares = np.array(args.shares) / sum(args.shares)
         chosen = np.random.default_rng([seed, 4, step]).choice(3, len(pixels), p=shares)
         text = encoder.encode(tokens[pictures[0][batches.pictures(step)], chosen])
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
@@ -305,7 +300,6 @@ def run_one(args, run, seed):
     files.write_text(result_file(args, run, seed), json.dumps(saved))
 
 
-# ------------------------------------------------------------------------------------------------------------
 # What was found
 
 def scores(args, result, row):
@@ -384,6 +378,8 @@ def main():
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the one that was chosen)")
+    parser.add_argument("--shares", type=float, nargs=3, default=(1, 3, 7), metavar=("RAW", "SHORT", "LONG"),
+                        help="of the captions that CLIP is shown (1 3 7, the published recipe's)")
     parser.add_argument("--table", action="store_true", help="only print the table and draw the figure")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

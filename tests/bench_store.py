@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import flame  # noqa: E402
 from data import files  # noqa: E402
-from data.store import write_window  # noqa: E402
+from data.store import window_file  # noqa: E402
 
-M, PICKED, BATCH = 11, 6, 256
+M, PICKED, BATCH, WINDOW = 11, 6, 256, 256
 LABELS = {"pth": ".pth file a row, float32", "read": "Store.read, float32", "take": "Store.take, float16"}
 FOLDERS = {"pth": "pth", "read": "store", "take": "store"}
 
 
-def make(folder, rows, D, window):
+def make(folder, rows, D):
     """The same random vectors as a store and as a folder of .pth files."""
     vectors = np.random.default_rng(0).standard_normal((rows, M, D), np.float32)
     vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float16)
@@ -36,11 +36,11 @@ def make(folder, rows, D, window):
         (folder / name).mkdir()
     table = "".join(f"{i}\t\tA\tA\tA\n" for i in range(rows))
     (folder / "store/captions.tsv").write_text(f"key\timage\traw\tshort\tlong\n{table}")
-    meta = {"N": rows, "D": D, "window": window, "captions": {"path": ""},
+    meta = {"N": rows, "D": D, "window": WINDOW, "captions": {"path": ""},
             "llm": {"questions": flame.questions()}}
     files.write_json(folder / "store/meta.json", meta)
-    for w in range(-(-rows // window)):
-        write_window(folder / "store", w, vectors[w * window:(w + 1) * window])
+    for w in range(-(-rows // WINDOW)):
+        files.write_array(window_file(folder / "store", w), vectors[w * WINDOW:(w + 1) * WINDOW])
     for i in range(rows):
         torch.save(torch.from_numpy(vectors[i]).clone(), folder / "pth" / f"{i}.pth")
     os.sync()
@@ -56,7 +56,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4000, help="in the store (default 4000)")
     parser.add_argument("--dims", default="576,5120", help="widths D (default 576,5120)")
-    parser.add_argument("--window", type=int, default=256, help="rows a window (default 256)")
     parser.add_argument("--batches", type=int, default=20, help="timed batches of 256 rows (default 20)")
     args = parser.parse_args()
     flame.keep_freed_memory()  # as train.py does, for all ways alike
@@ -66,7 +65,7 @@ def main():
     for D in map(int, args.dims.split(",")):
         with tempfile.TemporaryDirectory(dir=".") as folder:
             folder = Path(folder)
-            make(folder, args.rows, D, args.window)
+            make(folder, args.rows, D)
 
             def from_files(rows, columns):
                 picked = [torch.load(folder / "pth" / f"{row}.pth", map_location="cpu")[chosen]

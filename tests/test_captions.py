@@ -307,6 +307,35 @@ def test_joined_captions_go_to_their_rows(tmp_path, table):
     assert "  0: 'raw 0' | 'Long 0.'\n" in out and "5 short, 3 long captions" in out
 
 
+def test_a_joins_captions_are_of_one_column(tmp_path, table):
+    """The first that has texts, and of no other where it has none; a caption a column is no join."""
+    (tmp_path / "raw.tsv").write_text("raw\nA cat.\nA dog.\n")
+    both = [{"__key__": "000000000", "note": None, "minicpm": "Long.", "source": "cc3m"},
+            {"__key__": "000000001", "note": None, "minicpm": None, "source": "cc3m"}]
+    (tmp_path / "long.json").write_text(json.dumps(both))
+    assert [row.long for row in table(tmp_path / "raw.tsv", {"long": [tmp_path / "long.json"]})[0]] == [
+        "Long.", "A dog."]
+    (tmp_path / "long.json").write_text(json.dumps({f"{n:09d}": "Long." for n in range(3000)}))
+    with within(20), pytest.raises(flame.InputError, match="--join long: its keys mean other pictures: 0 "):
+        table(tmp_path / "raw.tsv", {"long": [tmp_path / "long.json"]})
+    with pytest.raises(flame.InputError, match="no caption in its columns .{,400}; wanted"):
+        table(tmp_path / "long.json")
+
+
+def test_a_field_that_comes_late_is_read(tmp_path, table):
+    (tmp_path / "x.jsonl").write_text('{"raw": "x"}\n' * 100_001 + '{"long": "A cat."}\n')
+    assert table(tmp_path / "x.jsonl")[0][-1].long == "A cat."
+
+
+def test_ctrl_c_within_a_query_is_ctrl_c(tmp_path, table, monkeypatch):
+    def check_join(*_):
+        raise RuntimeError("Query interrupted")  # as DuckDB says it
+    monkeypatch.setattr(captions, "check_join", check_join)
+    (tmp_path / "x.tsv").write_text("key\traw\nk\tx\n")
+    with pytest.raises(KeyboardInterrupt):
+        table(tmp_path / "x.tsv", {"long": [tmp_path / "x.tsv"]})
+
+
 DREAMLIP = ["Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions",
             "longSV_captions", "shortLLA_captions", "longLLA_captions"]
 
@@ -377,20 +406,23 @@ def test_ranges_globs_and_folders(tmp_path, table):
         table(tmp_path / "photos")
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a fox\n")
     assert table(tmp_path / "photos")[0][0][:3] == ("000000000", "a.jpg", "a fox")
-    before = fingerprint([tmp_path / "photos"])
+    before = fingerprint([("", tmp_path / "photos")])
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a cat\n")
-    assert fingerprint([tmp_path / "photos"]) != before
+    after = fingerprint([("", tmp_path / "photos")])
+    assert len({before, after, fingerprint([("long", tmp_path / "photos")])}) == 3
     names = {"cc3m.tsv.gz": "cc3m", "cc3m/": "cc3m", "a/cc3m-{0000..0575}.tar": "cc3m", "x-*.parquet": "x"}
     assert {source: source_name(source) for source in names} == names
 
 
 def test_a_folder_of_pictures_with_a_text_each(tmp_path, table):
-    for name in ("a/x.jpg", "a/x.txt", "b/y.png", "b/y.txt", "b/z.txt", "b/bad.jpg", "b/bad.txt"):
-        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a").symlink_to(tmp_path / "elsewhere")
+    for name in ("a/x.jpg", "a/x.txt", "b/y.PNG", "b/y.txt", "b/z.txt", "b/bad.jpg", "b/bad.txt"):
+        (tmp_path / "photos" / name).parent.resolve().mkdir(exist_ok=True)
         (tmp_path / "photos" / name).write_bytes(b"\xff" if "bad" in name else f"caption of {name}".encode())
     rows, _, err = table(tmp_path / "photos")
     assert [row[:3] for row in rows] == [("a/x", "a/x.jpg", "caption of a/x.txt"),
-                                         ("b/y", "b/y.png", "caption of b/y.txt")]
+                                         ("b/y", "b/y.PNG", "caption of b/y.txt")]
     assert "2: text without a picture beside it, or no UTF-8" in err and "b/z.txt" in err
 
 

@@ -200,7 +200,7 @@ def test_the_demos_are_compared(tmp_path):
     for n, name in enumerate(("GPU", "CPU")):
         folder = tmp_path / name
         (folder / "data/embeddings").mkdir(parents=True)
-        bench_store.make(folder / "data/embeddings", 20, 16, 7)
+        bench_store.make(folder / "data/embeddings", 20, 16)
         (folder / "data/embeddings/store").rename(folder / "data/embeddings/demo-quick")
         (folder / "results/quick").mkdir(parents=True)
         figures = {f"parts/{part}": np.full((1001, 1), 50.0 + 2 * n)

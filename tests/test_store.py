@@ -197,7 +197,7 @@ def test_ranks_share_the_windows_that_are_missing(run, monkeypatch, flags, expec
     for w in range(0, 11, 2):
         (STORE / f"{w:06d}.npy").unlink()
     made = []
-    monkeypatch.setattr(embed.store, "write_window", lambda out, w, block: made.append(w))
+    monkeypatch.setattr(embed.store, "write_window", lambda out, meta, w, block: made.append(w))
     monkeypatch.setattr(embed, "wait_for_all", lambda *written: None)
     monkeypatch.setattr(embed, "ranks", lambda: 2)
     for rank, windows in enumerate(expected):
@@ -238,6 +238,20 @@ def test_other_settings_are_refused_by_name(run, setting, arguments):
     assert files_of("store") == files_of("new")
 
 
+@pytest.mark.parametrize("module, moment", [(embed, "write_table"), (embed.store, "write_window")])
+def test_a_run_ends_where_another_has_begun_another_store(run, monkeypatch, module, moment):
+    """It would take the other's windows for its own, or the other its."""
+    run("--out", "other", "--layer", 2)
+    usual = getattr(module, moment)
+
+    def late(*arguments):
+        shutil.copy("other/meta.json", "store")
+        usual(*arguments)
+    monkeypatch.setattr(module, moment, late)
+    assert "store/meta.json: made with llm: layer 2, now it is 1" in run("--out", "store", code=2)
+    assert not list(Path("store").glob("*.npy"))
+
+
 def test_captions_and_llm_may_move_but_not_change(run, byte_llm, monkeypatch):
     run("--out", "store")
     shutil.copytree(byte_llm, "llm")
@@ -256,8 +270,10 @@ def test_captions_and_llm_may_move_but_not_change(run, byte_llm, monkeypatch):
 def test_files_that_no_run_left_are_kept(run, name):
     Path("mine").mkdir()
     Path("mine", name).write_text("mine")
-    assert f"{name}: no run of embed.py left this here" in run("--out", "mine", code=2)
-    assert files_of("mine") == {name: b"mine"}
+    for flags in ([], ["--overwrite"]):
+        line = run("--out", "mine", *flags, code=2)
+        assert f"{name}: no run of embed.py left this here; choose another --out" in line
+        assert files_of("mine") == {name: b"mine"}
     Path("notes").mkdir()
     Path("notes/readme.txt").write_text("mine")
     run("--out", "notes")
