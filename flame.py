@@ -442,11 +442,11 @@ class TextProjection(nn.Module):
 
     A evens out directions, since two captions' states have a cosine of 0.9. A = rest * I + basis diag(gain)
     basis^T is closed-form and frozen (data/projection.py); of low rank, as eleven full 5120 x 5120 maps are
-    1.15 GB. M, [D, D] or of low rank, is trained with the image tower from zero on, for the columns in
-    `mapped`. The published recipe has neither.
+    1.15 GB. M, [D, D], is trained with the image tower from zero on, for the columns in `mapped`. The
+    published recipe has neither.
     """
 
-    def __init__(self, dim, rank=0, mapped=(), map_rank=0):
+    def __init__(self, dim, rank=0, mapped=()):
         super().__init__()
         self.register_buffer("mean", torch.zeros(len(COLUMNS), dim))
         self.register_buffer("basis", torch.zeros(len(COLUMNS), dim, rank))
@@ -454,9 +454,7 @@ class TextProjection(nn.Module):
         self.register_buffer("rest", torch.ones(len(COLUMNS)))
         self.mapped = list(mapped)  # of COLUMNS, indices
         if mapped:
-            self.up = nn.Parameter(torch.zeros(len(mapped), map_rank or dim, dim))
-        if mapped and map_rank:  # M = down up, else up is M
-            self.down = nn.Parameter(torch.randn(len(mapped), dim, map_rank) * dim ** -0.5)
+            self.map = nn.Parameter(torch.zeros(len(mapped), dim, dim))
 
     def forward(self, facets, columns):
         """[N, K, D], int [K] or [N, K] store columns -> [N, K, D] unit vectors."""
@@ -467,8 +465,7 @@ class TextProjection(nn.Module):
             u = x[columns == c]
             u = self.rest[c] * u + (u @ self.basis[c] * self.gain[c]) @ self.basis[c].T
             if c in self.mapped:
-                m = self.mapped.index(c)
-                u = u + (u @ self.down[m] if hasattr(self, "down") else u) @ self.up[m]
+                u = u + u @ self.map[self.mapped.index(c)]
             out[columns == c] = u
         return F.normalize(out, dim=-1)
 
@@ -477,8 +474,7 @@ class Flame(nn.Module):
     """The trained half: image tower (visual.*), projector (mm.*), text projection (text.*), scale and bias.
 
     config: image_size, patch_size, width, layers, heads, quick_gelu; text_dim (D), projector_hidden,
-    pool_first; text_rank, text_mapped, text_map_rank (of the text projection); columns (trained on); llm (of
-    the texts).
+    pool_first; text_rank, text_mapped (of the text projection); columns (trained on); llm (of the texts).
     """
 
     def __init__(self, config):
@@ -497,7 +493,7 @@ class Flame(nn.Module):
             nn.LayerNorm(D),
         )
         mapped = [COLUMNS.index(name) for name in config.get("text_mapped", ())]
-        self.text = TextProjection(D, config["text_rank"], mapped, config.get("text_map_rank", 0))
+        self.text = TextProjection(D, config["text_rank"], mapped)
         self.logit_scale = nn.Parameter(torch.tensor(float(np.log(10))))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # used by the sigmoid loss alone
 
@@ -522,7 +518,10 @@ class Flame(nn.Module):
         return self.text(facets.to(self.text.mean.device), columns)
 
     def preprocess(self, image: Image) -> torch.Tensor:
-        """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise."""
+        """PIL image -> [3, size, size]: RGB, shortest side to size (bicubic), centre crop, normalise.
+
+        Published code has RGB after the crop, which differs for pictures with a palette or transparent parts.
+        """
         w, h = image.size
         if max(w, h) > 100 * min(w, h):  # scaled up it would fill the memory
             raise ValueError(f"a picture of {w} x {h} pixels is too thin")

@@ -6,7 +6,6 @@ A fixed linear map, computed from the store, lets the image tower learn several 
 a small map can be trained with the image tower. The published recipe has neither.
 """
 import functools
-import re
 from collections import Counter
 from itertools import islice
 
@@ -22,23 +21,22 @@ SAMPLE = 32_768  # rows, spread over the store: several a dimension; at D = 5120
 
 
 def parse_projection(spec):
-    """"agree+linear:256" -> ("agree", 256). The trained map's rank is 0 for a full matrix, None without."""
-    match = re.fullmatch(r"(none|whiten|agree)(?:(\+linear)(?::([0-9]{1,4}))?)?", spec)
-    if not match:
+    """"agree+linear" -> ("agree", True): the closed form, and whether a map is trained after it."""
+    kind, plus, linear = spec.partition("+linear")
+    if kind not in ("none", "whiten", "agree") or linear:
         raise flame.InputError(f"--text-projection: {spec!r}; give none, whiten or agree, each also with "
-                               "+linear, or of low rank, +linear:256")
-    kind, linear, rank = match.groups()
-    return kind, int(rank or 0) if linear else None
+                               "+linear")
+    return kind, bool(plus)
 
 
 def text_config(spec, D, columns):
     """-> what flame.Flame's config says of texts. columns: names of those that are trained on."""
-    kind, map_rank = parse_projection(spec)
+    kind, linear = parse_projection(spec)
     # A map of the raw column, of few words which captions of other pictures share, costs a third of what is
     # found in words that training never had (tests/RESULTS.md).
-    mapped = [] if map_rank is None else [name for name in columns if not name.startswith("raw")]
+    mapped = [name for name in columns if linear and not name.startswith("raw")]
     return {"text_dim": D, "columns": columns, "text_rank": 0 if kind == "none" else min(RANK, D),
-            "text_mapped": mapped, "text_map_rank": map_rank or 0}
+            "text_mapped": mapped}
 
 
 @torch.no_grad()

@@ -204,7 +204,7 @@ def test_a_store_made_on_the_gpu(here, gpu, tmp_path, monkeypatch, device):
 
 
 @pytest.mark.parametrize("device, flags", [
-    ("cuda", "--loss sigmoid --text-projection none+linear:4"),
+    ("cuda", "--loss sigmoid --text-projection none+linear"),
     ("cuda:1", "--loss infonce --chunk 5 --text-projection agree+linear")])
 def test_training_on_the_gpu(here, gpu, device, flags):
     """The same losses as on the CPU."""
