@@ -33,6 +33,7 @@ import torch
 import flame
 from data import benchmarks, files
 from data.captions import read_table
+from data.checkpoint import identity
 from data.command import Parser, bar, number, run, usable_device
 from data.intervals import RECALL_AT, averaged, compare, named, scored, with_intervals
 from data.show import search, table
@@ -320,8 +321,6 @@ def settings(argv):
     parser = command_line()
     args = parser.parse_args(argv)
     args.how = BENCHMARKS.get(args.bench, CAPTIONS)
-    if args.checkpoint and args.checkpoint.name == "model.safetensors":     # one of ours is its folder
-        args.checkpoint = args.checkpoint.parent
     other = args.open_clip or args.checkpoint and args.checkpoint.is_file()     # the authors' is a file
     if args.facets and (other or args.how.score == score_classes):
         parser.error("--facets wants captions and a checkpoint of train.py's")
@@ -376,7 +375,8 @@ def evaluate(args, name, towers, *data):
         trained = trained_facets(towers.model, shown.prompts)
         scores["facets"] = ablation(facets, shown.image, shown.owner, shown.prompts, trained)
     # pictures by the names of their files: folders may differ
-    queries = re.sub("path='[^']*/", "'", repr([name, args.split, data, shown and shown.pictures]))
+    queries = re.sub(r"path=(['\"]).*?([^/]*)\1, offset", r"\2",
+                     repr([name, args.split, data, scores["skipped_images"], shown and shown.pictures]))
     return report(args, name, queries, scores, shown)
 
 
@@ -407,9 +407,11 @@ def report(args, name, queries, scores, shown=None):
 def count_trained(texts, checkpoint):
     """How many of the texts training's captions have too; None where its store is not there."""
     with suppress(Exception):
-        store = flame.read_json(Path(checkpoint, "config.json"))["store"]["path"]
-        trained = set(texts).intersection(chain.from_iterable(read_table(Path(store, "captions.tsv"))))
-        return sum(text in trained for text in texts)
+        record = flame.read_json(Path(checkpoint, "config.json"))["store"]
+        store = flame.open_store(record["path"])
+        if identity(store) == record["identity"]:   # else another was made there since
+            trained = set(texts).intersection(chain.from_iterable(read_table(store.path / "captions.tsv")))
+            return sum(text in trained for text in texts)
 
 
 if __name__ == "__main__":

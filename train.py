@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,13 +93,11 @@ def in_blocks(function, image, text):
 
 # ---------------------------------------------------------------------------------------------------------
 # Every setting: its value for the demo and for CC3M, the values it may have, what it is. Each is also a flag.
-# cc3m is the paper's recipe for CC3M with ViT-B/16 (appendix and released training script). yfcc15m is the
-# same for fewer epochs (our choice), as the released scripts give no other values. demo is ours, chosen on
-# the demo's validation split. ViT-L/14 is --patch-size 14 --width 1024 --layers 24 --heads 16.
+# cc3m is the paper's recipe for CC3M with ViT-B/16 (appendix and released training script), for YFCC15M too,
+# of which no other values are published. demo is ours, chosen on the demo's validation split. ViT-L/14 is
+# --patch-size 14 --width 1024 --layers 24 --heads 16.
 
-PRESETS = ("demo", "cc3m", "yfcc15m")
-YFCC15M = {"epochs": 25.0}
-FEW = 20_000  # images; below them the demo's preset is the default: a large tower learns so few by heart
+FEW = 20_000  # rows; below them the demo's preset is the default: a large tower learns so few by heart
 count = functools.partial(command.number, int)
 real = functools.partial(command.number, float)
 SETTINGS = {
@@ -114,7 +113,7 @@ SETTINGS = {
     "projector_hidden": (0,         4096,        count(0, 131_072),    "its width; at least the LLM's"),
     "pool_first":       (True,      False,       bool,                 "average patches, then project"),
     "loss":             ("infonce", "sigmoid",   tuple(LOSSES),        "both with several positives"),
-    "text_projection":  ("agree+linear", "none", str,                  "none|whiten|agree[+linear[:RANK]]"),
+    "text_projection":  ("agree+linear", "none", str,                  "none|whiten|agree[+linear]"),
     "positives":        (6,         6,           count(1, 11),         "embeddings an image meets in a step"),
     "raw_always":       (True,      False,       bool,                 "the raw caption's is one of them"),
     "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
@@ -173,6 +172,7 @@ def train(args, s):
     with files.alone(out) if rank() == 0 else contextlib.nullcontext():
         pictures = pictures_of(store, args.images, out)
         settle(s, len(pictures[0]), len(columns), store.meta["D"])
+        s["rows_crc32"] = zlib.crc32(pictures[0])  # a run does not go on with other pictures
         if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
             say("text projection: whiten, as a picture has one caption, which would agree with itself")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
@@ -217,7 +217,7 @@ def pictures_of(store, folder, out):
 
 def settle(s, images, columns, D):
     """Fills in the settings that depend on the data."""
-    s["images"] = images  # so that a run does not go on with others
+    s["images"] = images
     if s["batch"] > images:
         s["batch"] = images // ranks() * ranks()
     if s["batch"] % ranks() or not s["batch"]:
@@ -340,8 +340,9 @@ def take_steps(run, start):
                 if rank() == 0:
                     checkpoint.begin(out, start)
                 wait_for_all()
+                listed = progress.listed_pictures(out)
             if taken or start:
-                progress.note_skipped(out, failures)
+                progress.note_skipped(out, failures, listed)
                 failures.clear()
             elif due:
                 raise InputError(f"{out}: no picture of {step + 1} steps could be read (first: key "
@@ -467,7 +468,7 @@ def read_arguments(argv):
     add = parser.add_argument
     add("--embeddings", metavar="DIR", help="the store (default: newest finished one under data/embeddings)")
     add("--images", metavar="DIR", help="root of pictures or tars (default: where the captions file lies)")
-    add("--preset", choices=PRESETS, help=f"default: demo below {FEW:,} images, else cc3m")
+    add("--preset", choices=("demo", "cc3m"), help=f"default: demo below {FEW:,} rows, else cc3m")
     add("--name", help="checkpoint goes to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--overwrite", action="store_true", help="throw away what is at out/NAME and start anew")
@@ -484,13 +485,10 @@ def read_arguments(argv):
     args.embeddings = args.embeddings or newest_store()
     args.preset = args.preset or ("demo" if len(flame.open_store(args.embeddings)) < FEW else "cc3m")
     s = {name: row[args.preset != "demo"] for name, row in SETTINGS.items()}
-    s |= YFCC15M if args.preset == "yfcc15m" else {}
     s |= {name: value for name, value in vars(args).items() if name in s and value is not None}
     for part, size in (("heads", "width"), ("patch_size", "image_size")):
         if s[size] % s[part]:
             raise InputError(f"--{part} {s[part]} must divide --{size} {s[size]}".replace("_", "-"))
-    if s["lock_image"] and not s["image_tower"]:
-        raise InputError("--lock-image: a ViT of random weights would stay so; give --image-tower too")
     parse_projection(s["text_projection"])
     return args, s
 

@@ -131,7 +131,8 @@ def xm3600(root):
 def imagefolder(root, about=None):
     """<class>/<picture>. Names and templates lie in `about`, or beside the folders, as webdataset() has them;
     without classnames.txt the folders have the names."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = sorted(path for path in root.iterdir()
+                     if path.is_dir() and not path.name.startswith("."))
     names = [folder.name.replace("_", " ") for folder in folders]
     templates = ["a photo of a {}."]
     about = about or root
@@ -171,7 +172,7 @@ def webdataset(root, split):
     classes = (root / "classnames.txt").exists()
     samples = []
     skipped = {}
-    for tar in sorted((root / split).glob("*.tar"), key=lambda path: (len(path.stem), path.stem)):
+    for tar in sorted((root / split).glob("*.tar")):
         with reading(tar, CURE), open(tar, "rb") as file:
             for _, _, parts in tar_samples(tar, skipped):
                 offset, size = parts[".cls" if classes else ".txt"]

@@ -110,7 +110,8 @@ def write_array(path, array):
 
 
 def write_text(path, text):
-    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    """In UTF-8; of a file's name that is none, the bytes that it has."""
+    write(path, lambda temporary: temporary.write_text(text, "utf-8", "surrogateescape", "\n"))
 
 
 def write_json(path, value):
@@ -120,5 +121,5 @@ def write_json(path, value):
 
 def append(path, text):
     """Adds text to a file of ours."""
-    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+    with disk_errors(path), open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from data.files import write
 from data.sources import PICTURES, source_files
@@ -24,6 +24,7 @@ KEPT = 1 << 28     # bytes of decoded pictures that a loader's process keeps: of
 LOOKED_AT = 1000   # pictures that stand for all of them where it is asked whether they are there
 SHUFFLE = 50_000   # pictures are put off at most: several tars are mixed, each is still read nearly in order
 DRAWS = 22         # numbers that fix a crop: two for its place, two for each of ten tries to fit it in
+EpsImagePlugin.gs_binary = False  # a stranger's PostScript, whatever its name, would run, and may never end
 
 
 # ------------------------------------------------------------------------------------------------------------

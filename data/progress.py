@@ -1,6 +1,5 @@
 """What a training run tells: the bar, log.jsonl, and which pictures it had to leave out."""
 import json
-import math
 import sys
 from contextlib import suppress
 
@@ -17,7 +16,6 @@ def log_step(run, entry, bar):
     entry["bias"] = run.model.logit_bias.item()
     bar.set_postfix_str("loss {loss:.3f}, scale {scale:.1f}, {images_per_s:.0f} images/s, waited for data "
                         "{waited:.1%} of the time".format(**entry), refresh=False)
-    entry |= {name: round(value, 5) for name, value in entry.items() if name != "lr"}
     files.append(run.out / "log.jsonl", json.dumps(entry) + "\n")
 
 
@@ -27,25 +25,33 @@ def earlier_log(out, start):
     for line in lines_of(out / "log.jsonl"):
         with suppress(Exception):
             entry = json.loads(line)
-            if entry["step"] < start and math.isfinite(entry["loss"]):
+            if entry["step"] < start and entry["loss"] < 1e9:  # nor NaN
                 lines.append(json.dumps(entry) + "\n")
     return lines
 
 
 def lines_of(path):
-    return path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+    return path.read_text("utf-8", "surrogateescape").splitlines(keepends=True) if path.is_file() else []
 
 
-def note_skipped(out, failed):
-    """[(key, why)] -> a line each in skipped.txt, once, whichever rank and epoch met it."""
-    path = out / "skipped.txt"
-    if failed:
-        known = {line.split("\t")[0] for line in lines_of(path)}
-        files.append(path, "".join(f"{key}\t{why}\n" for key, why in failed if key not in known))
+def listed_pictures(out):
+    """{key: its line in skipped.txt}"""
+    return {line.split("\t")[0]: line for line in lines_of(out / "skipped.txt")}
+
+
+def note_skipped(out, failed, listed):
+    """[(key, why)] -> a line each in skipped.txt, once a rank, whichever epoch met it.
+
+    listed: what listed_pictures() gave and this rank added; the file may be too long to be read each time
+    """
+    new = {key: f"{key}\t{why}\n" for key, why in failed if key not in listed}
+    if new:
+        files.append(out / "skipped.txt", "".join(new.values()))
+        listed |= new
 
 
 def tell_skipped(out):
-    skipped = lines_of(out / "skipped.txt")
-    if skipped:
-        print(f"skipped {len(skipped)} unreadable pictures, listed in {out}/skipped.txt, the first: "
-              f"{skipped[0].strip()}", file=sys.stderr)
+    listed = listed_pictures(out)
+    if listed:
+        print(f"skipped {len(listed)} unreadable pictures, listed in {out}/skipped.txt, the first: "
+              f"{[*listed.values()][0].strip()}", file=sys.stderr)

@@ -91,6 +91,7 @@ def tree_imagefolder(root):
     for name in NAMES:
         for i in range(3):
             picture(root / f"{name}/{i}.png", name)
+    (root / ".cache").mkdir()   # of whoever looked there: no class
 
 
 def tree_imagenet(root):

@@ -11,6 +11,7 @@
 """
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import embed
 import flame
-from data.pictures import Place, open_picture
+from data.pictures import Place, open_picture, pictures_in
 from data.show import look, page, search, sheet, words
 from data.store import llm_fingerprint
 from data.towers import OpenClip, Towers, encode_facets, encode_images, encode_texts
@@ -70,12 +71,16 @@ def ranked(world, vector):
 
 def test_vectors_of_a_folder_are_the_towers_and_paths_lie_beside(world, tmp_path):
     args, places, towers = world
+    folder = shutil.copytree(Path(places[0].path).parent, tmp_path / "copy")
+    (folder / Path(places[11].path).name).rename(folder / "last\none.png")
+    places = pictures_in(folder)
     image, kept = encode_images(towers, places)
+    paths = [places[i].path.replace("\n", " ") for i in kept]
     for name in ("out.npy", "out.1"):
         search.search(SimpleNamespace(**vars(args) | {"vectors": tmp_path / name}), places, towers)
         written = tmp_path / f"{name.removesuffix('.npy')}.npy"
         assert np.array_equal(np.load(written), image) and len(image) == 12
-        assert written.with_suffix(".txt").read_text().splitlines() == [places[i].path for i in kept]
+        assert written.with_suffix(".txt").read_text().splitlines() == paths
 
 
 def test_a_picture_that_failed_for_a_moment_is_there_the_next_time(world, tmp_path, monkeypatch):

@@ -306,12 +306,12 @@ def test_a_store_that_does_not_say_of_which_captions_it_is(folder):
 SETTINGS = {
     TRAIN: "image-size=0 image-size=17 patch-size=7 patch-size=64 width=nan width=0 heads=0 heads=5 "
            "layers=9999 loss=softmax text-projection=whitening text-projection=agree:0.1 "
-           "text-projection=raw=agree text-projection=whiten+linear:-1 init=zeros pool-first=y positives=0 "
+           "text-projection=raw=agree text-projection=whiten+linear:8 init=zeros pool-first=y positives=0 "
            "positives=12 columns=long.9 batch=-4 batch=0 chunk=0 epochs=inf epochs=-1 steps=1e3 lr=1e400 "
            "lr=nan lr=-1 lr=much init-scale=0 crop-scale=1.1 patch-dropout=1 patch-dropout=nan workers=-1 "
            "seed=-1 seed=1.0 preset=huge device=cuda:99 device=foo embeddings=nowhere embeddings=images "
            "images=nowhere image-tower=captions.tsv image-tower=nowhere image-tower=llm/model.safetensors "
-           "lock-image=5 no-such=1",
+           "no-such=1",
     EMBED: "captions=nowhere.tsv captions=images/x-{5..2}.tar captions=/dev/zero join=foo=captions.tsv "
            "join=long= join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps device=meta "
            "device=cuda:99 window=0 shard=3/2 shard=x inspect=nowhere out=captions.tsv",
@@ -368,6 +368,9 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["array.npy"]
+    files.write_text(tmp_path / "names.txt", "f\udcfcr\n")  # a file's name may be no UTF-8
+    files.append(tmp_path / "names.txt", "f\udcfcr\n")
+    assert (tmp_path / "names.txt").read_bytes() == b"f\xfcr\n" * 2
 
 
 SIZES = [(command, size) for command in (EMBED, TRAIN, SCORE) for size in (0, 1_000)]

@@ -48,7 +48,7 @@ def serve(args, places, image, towers, left_out=0):
     towers.encoder()    # the LLM is read now, not while somebody waits
     by_text, by_picture, by_click = answers(gradio, args, places, image, towers._replace(cache=None))
     about = f"{len(image):,} pictures of {args.images}, {left_out} cannot be read"
-    page = {"title": "FLAME", "fill_width": True, "delete_cache": (3600, 3600), "analytics_enabled": False}
+    page = {"title": "FLAME", "fill_width": True, "delete_cache": (1800, 1800), "analytics_enabled": False}
     with gradio.Blocks(**page) as blocks:
         gradio.HTML(f"<b>FLAME</b> {escape(printable(about))}", elem_id="head")
         with gradio.Row(elem_id="ask"):

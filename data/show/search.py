@@ -23,7 +23,7 @@ def search(args, places, towers):
     if args.vectors:
         name = str(args.vectors).removesuffix(".npy")
         files.write_array(f"{name}.npy", image)
-        files.write_text(f"{name}.txt", "".join(f"{place.path}\n" for place in places))
+        files.write_text(f"{name}.txt", "".join(place.path.replace("\n", " ") + "\n" for place in places))
         return print(f"-> {name}.npy: {image.shape}, and the paths as .txt")
     if not args.search:
         return page.serve(args, places, image, towers, left_out).block_thread()
