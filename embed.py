@@ -216,7 +216,8 @@ def command_line():
         help="of the matrix products (default bfloat16 where it is fast; float16 as in the released code)")
     add("--window", metavar="ROWS", type=number(int, 1, 1 << 16),
         help="rows of a window, at most lost by a crash (default 256 on CPU, 8192 on GPU)")
-    add("--overwrite", action="store_true", help="throw away what is at --out and start anew")
+    add("--overwrite", action="store_true",
+        help="throw away the store at --out, its pictures/ too, and start anew")
     add("--shard", metavar="i/n", type=shard, default=(0, 1),
         help="make every n-th window only, from the i-th on (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; in one "
         "folder, or in folders that are then copied together")

@@ -574,6 +574,8 @@ def reading(path, cure=ANEW):
 def explained(error):
     """What an exception says, in one line of at most 200 characters."""
     text = getattr(error, "strerror", None) or str(error)
+    if text == "Query interrupted":  # how DuckDB hands on Ctrl-C
+        raise KeyboardInterrupt
     if isinstance(error, KeyError):
         text = f"no {text}"
     elif not text or not isinstance(error, (OSError, ValueError, RuntimeError)):

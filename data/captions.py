@@ -136,8 +136,6 @@ def write_table(path, captions, joins):
                   f"missing the row's best is asked{left_out}")
             database.execute(COPY, {"path": str(path)})
     except (duckdb.Error, RuntimeError) as error:
-        if "interrupted" in str(error):  # Ctrl-C
-            raise KeyboardInterrupt from None
         raise InputError(f"{path}: {explained(error)}; free space there and try again") from None
 
 
@@ -169,8 +167,8 @@ def check_join(database, captions, field):
 def load(database, scratch, source, skipped, field=""):
     """Appends a source's rows to the table `loaded`, in their order. -> its columns, a dict
 
-    field: the prompt set of a join. Its caption is the column named as the set; without one, the first that
-    has texts and is neither key nor picture, as "minicpm" in the recaptioned releases.
+    field: the prompt set of a join. Its caption is the column named as the set; without one, the first, of
+    neither keys nor pictures, that has texts in the first 1,000 rows: "minicpm" in the recaptioned releases.
     """
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()

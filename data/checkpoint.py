@@ -90,7 +90,7 @@ def begin(out, start):
 def newest_checkpoint(folder=Path("out")):
     """The finished checkpoint under `folder` that was written last. InputError if there is none."""
     cure = "mend it, remove its folder, or name another checkpoint with --checkpoint"
-    for path in sorted(folder.rglob("config.json"), key=os.path.getmtime, reverse=True):
+    for path in sorted(folder.glob("*/**/config.json"), key=os.path.getmtime, reverse=True):
         with reading(path, cure):
             record = read_json(path, cure)
             if record["step"] == record["training"]["steps"]:  # else a run still training

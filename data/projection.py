@@ -3,7 +3,7 @@
 An LLM's facet states are strongly anisotropic: two captions' states for one facet have a mean cosine of 0.9.
 A fixed linear map, computed from the store, lets the image tower learn several times faster at no cost:
 "whiten" evens the states out, "agree" keeps what captions of one picture have in common. After it, "+linear",
-a small map can be trained with the image tower. The published recipe has neither.
+a map can be trained with the image tower. The published recipe has neither.
 """
 import functools
 from collections import Counter
@@ -22,11 +22,11 @@ SAMPLE = 32_768  # rows, spread over the store: several a dimension; at D = 5120
 
 def parse_projection(spec):
     """"agree+linear" -> ("agree", True): the closed form, and whether a map is trained after it."""
-    kind, plus, linear = spec.partition("+linear")
-    if kind not in ("none", "whiten", "agree") or linear:
+    kind, linear, rest = spec.partition("+linear")
+    if kind not in ("none", "whiten", "agree") or rest:
         raise flame.InputError(f"--text-projection: {spec!r}; give none, whiten or agree, each also with "
                                "+linear")
-    return kind, bool(plus)
+    return kind, bool(linear)
 
 
 def text_config(spec, D, columns):

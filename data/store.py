@@ -113,5 +113,5 @@ def window_starts(table, window):
 
 def write_window(out, meta, w, block):
     """block: float16 [rows, 11, D] of unit vectors, made with the settings in meta."""
-    check_settings(out, meta)  # --overwrite may have begun another store here
+    check_settings(out, meta)  # --overwrite may have begun another store here, if not in this very moment
     files.write_array(window_file(out, w), block)

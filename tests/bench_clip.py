@@ -379,7 +379,7 @@ def main():
     parser.add_argument("--split", choices=("test", "val"), default="test")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the one that was chosen)")
     parser.add_argument("--shares", type=float, nargs=3, default=(1, 3, 7), metavar=("RAW", "SHORT", "LONG"),
-                        help="of the captions that CLIP is shown (1 3 7, the published recipe's)")
+                        help="of captions that CLIP is shown (1 3 7, as published); with an --out of its own")
     parser.add_argument("--table", action="store_true", help="only print the table and draw the figure")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -209,9 +209,9 @@ def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, m
     assert score("a") == 0
     monkeypatch.setattr(ColourWords, "lies", {"red": "green"})
     shutil.rmtree(tmp_path / "a/cache")     # the lie is the LLM's
-    shutil.copytree(tmp_path / "photos", tmp_path / "moved/photos")
-    shutil.copy(tmp_path / "mine.tsv", tmp_path / "moved")
-    assert colours("mine", "--captions", "moved/mine.tsv", "--out", "b")[0] == 0    # folders may differ
+    shutil.copytree(tmp_path / "photos", tmp_path / "it's/photos")
+    shutil.copy(tmp_path / "mine.tsv", tmp_path / "it's")
+    assert colours("mine", "--captions", "it's/mine.tsv", "--out", "b")[0] == 0    # folders may differ
     capsys.readouterr()
     assert colours("", "--compare", "a/mine.json", "b/mine.json")[0] == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("text_to_image"))
@@ -228,10 +228,10 @@ def test_two_results_are_compared_on_the_same_queries_alone(colours, tmp_path, m
     assert "a/mine.json and b/mine.json: of other queries" in refusal(capsys)
     put(tmp_path / "b/mine.npz", "none")
     assert colours("", "--compare", "a/mine.json", "b/mine.json")[0] == 2 and "mine.npz" in refusal(capsys)
-    TREES["imagefolder"](tmp_path / "it's")
+    TREES["imagefolder"](tmp_path / "walls")
     for out in ("a", "b"):      # in the first a picture more can be read
-        assert colours("imagefolder", "--data-root", "it's", "--out", out)[0] == 0
-        put(tmp_path / "it's/red/1.png", "none")
+        assert colours("imagefolder", "--data-root", "walls", "--out", out)[0] == 0
+        put(tmp_path / "walls/red/1.png", "none")
     capsys.readouterr()
     assert colours("", "--compare", "a/imagefolder.json", "b/imagefolder.json")[0] == 2
     assert "of other queries" in refusal(capsys)
