@@ -1,7 +1,7 @@
 """The processes that torchrun starts, the ranks: which one this is, and what they say to one another."""
 import atexit
-import datetime
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ def start_ranks(name):
     device = command.usable_device(name)
     if ranks() > 1:  # rank 0 alone joins captions and unpacks pictures, for hours; who waits is not ended
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+        dist.init_process_group(backend, timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)  # else its threads now and then abort a finished process
     return device
 

@@ -37,9 +37,10 @@ def begin(out, settings, make_table, overwrite):
     """
     meta = out / "meta.json"
     table = out / "captions.tsv"
-    begun = meta.exists()
-    for path in [] if begun else [*out.glob(table.name), *out.glob(WINDOWS)]:
-        raise InputError(f"{path}: no run of embed.py left this here; choose another --out")
+    earlier = [*out.glob(table.name), *out.glob(WINDOWS)]
+    begun = meta.exists()  # looked for last: another run writes it first
+    if earlier and not begun:
+        raise InputError(f"{earlier[0]}: no run of embed.py left this here; choose another --out")
     if begun and not overwrite:
         recorded = check_settings(out, settings)
         if table.exists():
