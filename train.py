@@ -324,19 +324,20 @@ def take_steps(run, start):
         worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
     if start == s["steps"] and rank() == 0:  # killed between training.pt and the rest of its last checkpoint
         checkpoint.save(run, start)
+    loaded = enumerate(loader, start)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in whatever line is running
     waited, stop, taken, failures = 0.0, False, 0, []
     begun = clock = time.time()
     with command.bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
                      disable=rank() > 0) as bar:
-        for step, (batch, failed) in enumerate(loader, start):
+        for step, (batch, failed) in loaded:
             waited += time.time() - clock
             loss, stop = take_step(run, step, batch)
             taken += loss is not None
             failures += failed
             due = stop or step + 1 == s["steps"] or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
-            resumed = step == start > 0
             first_learnt = taken == 1 and loss is not None
-            if resumed or first_learnt:  # what was there is not touched before
+            if step == start > 0 or first_learnt:  # what was there is not touched before
                 if rank() == 0:
                     checkpoint.begin(out, start)
                 wait_for_all()
@@ -453,7 +454,6 @@ def outlive_sigterm(worker):
 @atexit.register
 def end_loaders():
     """A rank that fails leaves loaders to Python, which ends them by SIGTERM and would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would complain of their end
     for loader in multiprocessing.active_children():
         loader.kill()
 
