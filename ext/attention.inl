@@ -1,187 +1,188 @@
-// Attention over the forest. A piece of work is a tile of queries and a KV head; its rows are the queries x
-// the query heads of that KV head, so that each loaded key serves them all. For a group of rows and a block
-// of keys there are two products:
-//   S^T = K Q^T          lanes over rows: no horizontal step in the softmax
-//   O = alpha O + P V    lanes over head_dim
-// The softmax is online and in base 2.
+// Attention over the forest. A work item is a tile and a KV head. Its rows are the tile's queries x the query
+// heads of the KV head's group, so each loaded key serves the whole group. For each block of rows and keys:
+//   S^T = K Q^T          SIMD lanes are rows, so softmax needs no horizontal reduction
+//   O = alpha O + P V    SIMD lanes are elements of head_dim
 
-// A row of `dim` elements as units, zeros from there to `units`, a multiple of 16.
+// Convert a row of `dim` elements to `words` words (a multiple of 16), padded with zeros.
 template <Math M, class T>
-TARGET inline void to_units(const T* from, int dim, uint32_t* to, int units) {
-  if (M == FLOATS)
-    for (int i = 0; i < units; i += WIDTH) store((float*)to + i, get(from + i, dim - i));
-  else std::fill(std::copy_n(from, dim, (T*)to), (T*)(to + units), T{});
+TARGET inline void to_words(const T* from, int dim, uint32_t* to, int words) {
+  if (M == FP32)
+    for (int i = 0; i < words; i += WIDTH) store((float*)to + i, get(from + i, dim - i));
+  else std::fill(std::copy_n(from, dim, (T*)to), (T*)(to + words), T{});
 }
 
-// Values of n keys as a right operand [keys / per_unit, width], zeros behind them.
+// Convert the values of n keys to a right operand [keys / per_word, padded_dim], padded with zeros.
 template <Math M, class T>
-TARGET inline void to_value_units(const T* from, int64_t stride, int n, int dim, uint32_t* to, int width) {
-  static const T zeros[MAX_DIM] = {};
-  const auto key = [&](int j) { return j < n ? from + j * stride : zeros; };
-  for (int j = 0; j < round_up(n, key_block(M)); j += per_unit(M), to += width) {
-    const auto *even = (const uint16_t*)key(j), *odd = (const uint16_t*)key(j + 1);
-    if (M == FLOATS) to_units<FLOATS>(key(j), dim, to, width);
-    else for (int i = 0; i < width; ++i) to[i] = i < dim ? even[i] | (uint32_t)odd[i] << 16 : 0;
+TARGET inline void values_to_words(const T* v, int64_t stride, int n, int dim, uint32_t* to, int padded_dim) {
+  static const T zeros[MAX_HEAD_DIM] = {};
+  const auto value = [&](int j) { return j < n ? v + j * stride : zeros; };
+  for (int j = 0; j < round_up(n, key_multiple(M)); j += per_word(M), to += padded_dim) {
+    const auto *even = (const uint16_t*)value(j), *odd = (const uint16_t*)value(j + 1);
+    if (M == FP32) to_words<FP32>(value(j), dim, to, padded_dim);
+    else for (int i = 0; i < padded_dim; ++i) to[i] = i < dim ? even[i] | (uint32_t)odd[i] << 16 : 0;
   }
 }
 
-// A step for WIDTH rows: scores s of `keys` keys -> units p of their weights, zeros behind them. maximum and
-// total are the rows' so far; alpha gets what earlier sums are to be multiplied by.
+// Run a step of online softmax, in base 2, for WIDTH rows. Convert the scores s of `keys` keys to words p of
+// unnormalized probabilities, padded with zeros. Update row_max and row_sum. Set alpha, which rescales O.
 template <Math M>
-TARGET inline void softmax(const float* s, int keys, float scale, float* p, float* maximum, float* total,
+TARGET inline void softmax(const float* s, int keys, float scale, float* p, float* row_max, float* row_sum,
                            float* alpha) {
-  const vec before = load(maximum);
-  vec now = before, added{};
+  const vec old_max = load(row_max);
+  vec new_max = old_max, block_sum{};
   for (int j = 0; j < keys; ++j) {
-    const vec x = load(s + j * GROUP);
-    now = x > now ? x : now;
+    const vec x = load(s + j * ROW_BLOCK);
+    new_max = x > new_max ? x : new_max;
   }
   const vec log2_scale = splat(scale * 1.44269504f);
-  const vec base = now == splat(-INFINITY) ? vec{} : now * log2_scale;  // nothing seen yet: no -inf - -inf
+  const vec base = new_max == splat(-INFINITY) ? vec{} : new_max * log2_scale;  // avoids -inf - -inf = NaN
   int j = 0;
-  for (; j < keys; j += per_unit(M), p += GROUP) {
-    const vec even = exp2_of<M != FLOATS>(load(s + j * GROUP) * log2_scale - base);
-    const bool paired = M != FLOATS && j + 1 < keys;
-    const vec odd = paired ? exp2_of<M != FLOATS>(load(s + (j + 1) * GROUP) * log2_scale - base) : vec{};
-    added += even + odd;
+  for (; j < keys; j += per_word(M), p += ROW_BLOCK) {
+    const vec even = fast_exp2<M != FP32>(load(s + j * ROW_BLOCK) * log2_scale - base);
+    const bool paired = M != FP32 && j + 1 < keys;
+    const vec odd = paired ? fast_exp2<M != FP32>(load(s + (j + 1) * ROW_BLOCK) * log2_scale - base) : vec{};
+    block_sum += even + odd;
     const uvec low = ((uvec)even + 0x8000) >> 16, high = ((uvec)odd + 0x8000) & 0xffff0000;  // rounds half up
-    store(p, M == FLOATS ? even : (vec)(low | high));
+    store(p, M == FP32 ? even : (vec)(low | high));
   }
-  for (; j < round_up(keys, key_block(M)); j += per_unit(M), p += GROUP) store(p, vec{});
-  const vec factor = exp2_of<false>(before * log2_scale - base);
-  store(alpha, factor);
-  store(maximum, now);
-  store(total, load(total) * factor + added);
+  for (; j < round_up(keys, key_multiple(M)); j += per_word(M), p += ROW_BLOCK) store(p, vec{});
+  const vec rescale = fast_exp2<false>(old_max * log2_scale - base);
+  store(alpha, rescale);
+  store(row_max, new_max);
+  store(row_sum, load(row_sum) * rescale + block_sum);
 }
 
 template <class T>
-struct Work {
-  static constexpr Math M = sizeof(T) == 4 ? FLOATS : BF16_MATH;
-  static constexpr int PER = per_unit(M);
+struct TileAttention {
+  static constexpr Math M = sizeof(T) == 4 ? FP32 : BF16_MATH;
+  static constexpr int PER_WORD = per_word(M);
   const Attention& a;
   const Tile* tile;
   const int kv_head;
   float* const scratch;
-  const int share = a.heads / a.kv_heads, rows = (tile[1].query - tile[0].query) * share;
-  const int padded = (int)round_up(rows, GROUP);
-  const int units = (int)round_up(a.dim, 16 * PER) / PER;  // of a row of Q or K
-  const int width = (int)round_up(a.dim, 16);              // of a row of O
-  int64_t floats = 0;                                      // of scratch
-  float* const s = take((KEYS + PAST) * GROUP);                     // [KEYS + PAST, GROUP]
-  float* const p = M == FLOATS ? s : take(KEYS / PER * GROUP);      // [KEYS / PER, GROUP]
-  float* const o = take((int64_t)padded * width);                   // [padded, width]
-  float* const maximum = take(padded);
-  float* const total = take(padded);
-  uint32_t* const q = (uint32_t*)take((int64_t)padded * units);     // [units, padded]
-  uint32_t* const k_copy = (uint32_t*)take((KEYS + PAST) * units);  // [KEYS + PAST, units]
-  uint32_t* const v_copy = (uint32_t*)take(KEYS / PER * width);     // [KEYS / PER, width]
-  int32_t* const q_segment = (int32_t*)take(padded);
-  int32_t* const q_depth = (int32_t*)take(padded);
+  const int group_size = a.heads / a.kv_heads, rows = (tile[1].first_query - tile->first_query) * group_size;
+  const int padded_rows = (int)round_up(rows, ROW_BLOCK);
+  const int words = (int)round_up(a.head_dim, 16 * PER_WORD) / PER_WORD;  // per row of Q and K
+  const int padded_dim = (int)round_up(a.head_dim, 16);                   // floats per row of O
+  int64_t allocated = 0;                                                  // floats of scratch in use
+  float* const s = allocate((KEY_BLOCK + OVERREAD) * ROW_BLOCK);                // [KEY_BLOCK + .., ROW_BLOCK]
+  float* const p = M == FP32 ? s : allocate(KEY_BLOCK / PER_WORD * ROW_BLOCK);  // [.. / PER_WORD, ROW_BLOCK]
+  float* const o = allocate((int64_t)padded_rows * padded_dim);                 // [padded_rows, padded_dim]
+  float* const row_max = allocate(padded_rows);
+  float* const row_sum = allocate(padded_rows);
+  uint32_t* const q = (uint32_t*)allocate((int64_t)padded_rows * words);         // [words, padded_rows]
+  uint32_t* const k_copy = (uint32_t*)allocate((KEY_BLOCK + OVERREAD) * words);  // [KEY_BLOCK + .., words]
+  uint32_t* const v_copy = (uint32_t*)allocate(KEY_BLOCK / PER_WORD * padded_dim);  // [.. / .., padded_dim]
+  int32_t* const q_segment = (int32_t*)allocate(padded_rows);
+  int32_t* const q_depth = (int32_t*)allocate(padded_rows);
 
-  float* take(int64_t n) {  // on cache lines
-    const uintptr_t part = (uintptr_t)scratch + 4 * floats;
-    floats += round_up(n, 16);
-    return (float*)part;
+  float* allocate(int64_t floats) {  // aligned to cache lines
+    const uintptr_t address = (uintptr_t)scratch + 4 * allocated;
+    allocated += round_up(floats, 16);
+    return (float*)address;
   }
 
-  T* elements(const Rows& x, int r) const {  // of Q or of the result
-    return (T*)x.at + (tile->query + r / share) * x.stride + (kv_head * share + r % share) * a.dim;
+  T* row_data(const Rows& x, int r) const {  // x: Q or the output
+    const int head = kv_head * group_size + r % group_size;
+    return (T*)x.data + (tile->first_query + r / group_size) * x.stride + head * a.head_dim;
   }
 
-  TARGET void begin() {
-    for (int r = 0; r < padded; r += 16) {  // rows past the end repeat the last one
+  TARGET void load_queries() {
+    for (int r = 0; r < padded_rows; r += 16) {  // padding rows repeat the last row
       for (int i = 0; i < 16; ++i)
-        to_units<M>(elements(a.q, std::min(r + i, rows - 1)), a.dim, k_copy + i * units, units);
-      for (int u = 0; u < units; u += 16) transpose(k_copy + u, units, q + (int64_t)u * padded + r, padded);
+        to_words<M>(row_data(a.q, std::min(r + i, rows - 1)), a.head_dim, k_copy + i * words, words);
+      for (int w = 0; w < words; w += 16)
+        transpose(k_copy + w, words, q + (int64_t)w * padded_rows + r, padded_rows);
     }
-    for (int r = 0; r < padded; ++r) {
-      const Token& token = a.plan.token[tile->query + std::min(r, rows - 1) / share];
+    for (int r = 0; r < padded_rows; ++r) {
+      const Token& token = a.plan.token[tile->first_query + std::min(r, rows - 1) / group_size];
       q_segment[r] = token.segment;
       q_depth[r] = token.depth;
-      maximum[r] = -INFINITY;
-      total[r] = 0;
+      row_max[r] = -INFINITY;
+      row_sum[r] = 0;
     }
-    std::fill_n(o, padded * width, 0.f);
+    std::fill_n(o, padded_rows * padded_dim, 0.f);
   }
 
-  // All rows take in the n keys from packed token `start` on.
-  TARGET void take_in(int64_t start, int n, bool masked) {
-    const T* k = (const T*)a.k.at + start * a.k.stride + kv_head * a.dim;
-    const T* v = (const T*)a.v.at + start * a.v.stride + kv_head * a.dim;
-    const bool k_in_place = sizeof(T) * PER == 4 && a.dim == units * PER && a.k.stride % PER == 0;
-    Units keys{(const uint32_t*)k, a.k.stride / PER, 1}, values{(const uint32_t*)v, a.v.stride, 1};
-    if (!k_in_place || start + n + PAST > a.plan.tokens) {  // past the packed row's end there is no memory
-      for (int j = 0; j < n; ++j) to_units<M>(k + j * a.k.stride, a.dim, k_copy + j * units, units);
-      keys = {k_copy, units, 1};
+  // Attend from all rows to the n keys that start at token `start`.
+  TARGET void add_keys(int64_t start, int n, bool masked) {
+    const T* k = (const T*)a.k.data + start * a.k.stride + kv_head * a.head_dim;
+    const T* v = (const T*)a.v.data + start * a.v.stride + kv_head * a.head_dim;
+    const bool k_in_place =
+        sizeof(T) * PER_WORD == 4 && a.head_dim == words * PER_WORD && a.k.stride % PER_WORD == 0;
+    Matrix keys{(const uint32_t*)k, a.k.stride / PER_WORD, 1}, values{(const uint32_t*)v, a.v.stride, 1};
+    if (!k_in_place || start + n + OVERREAD > a.plan.tokens) {  // copy if matmul would read past K's end
+      for (int j = 0; j < n; ++j) to_words<M>(k + j * a.k.stride, a.head_dim, k_copy + j * words, words);
+      keys = {k_copy, words, 1};
     }
-    if (sizeof(T) == 2 || a.dim != width) {
-      to_value_units<M>(v, a.v.stride, n, a.dim, v_copy, width);
-      values = {v_copy, width, 1};
+    if (sizeof(T) == 2 || a.head_dim != padded_dim) {
+      values_to_words<M>(v, a.v.stride, n, a.head_dim, v_copy, padded_dim);
+      values = {v_copy, padded_dim, 1};
     }
-    for (int r = 0; r < rows; r += GROUP) {
+    for (int r = 0; r < rows; r += ROW_BLOCK) {
       const Token* key = a.plan.token + start;
       int low = 0, high = n;
-      if (masked) trim(key, r, low, high);
+      if (masked) trim_keys(key, r, low, high);
       if (low < high)
-        take_in_group(key + low, r, high - low, masked, {keys.at + low * keys.row, keys.row, 1},
-                      {values.at + low / PER * values.row, values.row, 1});
+        add_block(key + low, r, high - low, masked, {keys.data + low * keys.row_stride, keys.row_stride, 1},
+                  {values.data + low / PER_WORD * values.row_stride, values.row_stride, 1});
     }
   }
 
-  int lanes(int r) const { return std::min(GROUP, (int)round_up(rows - r, 16)); }
+  int block_rows(int r) const { return std::min(ROW_BLOCK, (int)round_up(rows - r, 16)); }
 
-  // Leaves out keys at both ends that no row of the group sees.
-  TARGET void trim(const Token* key, int r, int& low, int& high) const {
-    const int32_t lowest = q_segment[r], highest = q_segment[r + lanes(r) - 1];
-    const int32_t deepest = *std::max_element(q_depth + r, q_depth + r + lanes(r));
+  // Drop the keys at both ends that no row of the block can see.
+  TARGET void trim_keys(const Token* key, int r, int& low, int& high) const {
+    const int32_t lowest = q_segment[r], highest = q_segment[r + block_rows(r) - 1];
+    const int32_t deepest = *std::max_element(q_depth + r, q_depth + r + block_rows(r));
     const auto needed = [&](const Token& k) {
-      return k.segment <= highest && lowest <= k.last && k.depth <= deepest;
+      return k.segment <= highest && lowest <= k.last_descendant && k.depth <= deepest;
     };
     while (low < high && !needed(key[high - 1])) --high;
     while (low < high && !needed(key[low])) ++low;
-    low -= low % key_block(M);
+    low -= low % key_multiple(M);  // P V starts at a whole word or AMX tile
   }
 
-  TARGET void take_in_group(const Token* key, int r, int n, bool masked, Units keys, Units values) {
-    alignas(64) float alpha[GROUP];
-    product<M>(n, lanes(r), keys, {q + r, padded, 1}, units, s, GROUP, nullptr);
+  TARGET void add_block(const Token* key, int r, int n, bool masked, Matrix keys, Matrix values) {
+    alignas(64) float alpha[ROW_BLOCK];
+    matmul<M>(n, block_rows(r), keys, {q + r, padded_rows, 1}, words, s, ROW_BLOCK, nullptr);
     const int32_t *segment = q_segment + r, *depth = q_depth + r;
     float* score = s;
-    for (int j = 0; masked && j < n; ++j, score += GROUP)
-      for (int i = 0; i < GROUP; ++i)
+    for (int j = 0; masked && j < n; ++j, score += ROW_BLOCK)
+      for (int i = 0; i < ROW_BLOCK; ++i)
         score[i] = visible({segment[i], 0, depth[i]}, key[j]) ? score[i] : -INFINITY;
-    for (int i = 0; i < lanes(r); i += WIDTH)
-      softmax<M>(s + i, n, a.scale, p + i, maximum + r + i, total + r + i, alpha + i);
-    product<M>(std::min(lanes(r), rows - r), width, {(const uint32_t*)p, 1, GROUP}, values,
-               (n + PER - 1) / PER, o + r * width, width, alpha);
+    for (int i = 0; i < block_rows(r); i += WIDTH)
+      softmax<M>(s + i, n, a.scale, p + i, row_max + r + i, row_sum + r + i, alpha + i);
+    matmul<M>(std::min(block_rows(r), rows - r), padded_dim, {(const uint32_t*)p, 1, ROW_BLOCK}, values,
+              (n + PER_WORD - 1) / PER_WORD, o + r * padded_dim, padded_dim, alpha);
   }
 
-  TARGET void end() const {
+  TARGET void store_output() const {
     for (int r = 0; r < rows; ++r)
-      for (int i = 0; i < a.dim; i += WIDTH)
-        put(elements(a.out, r) + i, load(o + r * width + i) * (1 / total[r]), a.dim - i);
+      for (int i = 0; i < a.head_dim; i += WIDTH)
+        put(row_data(a.out, r) + i, load(o + r * padded_dim + i) * (1 / row_sum[r]), a.head_dim - i);
   }
 };
 
 template <class T>
 TARGET void attention(const Attention& a, int64_t item) {
-  struct alignas(64) Line { float x[16]; };
-  thread_local std::vector<Line> scratch;
+  struct alignas(64) CacheLine { float x[16]; };
+  thread_local std::vector<CacheLine> scratch;
   const Tile* tile = a.plan.tile + item / a.kv_heads;
   const int kv_head = (int)(item % a.kv_heads);
-  const size_t lines = Work<T>{a, tile, kv_head, nullptr}.floats / 16;
+  const size_t lines = TileAttention<T>{a, tile, kv_head, nullptr}.allocated / 16;
   if (scratch.size() < lines) scratch.resize(lines);
-  Work<T> work{a, tile, kv_head, scratch[0].x};
+  TileAttention<T> attn{a, tile, kv_head, scratch[0].x};
 #ifdef AMX
-  alignas(64) uint8_t config[64] = {1};  // palette 1; a tile's bytes a row from 16 on, its rows from 48 on
-  for (int t = 0; t < 3; ++t) config[16 + 2 * t] = 4 * (config[48 + t] = TILE);
+  alignas(64) uint8_t config[64] = {1};  // palette 1; byte 16 on: bytes per tile row; byte 48 on: rows
+  for (int t = 0; t < 3; ++t) config[16 + 2 * t] = 4 * (config[48 + t] = AMX_TILE);
   _tile_loadconfig(config);
 #endif
-  work.begin();
-  for (const Run* run = a.plan.run + tile[0].run; run < a.plan.run + tile[1].run; ++run)
-    for (int64_t key = run->start; key < run->stop; key += KEYS)
-      work.take_in(key, (int)std::min<int64_t>(KEYS, run->stop - key), run->before >= tile->common);
-  work.end();
+  attn.load_queries();
+  for (const KeyRange* r = a.plan.range + tile[0].first_range; r < a.plan.range + tile[1].first_range; ++r)
+    for (int64_t key = r->start; key < r->stop; key += KEY_BLOCK)
+      attn.add_keys(key, (int)std::min<int64_t>(KEY_BLOCK, r->stop - key), r->offset >= tile->unmasked);
+  attn.store_output();
 #ifdef AMX
   _tile_release();
 #endif

@@ -1,4 +1,4 @@
-// The CPU's kernels: threads, and the choice of an instruction set at run time; without AVX2 there are none.
+// CPU kernels: threads, and the choice of an instruction set at run time. They need x86-64 with AVX2.
 #include "flame_ext.h"
 
 #include <dlfcn.h>
@@ -15,10 +15,10 @@
 
 namespace {
 
-template <class Task>
-using Kernel = void (*)(const Task&, int64_t item);  // an item: a row; of attention a tile and a KV head
+template <class Params>
+using Kernel = void (*)(const Params&, int64_t item);  // item: a row, or a (tile, KV head) pair of attention
 
-struct Kernels {  // [2]: for float32, for bfloat16
+struct Kernels {  // [2]: float32, bfloat16
   const char* name;
   Kernel<Attention> attention[2];
   Kernel<Rope> rope[2];
@@ -26,12 +26,11 @@ struct Kernels {  // [2]: for float32, for bfloat16
   Kernel<SwiGlu> swiglu[2];
 };
 
-// Calls kernel(task, item) for all items, a thread for `chunk` of them in a row, on torch's OpenMP threads.
-// They spin for a while after each operation: threads of our own would fight them for the cores.
-// torch.set_num_threads holds here too. torch loads the pool for all to see; where there is none, one thread
-// works. A kernel must not throw.
-template <class Task>
-void parallel(const Task& task, Kernel<Task> kernel, int64_t items, int64_t chunk = 32) {
+// Call kernel(params, item) for all items, in chunks, on torch's OpenMP threads. These spin for a while after
+// each operation, so threads of our own would compete with them for cores. torch.set_num_threads applies.
+// torch exports the OpenMP functions; if they are missing, one thread does the work. A kernel must not throw.
+template <class Params>
+void parallel_for(const Params& params, Kernel<Params> kernel, int64_t items, int64_t chunk = 32) {
   using Loop = const std::function<void()>;
   static const auto threads = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_max_threads");
   static const auto pool = (void (*)(void (*)(void*), void*, unsigned, unsigned))dlsym(RTLD_DEFAULT,
@@ -39,7 +38,7 @@ void parallel(const Task& task, Kernel<Task> kernel, int64_t items, int64_t chun
   std::atomic<int64_t> next{0};
   Loop loop = [&] {
     for (int64_t from; (from = next.fetch_add(chunk)) < items;)
-      for (int64_t item = from; item < std::min(items, from + chunk); ++item) kernel(task, item);
+      for (int64_t item = from; item < std::min(items, from + chunk); ++item) kernel(params, item);
   };
   const int64_t chunks = (items + chunk - 1) / chunk;
   const unsigned workers = threads && pool ? (unsigned)std::min<int64_t>(threads(), chunks) : 1;
@@ -49,7 +48,7 @@ void parallel(const Task& task, Kernel<Task> kernel, int64_t items, int64_t chun
 
 #define QUOTE(x) #x
 #define NAME(x) QUOTE(x)
-#define UNROLL _Pragma("GCC unroll 16")  // or sums leave the registers
+#define UNROLL _Pragma("GCC unroll 16")  // keeps accumulators in registers
 
 struct bf16 { uint16_t bits; };
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -74,40 +73,40 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 #include "kernels.inl"
 #endif
 
-std::vector<const Kernels*> usable() {  // best last; each needs what the one before needs
+std::vector<const Kernels*> supported() {  // fastest last; each needs the features of the one before
   std::vector<const Kernels*> list;
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return list;
   list.push_back(&avx2::kernels);
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq")) return list;
   list.push_back(&avx512_bf16::kernels);
-  const int request_permission = 0x1023, tile_data = 18;  // Linux hands out AMX's state on request
+  const int request_permission = 0x1023, tile_data = 18;  // Linux enables AMX per process, on request
   if (__builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, request_permission, tile_data))
     list.push_back(&avx512_amx::kernels);
 #endif
   return list;
 }
 
-std::atomic<const Kernels*> chosen{usable().empty() ? nullptr : usable().back()};
+std::atomic<const Kernels*> active{supported().empty() ? nullptr : supported().back()};
 
-const Kernels& kernels() {
-  if (!chosen) throw std::invalid_argument("flame_ext has no kernels for this CPU: it lacks AVX2");
-  return *chosen;
+const Kernels& active_kernels() {
+  if (!active) throw std::invalid_argument("flame_ext needs a CPU with AVX2. Use the PyTorch kernels");
+  return *active;
 }
 
 }  // namespace
 
 std::string simd(const std::string& name) {
-  for (const Kernels* kernels : usable())
-    if (name == kernels->name) chosen = kernels;
-  const std::string used = chosen ? chosen.load()->name : "";
-  if (!name.empty() && name != used) throw std::invalid_argument("this CPU has no " + name);
+  for (const Kernels* kernels : supported())
+    if (name == kernels->name) active = kernels;
+  const std::string used = active ? active.load()->name : "";
+  if (!name.empty() && name != used) throw std::invalid_argument("this CPU does not support " + name);
   return used;
 }
 
 void run_on_cpu(const Attention& a, Dtype dtype) {
-  parallel(a, kernels().attention[dtype], (int64_t)a.plan.tiles * a.kv_heads, 1);
+  parallel_for(a, active_kernels().attention[dtype], (int64_t)a.plan.tiles * a.kv_heads, 1);
 }
-void run_on_cpu(const Rope& r, Dtype dtype) { parallel(r, kernels().rope[dtype], r.rows); }
-void run_on_cpu(const RmsNorm& r, Dtype dtype) { parallel(r, kernels().rmsnorm[dtype], r.rows); }
-void run_on_cpu(const SwiGlu& g, Dtype dtype) { parallel(g, kernels().swiglu[dtype], g.rows); }
+void run_on_cpu(const Rope& r, Dtype dtype) { parallel_for(r, active_kernels().rope[dtype], r.rows); }
+void run_on_cpu(const RmsNorm& r, Dtype dtype) { parallel_for(r, active_kernels().rmsnorm[dtype], r.rows); }
+void run_on_cpu(const SwiGlu& g, Dtype dtype) { parallel_for(g, active_kernels().swiglu[dtype], g.rows); }

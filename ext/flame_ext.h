@@ -1,63 +1,61 @@
-// The segment forest, its rule and its layout, and what kernels are asked to do. Shared by C++ and CUDA.
+// The segment forest, its visibility rule and its layout, and the arguments of the kernels. For C++ and CUDA.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-// Segments come depth first, so that the descendants of a segment, itself included, are a range.
-struct Token { int32_t segment, last, depth; };  // its segment's number, and that of its last descendant
+// Segments are numbered depth first, so that a segment and its descendants have consecutive numbers.
+struct Token { int32_t segment, last_descendant, depth; };  // a leaf is its own last_descendant
 
 // The rule: key k is visible to query q if and only if k's segment is q's segment or one of its ancestors,
-// and depth(k) <= depth(q). `&` instead of `&&` lets SIMD loops in; constexpr lets CUDA's kernels call it.
+// and depth(k) <= depth(q). `&` instead of `&&` lets loops vectorize; constexpr lets CUDA kernels call it.
 constexpr bool visible(const Token& q, const Token& k) {
-  return (k.segment <= q.segment) & (q.segment <= k.last) & (k.depth <= q.depth);
+  return (k.segment <= q.segment) & (q.segment <= k.last_descendant) & (k.depth <= q.depth);
 }
 
-// Queries are worked on in tiles of neighbours, because those share most ancestors. Tile t holds the packed
-// tokens tile[t].query up to tile[t + 1].query. The keys that they need are those of the runs tile[t].run up
-// to tile[t + 1].run; the first `common` of them are visible to all its queries.
-struct Tile { int32_t query, run, common; };
-struct Run { int32_t start, stop, before; };  // tokens from start up to stop; the tile's keys in earlier runs
+// A tile is a few consecutive queries, which share most of their ancestors. Tile t has the queries from
+// tile[t].first_query up to, but not including, tile[t + 1].first_query. Its keys are likewise the key ranges
+// from tile[t].first_range on. The first `unmasked` keys are visible to all its queries.
+struct Tile { int32_t first_query, first_range, unmasked; };
+struct KeyRange { int32_t start, stop, offset; };  // tokens start to stop - 1; offset: keys in earlier ranges
 
 struct Plan {
-  int32_t tokens, tiles, tile_size;  // tile_size: queries a tile, at most
+  int32_t tokens, tiles, tile_size;  // tile_size: maximum number of queries per tile
   const Token* token;                // [tokens]
   const Tile* tile;                  // [tiles + 1]
-  const Run* run;
+  const KeyRange* range;
 };
 
 struct Forest {
   int32_t tokens = 0, tiles = 0, tile_size;
-  std::vector<int32_t> buffer;  // the plan's arrays, one after the other
+  std::vector<int32_t> buffer;  // the plan's arrays, concatenated
 
-  // Throws std::invalid_argument.
   Forest(const std::vector<int64_t>& lengths, const std::vector<int64_t>& parents, int64_t tile_size);
-
-  Plan plan(const int32_t* buffer) const {  // of this buffer or a copy of it on a GPU
+  Plan plan(const int32_t* buffer) const {  // buffer: this->buffer or a copy of it on a GPU
     const auto* token = (const Token*)buffer;
     const auto* tile = (const Tile*)(token + tokens);
-    return {tokens, tiles, tile_size, token, tile, (const Run*)(tile + tiles + 1)};
+    return {tokens, tiles, tile_size, token, tile, (const KeyRange*)(tile + tiles + 1)};
   }
 };
 
-// ---- Tasks: a row is a token ------------------------------------------------------------------------------
+// ---- Arguments of the kernels: a row is a token -----------------------------------------------------------
 
 enum Dtype { F32, BF16 };
-constexpr int MAX_DIM = 512;  // largest head_dim
+constexpr int MAX_HEAD_DIM = 512;
 
-struct Rows { void* at; int64_t stride; };  // stride: elements between the beginnings of two rows
+struct Rows { void* data; int64_t stride; };  // stride: elements from one row to the next
 
 struct Attention {
   Rows q, k, v, out;
-  int heads, kv_heads, dim;
+  int heads, kv_heads, head_dim;
   float scale;
   Plan plan;
 };
 struct Rope {  // rotates the first `heads` heads of each row in place
   Rows qkv;
-  int heads, dim;
-  const float *cos, *sin;  // [rows, dim / 2]
+  int heads, head_dim;
+  const float *cos, *sin;  // [rows, head_dim / 2]
   int64_t rows;
 };
 struct RmsNorm {  // x += delta, out = x / sqrt(mean(x^2) + eps) * weight
@@ -74,19 +72,18 @@ struct SwiGlu {  // out = silu(gate) * up
   int64_t rows, width;
 };
 
-// cpu.cpp
-std::string simd(const std::string& name);  // "" asks for the instruction set in use; "": there is none
+// cpu.cpp. simd selects an instruction set unless name is "", and returns the one in use ("" without AVX2).
+std::string simd(const std::string& name);
 void run_on_cpu(const Attention& a, Dtype dtype);
 void run_on_cpu(const Rope& r, Dtype dtype);
 void run_on_cpu(const RmsNorm& r, Dtype dtype);
 void run_on_cpu(const SwiGlu& g, Dtype dtype);
 
-// cuda.cu: bfloat16, rows at multiples of 16 bytes, on the current device. Throw std::invalid_argument where
-// no kernel is made for the task, and std::runtime_error where CUDA fails.
+// cuda.cu: bfloat16, 16-byte aligned rows, on the current device. Throws invalid_argument or runtime_error.
 #ifdef FLAME_CUDA
 constexpr bool CUDA = true;
 #else
-constexpr bool CUDA = false;  // the functions are missing
+constexpr bool CUDA = false;  // run_on_cuda is not linked
 #endif
 void run_on_cuda(const Attention& a, uintptr_t stream);
 void run_on_cuda(const Rope& r, uintptr_t stream);

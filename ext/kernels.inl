@@ -1,35 +1,35 @@
-// All CPU kernels, included by cpu.cpp once per instruction set with ISA (a name), TARGET (the function
-// attribute), WIDTH (floats in a vector; 16 brings products of bfloat16 pairs) and perhaps AMX (products of
-// 16 x 16 tiles of them). Here: vectors, and the element-wise parts of a decoder block.
+// All CPU kernels. cpu.cpp includes this file once per instruction set, with ISA (namespace and name), TARGET
+// (function attribute), WIDTH (floats in a vector; 16 implies bfloat16 dot products) and optionally AMX
+// (matrix products in AMX tiles). This file has the vector helpers and the element-wise kernels.
 
 namespace ISA {
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH)));
-typedef float vec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef uint16_t halves_at __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef float unaligned_vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint16_t unaligned_halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
 TARGET inline vec splat(float x) { return x - vec{}; }
-TARGET inline vec load(const float* p) { return *(const vec_at*)p; }
-TARGET inline void store(float* p, vec x) { *(vec_at*)p = x; }
+TARGET inline vec load(const float* p) { return *(const unaligned_vec*)p; }
+TARGET inline void store(float* p, vec x) { *(unaligned_vec*)p = x; }
 TARGET inline vec load(const bf16* p) {
-  return (vec)(__builtin_convertvector(*(const halves_at*)p, uvec) << 16);
+  return (vec)(__builtin_convertvector(*(const unaligned_halves*)p, uvec) << 16);
 }
 #if WIDTH == 16
 TARGET inline void store(bf16* p, vec x) { *(__m256i_u*)p = (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 #else
-TARGET inline void store(bf16* p, vec x) {  // to nearest even; a NaN stays one
+TARGET inline void store(bf16* p, vec x) {  // round to nearest even; NaN stays NaN
   const uvec bits = (uvec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  *(halves_at*)p = __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, halves_at);
+  *(unaligned_halves*)p = __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, unaligned_halves);
 }
 #endif
 
-// The first n of WIDTH elements, zeros behind them; n may be more.
+// Load the first min(n, WIDTH) elements; the others are zero.
 template <class T>
 TARGET inline vec get(const T* p, int64_t n) {
   if (__builtin_expect(n >= WIDTH, true)) return load(p);
   alignas(64) T x[WIDTH];
-  for (int i = 0; i < WIDTH; ++i) x[i] = i < n ? p[i] : T{};  // a call of memcpy would empty the registers
+  for (int i = 0; i < WIDTH; ++i) x[i] = i < n ? p[i] : T{};  // memcpy may be a call, which spills registers
   return load(x);
 }
 template <class T>
@@ -40,24 +40,23 @@ TARGET inline void put(T* p, vec y, int64_t n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
 }
 
-// 2^x for x <= 0, 0 below -126. 2^(x - round(x)) is a minimax polynomial: relative error 7.5e-5 (far below
-// bfloat16's 2e-3) or 1.5e-7. Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits,
-// from where a shift moves it into the exponent.
-template <bool ROUGH>
-TARGET inline vec exp2_of(vec x) {
+// Return 2^x for x <= 0, and 0 below -126. 2^(x - round(x)) is a minimax polynomial with a relative error of
+// 7.5e-5 if APPROX (bfloat16 rounds by 2e-3), otherwise 1.5e-7. Adding 1.5 * 2^23 rounds x and leaves the
+// integer in the low bits; a shift then moves it into the exponent.
+template <bool APPROX>
+TARGET inline vec fast_exp2(vec x) {
   const vec shifted = x + 12582912.f, f = x - (shifted - 12582912.f);
-  const vec rough = ((0.05517167f * f + 0.24261113f) * f + 0.69326097f) * f + 0.99992806f;
+  const vec approx = ((0.05517167f * f + 0.24261113f) * f + 0.69326097f) * f + 0.99992806f;
   const vec high = (0.0013276472f * f + 0.0096755410f) * f + 0.055507131f;
-  const vec p = ROUGH ? rough : ((high * f + 0.24022120f) * f + 0.69314694f) * f + 1.f;
+  const vec p = APPROX ? approx : ((high * f + 0.24022120f) * f + 0.69314694f) * f + 1.f;
   return x >= -126.f ? (vec)((uvec)p + ((uvec)shifted << 23)) : vec{};
 }
 
 template <class T>
 TARGET void rope(const Rope& r, int64_t row) {
-  const int half = r.dim / 2;
+  const int half = r.head_dim / 2;
   for (int h = 0; h < r.heads; ++h) {
-    T* x = (T*)r.qkv.at + row * r.qkv.stride + h * r.dim;
-    T* y = x + half;
+    T *x = (T*)r.qkv.data + row * r.qkv.stride + h * r.head_dim, *y = x + half;
     for (int i = 0; i < half; i += WIDTH) {
       const int n = half - i;
       const vec a = get(x + i, n), b = get(y + i, n);
@@ -80,9 +79,9 @@ TARGET void rmsnorm(const RmsNorm& r, int64_t row) {
     if (delta) put(x + i, value += get(delta + i, width - i), width - i);
     squares += value * value;
   }
-  float total = 0;
-  for (int i = 0; i < WIDTH; ++i) total += squares[i];
-  const vec scale = splat(1 / std::sqrt(total / width + r.eps));
+  float sum = 0;
+  for (int i = 0; i < WIDTH; ++i) sum += squares[i];
+  const vec scale = splat(1 / std::sqrt(sum / width + r.eps));
   for (int64_t i = 0; i < width; i += WIDTH)
     put(out + i, get(x + i, width - i) * scale * get(r.weight + i, width - i), width - i);
 }
@@ -90,7 +89,7 @@ TARGET void rmsnorm(const RmsNorm& r, int64_t row) {
 template <class T>
 TARGET inline vec reciprocal(vec x) {
 #if WIDTH == 16
-  if (sizeof(T) == 2) return (vec)_mm512_rcp14_ps((__m512)x);  // 14 bits are enough for bfloat16's 8
+  if (sizeof(T) == 2) return (vec)_mm512_rcp14_ps((__m512)x);  // 14 bits suffice for bfloat16's 8
 #endif
   return 1.f / x;
 }
@@ -101,7 +100,7 @@ TARGET void swiglu(const SwiGlu& g, int64_t row) {
     const int64_t n = g.width - i;
     const T* gate = (const T*)g.gate_up + 2 * row * g.width + i;
     const vec x = get(gate, n), zero{};
-    const vec e = exp2_of<sizeof(T) == 2>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
+    const vec e = fast_exp2<sizeof(T) == 2>((x < zero ? x : -x) * 1.44269504f);  // e^-|x| never overflows
     const vec sigmoid = (x < zero ? e : splat(1)) * reciprocal<T>(1.f + e);
     put((T*)g.out + row * g.width + i, x * sigmoid * get(gate + g.width, n), n);
   }

@@ -1,79 +1,79 @@
-// Products of small matrices. The operands' unit is 32 bits: one float32, or a pair of bfloat16, neighbours
-// in the summed dimension, that are multiplied and added at once.
+// Products of small matrices. Operands consist of 32-bit words: one float32, or a pair of bfloat16 that are
+// adjacent along the inner dimension. One instruction multiplies and adds both elements of a pair.
 
-enum Math { FLOATS, PAIRS, TILES };  // how units are multiplied; TILES: 16 x 16 by 16 x 16 of them
+enum Math { FP32, BF16_DOT, BF16_AMX };  // instructions: FMA, vdpbf16ps, tdpbf16ps
 #ifdef AMX
-constexpr Math BF16_MATH = TILES;
+constexpr Math BF16_MATH = BF16_AMX;
 #else
-constexpr Math BF16_MATH = WIDTH == 16 ? PAIRS : FLOATS;
+constexpr Math BF16_MATH = WIDTH == 16 ? BF16_DOT : FP32;
 #endif
 
-constexpr int KEYS = 96;   // keys a block: with GROUP, a block's scores and operands stay in the L1 cache
-constexpr int GROUP = 48;  // rows a block
-constexpr int STEP = 6;    // rows in registers: 6 x 4 sums and 4 loads fill the 32 registers of AVX-512
-constexpr int TILE = 16;   // side of an AMX tile
-constexpr int PAST = 16;   // rows that a product may read past its last: it rounds up to STEP or TILE
+constexpr int KEY_BLOCK = 96;     // with ROW_BLOCK: a block's scores and operands fit into the L1 cache
+constexpr int ROW_BLOCK = 48;
+constexpr int REGISTER_ROWS = 6;  // 6 x 4 accumulators and 4 loads fit into AVX-512's 32 registers
+constexpr int AMX_TILE = 16;      // rows, and words per row
+constexpr int OVERREAD = 16;      // rows past the last one that matmul may read, as it rounds rows up
 
-constexpr int per_unit(Math m) { return m == FLOATS ? 1 : 2; }             // elements
-constexpr int key_block(Math m) { return m == TILES ? 32 : per_unit(m); }  // keys that P V takes at once
+constexpr int per_word(Math m) { return m == FP32 ? 1 : 2; }                     // elements in a word
+constexpr int key_multiple(Math m) { return m == BF16_AMX ? 32 : per_word(m); }  // P V rounds keys up to it
 
-struct Units {  // of a left operand: (r, s) is at[r * row + s * step]; of a right one: (s, j), step is 1
-  const uint32_t* at;
-  int64_t row, step;
-};
+// The word in row i, column j is data[i * row_stride + j * column_stride]. The left operand is [rows, inner],
+// the right one [inner, columns] with a column_stride of 1.
+struct Matrix { const uint32_t* data; int64_t row_stride, column_stride; };
 
-// sum += a b, where a is one unit for all lanes.
+// Return sum + a b, where all lanes share the word a.
 template <Math M>
 TARGET inline vec multiply_add(vec sum, const uint32_t* a, vec b) {
 #if WIDTH == 16
-  if (M == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
+  if (M == BF16_DOT) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(*a));
 #endif
   return sum + __builtin_bit_cast(float, *a) * b;
 }
 
-// c[STEP][V * WIDTH] = alpha c + a b; a null alpha starts from 0. Fewer vectors where fewer columns are left.
+// c[REGISTER_ROWS, V * WIDTH] = alpha c + a b, or a b if alpha is null. Uses fewer vectors at the right edge.
 template <Math M, int V>
-TARGET inline void product_block(int columns, Units a, Units b, int steps, float* c, int64_t c_row,
-                                 const float* alpha) {
+TARGET inline void matmul_block(int columns, Matrix a, Matrix b, int inner, float* c, int64_t c_stride,
+                                const float* alpha) {
   if constexpr (V > 1)
-    if (columns < V * WIDTH) return product_block<M, V - 1>(columns, a, b, steps, c, c_row, alpha);
-  vec sum[STEP][V];
-  UNROLL for (int r = 0; r < STEP; ++r)
+    if (columns < V * WIDTH) return matmul_block<M, V - 1>(columns, a, b, inner, c, c_stride, alpha);
+  vec sum[REGISTER_ROWS][V];
+  UNROLL for (int r = 0; r < REGISTER_ROWS; ++r)
     UNROLL for (int j = 0; j < V; ++j)
-      sum[r][j] = alpha ? splat(alpha[r]) * load(c + r * c_row + j * WIDTH) : vec{};
-  for (int s = 0; s < steps; ++s) {
+      sum[r][j] = alpha ? splat(alpha[r]) * load(c + r * c_stride + j * WIDTH) : vec{};
+  for (int i = 0; i < inner; ++i) {
     vec row[V];
-    UNROLL for (int j = 0; j < V; ++j) row[j] = load((const float*)b.at + s * b.row + j * WIDTH);
-    UNROLL for (int r = 0; r < STEP; ++r)
+    UNROLL for (int j = 0; j < V; ++j) row[j] = load((const float*)b.data + i * b.row_stride + j * WIDTH);
+    UNROLL for (int r = 0; r < REGISTER_ROWS; ++r)
       UNROLL for (int j = 0; j < V; ++j)
-        sum[r][j] = multiply_add<M>(sum[r][j], a.at + r * a.row + s * a.step, row[j]);
+        sum[r][j] = multiply_add<M>(sum[r][j], a.data + r * a.row_stride + i * a.column_stride, row[j]);
   }
-  UNROLL for (int r = 0; r < STEP; ++r)
-    UNROLL for (int j = 0; j < V; ++j) store(c + r * c_row + j * WIDTH, sum[r][j]);
+  UNROLL for (int r = 0; r < REGISTER_ROWS; ++r)
+    UNROLL for (int j = 0; j < V; ++j) store(c + r * c_stride + j * WIDTH, sum[r][j]);
 }
 
-// The same for `rows`, rounded up to a multiple of STEP, and `columns`, a multiple of 16.
+// c[rows, columns] = alpha c + a b. rows are rounded up to REGISTER_ROWS; columns are a multiple of 16.
 template <Math M>
-TARGET void product(int rows, int columns, Units a, Units b, int steps, float* c, int64_t c_row,
-                    const float* alpha) {
+TARGET void matmul(int rows, int columns, Matrix a, Matrix b, int inner, float* c, int64_t c_stride,
+                   const float* alpha) {
   constexpr int V = WIDTH == 16 ? 4 : 2;
   for (int j = 0; j < columns; j += V * WIDTH)
-    for (int r = 0; r < rows; r += STEP)
-      product_block<M, V>(columns - j, {a.at + r * a.row, a.row, a.step}, {b.at + j, b.row, 1}, steps,
-                          c + r * c_row + j, c_row, alpha ? alpha + r : nullptr);
+    for (int r = 0; r < rows; r += REGISTER_ROWS)
+      matmul_block<M, V>(columns - j, {a.data + r * a.row_stride, a.row_stride, a.column_stride},
+                         {b.data + j, b.row_stride, 1}, inner, c + r * c_stride + j, c_stride,
+                         alpha ? alpha + r : nullptr);
 }
 
-// to[j * to_row + i] = from[i * from_row + j] for i, j below 16.
-TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* to, int64_t to_row) {
-  for (int j = 0; WIDTH < 16 && j < 16; ++j)  // its shuffles would be slower
-    for (int i = 0; i < 16; ++i) to[j * to_row + i] = from[i * from_row + j];
+// Transpose a 16 x 16 block: to[j * to_stride + i] = from[i * from_stride + j].
+TARGET inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  for (int j = 0; WIDTH < 16 && j < 16; ++j)  // shuffles are slower than this loop on AVX2
+    for (int i = 0; i < 16; ++i) to[j * to_stride + i] = from[i * from_stride + j];
   if (WIDTH < 16) return;
   typedef int32_t row __attribute__((vector_size(64), aligned(4), may_alias));
   const row lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   row x[16];
-  UNROLL for (int i = 0; i < 16; ++i) x[i] = *(const row*)(from + i * from_row);
-  UNROLL for (int side = 8; side; side /= 2) {  // of a square's four quarters: two change places
-    const row low = (lane & side) != 0 ? lane + 16 - side : lane;  // from 16 on: of the second operand
+  UNROLL for (int i = 0; i < 16; ++i) x[i] = *(const row*)(from + i * from_stride);
+  UNROLL for (int side = 8; side; side /= 2) {  // swap off-diagonal quarters of blocks
+    const row low = (lane & side) != 0 ? lane + 16 - side : lane;  // indices >= 16: the second operand
     const row high = (lane & side) != 0 ? lane + 16 : lane + side;
     UNROLL for (int i = 0; i < 16; ++i) {
       if (i & side) continue;
@@ -82,35 +82,34 @@ TARGET inline void transpose(const uint32_t* from, int64_t from_row, uint32_t* t
       x[i + side] = __builtin_shuffle(above, below, high);
     }
   }
-  UNROLL for (int i = 0; i < 16; ++i) *(row*)(to + i * to_row) = x[i];
+  UNROLL for (int i = 0; i < 16; ++i) *(row*)(to + i * to_stride) = x[i];
 }
 
 #ifdef AMX
-// Rows, columns and steps are rounded up to multiples of TILE.
+// Rows, columns and the inner dimension are rounded up to AMX_TILE.
 template <>
-TARGET void product<TILES>(int rows, int columns, Units a, Units b, int steps, float* c, int64_t c_row,
-                           const float* alpha) {
-  alignas(64) uint32_t turned[GROUP][KEYS / 2];
-  if (a.step != 1) {  // a tile is loaded by rows
-    for (int r = 0; r < rows; r += TILE)
-      for (int s = 0; s < steps; s += TILE)
-        transpose(a.at + r + s * a.step, a.step, &turned[r][s], KEYS / 2);
-    a = {turned[0], KEYS / 2, 1};
+TARGET void matmul<BF16_AMX>(int rows, int columns, Matrix a, Matrix b, int inner, float* c, int64_t c_stride,
+                             const float* alpha) {
+  alignas(64) uint32_t a_rows[ROW_BLOCK][KEY_BLOCK / 2];
+  if (a.column_stride != 1) {  // AMX loads tiles row by row
+    for (int r = 0; r < rows; r += AMX_TILE)
+      for (int i = 0; i < inner; i += AMX_TILE)
+        transpose(a.data + r + i * a.column_stride, a.column_stride, &a_rows[r][i], KEY_BLOCK / 2);
+    a = {a_rows[0], KEY_BLOCK / 2, 1};
   }
   for (int r = 0; alpha && r < rows; ++r)
     for (int j = 0; j < columns; j += WIDTH)
-      store(c + r * c_row + j, splat(alpha[r]) * load(c + r * c_row + j));
-  for (int r = 0; r < rows; r += TILE)
-    for (int j = 0; j < columns; j += TILE) {
-      if (alpha) _tile_loadd(0, c + r * c_row + j, c_row * 4);
+      store(c + r * c_stride + j, splat(alpha[r]) * load(c + r * c_stride + j));
+  for (int r = 0; r < rows; r += AMX_TILE)
+    for (int j = 0; j < columns; j += AMX_TILE) {
+      if (alpha) _tile_loadd(0, c + r * c_stride + j, c_stride * 4);
       else _tile_zero(0);
-      for (int s = 0; s < steps; s += TILE) {
-        _tile_loadd(1, a.at + r * a.row + s, a.row * 4);
-        _tile_loadd(2, b.at + s * b.row + j, b.row * 4);
+      for (int i = 0; i < inner; i += AMX_TILE) {
+        _tile_loadd(1, a.data + r * a.row_stride + i, a.row_stride * 4);
+        _tile_loadd(2, b.data + i * b.row_stride + j, b.row_stride * 4);
         _tile_dpbf16ps(0, 1, 2);
       }
-      _tile_stored(0, c + r * c_row + j, c_row * 4);
+      _tile_stored(0, c + r * c_stride + j, c_stride * 4);
     }
 }
 #endif
-
