@@ -1,21 +1,24 @@
 """Stage 1: captions + frozen LLM -> embedding store.
 
     python embed.py --captions cc3m.tsv                 # -> data/embeddings/cc3m
-    python embed.py --inspect data/embeddings/cc3m      # is it whole? are the facets distinct? which words?
-    python embed.py --draw "A red kite above a beach."  # -> a picture of that caption's forest and mask
-    torchrun --nproc_per_node 8 embed.py --captions "cc3m/{0000..0575}.tar" --join long=long.parquet
+    python embed.py --inspect data/embeddings/cc3m      # check a store and print statistics
+    python embed.py --draw "A red kite above a beach."  # draw a caption's segment forest and attention mask
+    torchrun --nproc_per_node 8 embed.py --captions "cc3m/cc3m-train-{0000..0575}.tar"
 
-The LLM never changes, so its facet embeddings are computed once and training never runs it. The captions
-become one table, which is cut into windows of rows; a window is a file, and what is in it depends on nothing
-but its captions and the recorded settings (where other kernels run the LLM, within rounding). So windows can
-be split over processes (torchrun) and machines (--shard), and after a crash, or kill -9, the same command
-makes those that are missing and ends with the same bytes.
+The LLM is frozen, so its facet embeddings are computed once, and training never runs it. All captions go into
+one table, which is divided into shards of rows. A shard is a file, and its content depends only on its
+captions and the recorded settings (up to rounding, if other kernels run the LLM). So shards can be divided
+among processes (torchrun) and machines (--part). After a crash or kill -9, the same command computes the
+missing shards and ends with the same bytes.
 """
+import math
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import chain, pairwise
+from functools import cache, partial, reduce
+from itertools import accumulate, chain, pairwise
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -23,134 +26,143 @@ import torch
 from torch.nn.functional import normalize
 
 import flame
-from data import files, store
-from data.captions import read_table, write_table
-from data.command import Parser, bar, number, run
-from data.ranks import rank, ranks, say, start_ranks, wait_for_all
+from data import common
+from data.captions import hash_sources, read_table, source_name, unpack_parquet, write_table
+from data.common import Parser, barrier, init_distributed, number, print0, progress_bar, rank, world_size
 from data.show import look
-from data.sources import fingerprint, source_name
-from data.tars import unpack_parquet
-from flame import COLUMNS, InputError, PROMPTS, read_json
+from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
-# Rows of a window, at most lost by a crash: a minute of work.
-WINDOW = {"cpu": 256, "cuda": 8192}
+# Rows per shard: about a minute of work. A crash loses one or two shards per process.
+SHARD_SIZE = {"cpu": 256, "cuda": 8192}
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Embedding
 
 def embed(args):
-    """This process' part of the run: rank 0 makes the table, every rank its share of the missing windows."""
+    """Run stage 1 in this process: rank 0 writes the table, and each rank computes some of the shards."""
     out = Path(args.out or Path("data/embeddings", source_name(args.captions)))
     dtype = getattr(torch, args.dtype)
-    encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.positions))
+    encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.mask))
 
     def make_table(path):
         write_table(path, args.captions, args.join)
-        check_states(encoder(), [row.long for row in read_table(path, most=1000)])
+        check_encoder(encoder(), [row.long for row in read_table(path, max_rows=1000)])
 
-    with files.folder(out):
+    with common.output_folder(out):
         if rank() == 0:
-            store.begin(out, settings_of(args), make_table, args.overwrite)
-            unpack_parquet(args.captions, out / "pictures")
-        wait_for_all(out / "meta.json")
-        shard, shards = args.shard
+            begin_store(out, store_settings(args), make_table, args.overwrite)
+            unpack_parquet(args.captions, out / "images")
+        barrier(out / "meta.json")
+        part, parts = args.part
         meta = read_json(out / "meta.json")
-        windows = [w for w in store.missing_windows(out, meta) if w % shards == shard]
-        wait_for_all()  # all ranks have seen the same ones
-        if windows:
-            run_windows(out, meta, encoder(), windows)
-        wait_for_all()
-    missing = len(store.missing_windows(out, meta))
-    say(f"{out}: {meta['N']} x {len(COLUMNS)} embeddings of {meta['D']}, "
-        + (f"{missing} of {len(meta['starts'])} windows missing" if missing else "finished"))
+        shards = [i for i in missing_shards(out, meta) if i % parts == part]
+        barrier()  # no rank may write a shard while another one still makes its list
+        if shards:
+            embed_shards(out, meta, encoder(), shards)
+        barrier()
+    missing = len(missing_shards(out, meta))
+    print0(f"{out}: {meta['N']} x {len(FACET_COLUMNS)} embeddings of dimension {meta['D']}, "
+           + (f"{missing} of {len(meta['shard_starts'])} shards missing" if missing else "finished"))
 
 
-def settings_of(args):
-    """All that fixes the store's bytes, for its meta.json."""
+def store_settings(args):
+    """Return everything that determines the bytes of a store, and where its inputs are, for meta.json."""
     return {
         "llm": {
             "name": args.llm_name,
-            "path": os.path.abspath(args.llm),  # so that evaluate.py finds it again
-            "fingerprint": store.llm_fingerprint(args.llm),
+            "path": os.path.abspath(args.llm),  # for evaluate.py
+            "fingerprint": flame.llm_fingerprint(args.llm),
             "layer": args.layer,
-            "positions": args.positions,
-            "questions": flame.questions(),
+            "mask": args.mask,
+            "prompts": flame.prompts_to_json(),
         },
         "captions": {
             "path": os.path.abspath(args.captions),
-            "sha256": fingerprint([("", args.captions), *args.join]),
+            "sha256": hash_sources([("", args.captions), *args.join]),
         },
-        "columns": COLUMNS,
+        "columns": FACET_COLUMNS,
         "D": flame.llm_config(args.llm)["hidden_size"],
         "dtype": args.dtype,
         "device": args.device.type,
-        "budget": flame.BUDGET[args.device.type],
-        "window": args.window or WINDOW[args.device.type],
+        "max_tokens": flame.MAX_TOKENS[args.device.type],
+        "shard_size": args.shard_size or SHARD_SIZE[args.device.type],
     }
 
 
-def check_states(encoder, captions):
-    """Raises InputError where a packed row's states are no embeddings, as damaged weights make them."""
-    rows, forest = next(encoder.pack(captions, "long"))
-    units = start(encoder, forest, len(rows))()
+def check_encoder(encoder, captions):
+    """Raise InputError if all embeddings are equal, as happens with corrupt weights."""
+    packed, forest = next(encoder.pack(captions, "long"))
+    units = launch(encoder, forest, len(packed))()
     if (units - units[0, 0]).abs().max() < 1e-3:
-        raise InputError(f"{encoder.llm_dir}: its states are all equal; download its weights anew")
+        raise InputError(f"{encoder.llm_dir}: all embeddings are equal; download the weights again")
 
 
-def run_windows(out, meta, encoder, missing):
-    """Embeds and writes this rank's share of the windows that are missing.
+def embed_shards(out, meta, encoder, missing):
+    """Compute and write this rank's share of the missing shards.
 
-    A GPU always has the next packed row before the last one is fetched, and a thread writes the windows.
+    To keep a GPU busy, the next pack is launched before we wait for the current one, and a thread writes the
+    shards.
     """
-    windows = missing[rank()::ranks()]
-    todo = sum(min(meta["window"], meta["N"] - w * meta["window"]) for w in windows)
-    size = 2e-9 * meta["N"] * len(COLUMNS) * meta["D"]
-    say(f"{out}: {size:.2g} GB; {len(missing)} of {len(meta['starts'])} windows of {meta['window']} rows to "
-        f"make; layer {encoder.layer}, {meta['dtype']} on {ranks()} x {meta['device']}, {encoder.kernels}")
-    work = packed_rows(out, meta, windows, encoder)
+    shards = missing[rank()::world_size()]
+    n_rows = sum(min(meta["shard_size"], meta["N"] - i * meta["shard_size"]) for i in shards)
+    size = 2e-9 * meta["N"] * len(FACET_COLUMNS) * meta["D"]
+    print0(f"{out}: {size:.2g} GB; computing {len(missing)} of {len(meta['shard_starts'])} shards of "
+           f"{meta['shard_size']} rows; layer {encoder.layer}, {meta['dtype']} on {world_size()} x "
+           f"{meta['device']}, {encoder.kernels}")
+    batches = shard_batches(out, meta, shards, encoder)
     if meta["device"] == "cuda":
-        work = ahead(work)
-    running = ((start(encoder, forest, len(takers)), takers, *block) for forest, takers, *block in work)
-    with ThreadPoolExecutor(1) as thread, bar(
-            total=todo * len(COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
-            disable=rank() > 0) as done:
+        batches = prefetch(batches)
+    launched = ((launch(encoder, forest, len(rows_by_caption)), rows_by_caption, *target)
+                for forest, rows_by_caption, *target in batches)
+    with ThreadPoolExecutor(1) as thread, progress_bar(
+            total=n_rows * len(FACET_COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
+            disable=rank() > 0) as bar:
         writing = None
-        for (wait, takers, part, whole), _ in pairwise(chain(running, [None])):
-            for rows, facets in zip(takers, wait()):
-                part[rows] = facets
-                done.update(len(rows) * len(facets))
-            if whole:
+        # pairwise() advances the generator, so pack n + 1 is launched before wait() for pack n.
+        for (wait, rows_by_caption, view, finished), _ in pairwise(chain(launched, [None])):
+            for rows, facets in zip(rows_by_caption, wait()):
+                view[rows] = facets
+                bar.update(len(rows) * len(facets))
+            if finished:
                 if writing:
-                    writing.result()  # raises what it raised; no more than three windows in memory
-                writing = thread.submit(store.write_window, out, meta, *whole)
+                    writing.result()  # raises its errors; at most three shards are in memory
+                writing = thread.submit(write_shard, out, meta, *finished)
         if writing:
             writing.result()
     if encoder.truncated:
-        say(f"{encoder.truncated} captions were cut to the model's context")
+        print0(f"{encoder.truncated} captions were truncated to the context length")
 
 
-def packed_rows(out, meta, windows, encoder):
-    """Yields (packed row, for each caption in it the rows of the window that take its answers, the columns
-    of the window's block where these go, after the last one (w, block)). Equal captions are encoded once.
+def shard_batches(out, meta, shards, encoder):
+    """Pack the captions of the shards into rows for the encoder. Equal captions are encoded once per shard.
+
+    Yields (forest, rows_by_caption, part, finished):
+        forest: a packed row of captions with one prompt set.
+        rows_by_caption: for each caption in it, the rows of the shard that have this caption.
+        part: the view [rows, K, D] of the shard's array where their embeddings go.
+        finished: (shard, array float16 [rows, 11, D]) with the last pack of a shard, or None.
     """
-    for w in windows:
-        rows = list(read_table(out / "captions.tsv", meta["starts"][w], meta["window"]))
-        block = np.empty((len(rows), len(COLUMNS), meta["D"]), np.float16)
-        packs = []
+    for i in shards:
+        rows = list(read_table(out / "captions.tsv", meta["shard_starts"][i], meta["shard_size"]))
+        array = np.empty((len(rows), len(FACET_COLUMNS), meta["D"]), np.float16)
+        batches = []
         for prompts in PROMPTS:
-            takers = {}
+            rows_of = {}
             for n, row in enumerate(rows):
-                takers.setdefault(getattr(row, prompts), []).append(n)
-            captions = list(takers)
-            first = COLUMNS.index(f"{prompts}.0")
-            part = block[:, first:first + len(PROMPTS[prompts].facets)]
-            packs += [(forest, [takers[captions[i]] for i in chosen], part)
-                      for chosen, forest in encoder.pack(captions, prompts)]
-        for n, pack in enumerate(packs, 1):
-            yield *pack, (w, block) if n == len(packs) else None
+                rows_of.setdefault(getattr(row, prompts), []).append(n)
+            captions = list(rows_of)
+            first = FACET_COLUMNS.index(f"{prompts}.0")
+            view = array[:, first:first + len(PROMPTS[prompts].facets)]
+            batches += [(forest, [rows_of[captions[c]] for c in packed], view)
+                        for packed, forest in encoder.pack(captions, prompts)]
+        for n, batch in enumerate(batches, 1):
+            yield *batch, (i, array) if n == len(batches) else None
 
 
-def start(encoder, forest, n):
-    """Hands a packed row to the device. -> wait(), which gives its n captions' unit vectors, [n, K, D]"""
-    states = flame.decode(encoder.decoder, forest).view(n, -1, encoder.dim)
+def launch(encoder, forest, n):
+    """Start encoding a pack of n captions; return wait() -> their unit vectors float16 [n, K, D]."""
+    states = flame.hidden_states(encoder.decoder, forest).view(n, -1, encoder.dim)
     units = normalize(states, dim=-1).half()
     copied = None
     if units.is_cuda:
@@ -162,92 +174,173 @@ def start(encoder, forest, n):
     def wait():
         if copied:
             copied.synchronize()
-        if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # nor NaN
-            raise InputError(f"{encoder.llm_dir}: its states are zero or not finite; give --dtype "
-                             "bfloat16 or float32, or download its weights anew")
+        if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # also true for NaN
+            raise InputError(f"{encoder.llm_dir}: embeddings are zero, NaN or infinite; use --dtype bfloat16 "
+                             "or float32, or download the weights again")
         return units
     return wait
 
 
-def ahead(items):
-    """The same items, the next made by a thread of its own: tokenizing and packing keep no GPU waiting."""
+def prefetch(items):
+    """Yield the same items, the next one computed in a thread, so a GPU need not wait for packing."""
     with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, items, None)
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
             yield item
 
 
-# -----------------------------------------------------------------------------
-# What the command line says
+# ------------------------------------------------------------------------------------------------------------
+# The files of a store (flame.Store reads them): captions.tsv is the table, meta.json records the settings,
+# 000000.npy, 000001.npy ... are the shards, float16 [rows, 11, D]. An existing shard is done. Two runs with
+# the same settings at the same time write the same bytes.
 
-def shard(text):
+# Settings that must not change. Captions and LLM may be moved, since their hashes are compared.
+FIXED = ("llm: fingerprint", "llm: layer", "llm: mask", "llm: prompts", "captions: sha256", "columns", "D",
+         "dtype", "device", "max_tokens", "shard_size")
+STORE_FIX = "choose another --out, or use --overwrite"
+SHARD_PATTERN = "[0-9][0-9][0-9][0-9][0-9][0-9].npy"
+
+
+def shard_file(out, i):
+    return out / f"{i:06d}.npy"
+
+
+def begin_store(out, settings, make_table, overwrite):
+    """Write captions.tsv and meta.json if they don't exist yet.
+
+    make_table(path) writes the table and checks everything that can be checked before the LLM runs. With
+    overwrite, an old store is deleted only after that. Raises InputError if an old store was made with other
+    settings (without overwrite), or if there is a captions.tsv or a shard without meta.json.
+    """
+    meta = out / "meta.json"
+    table = out / "captions.tsv"
+    existing = [*out.glob(table.name), *out.glob(SHARD_PATTERN)]
+    begun = meta.exists()  # after the glob: a concurrent run writes meta.json before the other files
+    if existing and not begun:
+        raise InputError(f"{existing[0]}: exists without meta.json, so embed.py did not write it; choose "
+                         "another --out")
+    if begun and not overwrite:
+        recorded = check_settings(out, settings)
+        if table.exists():
+            with reading(table, STORE_FIX):
+                if shard_offsets(table, settings["shard_size"]) != (recorded["N"], recorded["shard_starts"]):
+                    raise ValueError("not the table that meta.json records")
+            return
+    with common.atomic_write(table) as temporary:
+        make_table(temporary)
+        N, starts = shard_offsets(temporary, settings["shard_size"])
+        if begun and overwrite:
+            shutil.rmtree(out / "images", ignore_errors=True)
+            for path in (table, *out.glob(SHARD_PATTERN)):
+                path.unlink(missing_ok=True)
+        elif meta.exists():  # written by another run since
+            check_settings(out, settings)
+        common.write_json(meta, settings | {"N": N, "shard_starts": starts})
+
+
+def check_settings(out, settings):
+    """Return the content of meta.json. Raises InputError if it records other settings."""
+    meta = out / "meta.json"
+    with reading(meta, STORE_FIX):
+        recorded = read_json(meta, STORE_FIX)
+        for setting in FIXED:
+            old, new = (reduce(getitem, setting.split(": "), entries) for entries in (recorded, settings))
+            if old != new:
+                raise InputError(f"{meta}: made with {setting} {old}, now it is {new}; {STORE_FIX}")
+    return recorded
+
+
+def missing_shards(out, meta):
+    return [i for i in range(len(meta["shard_starts"])) if not shard_file(out, i).exists()]
+
+
+def shard_offsets(table, shard_size):
+    """Return (number of rows in the table, byte offset of the first row of each shard)."""
+    starts = []
+    with open(table, "rb") as file:
+        for N, offset in enumerate(accumulate(map(len, file))):  # the end of line N is the start of row N
+            if N % shard_size == 0:
+                starts.append(offset)
+    n_shards = math.ceil(N / shard_size)
+    return N, starts[:n_shards]
+
+
+def write_shard(out, meta, i, array):
+    """Write shard i, float16 [rows, 11, D]."""
+    check_settings(out, meta)  # another run may have overwritten the store since
+    common.write_array(shard_file(out, i), array)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+def parse_part(text):
     i, n = map(int, text.split("/"))
     if not 0 <= i < n:
         raise ValueError
     return i, n
 
 
-def join(text):
+def parse_join(text):
     name, _, file = text.partition("=")
     if name not in PROMPTS or not file:
         raise ValueError
     return name, file
 
 
-def command_line():
+def build_parser():
     parser = Parser(description="Stage 1: captions + frozen LLM -> embedding store")
     add = parser.add_argument
     add("--captions", metavar="FILE",
-        help="TSV/CSV with a header among `key image raw short long`, Conceptual Captions TSV, JSON, JSONL, "
-        "Parquet, tars, a folder of the last two or of pictures; several by x-{000..123}.tar or x-*.parquet")
-    add("--join", metavar="SET=FILE", type=join, nargs="+", action="extend", default=[],
-        help="captions of a prompt set from files of their own, by key or URL: long=long.parquet")
+        help="TSV or CSV with columns among `key image raw short long`, Conceptual Captions TSV, JSON(L), "
+        "Parquet, tars, or a folder of tars, Parquet or images; several files as x-{000..123}.tar or x-*.tsv")
+    add("--join", metavar="SET=FILE", type=parse_join, nargs="+", action="extend", default=[],
+        help="captions of a prompt set from another file, joined by key or URL: long=long.parquet")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", Path(__file__).parent / "data/demo/llm"),
-        help="Hugging Face checkpoint folder or id (default $FLAME_LLM, else data/demo/llm)")
+        help="Hugging Face folder or Hub id (default: $FLAME_LLM, or data/demo/llm)")
     add("--out", metavar="DIR",
-        help="the store (default data/embeddings/<captions' name>); with --draw the picture")
-    add("--layer", metavar="N", type=number(int, 1), help="blocks to keep (default: all but the last)")
-    add("--mask", dest="positions", choices=("restart", "causal"), default="restart", metavar="causal",
-        help="without facet-decoupled attention, to measure its worth: a question sees those before it")
+        help="the store (default: data/embeddings/<name of the captions>); with --draw the image file")
+    add("--layer", metavar="N", type=number(int, 1), help="LLM layers to run (default: all but the last)")
+    add("--mask", choices=flame.MASKS, default="decoupled",
+        help="decoupled (default), or causal as an ablation: each facet prompt also sees the earlier ones")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu or cuda (default: cuda where there is one)")
+        help="cpu or cuda (default: cuda if available)")
     add("--dtype", choices=("bfloat16", "float32", "float16"),
-        help="of the matrix products (default bfloat16 where it is fast; float16 as in the released code)")
-    add("--window", metavar="ROWS", type=number(int, 1, 1 << 16),
-        help="rows of a window, at most lost by a crash (default 256 on CPU, 8192 on GPU)")
-    add("--overwrite", action="store_true",
-        help="throw away the store at --out, its pictures/ too, and start anew")
-    add("--shard", metavar="i/n", type=shard, default=(0, 1),
-        help="make every n-th window only, from the i-th on (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; in one "
-        "folder, or in folders that are then copied together")
-    add("--inspect", metavar="STORE", help="print what is in a store and check it instead")
-    add("--draw", metavar="CAPTION", help="write a picture of this caption's segment forest instead")
+        help="dtype of the LLM's matrix products (default: bfloat16 if it is fast on the device)")
+    add("--shard-size", metavar="ROWS", type=number(int, 1, 1 << 16),
+        help="rows per shard; a crash loses one or two shards (default: 256 on a CPU, 8192 on a GPU)")
+    add("--overwrite", action="store_true", help="delete the store at --out and its images/, and start over")
+    add("--part", metavar="i/n", type=parse_part, default=(0, 1),
+        help="embed only every n-th shard, starting at i (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; into one "
+        "shared folder, or into folders that you then copy together")
+    add("--inspect", metavar="STORE", help="check a store and print statistics instead")
+    add("--draw", metavar="CAPTION", help="draw this caption's segment forest and mask instead")
     return parser
 
 
-def chosen(argv):
-    """Does what the command line asks for."""
-    args = command_line().parse_args(argv)
-    args.llm_name = Path(args.llm).resolve().name  # of a folder, or of a Hugging Face id
-    args.llm = flame.hub_folder(args.llm)
+def run(argv):
+    args = build_parser().parse_args(argv)
+    args.llm_name = Path(args.llm).resolve().name  # of a folder or a Hub id
+    args.llm = flame.resolve_folder(args.llm)
     if args.draw is not None:
         return look.draw(args)
     if args.inspect:
         return look.inspect(args)
     if not args.captions:
         raise InputError("--captions FILE is missing; see --help")
-    if args.overwrite and args.shard[1] > 1:
-        raise InputError("--overwrite would throw away the other shards' windows; remove --out by hand")
-    args.device = start_ranks(args.device)
-    args.dtype = args.dtype or str(flame.default_dtype(args.device)).removeprefix("torch.")
+    if args.overwrite and args.part[1] > 1:
+        raise InputError("--overwrite cannot be used with --part: it would delete the other parts' shards. "
+                         "To start over, delete the store's folder")
+    args.device = init_distributed(args.device)
+    args.dtype = args.dtype or str(common.default_dtype(args.device)).removeprefix("torch.")
     args.layer = args.layer or flame.llm_config(args.llm)["num_hidden_layers"] - 1
-    say(f"LLM: {args.llm}")
+    print0(f"LLM: {args.llm}")
     return embed(args)
 
 
 def main(argv=None):
-    return run("embed.py", lambda: chosen(argv), "the same command makes the windows that are missing")
+    return common.run_stage("embed.py", lambda: run(argv), "run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Stage 2: images + embedding store -> checkpoint. A ViT and its projector learn to meet captions' facets.
+"""Stage 2: images + embedding store -> checkpoint. Trains a ViT and its projector to match facet embeddings.
 
     python train.py                              # newest store under data/embeddings -> out/<its name>
     python train.py --embeddings data/embeddings/cc3m --images cc3m-images --preset cc3m
-    torchrun --nproc_per_node 8 train.py ...     # the same batch, the same result, on a whole node
+    torchrun --nproc_per_node 8 train.py ...     # the same batch and the same result on a whole node
 
-The LLM is not loaded here: a step reads a batch of pictures and, for each, a few of its 11 stored embeddings
-as positives. What a step sees (pictures, crops, patches, positives) is a pure function of the seed and the
-step. So N ranks equal one rank with the whole batch, a batch encoded in chunks equals one that fits, and
-after a crash the same command goes on as if nothing had been.
+The LLM is not loaded. A step reads a batch of images and, for each image, a few of its 11 stored embeddings
+as positives. Everything random in a step (images, crops, patches, positives) is a pure function of the seed
+and the step. So, up to rounding, N ranks equal one rank with the whole batch, and micro-batches equal one
+large batch. After a crash the same command resumes exactly.
 """
 import argparse
 import atexit
 import contextlib
 import functools
+import json
 import math
 import multiprocessing
 import os
@@ -20,374 +21,380 @@ import signal
 import sys
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint as recompute
 
 import flame
-from data import checkpoint, command, files, progress
-from data.pictures import Batches, find_pictures, patches_kept
+from data import common
+from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
+from data.compat import load_image_tower
+from data.images import Batches, find_images, patches_kept
 from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
-from data.ranks import gather, rank, ranks, say, start_ranks, wait_for_all
-from data.released import image_tower
 from data.show import plots
-from flame import COLUMNS, InputError
+from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
 
-# ---------------------------------------------------------------------------------------------------------
-# Losses of this rank's images [b, D] and all ranks' texts [B, P, D], all unit vectors. Texts from index
-# `first` on are the images' own, each image has P; every other one is a negative. The mean over ranks is the
-# whole batch's loss, and of gradients too: what a rank adds up is its images' share, times the ranks.
+# ------------------------------------------------------------------------------------------------------------
+# Losses. image [b, D] are this rank's images x_i, text [B, P, D] the texts u_t of all ranks, P per image. The
+# texts of image i are text[first + i]; all other texts of the global batch are its negatives. All are unit
+# vectors, s is the logit scale, b the bias. Each rank sums over its own images and multiplies by the world
+# size; DDP's mean over ranks is then the loss of the whole batch. all_gather stacks the tensors of all ranks,
+# [...] -> [world size, ...], with gradients.
 
 def sigmoid_loss(image, text, scale, bias, first=0):
-    """-sum log sigmoid(+-(scale <image, text> + bias)) / number of texts (paper, section 3.4).
+    """Multi-positive sigmoid loss (paper, section 3.4); with P = 1 it is SigLIP's.
 
-    -log sigmoid(-x) = softplus(x), and -log sigmoid(x) = softplus(x) - x. SigLIP's loss where P is 1.
+        L = -1 / (B P) sum_i sum_t log sigmoid(y_it (s <x_i, u_t> + b))
+
+    y_it is 1 if text t describes image i, otherwise -1. With the logit z, a negative costs softplus(z) and a
+    positive softplus(-z) = softplus(z) - z. So we sum softplus(z) over all pairs and subtract z of the
+    positives.
     """
-    def of_block(texts):
+    def sum_over(texts):
         return F.softplus(scale * image @ texts.T + bias).sum()
 
-    positives = scale * own_cosines(image, text, first) + bias
-    total = sum(in_blocks(of_block, image, text)) - positives.sum()
-    return total * ranks() / text[..., 0].numel()
+    positives = scale * positive_similarities(image, text, first) + bias
+    total = sum(map_text_blocks(sum_over, image, text)) - positives.sum()
+    return total * world_size() / text[..., 0].numel()
 
 
 def infonce_loss(image, text, scale, bias=0.0, first=0):
-    """Half: mean over images of (mean over its positives of -log softmax over all texts).
-    Half: mean over texts of -log softmax over all images. CLIP's loss where P is 1.
+    """Multi-positive InfoNCE; with P = 1 it is CLIP's loss.
+
+        L = -1 / (2 B P) sum_i sum_{t of i} [log softmax_t(s <x_i, u_t>) + log softmax_i(s <x_i, u_t>)]
+
+    One softmax is over all texts, the other over all images.
     """
-    def of_block(texts):
+    def logsumexps(texts):
         logits = scale * image @ texts.T
         return logits.logsumexp(1), logits.logsumexp(0)
 
-    of_images, of_texts = zip(*in_blocks(of_block, image, text))
-    of_images = torch.stack(of_images).logsumexp(0)                  # [b], over all texts
-    of_texts = gather(torch.cat(of_texts)).logsumexp(0)              # [B P], over all ranks' images
-    of_texts = of_texts.view(text.shape[:2])[first:first + len(image)]
-    total = (of_images[:, None] + of_texts) / 2 - scale * own_cosines(image, text, first)
-    # A bias would cancel. It gets a gradient, zero, as DistributedDataParallel wants one for everything.
-    return total.sum() * ranks() / text[..., 0].numel() + 0 * bias
+    over_texts, over_images = zip(*map_text_blocks(logsumexps, image, text))
+    over_texts = torch.stack(over_texts).logsumexp(0)              # [b], over all texts
+    over_images = all_gather(torch.cat(over_images)).logsumexp(0)  # [B P], over the images of all ranks
+    over_images = over_images.view(text.shape[:2])[first:first + len(image)]
+    total = (over_texts[:, None] + over_images) / 2 - scale * positive_similarities(image, text, first)
+    # The bias cancels in a softmax; 0 * bias gives it the gradient that DDP expects of every parameter.
+    return total.sum() * world_size() / text[..., 0].numel() + 0 * bias
 
 
 LOSSES = {"sigmoid": sigmoid_loss, "infonce": infonce_loss}
-LOGITS = 3072 * 3072 * 6  # at once: the published batch's, 226 MB in float32
+MAX_LOGITS = 3072 * 3072 * 6  # computed at once; as many as the paper's batch has, 226 MB in float32
 
 
-def own_cosines(image, text, first):
-    """-> [b, P], an image's with its own texts."""
+def positive_similarities(image, text, first):
+    """Return [b, P], the cosines of each image with its own texts."""
     return torch.einsum("bd,bpd->bp", image, text[first:first + len(image)])
 
 
-def in_blocks(function, image, text):
-    """-> [function(texts)] of blocks of texts [n, D]. Where there are several, each computes its logits again
-    on the way back, so that only one block's exist at once.
+def map_text_blocks(function, image, text):
+    """Return [function(texts [n, D])] for blocks of texts with at most MAX_LOGITS logits each.
+
+    If there are several blocks, their logits are recomputed in the backward pass. Only one block's
+    logits exist at a time.
     """
     texts = text.flatten(0, 1)
-    blocks = texts.split(max(1, LOGITS // max(1, len(image))))
+    blocks = texts.split(max(1, MAX_LOGITS // max(1, len(image))))
     if len(blocks) == 1:
         return [function(texts)]
-    return [recomputed(function, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return [recompute(function, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Every setting: its value for the demo and for CC3M, the values it may have, what it is. Each is also a flag.
-# cc3m is the paper's recipe for CC3M with ViT-B/16 (appendix and released training script), for YFCC15M too,
-# of which no other values are published. demo is ours, chosen on the demo's validation split. ViT-L/14 is
-# --patch-size 14 --width 1024 --layers 24 --heads 16.
+# ------------------------------------------------------------------------------------------------------------
+# Settings: value for the demo, value for CC3M, allowed values, description. Each is also a flag. "cc3m" is
+# the paper's recipe for CC3M with ViT-B/16 (appendix and released training script); none is published for
+# YFCC15M. "demo" is ours, chosen on the demo's validation split. For ViT-L/14 give --patch-size 14
+# --width 1024 --layers 24 --heads 16. Text projections (data/projection.py): whiten evens out the variance;
+# agree keeps what an image's captions have in common; +linear trains a second map.
 
-FEW = 20_000  # rows; below them the demo's preset is the default: a large tower learns so few by heart
-count = functools.partial(command.number, int)
-real = functools.partial(command.number, float)
+SMALL_DATASET = 20_000  # rows; below it the default preset is demo, because a large ViT would overfit
+N_COLUMNS = len(FACET_COLUMNS)
+integer = functools.partial(common.number, int)  # (low, high)
+real = functools.partial(common.number, float)   # (low, high, exclude low)
 SETTINGS = {
-    "image_size":       (64,        224,         count(1, 4096),       "side of the picture, pixels"),
-    "patch_size":       (8,         16,          count(1, 4096),       "side of a patch, pixels"),
-    "width":            (192,       768,         count(1, 16_384),     "of the ViT"),
-    "layers":           (4,         12,          count(1, 1024),       "blocks of the ViT"),
-    "heads":            (3,         12,          count(1, 1024),       "attention heads of the ViT"),
-    "quick_gelu":       (False,     False,       bool,                 "the ViT's, as OpenAI's weights want"),
-    "init":             ("clip",    "published", ("clip", "published"), "weights as CLIP's or as published"),
-    "image_tower":      ("",        "",          str,                  "open_clip's weights to start from"),
-    "lock_image":       (0,         0,           count(0, 10**9),      "steps that leave the ViT as it is"),
-    "projector_hidden": (0,         4096,        count(0, 131_072),    "its width; at least the LLM's"),
-    "pool_first":       (True,      False,       bool,                 "average patches, then project"),
-    "loss":             ("infonce", "sigmoid",   tuple(LOSSES),        "both with several positives"),
-    "text_projection":  ("agree+linear", "none", str,                  "none|whiten|agree[+linear]"),
-    "positives":        (6,         6,           count(1, 11),         "embeddings an image meets in a step"),
-    "raw_always":       (True,      False,       bool,                 "the raw caption's is one of them"),
-    "columns":          ("",        "",          str,                  "only these: raw.0,long.0,long.1 ..."),
-    "batch":            (256,       3072,        count(1, 10**7),      "of all ranks (published: 8 x 384)"),
-    "chunk":            (384,       384,         count(1, 10**7),      "images a rank encodes at once"),
-    "epochs":           (78.0,      32.0,        real(0, 1e6, True),   "passes over the images"),
-    "steps":            (0,         0,           count(0, 10**9),      "in all; 0: as the epochs say"),
-    "lr":               (1e-3,      5e-4,        real(0, 100),         "peak learning rate, AdamW"),
-    "weight_decay":     (0.5,       0.5,         real(0, 100),         "on matrices and positions only"),
-    "warmup":           (40,        2000,        count(0, 10**9),      "steps, at most a tenth of all"),
-    "init_scale":       (14.0,      10.0,        real(1, 100),         "first logit scale (not its log)"),
-    "crop_scale":       (0.5,       0.9,         real(0, 1, True),     "smallest share in a random crop"),
-    "patch_dropout":    (0.5,       0.0,         real(0, 0.999),       "share of patches a step leaves out"),
-    "compile":          (False,     False,       bool,                 "torch.compile the ViT"),
-    "checkpoint_every": (200,       1000,        count(0, 10**9),      "steps; 0: only at the end"),
-    "workers":          (1,         8,           count(0, 1024),       "loader processes of a rank"),
-    "seed":             (0,         0,           count(0, 2**63 - 1),  "of weights, order, crops, positives"),
+    "image_size":       (64,        224,       integer(1, 4096),      "image side, pixels"),
+    "patch_size":       (8,         16,        integer(1, 4096),      "patch side, pixels"),
+    "width":            (192,       768,       integer(1, 16_384),    "ViT width"),
+    "layers":           (4,         12,        integer(1, 1024),      "ViT layers"),
+    "heads":            (3,         12,        integer(1, 1024),      "ViT attention heads"),
+    "quick_gelu":       (False,     False,     bool,                  "QuickGELU, as OpenAI's weights need"),
+    "init":             ("clip",    "pytorch", ("clip", "pytorch"),   "ViT initialization (paper: pytorch)"),
+    "image_tower":      ("",        "",        str,                   "open_clip weights to start from"),
+    "lock_image":       (0,         0,         integer(0, 10**9),     "steps during which the ViT is frozen"),
+    "projector_hidden": (0,         4096,      integer(0, 131_072),   "projector width; at least the LLM's"),
+    "pool_first":       (True,      False,     bool,                  "average the patches, then project"),
+    "loss":             ("infonce", "sigmoid", tuple(LOSSES),         "multi-positive loss"),
+    "text_projection":  ("agree+linear", "none", str,                 "none|whiten|agree[+linear]"),
+    "positives":        (6,         6,         integer(1, N_COLUMNS),  "embeddings per image and step"),
+    "raw_always":       (True,      False,     bool,                  "raw caption is always a positive"),
+    "columns":          ("",        "",        str,                   "train on raw.0,long.0 ... only"),
+    "batch":            (256,       3072,      integer(1, 10**7),     "global batch size (paper: 8 x 384)"),
+    "micro_batch":      (384,       384,       integer(1, 10**7),     "images encoded at once per rank"),
+    "epochs":           (78.0,      32.0,      real(0, 1e6, True),    "passes over the images"),
+    "steps":            (0,         0,         integer(0, 10**9),     "total steps; 0: from the epochs"),
+    "lr":               (1e-3,      5e-4,      real(0, 100),          "peak learning rate of AdamW"),
+    "weight_decay":     (0.5,       0.5,       real(0, 100),          "of matrices and position embeddings"),
+    "warmup":           (40,        2000,      integer(0, 10**9),     "steps, at most a tenth of all"),
+    "init_scale":       (14.0,      10.0,      real(1, 100),          "initial logit scale, not its log"),
+    "crop_scale":       (0.5,       0.9,       real(0, 1, True),      "minimum area fraction of a crop"),
+    "patch_dropout":    (0.5,       0.0,       real(0, 0.999),        "fraction of patches dropped per step"),
+    "compile":          (False,     False,     bool,                  "torch.compile the ViT"),
+    "checkpoint_every": (200,       1000,      integer(0, 10**9),     "steps; 0: only at the end"),
+    "workers":          (1,         8,         integer(0, 1024),      "loader processes per rank"),
+    "seed":             (0,         0,         integer(0, 2**63 - 1), "of weights, order, crops, positives"),
 }
-# An interrupted run may go on with others of these: they change a gradient in its last bits, or not at all.
-FREE = ("chunk", "checkpoint_every", "workers")
-MAX_LOGIT_SCALE = math.log(100)
-STOP = []  # not empty once SIGTERM has come: save and leave
+# These may differ when a run is resumed: they change a gradient in its last bits or not at all.
+CHANGEABLE_ON_RESUME = ("micro_batch", "checkpoint_every", "workers")
+MAX_LOGIT_SCALE = math.log(100)  # model.logit_scale is a logarithm, as in CLIP
+stop_requested = []  # not empty after SIGTERM: save and exit
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The run
+# ------------------------------------------------------------------------------------------------------------
+# Preparing a run
 
 class Run(NamedTuple):
     """What all steps of a run share."""
-    s: dict                  # the settings, with what the data fix filled in
-    out: Path                # the checkpoint's folder
-    images: str              # root of the pictures, None: where the captions lie
-    batches: Batches         # of the store's rows that are trained on, a step's each (data/pictures.py)
+    s: dict                  # settings, resolved
+    out: Path                # the checkpoint folder
+    image_dir: str           # --images, or None
+    batches: Batches         # of the rows that are trained on
     device: torch.device
     model: flame.Flame
-    encode: torch.nn.Module  # the model itself, or DistributedDataParallel around it
+    encode: torch.nn.Module  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
 
 
 def train(args, s):
-    """Looks at everything, then builds, then takes the steps; touches no earlier run before the first.
+    """Check everything, build the model, train. An earlier run's files are untouched until the first step.
 
-    -> whether it was told to stop before the last
+    Returns whether SIGTERM stopped it before its last step.
     """
     device = args.device
     store = flame.open_store(args.embeddings)
-    checkpoint.identity(store)  # one that does not say what it is ends here, not at the first save
-    columns = chosen_columns(s["columns"])
+    content_hash(store)  # fail now if meta.json is incomplete, and not at the first checkpoint
+    columns = parse_columns(s["columns"])
     tower = None
     if s["image_tower"]:
-        sizes, tower = image_tower(s["image_tower"])
+        sizes, tower = load_image_tower(s["image_tower"])
         s |= sizes
-        say(f"image tower: {s['image_tower']}, with " + ("QuickGELU" if s["quick_gelu"] else
-            "the exact GELU; weights of OpenAI's own want --quick-gelu"))
+        print0(f"image tower: {s['image_tower']} with " + ("QuickGELU" if s["quick_gelu"] else
+               "exact GELU; OpenAI's weights need --quick-gelu"))
     out = Path("out") / (args.name or store.path.resolve().name)
-    with files.alone(out) if rank() == 0 else contextlib.nullcontext():
-        pictures = pictures_of(store, args.images, out)
-        settle(s, len(pictures[0]), len(columns), store.meta["D"])
-        s["rows_crc32"] = zlib.crc32(pictures[0])  # a run does not go on with other pictures
+    with common.locked_folder(out) if rank() == 0 else contextlib.nullcontext():
+        images = locate_images(store, args.images, out)
+        resolve_settings(s, len(images[0]), len(columns), store.meta["D"])
+        s["rows_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed with other images
         if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
-            say("text projection: whiten, as a picture has one caption, which would agree with itself")
+            print0("text projection: whiten instead of agree, because each image has only one caption")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
-        fixed = {name: value for name, value in s.items() if name not in FREE}
-        earlier = None if args.overwrite else checkpoint.earlier_run(out, store, fixed)
+        fixed = {name: value for name, value in s.items() if name not in CHANGEABLE_ON_RESUME}
+        earlier = None if args.overwrite else find_earlier_run(out, store, fixed)
         if earlier and earlier["step"] == s["steps"]:
-            flame.load(out)  # it is whole
-            say(f"{out}: finished already, nothing to do; --overwrite trains anew")
+            flame.load(out)  # raises InputError if it is damaged
+            print0(f"{out}: already finished; use --overwrite to train again")
             return False
-        model, optimizer = build(store, columns, s, device, not earlier, tower, pictures[0])
-        start = checkpoint.restore(out, model, optimizer) if earlier else 0
-        fit_chunk(model, s, device)
+        model, optimizer = build(store, columns, s, device, not earlier, tower, images[0])
+        start = load_checkpoint(out, model, optimizer) if earlier else 0
+        find_micro_batch(model, s, device)
         encode = distribute(model, s["compile"])
-        say(f"{s['images']} images x {len(columns)} embeddings -> {out}, {ranks()} ranks, from step {start}")
-        say("  ".join(f"{name}={value}" for name, value in s.items()))
-        batches = Batches(store, columns, pictures, s, rank(), ranks())
+        print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
+               f"{start}")
+        print0("  ".join(f"{name}={value}" for name, value in s.items()))
+        batches = Batches(store, columns, images, s, rank(), world_size())
         run = Run(s, out, args.images, batches, device, model, encode, optimizer)
-        return take_steps(run, start)
+        return training_loop(run, start)
 
 
-def chosen_columns(names):
-    """Those of COLUMNS to train on, by number."""
-    names = names.split(",") if names else COLUMNS
+def parse_columns(names):
+    """Return the indices of the facet columns to train on."""
+    names = names.split(",") if names else FACET_COLUMNS
     for name in names:
-        if name not in COLUMNS:
-            raise InputError(f"--columns: {name!r} is not among {','.join(COLUMNS)}")
-    return [c for c, name in enumerate(COLUMNS) if name in names]
+        if name not in FACET_COLUMNS:
+            raise InputError(f"--columns: unknown column {name!r}; choose from {','.join(FACET_COLUMNS)}")
+    return [c for c, name in enumerate(FACET_COLUMNS) if name in names]
 
 
-def pictures_of(store, folder, out):
-    """-> the pictures to train on: rows of the store [n], files, places [n, 3] (data/pictures.py)"""
+def locate_images(store, folder, out):
+    """Return the images of the store's rows: rows [n], files, spans [n, 3] (see images.find_images)."""
     if rank() > 0:
-        wait_for_all(out / ".lock")  # rank 0 writes the index of the tars, the others read it
+        barrier(out / ".lock")  # rank 0 writes the index of the tars, the others read it
     captions = store.meta["captions"]["path"]
-    unpacked = store.path / "pictures"  # what embed.py found inside of Parquet
+    unpacked = store.path / "images"  # images that embed.py found inside Parquet
     folder = folder or (unpacked if unpacked.is_dir() else None)
-    pictures = find_pictures(store.keys, store.images, captions, folder, out / "tars.npz")
+    images = find_images(store.keys, store.images, captions, folder, out / "tars.npz")
     if rank() == 0:
-        wait_for_all(out / ".lock")
-    return pictures
+        barrier(out / ".lock")
+    return images
 
 
-def settle(s, images, columns, D):
-    """Fills in the settings that depend on the data."""
-    s["images"] = images
-    if s["batch"] > images:
-        s["batch"] = images // ranks() * ranks()
-    if s["batch"] % ranks() or not s["batch"]:
-        raise InputError(f"--batch {s['batch']}: give a multiple of {ranks()} ranks, at most {images}, "
-                         "the images")
-    s["positives"] = min(s["positives"], columns)
+def resolve_settings(s, n_images, n_columns, D):
+    """Fill in the settings that depend on the data."""
+    s["images"] = n_images
+    if s["batch"] > n_images:
+        s["batch"] = n_images // world_size() * world_size()
+    if s["batch"] % world_size() or not s["batch"]:
+        raise InputError(f"--batch {s['batch']}: give a multiple of {world_size()} ranks, at most {n_images} "
+                         "(the number of images)")
+    s["positives"] = min(s["positives"], n_columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
-    s["steps"] = s["steps"] or max(1, round(s["epochs"] * (images // s["batch"])))
+    s["steps"] = s["steps"] or max(1, round(s["epochs"] * (n_images // s["batch"])))
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
     s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def build(store, columns, s, device, fit, tower=None, rows=None):
-    """-> model and optimizer, as at the start of a run.
+    """Return the model and the optimizer as at the start of a run.
 
-    fit: whether to fit the text projection; a run that goes on has it in its checkpoint, and other ranks get
-    rank 0's. tower: tensors that the image tower starts from. rows: of the store that are trained on, all or
-    int [n].
+    Args:
+        fit: fit the text projection. A resumed run has it in its checkpoint; other ranks get rank 0's.
+        tower: state dict that the image tower starts from.
+        rows: int [n], the rows of the store that are trained on, or None for all.
     """
     torch.manual_seed(s["seed"])
     sizes = "image_size patch_size width layers heads quick_gelu projector_hidden pool_first"
     config = {name: s[name] for name in sizes.split()}
-    config |= text_config(s["text_projection"], store.meta["D"], [COLUMNS[c] for c in columns])
-    model = flame.Flame(config)
-    initialise(model.visual, s)
+    config |= text_config(s["text_projection"], store.meta["D"], [FACET_COLUMNS[c] for c in columns])
+    model = flame.Flame(config, s["init"])
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
     if fit and rank() == 0:
-        fit_text_projection(model.text, store, s["text_projection"], columns, device, rows)
+        fit_text_projection(model.text_projection, store, s["text_projection"], columns, device, rows)
     if tower:
-        with flame.reading(s["image_tower"], "give a CLIP's, a ViT"):
+        with reading(s["image_tower"], "give the weights of a CLIP ViT"):
             model.visual.load_state_dict(tower)
     model.to(device)
     groups = {}
     for name, p in model.named_parameters():
         start = s["lock_image"] if name.startswith("visual.") else 0
-        decay = s["weight_decay"] if p.ndim >= 2 else 0.0  # biases, norms and vectors are spared
+        decay = s["weight_decay"] if p.ndim >= 2 else 0.0  # not on biases, norms and vectors
         group = groups.setdefault((start, decay), {"params": [], "start": start, "weight_decay": decay})
         group["params"].append(p)
     return model, torch.optim.AdamW(list(groups.values()), lr=s["lr"], betas=(0.9, 0.95), fused=True)
 
 
-def initialise(visual, s):
-    """The blocks' first weights: CLIP's, whose residual branches shrink with depth, or as the released code
-    leaves them, nn.Linear's and nn.MultiheadAttention's.
+def find_micro_batch(model, s, device):
+    """Halve s["micro_batch"] until a forward and backward pass fits into GPU memory.
+
+    The trial uses a micro-batch a quarter larger, to leave room for AdamW's moments and the texts. The
+    gradient does not depend on its size. A CPU is not tested, because running out of its memory cannot be
+    caught.
     """
-    for block in visual.transformer.resblocks:
-        attention, mlp, depth = block.attn, block.mlp, 2 * s["layers"]
-        if s["init"] == "published":
-            torch.nn.init.xavier_uniform_(attention.in_proj_weight)
-            torch.nn.init.zeros_(attention.out_proj.bias)
-            continue
-        for weight, of_width in ((attention.in_proj_weight, 1), (mlp.c_fc.weight, 2),
-                                 (attention.out_proj.weight, depth), (mlp.c_proj.weight, depth)):
-            torch.nn.init.normal_(weight, std=(of_width * s["width"]) ** -0.5)
-
-
-def fit_chunk(model, s, device):
-    """Halves s["chunk"], the images that a rank encodes at once, until a GPU has the memory for a forward and
-    backward pass of a fourth more; that leaves room for AdamW's moments and the texts. The gradient is the
-    whole batch's, whatever the chunk.
-
-    On a CPU nothing is tried: a system that is short of memory swaps or kills, it does not say so.
-    """
-    s["chunk"] = min(s["chunk"], s["batch"] // ranks())
+    s["micro_batch"] = min(s["micro_batch"], s["batch"] // world_size())
     while device.type == "cuda":
         try:
-            size = s["chunk"] + s["chunk"] // 4
+            size = s["micro_batch"] + s["micro_batch"] // 4
             pixels = torch.rand(size, 3, s["image_size"], s["image_size"], device=device)
             kept = torch.arange(patches_kept(s), device=device).expand(size, -1)
-            with half_precision(device):
+            with autocast(device):
                 model(pixels, kept).sum().backward()
             break
         except torch.OutOfMemoryError:
-            if s["chunk"] == 1:
+            if s["micro_batch"] == 1:
                 raise
-            s["chunk"] //= 2
+            s["micro_batch"] //= 2
         finally:
             model.zero_grad(set_to_none=True)
-    # Ranks of unequal chunks would not gather equally often.
-    s["chunk"] = gather(torch.tensor(s["chunk"], device=device)).min().item()
+    # All ranks use the smallest one, since each micro-batch may involve collectives.
+    s["micro_batch"] = all_gather(torch.tensor(s["micro_batch"], device=device)).min().item()
 
 
-def half_precision(device):
-    fast = flame.default_dtype(device) == torch.bfloat16
+def autocast(device):
+    fast = common.default_dtype(device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def distribute(model, compiled):
-    """-> the model, or DistributedDataParallel around it (rank 0's weights, all ranks' mean gradient)."""
+    """Return the model, or DistributedDataParallel around it (rank 0's weights, mean gradient)."""
     if compiled:
         model.visual.compile()
-    if ranks() == 1:
+    if world_size() == 1:
         return model
     encode = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    encode.broadcast_buffers = False  # the text projection's, which never change
+    encode.broadcast_buffers = False  # only the text projection has buffers, and they never change
     return encode
 
 
-def take_steps(run, start):
-    """The loop: a batch, a step, a line in the log, now and then a checkpoint."""
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+def training_loop(run, start):
+    """Take the steps from `start` on; log each, save checkpoints. Return whether SIGTERM stopped it early."""
     s, out = run.s, run.out
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
-        worker_init_fn=outlive_sigterm, pin_memory=run.device.type == "cuda")
-    if start == s["steps"] and rank() == 0:  # killed between training.pt and the rest of its last checkpoint
-        checkpoint.save(run, start)
+        worker_init_fn=ignore_sigterm, pin_memory=run.device.type == "cuda")
+    if start == s["steps"] and rank() == 0:  # was killed between the files of its last checkpoint
+        save_checkpoint(run, start)
     loaded = enumerate(loader, start)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in whatever line is running
+    # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     waited, stop, taken, failures = 0.0, False, 0, []
-    begun = clock = time.time()
-    with command.bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
-                     disable=rank() > 0) as bar:
+    begin = clock = time.time()
+    with common.progress_bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
+                             disable=rank() > 0) as bar:
         for step, (batch, failed) in loaded:
             waited += time.time() - clock
-            loss, stop = take_step(run, step, batch)
+            loss, stop = train_step(run, step, batch)
             taken += loss is not None
             failures += failed
             due = stop or step + 1 == s["steps"] or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
-            first_learnt = taken == 1 and loss is not None
-            if step == start > 0 or first_learnt:  # what was there is not touched before
+            resumed = start > 0 and step == start
+            first_update = taken == 1 and loss is not None
+            if resumed or first_update:  # an earlier run's files are untouched before this
                 if rank() == 0:
-                    checkpoint.begin(out, start)
-                wait_for_all()
-                listed = progress.listed_pictures(out)
+                    begin_log(out, start)
+                barrier()
+                listed = read_skipped(out)
             if taken or start:
-                progress.note_skipped(out, failures, listed)
+                log_skipped(out, failures, listed)
                 failures.clear()
             elif due:
-                raise InputError(f"{out}: no picture of {step + 1} steps could be read (first: key "
-                                 f"{': '.join(failures[0])}); give the right --images DIR")
+                raise InputError(f"{out}: no image of the first {step + 1} steps could be read (key "
+                                 f"{': '.join(failures[0])}); give --images DIR")
             bar.update()
             if rank() == 0 and loss is not None:
-                spent = time.time() - begun
-                rate = (step + 1 - start) * s["batch"] / spent
-                entry = {"step": step, "loss": loss, "lr": learning_rate(step, s), "images_per_s": rate,
-                         "waited": waited / spent}
-                progress.log_step(run, entry, bar)
+                elapsed = time.time() - begin
+                rate = (step + 1 - start) * s["batch"] / elapsed
+                log_step(run, {"step": step, "loss": loss, "lr": learning_rate(step, s), "images_per_s": rate,
+                               "waited": waited / elapsed}, bar)
             if rank() == 0 and due:
-                checkpoint.save(run, step + 1)
+                save_checkpoint(run, step + 1)
                 plots.draw_curve(out)
             stop = stop and step + 1 < s["steps"]
             if stop:
                 break
             clock = time.time()
     if rank() == 0:
-        progress.tell_skipped(out)
-        stopped = "; stopped, the same command goes on from here (without --overwrite)" * stop
-        print(f"{out}: {bar.n} steps, {bar.postfix or 'nothing left to do'}{stopped}")
+        print_skipped(out)
+        stopped = "; stopped by SIGTERM, run the same command to resume (without --overwrite)" if stop else ""
+        print(f"{out}: {bar.n} steps, {bar.postfix or 'no steps left'}{stopped}")
     return stop
 
 
-def take_step(run, step, batch):
-    """One step of AdamW, on every rank alike; -> (mean loss over ranks, whether any rank is to stop).
+def train_step(run, step, batch):
+    """Take one step of AdamW. Return (mean loss over ranks, whether SIGTERM reached any rank).
 
-    Where no rank can read a picture of the batch nothing is learnt, and the loss is None.
+    If no rank can read an image of the batch, the weights don't change and the loss is None.
     """
     s = run.s
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
-    signals = torch.tensor(float(len(STOP)), device=run.device)
+    signals = torch.tensor(float(len(stop_requested)), device=run.device)
     if loss is None:
-        return None, gather(signals).any().item()
-    loss, stop = gather(torch.stack([loss, signals])).mean(0).tolist()
-    if not math.isfinite(loss):  # before it can reach the weights
-        raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept; "
-                         "lower --lr, and check the store by embed.py --inspect")
+        return None, all_gather(signals).any().item()
+    loss, stop = all_gather(torch.stack([loss, signals])).mean(0).tolist()
+    if not math.isfinite(loss):  # stop before it reaches the weights
+        raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept. Lower "
+                         "--lr, and check the store with embed.py --inspect")
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s, group["start"])
-        for p in group["params"] if step < group["start"] else ():
-            p.grad = None  # locked: AdamW leaves it alone
+        if step < group["start"]:
+            for p in group["params"]:
+                p.grad = None  # AdamW skips parameters without a gradient
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -395,96 +402,214 @@ def take_step(run, step, batch):
 
 
 def forward_backward(model, encode, batch, s, device):
-    """Adds one step's gradients to the parameters'; -> this rank's loss, None where no rank read a picture.
+    """Accumulate one step's gradients. Return this rank's loss, or None if no rank could read an image.
 
-    encode: the model itself, or DistributedDataParallel around it, which averages the gradients of all ranks.
+    encode: the model, or DistributedDataParallel around it, which averages the gradients of all ranks. batch:
+    pixels uint8 [b, 3, H, W], facets float16 [b, P, D], columns int64 [b, P], readable bool [b], kept int64
+    [b, n] or None (see images.Batches).
     """
     pixels, facets, columns, readable, kept = batch
-    everyone = gather(readable.to(device, torch.uint8)).flatten().bool()
-    if not everyone.any():
+    readable_everywhere = all_gather(readable.to(device, torch.uint8)).flatten().bool()
+    if not readable_everywhere.any():
         return None
-    # Texts are constants: they travel as they are, in half precision, and each rank applies the text
-    # projection itself.
-    facets = gather(facets.to(device, non_blocking=True)).flatten(0, 1)
-    columns = gather(columns.to(device, non_blocking=True)).flatten(0, 1)
-    text = model.text(facets[everyone], columns[everyone])  # [B, P, D], B: the readable ones of all ranks
-    first = everyone[:rank() * len(pixels)].sum().item()
+    # Gather the stored texts in float16; each rank then applies the text projection.
+    facets = all_gather(facets.to(device, non_blocking=True)).flatten(0, 1)
+    columns = all_gather(columns.to(device, non_blocking=True)).flatten(0, 1)
+    text = model.text_projection(facets[readable_everywhere], columns[readable_everywhere])  # [B, P, D]
+    first = readable_everywhere[:rank() * len(pixels)].sum().item()  # readable images of earlier ranks
     readable = readable.to(device)
-    chunks = [slice(at, at + s["chunk"]) for at in range(0, len(pixels), s["chunk"])]
+    micro_batches = [slice(i, i + s["micro_batch"]) for i in range(0, len(pixels), s["micro_batch"])]
 
-    def encoded(chunk):
-        some = None if kept is None else kept[chunk].to(device, non_blocking=True)
-        with half_precision(device):
-            return encode(flame.to_pixels(pixels[chunk].to(device, non_blocking=True)), some)
+    def encode_part(part):
+        patches = None if kept is None else kept[part].to(device, non_blocking=True)
+        with autocast(device):
+            return encode(flame.normalize_pixels(pixels[part].to(device, non_blocking=True)), patches)
 
     def loss_of(image):
         return LOSSES[s["loss"]](image[readable], text, model.logit_scale.exp(), model.logit_bias, first)
 
-    if len(chunks) == 1:
-        loss = loss_of(encoded(chunks[0]))
+    if len(micro_batches) == 1:
+        loss = loss_of(encode_part(micro_batches[0]))
         loss.backward()
         return loss.detach()
-    # The batch does not fit, its features do: encode it without a graph, take the loss's gradient with
-    # respect to the features, then encode each chunk again and hand it its share. Nothing in a step is
-    # random, so the gradient is the whole batch's.
+    # GradCache (Gao et al. 2021), for a batch whose features fit into memory but whose activations don't:
+    # encode it without a graph, take the loss's gradient with respect to the features, then encode each
+    # micro-batch again and backpropagate its part. The model has no dropout and the kept patches are fixed,
+    # so the second pass computes the same features and the gradient is exact.
     with torch.no_grad():
-        image = torch.cat([encoded(chunk) for chunk in chunks])
+        image = torch.cat([encode_part(part) for part in micro_batches])
     loss = loss_of(image.requires_grad_())
-    share, = torch.autograd.grad(loss, image, retain_graph=True)
-    *chunks, last = chunks
-    for chunk in chunks:
+    feature_grad, = torch.autograd.grad(loss, image, retain_graph=True)
+    *others, last = micro_batches
+    for part in others:
         with contextlib.nullcontext() if encode is model else encode.no_sync():
-            encoded(chunk).backward(share[chunk])
-    torch.autograd.backward([encoded(last), loss], [share[last], None])  # and the loss's own parameters
+            encode_part(part).backward(feature_grad[part])
+    # With the last one, also backpropagate the loss to the logit scale, bias and text projection.
+    torch.autograd.backward([encode_part(last), loss], [feature_grad[last], None])
     return loss.detach()
 
 
 def learning_rate(step, s, start=0):
-    """Linear warm-up from step `start` on, and a cosine to 0."""
-    warm = min(1, (step - start + 1) / max(1, s["warmup"]))
-    share = max(0, step - s["warmup"]) / max(1, s["steps"] - s["warmup"])
-    return s["lr"] * warm * 0.5 * (1 + math.cos(math.pi * share))
+    """Cosine from the end of the warm-up to 0, times a linear warm-up from step `start` on."""
+    warmup = min(1, (step - start + 1) / max(1, s["warmup"]))
+    progress = max(0, step - s["warmup"]) / max(1, s["steps"] - s["warmup"])
+    return s["lr"] * warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def outlive_sigterm(worker):
-    """Clusters tell a whole process group to end: a rank saves and leaves, and its loaders with it."""
+def ignore_sigterm(worker):
+    """Let loader processes ignore SIGTERM. Clusters send it to the whole process group, and the rank needs
+    its loaders until it has saved.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @atexit.register
-def end_loaders():
-    """A rank that fails leaves loaders to Python, which ends them by SIGTERM and would wait for ever."""
+def kill_loaders():
+    """Kill loader processes. Python would end them with SIGTERM, which they ignore, and wait forever."""
     for loader in multiprocessing.active_children():
         loader.kill()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The command line
+# ------------------------------------------------------------------------------------------------------------
+# The checkpoint folder, out/<name>:
+#
+#     training.pt                       weights, AdamW's moments, the step
+#     model.safetensors, config.json    what flame.load reads; config.json is written last
+#     log.jsonl, skipped.txt            a line per step; a line per image that could not be read
+#
+# The first three are written atomically, the last two appended to. The same command resumes after a crash.
 
-def read_arguments(argv):
-    """-> (arguments, settings), all of them checked before anything is read or made."""
+RESUME_FIX = "choose another --name, or start over with --overwrite"
+
+
+def save_checkpoint(run, step):
+    """Save the state after `step` steps. Raises InputError if a weight is NaN or infinite."""
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise InputError(f"{run.out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
+                         "last checkpoint is kept")
+    weights, store = run.model.state_dict(), run.batches.store
+    training = {"step": step, "model": weights, "optimizer": run.optimizer.state_dict()}
+    record = {"model": run.model.config, "llm": store.meta["llm"], "training": run.s, "step": step,
+              "store": {"path": os.path.abspath(store.path), "content_hash": content_hash(store)},
+              "images": run.image_dir and os.path.abspath(run.image_dir)}
+    common.atomic_save(run.out / "training.pt", functools.partial(torch.save, training))
+    common.atomic_save(run.out / "model.safetensors", functools.partial(save_file, weights))
+    common.write_json(run.out / "config.json", record)
+
+
+def find_earlier_run(out, store, fixed):
+    """Return the config.json of the run in this folder, or None if there is none.
+
+    fixed: the settings that must be the same. Raises InputError if it was another run.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        for name in ("training.pt", "model.safetensors"):
+            if (out / name).exists() and not (out / "log.jsonl").exists():
+                raise InputError(f"{out / name}: not written by train.py; {RESUME_FIX}")
+        return None
+    with reading(path, RESUME_FIX):
+        record = read_json(path, RESUME_FIX)
+        if record["store"]["content_hash"] != content_hash(store):
+            raise InputError(f"{out}: was trained on another store than {store.path}; {RESUME_FIX}")
+        for name, value in fixed.items():
+            old = record["training"][name]
+            if old != value:
+                raise InputError(f"{out}: was trained with {name} {old}, now it is {value}; {RESUME_FIX}")
+        return record | {"step": int(record["step"])}
+
+
+def load_checkpoint(out, model, optimizer):
+    """Load training.pt. Return the step to resume from."""
+    with reading(out / "training.pt", RESUME_FIX) as path:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["step"])
+
+
+def begin_log(out, start):
+    """Truncate log.jsonl to the steps before `start`; delete an earlier run's files if start is 0."""
+    lines = []
+    for line in read_lines(out / "log.jsonl"):
+        with suppress(Exception):  # a damaged line only leaves a gap in the curve
+            entry = json.loads(line)
+            if entry["step"] < start and entry["loss"] < 1e9:  # also drops NaN
+                lines.append(json.dumps(entry) + "\n")
+    with common.disk_errors(out):
+        if not start:
+            for name in ("config.json", "training.pt", "model.safetensors", "skipped.txt"):
+                (out / name).unlink(missing_ok=True)
+    common.write_text(out / "log.jsonl", "".join(lines))
+
+
+def log_step(run, entry, bar):
+    """Append a line to log.jsonl and update the progress bar.
+
+    entry: step, loss, lr, images_per_s, and waited, the fraction of time spent waiting for data.
+    """
+    entry["scale"] = run.model.logit_scale.exp().item()
+    entry["bias"] = run.model.logit_bias.item()
+    bar.set_postfix_str("loss {loss:.3f}, scale {scale:.1f}, {images_per_s:.0f} images/s, {waited:.1%} of "
+                        "the time waiting for data".format(**entry), refresh=False)
+    common.append_text(run.out / "log.jsonl", json.dumps(entry) + "\n")
+
+
+def read_lines(path):
+    return path.read_text("utf-8", "surrogateescape").splitlines(keepends=True) if path.is_file() else []
+
+
+def read_skipped(out):
+    """Return {key: its line in skipped.txt}."""
+    return {line.split("\t")[0]: line for line in read_lines(out / "skipped.txt")}
+
+
+def log_skipped(out, failed, listed):
+    """Append [(key, reason)] to skipped.txt, each key once per rank.
+
+    listed: the keys so far, from read_skipped(); updated here, because rereading a long file would be slow.
+    """
+    new = {key: f"{key}\t{reason}\n" for key, reason in failed if key not in listed}
+    if new:
+        common.append_text(out / "skipped.txt", "".join(new.values()))
+        listed |= new
+
+
+def print_skipped(out):
+    listed = read_skipped(out)
+    if listed:
+        print(f"skipped {len(listed)} unreadable images, listed in {out}/skipped.txt; the first: "
+              f"{[*listed.values()][0].strip()}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+def parse_arguments(argv):
+    """Return (arguments, settings), checked before anything is read or written."""
     usage = "train.py [--embeddings DIR] [--images DIR] [--preset NAME] [--name NAME] [--SETTING VALUE ...]"
-    parser = command.Parser(description="Stage 2: images + embedding store -> checkpoint", usage=usage)
+    parser = common.Parser(description="Stage 2: images + embedding store -> checkpoint", usage=usage)
     add = parser.add_argument
     add("--embeddings", metavar="DIR", help="the store (default: newest finished one under data/embeddings)")
-    add("--images", metavar="DIR", help="root of pictures or tars (default: where the captions file lies)")
-    add("--preset", choices=("demo", "cc3m"), help=f"default: demo below {FEW:,} rows, else cc3m")
-    add("--name", help="checkpoint goes to out/NAME (default: the store's name)")
+    add("--images", metavar="DIR", help="root of images or tars (default: the captions file's folder)")
+    add("--preset", choices=("demo", "cc3m"), help=f"default: demo below {SMALL_DATASET:,} rows, else cc3m")
+    add("--name", help="write the checkpoint to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--overwrite", action="store_true", help="throw away what is at out/NAME and start anew")
+    add("--overwrite", action="store_true", help="delete the run in out/NAME and start over")
     add = parser.add_argument_group("settings (demo / cc3m)").add_argument
-    for name, (demo, cc3m, values, what) in SETTINGS.items():
-        how = {"type": values, "metavar": "X"}
+    for name, (demo, cc3m, values, description) in SETTINGS.items():
+        options = {"type": values, "metavar": "X"}
         if values is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+            options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(values, tuple):
-            how = {"choices": values}
-        add("--" + name.replace("_", "-"), help=f"{what} ({demo} / {cc3m})", **how)
+            options = {"choices": values}
+        add("--" + name.replace("_", "-"), help=f"{description} ({demo} / {cc3m})", **options)
     args = parser.parse_args(argv)
-    args.device = start_ranks(args.device)
+    args.device = init_distributed(args.device)
     args.embeddings = args.embeddings or newest_store()
-    args.preset = args.preset or ("demo" if len(flame.open_store(args.embeddings)) < FEW else "cc3m")
-    s = {name: row[args.preset != "demo"] for name, row in SETTINGS.items()}
+    small = len(flame.open_store(args.embeddings)) < SMALL_DATASET
+    args.preset = args.preset or ("demo" if small else "cc3m")
+    s = {name: row[0 if args.preset == "demo" else 1] for name, row in SETTINGS.items()}
     s |= {name: value for name, value in vars(args).items() if name in s and value is not None}
     for part, size in (("heads", "width"), ("patch_size", "image_size")):
         if s[size] % s[part]:
@@ -494,10 +619,15 @@ def read_arguments(argv):
 
 
 def newest_store():
-    for meta in sorted(Path("data/embeddings").glob("*/meta.json"), key=os.path.getmtime, reverse=True):
-        with contextlib.suppress(InputError):  # it is being made
-            return flame.open_store(meta.parent).path
-    raise InputError("data/embeddings: no finished store; make one with embed.py")
+    """Return the finished store under data/embeddings that was begun last. Raises InputError if none."""
+    def is_finished(folder):
+        with suppress(InputError):
+            return flame.open_store(folder)
+
+    folder = common.newest_folder("data/embeddings", "meta.json", is_finished)
+    if not folder:
+        raise InputError("data/embeddings: no finished store; make one with embed.py")
+    return folder
 
 
 def main(argv=None):
@@ -505,19 +635,19 @@ def main(argv=None):
 
     def body():
         nonlocal stopped
-        args, s = read_arguments(argv)
-        say(f"store: {args.embeddings}, preset: {args.preset}")
+        args, s = parse_arguments(argv)
+        print0(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
         stopped = train(args, s)
 
-    code = command.run("train.py", body, "the same command goes on (without --overwrite)")
-    return 128 + signal.SIGTERM if stopped else code  # so that who started it knows
+    code = common.run_stage("train.py", body, "run the same command to resume (without --overwrite)")
+    return 128 + signal.SIGTERM if stopped else code  # for schedulers
 
 
-def stop_soon(*signal_and_frame):
-    STOP.append(True)
+def request_stop(*signal_and_frame):
+    stop_requested.append(True)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop_soon)
+    signal.signal(signal.SIGTERM, request_stop)
     sys.exit(main())

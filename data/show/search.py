@@ -1,45 +1,45 @@
-"""evaluate.py --search and --vectors: pictures under a folder, ranked by texts or a picture, or encoded."""
+"""evaluate.py --search and --vectors: rank the images of a folder by texts or an image; write embeddings."""
 import os
 
-from data import files
-from data.pictures import Place
+from data import common
+from data.encoders import encode_images, encode_texts
+from data.images import ImageLocation
 from data.show import page, sheet
-from data.towers import encode_images, encode_texts
 from flame import InputError
 
 
-def search(args, places, towers):
-    """Prints and draws the args.top best of each query in args.search; without any it serves the page. With
-    args.vectors it writes them there, float32 [M, D], and beside it the M paths.
+def search(args, locations, encoders):
+    """Print and draw the args.top best images for each query in args.search; without queries, serve the page.
 
-    args: evaluate.py's command line. places: pictures to search. Raises InputError where there are none, or
-    none can be read.
+    With args.vectors, write the image embeddings there, float32 [M, D], and their M paths beside it. args:
+    evaluate.py's command line. Raises InputError if there are no images or none can be read.
     """
-    if not places:
-        raise InputError(f"{args.images}: no such folder, or no pictures in it; name another")
-    image, kept = encode_images(towers, places)
-    left_out = len(places) - len(kept)
-    places = [places[i] for i in kept]
+    if not locations:
+        raise InputError(f"{args.images}: no such folder, or no images in it; give another with --images")
+    image, readable = encode_images(encoders, locations)
+    unreadable = len(locations) - len(readable)
+    locations = [locations[i] for i in readable]
     if args.vectors:
         name = str(args.vectors).removesuffix(".npy")
-        files.write_array(f"{name}.npy", image)
-        files.write_text(f"{name}.txt", "".join(place.path.replace("\n", " ") + "\n" for place in places))
-        return print(f"-> {name}.npy: {image.shape}, and the paths as .txt")
+        common.write_array(f"{name}.npy", image)
+        paths = (location.path.replace("\n", " ") + "\n" for location in locations)
+        common.write_text(f"{name}.txt", "".join(paths))
+        return print(f"-> {name}.npy: {image.shape}; paths in {name}.txt")
     if not args.search:
-        return page.serve(args, places, image, towers, left_out).block_thread()
-    head = f"the best of {len(image)} pictures"
+        return page.serve(args, locations, image, encoders, unreadable).block_thread()
+    head = f"the best of {len(image)} images"
     rows = []
     for query in args.search:
-        if os.path.isfile(query):   # a text may be too long for a file's name
-            vectors, _ = encode_images(towers, [Place(query)])
+        if os.path.isfile(query):
+            vectors, _ = encode_images(encoders, [ImageLocation(query)])
         else:
-            text = query.encode("utf-8", "replace").decode()   # the shell may hand over any bytes
-            vectors = encode_texts(towers, [text], page.prompts_of(args, text))
+            text = query.encode("utf-8", "replace").decode()  # the shell may pass any bytes
+            vectors = encode_texts(encoders, [text], page.choose_prompts(args, text))
         scores, best = sheet.best_of(image, vectors[0], args.top)
         print(f"{sheet.printable(query)}: {head}")
         for number, i in enumerate(best, 1):
-            print(f"{number:3}  {scores[i]:.4f}  {sheet.printable(places[i].path)}")
-        tiles = [(places[i], f"{scores[i]:.3f}  {os.path.basename(places[i].path)[:16]}", False)
+            print(f"{number:3}  {scores[i]:.4f}  {sheet.printable(locations[i].path)}")
+        tiles = [(locations[i], f"{scores[i]:.3f}  {os.path.basename(locations[i].path)[:16]}", False)
                  for i in best]
         rows.append(sheet.draw_row(head, query, tiles))
     path = args.out / "search.png"

@@ -1,4 +1,4 @@
-"""The contact sheet: texts, and the pictures of a gallery that each of them finds."""
+"""Contact sheets: texts, and the images of a gallery that each of them finds."""
 import functools
 import textwrap
 from typing import NamedTuple
@@ -6,97 +6,99 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import files
-from data.pictures import open_picture
+from data import common
+from data.images import open_image
 
 GREEN = "#00a850"
 GREY = "#d0d0d0"
 INK = "#202020"
 QUERIES = 8
 
-# Pixels: the column of texts (and letters in its line), their line; a picture, its frame, a picture with all
-# around it, how many stand side by side.
-TEXT = 400
-LETTERS = 46
-LINE = 18
+# Layout in pixels: the text column (TEXT_CHARS per line), its line height; an image, its frame, a cell with
+# both and a line of text, and the number of cells per row.
+TEXT_WIDTH = 400
+TEXT_CHARS = 46
+LINE_HEIGHT = 18
 SIDE = 128
 FRAME = 6
 CELL = SIDE + 2 * FRAME + 18
-ACROSS = 6
+CELLS_PER_ROW = 6
 
 
-class Shown(NamedTuple):
-    """Texts and the gallery they are asked of."""
-    texts: list             # N
-    text: np.ndarray        # [N, D]
-    pictures: list          # M Places
-    image: np.ndarray       # [M, D], unit vectors
-    owner: np.ndarray       # int [N], the right picture of each text
+class Examples(NamedTuple):
+    """Texts, and the gallery that they are searched in."""
+    texts: list                # N
+    text: np.ndarray           # [N, D]
+    images: list               # M ImageLocations
+    image: np.ndarray          # [M, D], unit vectors
+    image_of_text: np.ndarray  # int [N]
     prompts: str
 
 
-def best_of(image, text, most=None):
-    """Similarities [M] of a gallery [M, D] and a text [D] -> (them, the `most` best places, best first)"""
+def best_of(image, text, n=None):
+    """Return (similarities [M] of a gallery [M, D] and a text [D], the n best indices, best first)."""
     scores = image @ text
-    return scores, np.argsort(-scores, kind="stable")[:most]
+    return scores, np.argsort(-scores, kind="stable")[:n]
 
 
-def draw_sheet(shown, title, path):
-    """Writes eight of the texts and the five best pictures of each, the right one marked, be it the sixth.
+def draw_sheet(examples, title, path):
+    """Write eight of the texts, each with its five best images.
 
-    title: what stands above.
+    The correct image is marked. If it is not among the five, it is added as a sixth.
     """
-    rows = [draw_row(f"{title}\nticked: the right picture, which is the sixth if not among the best", "", [])]
-    for query in np.random.default_rng(0).permutation(len(shown.texts))[:QUERIES]:
-        _, order = best_of(shown.image, shown.text[query])
-        right = shown.owner[query]
-        words = f"right: number {(order == right).argmax() + 1}"
-        best = dict.fromkeys([*order[:ACROSS - 1], right])
-        tiles = [(shown.pictures[i], words if i == right else "", i == right) for i in best]
-        rows.append(draw_row(f"the best of {len(order)} pictures", shown.texts[query], tiles))
+    rows = [draw_row(f"{title}\nticked: the correct image, last if it is not among the best", "", [])]
+    for query in np.random.default_rng(0).permutation(len(examples.texts))[:QUERIES]:
+        _, order = best_of(examples.image, examples.text[query])
+        correct = examples.image_of_text[query]
+        label = f"correct: rank {(order == correct).argmax() + 1}"
+        best = dict.fromkeys([*order[:CELLS_PER_ROW - 1], correct])
+        tiles = [(examples.images[i], label if i == correct else "", i == correct) for i in best]
+        rows.append(draw_row(f"the best of {len(order)} images", examples.texts[query], tiles))
     write_rows(rows, path)
 
 
 def draw_row(head, text, tiles):
-    """-> uint8 [height, width, 3]: lines above a text; beside them tiles, (Place, words below, whether it is
-    the right one). That has a green frame, and a tick for those who do not see green."""
-    lines = [head, "", *textwrap.wrap(printable(text), LETTERS, max_lines=14, placeholder=" ...")]
-    height = max(CELL * -(-len(tiles) // ACROSS), LINE * (len(lines) + 1))
-    row = Image.new("RGB", (TEXT + ACROSS * CELL, height), "white")
-    pen = ImageDraw.Draw(row)
-    pen.multiline_text((0, 0), "\n".join(lines), INK, font_of(), spacing=4)
-    for n, (place, words, right) in enumerate(tiles):
-        left, top = TEXT + n % ACROSS * CELL, n // ACROSS * CELL
-        picture = ImageOps.pad(thumbnail(place, SIDE), (SIDE, SIDE), color="white")
-        row.paste(ImageOps.expand(picture, FRAME, GREEN if right else GREY), (left, top))
-        pen.text((left, top + SIDE + 2 * FRAME), printable(words), INK, font_of(11))
-        if right:
-            pen.text((left + 8, top), "\u2713", GREEN, font_of(36), stroke_width=4, stroke_fill="white")
+    """Return uint8 [height, width, 3]: a heading and a text, and beside them tiles (ImageLocation, label,
+    whether it is correct). A correct tile has a green frame and a tick, for readers who cannot see green.
+    """
+    lines = [head, "", *textwrap.wrap(printable(text), TEXT_CHARS, max_lines=14, placeholder=" ...")]
+    height = max(CELL * -(-len(tiles) // CELLS_PER_ROW), LINE_HEIGHT * (len(lines) + 1))
+    row = Image.new("RGB", (TEXT_WIDTH + CELLS_PER_ROW * CELL, height), "white")
+    draw = ImageDraw.Draw(row)
+    draw.multiline_text((0, 0), "\n".join(lines), INK, load_font(), spacing=4)
+    for n, (location, label, correct) in enumerate(tiles):
+        left, top = TEXT_WIDTH + n % CELLS_PER_ROW * CELL, n // CELLS_PER_ROW * CELL
+        image = ImageOps.pad(thumbnail(location, SIDE), (SIDE, SIDE), color="white")
+        row.paste(ImageOps.expand(image, FRAME, GREEN if correct else GREY), (left, top))
+        draw.text((left, top + SIDE + 2 * FRAME), printable(label), INK, load_font(11))
+        if correct:
+            draw.text((left + 8, top), "\u2713", GREEN, load_font(36), stroke_width=4, stroke_fill="white")
     return np.array(row)
 
 
 def write_rows(rows, path):
-    files.write(path, ImageOps.expand(Image.fromarray(np.concatenate(rows)), 16, "white").save)
+    common.atomic_save(path, ImageOps.expand(Image.fromarray(np.concatenate(rows)), 16, "white").save)
 
 
-def thumbnail(place, side):
-    """-> PIL image that fits side x side; a grey square where the picture cannot be read."""
+def thumbnail(location, side):
+    """Return a PIL image that fits into side x side; a grey square if it cannot be read."""
     try:
-        with open_picture(place) as image:
+        with open_image(location) as image:
             return ImageOps.contain(image.convert("RGB"), (side, side))
-    except Exception:  # decoders raise nearly anything on a stranger's bytes; evaluate.py has counted it
+    except Exception:  # decoders can raise any exception; evaluate.py has counted it
         return Image.new("RGB", (side, side), GREY)
 
 
 def printable(text):
-    """Without control characters and what UTF-8 cannot hold (file names may be any bytes)."""
+    """Replace control characters, and bytes of file names that are not UTF-8."""
     return "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
 
 
 @functools.cache
-def font_of(size=14):
-    """What a matplotlibrc names, else DejaVu, which has most alphabets; without matplotlib Pillow's own,
-    which has ASCII."""
+def load_font(size=14):
+    """Return the font of the matplotlibrc, or DejaVu, which covers most alphabets. Without matplotlib, return
+    Pillow's default, which covers ASCII.
+    """
     try:
         from matplotlib.font_manager import findfont
         return ImageFont.truetype(findfont(None), size)

@@ -1,4 +1,4 @@
-"""What each patch of a picture says, in the LLM's own words: of the page, a click on a picture."""
+"""The LLM's word for each patch of an image, which the search page shows after a click."""
 import functools
 
 import numpy as np
@@ -10,11 +10,12 @@ import flame
 
 @torch.inference_mode()
 def patch_states(model, pixels):
-    """[3, H, W] -> [g, g, D]: a picture's patches in the LLM's space, four pooled to one where it is even.
+    """Return an image's patches in the LLM's space [g, g, D], from pixels [3, H, W].
 
-    A text projection leads out of that space: a text's u meets an image's z as u A, so that z A meets u
-    itself (A is symmetric). A is of one column, the whole of a long caption where the checkpoint was trained
-    on that. The trained map after it is left out: led back through that, the demo's patches say little.
+    If their number per side is even, 2 x 2 patches are averaged. Training compares an image z with A u, where
+    u is a text's hidden state and A the closed-form map of its column. A is symmetric, so A z is in the LLM's
+    own space. We use the A of long.0, or of the first trained column. The trained map M after it is left out:
+    with it, the demo's words made little sense.
     """
     patches = model.visual(pixels[None])[:, 1:]
     side = round(patches.shape[1] ** 0.5)
@@ -22,18 +23,19 @@ def patch_states(model, pixels):
     states = model.mm(pooled.permute(1, 2, 0))
 
     columns = model.config["columns"]
-    c = flame.COLUMNS.index("long.0" if "long.0" in columns else columns[0])
-    text = model.text
-    return text.rest[c] * states + states @ text.basis[c] * text.gain[c] @ text.basis[c].T
+    c = flame.FACET_COLUMNS.index("long.0" if "long.0" in columns else columns[0])
+    projection = model.text_projection
+    low_rank = states @ projection.basis[c] * projection.gain[c] @ projection.basis[c].T
+    return projection.rest[c] * states + low_rank
 
 
 @functools.lru_cache(1)
 def vocabulary(llm):
-    """-> (whole words [V], what a state is multiplied with to score them [V, D]).
+    """Return (whole words [V], their unembedding vectors [V, D], with the final norm's weight).
 
-    Whole words are the tokens that begin with a space and have letters only: parts of words say little.
+    Whole words are tokens of a space and at least three letters.
     """
-    read, names = flame.weights_reader(llm)
+    read, names = flame.open_weights(llm)
     head = "lm_head.weight" if "lm_head.weight" in names else "model.embed_tokens.weight"
     norm = read("model.norm.weight").float() + flame.llm_config(llm)["norm_offset"]
     unembedding = read(head).float()
@@ -44,13 +46,13 @@ def vocabulary(llm):
     return np.array([texts[token][1:] for token in tokens]), unembedding[tokens] * norm
 
 
-def words_of(model, llm, picture):
-    """PIL image -> of each patch the word that the LLM's unembedding finds nearest, str [g, g], and its
-    strength, [g, g]: the cosine of the two, over the picture's largest.
+def words_of(model, llm, image):
+    """Return the word with the highest logit for each patch of a PIL image, str [g, g], and its strength
+    [g, g]: the cosine of patch and word, relative to the image's largest.
     """
     words, vectors = vocabulary(llm)
     device = next(model.parameters()).device
-    states = patch_states(model, model.preprocess(picture).to(device)).cpu()
+    states = patch_states(model, model.preprocess(image).to(device)).cpu()
     nearest = (states @ vectors.T).argmax(-1)
     cosines = F.cosine_similarity(states, vectors[nearest], dim=2)
     return words[nearest], (cosines / cosines.max()).numpy()

@@ -1,0 +1,189 @@
+"""Models by others: FLAME's released code (its text path and .pt checkpoints), and open_clip.
+
+The released code differs from flame.py in these points:
+
+* A caption is tokenized, truncated to 1,024 tokens, decoded, and cleaned without stripping.
+* All facet prompts form one string, with consecutive positions, and each is tokenized after the one before.
+* In the short and long sets, a literal <s> precedes the first facet prompt.
+* The facets are averaged before they are normalized.
+* Its padding masks let facets of a padded batch see each other. This module reproduces the result for one
+  caption at a time.
+"""
+import pickle
+from itertools import accumulate, count
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import flame
+from flame import InputError, PROMPTS, reading
+
+CAPTION_TOKENS = 1024  # with BOS
+CONTEXT_LENGTH = 1536  # tokens of the whole string
+UNUSED = ("visual.ln_post.", "visual.proj=", "text.")  # prefixes; "=" ends a name; text. is the LLM
+
+
+def text_encoder(llm_dir, device="cpu", dtype=torch.bfloat16, layer=None, mask="decoupled"):
+    """Return the text encoder that a store or checkpoint records; mask "released" is the released code's."""
+    if mask != "released":
+        return flame.TextEncoder(llm_dir, device, dtype, layer, mask)
+    encoder = flame.TextEncoder(llm_dir, device, dtype, layer, "causal")  # the chain must fit the context
+    encoder.tokenize = tokenize
+    encoder.caption_forest = caption_forest
+    encoder.context_length = min(encoder.context_length, CONTEXT_LENGTH)
+    return encoder
+
+
+def caption_forest(prefixes, suffixes):
+    """Like flame.caption_forest, with consecutive positions for the facets, although none sees another.
+
+    Tokens are paired with their positions: only tokens at equal positions are shared.
+    """
+    sequences = []
+    for prefix, facets in zip(prefixes, suffixes):
+        positions = count(len(prefix))
+        sequences += [[*zip(prefix, count()), *zip(facet, positions)] for facet in facets]
+    forest = flame.build_forest(sequences)
+    tokens, positions = forest.tokens.T
+    return forest._replace(tokens=tokens, positions=positions)
+
+
+def tokenize(tokenizer, captions, prompts):
+    """Like flame.tokenize, but prefix + all facets are the token ids of one string."""
+    template, (first, *others) = PROMPTS[prompts]
+    if others:
+        first = "<s> " + first
+    prefixes = []
+    suffixes = []
+    for caption in clean_as_released(tokenizer, captions):
+        parts = [template.replace("{}", caption), first, *others]
+        ids = tokenizer.encode_batch(list(accumulate(parts, "{} {}".format)))  # each adds one facet prompt
+        cuts = [flame.shared_prefix(ids[-1], beginning) for beginning in ids]
+        prefixes.append(ids[-1][:cuts[0]])
+        suffixes.append([ids[-1][start:stop] for start, stop in zip(cuts, cuts[1:])])
+    return prefixes, suffixes
+
+
+def clean_as_released(tokenizer, captions):
+    """Return captions as the released code puts them into the template."""
+    texts = []
+    for ids in tokenizer.encode_batch(list(captions)):
+        text = tokenizer.decode(ids[:CAPTION_TOKENS]).replace('"', "'")
+        if text.endswith("?"):
+            text = text[:-1] + "."
+        elif text and not text.endswith((".", "'")):
+            text += "."
+        texts.append(text)
+    return texts
+
+
+class ReleasedFlame(flame.Flame):
+    """The released model, which averages the facet embeddings and then normalizes."""
+
+    def encode_text(self, facets, prompts="long"):
+        """Scale facets [N, K, D] (of any common scale) so that their mean over facets is a unit vector."""
+        return facets / facets.mean(1, keepdim=True).norm(dim=-1, keepdim=True)
+
+
+def load_released(path):
+    """Return the model of a released .pt checkpoint in eval mode.
+
+    The file does not name its LLM, so config["llm"] has no fingerprint. Nothing in it is executed, and the
+    LLM's tensors, if there are any, are not read. Raises InputError if it is not such a checkpoint.
+    """
+    with reading(path, "give a released .pt checkpoint, or a folder that train.py wrote"):
+        weights = read_weights(path)
+        if "text_projection.mean" in weights:  # ignoring a text projection would change the scores
+            raise ValueError("written by train.py")
+        llm = {"name": None, "fingerprint": None, "layer": None, "mask": "released"}
+        model = ReleasedFlame(vit_config(weights) | {
+            "projector_hidden": len(weights["mm.0.weight"]), "text_dim": len(weights["mm.2.weight"]),
+            "pool_first": False, "text_rank": 0, "columns": flame.FACET_COLUMNS, "llm": llm})
+        model.load_state_dict(weights | model.text_projection.state_dict(prefix="text_projection."))
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# open_clip
+
+def load_image_tower(path):
+    """Return (ViT config, state dict) of open_clip weights (.safetensors or .pt).
+
+    The file does not record which GELU the tower uses. Raises InputError if it has no such tower.
+    """
+    with reading(path, "give open_clip_model.safetensors or a .pt file of a ViT"):
+        weights = read_weights(path)
+        config = vit_config(weights)
+    return config, {name[7:]: x for name, x in weights.items() if name.startswith("visual.")}
+
+
+HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # width: open_clip's ViT-H, g, bigG and e; others 64
+
+
+def vit_config(weights):
+    """Infer the config of an image tower from the shapes of its tensors."""
+    width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+    patches = len(weights["visual.positional_embedding"]) - 1
+    layers = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}
+    head_width = HEAD_WIDTH.get(width, 64)
+    if not layers or width % head_width or not all(x.is_floating_point() for x in weights.values()):
+        raise ValueError(f"not a floating-point ViT: {len(layers)} layers of width {width}")
+    return {
+        "image_size": patch_size * round(patches ** 0.5),
+        "patch_size": patch_size,
+        "width": width,
+        "layers": len(layers),
+        "heads": width // head_width,
+    }
+
+
+def read_weights(path):
+    """Return {name: tensor} of a .safetensors or .pt file, without those that FLAME does not use."""
+    if str(path).endswith(".safetensors"):
+        file = load_file(path)
+    else:
+        scalar = np.float64(0).__reduce__()[0]  # the optimizer state has a numpy learning rate
+        allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        try:
+            with torch.serialization.safe_globals([np.dtype, np.dtypes.Float64DType, *allowed]):
+                file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:  # drop torch's advice to trust the file
+            raise ValueError(str(error).split("WeightsUnpickler error: ")[-1]) from None
+    weights = {name.removeprefix("module."): x for name, x in file.get("state_dict", file).items()}
+    return {name: x for name, x in weights.items() if not f"{name}=".startswith(UNUSED)}
+
+
+class OpenClip(torch.nn.Module):
+    """An open_clip model with the interface of flame.Flame and flame.TextEncoder that evaluation needs.
+
+    spec: MODEL or MODEL:WEIGHTS (one of open_clip's names or a file); without WEIGHTS they are random. Raises
+    InputError if open_clip is not installed or does not know the model.
+    """
+
+    def __init__(self, spec):
+        super().__init__()
+        name, _, weights = spec.partition(":")
+        try:
+            import open_clip
+            self.clip, _, self.preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=weights or None)
+            self.tokenizer = open_clip.get_tokenizer(name)
+            D = open_clip.get_model_config(name)["embed_dim"]
+        except Exception as error:  # not installed, unknown model or weights, no network, a corrupt file
+            raise InputError(f"--open-clip {spec}: {flame.describe_error(error)}; give a MODEL:WEIGHTS of "
+                             "open_clip.list_pretrained(), or MODEL:FILE") from None
+        self.config = {"text_dim": D, "columns": [f"{prompts}.0" for prompts in PROMPTS]}
+
+    def encode_image(self, pixels):
+        return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+
+    def encode_batches(self, texts, prompts):
+        """Yield (rows, [n, 1, D]): a text has one embedding, which is broadcast to all facets."""
+        for rows in torch.arange(len(texts)).split(64):
+            tokens = self.tokenizer([texts[row] for row in rows]).to(self.clip.logit_scale.device)
+            yield rows.tolist(), self.clip.encode_text(tokens).float().cpu()[:, None]
+
+    def encode_text(self, facets, prompts):
+        return F.normalize(facets, dim=-1)

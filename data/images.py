@@ -1,0 +1,245 @@
+"""Finds the images of a table's rows (data/README.md), and makes the batches of a training run."""
+import functools
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import EpsImagePlugin, Image
+
+from data.captions import IMAGE_SUFFIXES, report_skipped, source_files, split_member_name, tar_members
+from data.common import atomic_save
+from flame import FACET_COLUMNS, InputError, reading, to_rgb
+
+MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
+CACHE_BYTES = 1 << 28      # decoded images that a loader process keeps; the demo's need 70 MB
+EXISTENCE_SAMPLE = 1000    # paths that are tested to find out whether images exist
+SHUFFLE_BUFFER = 50_000    # images: mixes several tars, while each is still read nearly in order
+CROP_DRAWS = 22            # random numbers per crop: two for its position, two for each of ten attempts
+EpsImagePlugin.gs_binary = False  # never run Ghostscript on a PostScript file, whatever its suffix
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Finding images
+
+class ImageLocation(NamedTuple):
+    """Where the bytes of an image are: a file, or a part of a tar."""
+    path: str
+    offset: int = 0
+    size: int = MAX_IMAGE_BYTES  # at most
+
+
+def open_image(location):
+    """Return a PIL image with its header read, not yet decoded. May raise any exception on corrupt bytes."""
+    if not os.path.isfile(location.path):  # opening a pipe would block
+        raise OSError(0, "not a regular file", location.path)
+    with open(location.path, "rb", buffering=0) as file:
+        file.seek(location.offset)
+        return Image.open(io.BytesIO(file.read(min(location.size, MAX_IMAGE_BYTES))))
+
+
+def images_in(folder):
+    """Return an ImageLocation for each file with an image suffix in a folder and its subfolders."""
+    paths = sorted(glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
+    return [ImageLocation(path) for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+
+
+def find_images(keys, images, captions, folder=None, index=""):
+    """Find the images of a table's rows.
+
+    Images are the paths in `images`, relative to `folder` or, without it, to the captions. If none exists,
+    they are found by key, as files or inside tars (which are never unpacked): in `folder`, or in the tars
+    that were the captions, or in the folder with the name of the captions file. Images found by path are
+    returned in the order of the table, others in the order of the files.
+
+    Args:
+        keys, images: of the table made from the source `captions`.
+        index: .npz file that caches the result of a search by key.
+
+    Returns:
+        rows int64 [n], files list[str], spans int64 [n, 3] (index into files, offset, size at most). A path
+        that does not exist counts as an unreadable image in training.
+
+    Raises InputError if no row has an image.
+    """
+    captions = Path(captions)
+    root = Path(folder or (captions if captions.is_dir() else captions.parent))
+    rows = [row for row, image in enumerate(images) if image]
+    files = [os.path.join(root, images[row]) for row in rows]
+    if any(map(os.path.isfile, files[::1 + len(files) // EXISTENCE_SAMPLE])):
+        return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
+    example = (files or keys)[0]
+    if not folder and not captions.is_dir():
+        root = captions.with_name(captions.name.split(".")[0])
+    tars = source_files(captions) if captions.suffix == ".tar" and not folder else sorted(root.glob("*.tar"))
+    files = list(map(str, tars)) or [location.path for location in images_in(root)]
+    modified = [os.stat(tar).st_mtime_ns for tar in tars]
+    stamp = hashlib.sha256(json.dumps([keys, files, modified]).encode()).hexdigest()
+    if os.path.exists(index):
+        with reading(index, "delete it") as path, np.load(path) as saved:
+            if str(saved["stamp"]) == stamp:
+                return saved["rows"], files, saved["spans"]
+    span_of = spans_by_key(keys, files)
+    if not span_of:
+        raise InputError(f"{root}: no images found for {captions} (first: {example}). Give --images DIR, or "
+                         "embed the tars themselves. Without a key column, keys are row numbers, which match "
+                         "img2dataset's names only with 10,000 samples per shard")
+    rows, spans = np.array([*span_of]), np.array([*span_of.values()])
+    if index:
+        atomic_save(index, functools.partial(np.savez, stamp=stamp, rows=rows, spans=spans))
+    return rows, files, spans
+
+
+def spans_by_key(keys, files):
+    """Return {row: span} of the first image with each key. A corrupt tar is used up to the corruption."""
+    row_of = {key: row for row, key in enumerate(keys)}
+    span_of = {}
+    skipped = {}
+    for n, file in enumerate(files):
+        is_tar = file.endswith(".tar")
+        members = tar_members(file, skipped) if is_tar else [(*split_member_name(file), 0, MAX_IMAGE_BYTES)]
+        for _, key, suffix, offset, size in members:
+            if key in row_of and suffix in IMAGE_SUFFIXES:
+                span_of.setdefault(row_of[key], (n, offset, size))
+    report_skipped("images", skipped)
+    return span_of
+
+
+def locations_of(files, spans):
+    """Return the ImageLocations of spans int64 [n, 3]."""
+    return [ImageLocation(files[file], offset, size) for file, offset, size in spans.tolist()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a training step sees
+
+def crop_box(width, height, min_scale, draws):
+    """Return a random resized crop (left, top, width, height) in whole pixels, distributed as torchvision's.
+
+    Its area is a fraction from min_scale to 1 of the image, its aspect ratio 3/4 to 4/3. If none of ten
+    attempts fits into the image, return the largest such box at the center. draws: CROP_DRAWS numbers in
+    [0, 1).
+    """
+    for area_draw, ratio_draw in draws[2:].reshape(-1, 2).tolist():
+        area = width * height * (min_scale + (1 - min_scale) * area_draw)
+        ratio = (4 / 3) ** (2 * ratio_draw - 1)  # log-uniform
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[0] * (width - w + 1)), int(draws[1] * (height - h + 1)), w, h
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_crop(image, size, min_scale, draws):
+    """Return a random resized crop (see crop_box), bicubic, as uint8 [3, size, size] RGB.
+
+    An undecoded JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop stays at least as large as the
+    result. torch resizes as exactly as Pillow and three times as fast.
+    """
+    width, height = image.size
+    left, top, w, h = crop_box(width, height, min_scale, draws)
+    min_size = (math.ceil(width * size / w), math.ceil(height * size / h))
+    reduced = image.draft(None, min_size)  # None if it is not a JPEG
+    x = reduced[1][2] / width if reduced else 1.0
+    box = round(left * x), round(top * x), math.ceil((left + w) * x), math.ceil((top + h) * x)
+    pixels = torch.from_numpy(np.array(to_rgb(image.crop(box)))).permute(2, 0, 1)
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+class Batches:
+    """Item t is this rank's part of the batch of step t, a pure function of the seed and t.
+
+    An item is a pair: the batch, and a list of (key, reason) of images that could not be read. A batch has
+        pixels    uint8 [b, 3, S, S], 0 for unreadable images
+        facets    float16 [b, P, D], the positives
+        columns   int64 [b, P], their facet columns
+        readable  bool [b]
+        kept      int64 [b, n], the patches to encode, or None for all
+
+    images: what find_images returns.
+    """
+
+    def __init__(self, store, columns, images, settings, rank=0, world_size=1):
+        self.store = store
+        self.columns = np.array(columns)
+        self.rows, self.files, self.spans = images
+        self.settings = settings
+        self.batch = settings["batch"]
+        self.own = slice(rank * self.batch // world_size, (rank + 1) * self.batch // world_size)
+        self.decoded = {}
+
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch):
+        """Return the order of images in an epoch: files (images or tars) in random order, then a shuffle
+        buffer.
+        """
+        rng = np.random.default_rng([self.settings["seed"], 1, epoch])
+        file_order = rng.permutation(len(self.files))
+        order = np.argsort(file_order[self.spans[:, 0]], kind="stable")
+        delayed = np.arange(len(order)) + SHUFFLE_BUFFER * rng.random(len(order))
+        return order[np.argsort(delayed, kind="stable")]
+
+    def indices(self, step):
+        """Return the whole batch of a step, as indices into rows."""
+        epoch, n = divmod(step, len(self.rows) // self.batch)  # drops the last incomplete batch
+        return self.order(epoch)[n * self.batch:(n + 1) * self.batch]
+
+    def __getitem__(self, step):
+        s = self.settings
+        size = s["image_size"]
+        rng = np.random.default_rng([s["seed"], 2, step])  # draws for the whole batch, of which we use a part
+        draws = rng.random((self.batch, CROP_DRAWS))[self.own]
+        # Class names are encoded with raw.0. Random columns would train it on only about half of the images.
+        raw = []
+        if s["raw_always"] and s["positives"] > 1:  # with one positive, no other column would be trained
+            raw = np.flatnonzero(self.columns == FACET_COLUMNS.index("raw.0"))
+        columns = self.columns[self.sample(rng, len(self.columns), s["positives"], raw)]
+        patches = (size // s["patch_size"]) ** 2
+        kept = torch.from_numpy(self.sample(rng, patches, patches_kept(s))) if s["patch_dropout"] else None
+        batch = self.indices(step)[self.own]
+        pixels = torch.zeros(len(batch), 3, size, size, dtype=torch.uint8)
+        readable = torch.zeros(len(batch), dtype=torch.bool)
+        failed = []
+        for i, location in enumerate(locations_of(self.files, self.spans[batch])):
+            try:
+                pixels[i] = random_crop(self.open(location), size, s["crop_scale"], draws[i])
+                readable[i] = True
+            except Exception as error:  # decoders can raise any exception on corrupt bytes
+                key = self.store.keys[self.rows[batch[i]]]
+                failed.append((key, f"{type(error).__name__}: {location.path}"))
+        facets = self.store.read_float16(self.rows[batch], columns)
+        return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
+
+    def open(self, location):
+        """Return a PIL image. If all images fit into CACHE_BYTES, decode each only once. The pixels are the
+        same, because random_crop's reduced decoding does not apply to such small images.
+        """
+        if location in self.decoded:
+            return self.decoded[location]
+        image = open_image(location)
+        small = min(image.size) < 2 * self.settings["image_size"]
+        if small and 3 * math.prod(image.size) * len(self.rows) <= CACHE_BYTES:
+            image.load()
+            self.decoded[location] = image
+        return image
+
+    def sample(self, rng, n, k, always=()):
+        """Return k of n indices for each image of this rank, without replacement, including `always`."""
+        draws = rng.random((self.batch, n))
+        draws[:, always] = -1
+        return draws.argsort(1)[self.own, :k]
+
+
+def patches_kept(settings):
+    """Return how many patches of an image a step encodes."""
+    patches = (settings["image_size"] // settings["patch_size"]) ** 2
+    return max(1, round(patches * (1 - settings["patch_dropout"])))
