@@ -1,24 +1,24 @@
-"""The paper's claim in small: FLAME against CLIP on the demo's pairs, with the same ViT, projector, pictures,
-crops and batches. `python data/demo.py` comes first, and with --llm gemma3; they make the corpus and stores.
+"""FLAME against CLIP on the demo's training pairs, with the same ViT, projector, images, crops and batches.
+
+Run `python data/demo.py` first, and again with --llm gemma3. They make the corpus and the stores.
 
     python tests/bench_clip.py                            # 3 seeds x 7 runs of 300 steps: hours on 2 cores
     python tests/bench_clip.py --seeds 1 --runs smollm2 clip clip-seconds
-    python tests/bench_clip.py --pairs 625                # of 2,500, the first
-    python tests/bench_clip.py --lr 1e-3 --runs clip; ... --table --split val    # to choose a learning rate
-    python tests/bench_clip.py --table                    # what is finished, on the test split
+    python tests/bench_clip.py --pairs 625                # train on the first 625 of 2,500 pairs
+    python tests/bench_clip.py --lr 1e-3 --runs clip; ... --table --split val    # choose a learning rate
+    python tests/bench_clip.py --table                    # print the finished runs, on the test split
 
     smollm2, gemma3  train.py --preset demo: facets of a frozen LLM
-    last, mean       the same map and loss with a pretrained text tower that is asked no question: SmolLM2's
-                     state at the last token of each plain caption, or the mean of its tokens' states
-    published        the paper's text side with SmolLM2: facets as they are, sigmoid loss from scale 10
-    clip             open_clip's text transformer (77 tokens, width 192, 4 blocks, 3 heads), trained from
-                     scratch along with the ViT on one of a picture's captions a step (--shares); InfoNCE.
-                     Its attention is computed as our ViT's, by the same formula and faster on a CPU
-    clip-seconds     the same for as many steps as fit into the seconds that `smollm2` took
+    last, mean       the same maps and loss without facet prompts: SmolLM2's state at the last token of each
+                     plain caption, or the mean over its tokens
+    paper            the paper's text side with SmolLM2: no text projection, sigmoid loss, initial scale 10
+    clip             open_clip's text transformer (77 tokens, width 192, 4 layers, 3 heads), trained from
+                     scratch with the ViT and InfoNCE, on one caption per image and step (--shares)
+    clip-seconds     the same with as many steps as fit into the training seconds of `smollm2`
 
-Each run is a process of its own. It leaves a JSON in <out> with what evaluate.py says of the demo, so the
-script goes on where it was stopped. Seconds are CPU seconds, so that other work on the machine counts little:
-of the whole train.py command for FLAME, of the loop alone for CLIP; embedding the captions is not in them.
+Each run is a process, which writes the demo's scores to a JSON file in <out>. So the same command resumes
+after an interruption. Times are CPU seconds, which depend little on other processes. They cover the whole
+train.py command for FLAME and the training loop for CLIP, and exclude the embedding of the captions.
 """
 import argparse
 import functools
@@ -38,24 +38,24 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import flame  # noqa: E402
 import train  # noqa: E402
-from data import benchmarks, files  # noqa: E402
+from data import benchmarks, common  # noqa: E402
 from data.captions import read_table  # noqa: E402
-from data.pictures import Batches, find_pictures  # noqa: E402
-from data.store import window_file  # noqa: E402
-from data.towers import Towers  # noqa: E402
+from data.encoders import Encoders  # noqa: E402
+from data.images import Batches, find_images  # noqa: E402
+from embed import shard_file  # noqa: E402
 
-KINDS = ("raw", "short", "long")
+PROMPT_SETS = ("raw", "short", "long")
 # Peak learning rates, chosen on the validation split (tests/RESULTS.md).
-LR = {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 2e-3, "published": 4e-3, "clip": 2e-3,
+LR = {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 2e-3, "paper": 4e-3, "clip": 2e-3,
       "clip-seconds": 5e-4}
 RUNS = list(LR)
 FLAGS = {
-    "published": ["--text-projection", "none", "--loss", "sigmoid", "--init-scale", "10", "--no-raw-always"],
+    "paper": ["--text-projection", "none", "--loss", "sigmoid", "--init-scale", "10", "--no-raw-always"],
     "last": ["--columns", "raw.0,short.0,long.0", "--positives", "3"],
     "mean": ["--columns", "raw.0,short.0,long.0", "--positives", "3"],
 }
-CLIP = {"weight_decay": 0.2, "beta2": 0.98}  # CLIP's published ones; the rest is the demo's preset
-ROWS = {  # of the table: the part of evaluate.py's result, and its key
+CLIP = {"weight_decay": 0.2, "beta2": 0.98}  # from the CLIP paper; the rest is the demo preset
+ROWS = {  # table row: (part of evaluate.py's result, metric)
     "long captions R@1": ("long", "R@1"),
     "long captions R@10": ("long", "R@10"),
     "short captions R@1": ("short", "R@1"),
@@ -70,10 +70,10 @@ ROWS = {  # of the table: the part of evaluate.py's result, and its key
 }
 
 
-# One run
+# Training and scoring
 
 def cpu_seconds():
-    """Of this process and of its children that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
@@ -82,104 +82,103 @@ def result_file(args, run, seed, lr=None):
     return args.out / f"{run}-{args.pairs}-{args.steps}-{lr:g}-{seed}.json"
 
 
-def stage(args, script, *flags):
-    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=args.out, check=True)
-
-
-def llm_of(args, run):
+def llm_folder(args, run):
     return args.root / "data/demo" / ("gemma3" if run == "gemma3" else "llm")
 
 
-def run_flame(args, run, seed):
-    """-> (seconds of training, steps, evaluate.py's result)"""
+def train_flame(args, run, seed):
+    """Return (training seconds, steps, scores)."""
     name = result_file(args, run, seed).stem
-    store = store_of(args, run)
-    started = cpu_seconds()
-    stage(args, "train.py", "--embeddings", store.path, "--preset", "demo", "--steps", args.steps,
-          "--seed", seed, "--lr", args.lr or LR[run], "--name", name, *FLAGS.get(run, []))
-    seconds = cpu_seconds() - started
+    store = training_store(args, run)
+    start = cpu_seconds()
+    command = [sys.executable, ROOT / "train.py", "--embeddings", store.path, "--preset", "demo", "--steps",
+               args.steps, "--seed", seed, "--lr", args.lr or LR[run], "--name", name, *FLAGS.get(run, [])]
+    subprocess.run(list(map(str, command)), cwd=args.out, check=True)
+    seconds = cpu_seconds() - start
     model = flame.load(args.out / "out" / name)
 
-    def encoder():
+    def text_encoder():
         if run in ("last", "mean"):
-            return PlainTexts(llm_of(args, run), run)
-        return flame.TextEncoder(llm_of(args, run), dtype=flame.default_dtype("cpu"))
-    return seconds, args.steps, scored(args, model, encoder, "smollm2" if run == "published" else run)
+            return PlainTexts(llm_folder(args, run), run)
+        return flame.TextEncoder(llm_folder(args, run), dtype=common.default_dtype("cpu"))
+    return seconds, args.steps, score(args, model, text_encoder, "smollm2" if run == "paper" else run)
 
 
-def scored(args, model, encoder, name):
-    """-> {split: what evaluate.py says of the demo's parts}. name: of the text tower, whose texts' states are
-    kept under it.
-    """
-    cache = args.out / "cache" if name else None
-    towers = Towers(model, functools.cache(encoder), "cpu", cache, os.urandom(8).hex(), name)
+def score(args, model, text_encoder, text_key):
+    """Return {split: evaluate.py's result for each part of the demo}. text_key: "" for no cache."""
+    cache = args.out / "cache" if text_key else None  # for texts; a random key disables it for images
+    encoders = Encoders(model, functools.cache(text_encoder), "cpu", cache, os.urandom(8).hex(), text_key)
     parts = {}
     for split in ("val", "test"):
         data = benchmarks.read("demo", args.root / "data/demo", split)
-        scores, _ = evaluate.score_demo(towers, *KINDS, *data)
+        scores, _ = evaluate.score_demo(encoders, *PROMPT_SETS, *data)
         parts[split] = evaluate.with_intervals(scores, {})["parts"]
     return parts
 
 
 # Stores: the demo's, its first pairs, and one of plain captions
 
-def store_of(args, run):
-    """-> flame.Store of the pairs that are trained on"""
+def training_store(args, run):
+    """Return the flame.Store to train on."""
     folder = args.root / "data/embeddings" / ("demo-gemma3" if run == "gemma3" else "demo")
     if run in ("last", "mean"):
-        make = functools.partial(plain_vectors, args, run)
-        folder = derived(args.out / f"stores/{run}", folder, make)
+        vectors = functools.partial(plain_vectors, args, run)
+        folder = derive_store(args.out / f"stores/{run}", folder, vectors)
     store = flame.open_store(folder)
     if args.pairs < len(store):
         path = args.out / f"stores/{folder.name}-{args.pairs}"
-        store = flame.open_store(derived(path, folder, taken, args.pairs))
+        store = flame.open_store(derive_store(path, folder, stored_vectors, args.pairs))
     return store
 
 
-def taken(store, rows):
-    return store.take(rows, range(len(flame.COLUMNS))).numpy()
+def stored_vectors(store, rows):
+    return store.read_float16(rows, range(len(flame.FACET_COLUMNS))).numpy()
 
 
-def derived(path, folder, vectors_of, pairs=None):
-    """A store of the first pairs of another's, with other vectors: vectors_of(store, rows) [n, 11, D]."""
+def derive_store(path, folder, vectors, pairs=None):
+    """Write a store of the first pairs of another, if it does not exist yet. Return its path.
+
+    vectors(store, rows) returns its embeddings float16 [n, 11, D].
+    """
     store = flame.open_store(folder)
     pairs = pairs or len(store)
     if not (path / "meta.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         lines = (folder / "captions.tsv").read_text("utf-8").split("\n")
-        files.write_text(path / "captions.tsv", "\n".join(lines[:pairs + 1]) + "\n")
-        for w, first in enumerate(tqdm(range(0, pairs, store.window), desc=path.name)):
-            rows = np.arange(first, min(pairs, first + store.window))
-            files.write_array(window_file(path, w), vectors_of(store, rows))
-        files.write_json(path / "meta.json", store.meta | {"N": pairs})
+        common.write_text(path / "captions.tsv", "\n".join(lines[:pairs + 1]) + "\n")
+        for i, first in enumerate(tqdm(range(0, pairs, store.shard_size), desc=path.name)):
+            rows = np.arange(first, min(pairs, first + store.shard_size))
+            common.write_array(shard_file(path, i), vectors(store, rows))
+        common.write_json(path / "meta.json", store.meta | {"N": pairs})
     return path
 
 
 def plain_vectors(args, run, store, rows):
-    """A caption's one state in the place of each of its questions'."""
+    """Return the store's embeddings with each caption's plain state in its prompt set's first column."""
     captions = list(read_table(store.path / "captions.tsv"))[rows[0]:rows[-1] + 1]
-    texts = PlainTexts(llm_of(args, run), run)
-    block = np.zeros((len(rows), len(flame.COLUMNS), store.D), np.float16)
-    for kind in KINDS:
-        for places, states in texts.encode_batches([getattr(row, kind) for row in captions], kind):
-            block[places, flame.COLUMNS.index(f"{kind}.0")] = F.normalize(states[:, 0], dim=-1).half().numpy()
-    return block
+    texts = PlainTexts(llm_folder(args, run), run)
+    array = np.zeros((len(rows), len(flame.FACET_COLUMNS), store.D), np.float16)
+    for name in PROMPT_SETS:
+        column = flame.FACET_COLUMNS.index(f"{name}.0")
+        for indices, states in texts.encode_batches([getattr(row, name) for row in captions], name):
+            array[indices, column] = F.normalize(states[:, 0], dim=-1).half().numpy()
+    return array
 
 
 class PlainTexts:
-    """The frozen LLM without questions: its state at the last token of a caption, or the mean over tokens."""
+    """A frozen LLM without facet prompts: its state at the last token of a caption, or the mean state."""
 
-    def __init__(self, llm, kind):
-        self.encoder = flame.TextEncoder(llm, dtype=flame.default_dtype("cpu"))
-        self.kind = kind
+    def __init__(self, llm, pooling):
+        self.encoder = flame.TextEncoder(llm, dtype=common.default_dtype("cpu"))
+        self.pooling = pooling  # "last" or "mean"
 
     def encode_batches(self, texts, prompts):
         facets = len(flame.PROMPTS[prompts].facets)
-        ids = self.encoder.tokenizer.encode_batch([flame.clean(text) for text in texts])
+        ids = self.encoder.tokenizer.encode_batch([flame.clean_caption(text) for text in texts])
         for rows in np.array_split(np.argsort([len(row) for row in ids]), -(-len(texts) // 32)):
-            starts = [range(1, len(ids[i]) + 1) if self.kind == "mean" else [len(ids[i])] for i in rows]
-            forest = flame.build_forest([ids[i][:n] for i, some in zip(rows, starts) for n in some])
-            states = flame.decode(self.encoder.decoder, forest).split([len(some) for some in starts])
+            lengths = [range(1, len(ids[i]) + 1) if self.pooling == "mean" else [len(ids[i])] for i in rows]
+            forest = flame.build_forest([ids[i][:n] for i, prefixes in zip(rows, lengths) for n in prefixes])
+            states = flame.hidden_states(self.encoder.decoder, forest).split(list(map(len, lengths)))
             vectors = torch.stack([of_text.mean(0) for of_text in states])
             yield rows.tolist(), vectors[:, None].expand(-1, facets, -1)
 
@@ -187,7 +186,7 @@ class PlainTexts:
 # CLIP
 
 class CausalAttention(flame.Attention):
-    """A block's attention in open_clip's text transformer: what torch.nn.MultiheadAttention gives there."""
+    """nn.MultiheadAttention for open_clip's text transformer, by the formula of our ViT (faster on a CPU)."""
 
     def forward(self, x, k, v, need_weights, attn_mask):
         B, S, width = x.shape
@@ -198,7 +197,7 @@ class CausalAttention(flame.Attention):
 
 
 class ClipTexts:
-    """CLIP's text tower, of random weights, in the text encoder's place: one vector for all questions."""
+    """CLIP's text tower with random weights, as a text encoder that returns one vector for all facets."""
 
     def __init__(self, D):
         from open_clip import SimpleTokenizer
@@ -213,14 +212,14 @@ class ClipTexts:
         self.causal = self.tower.attn_mask  # [77, 77]
 
     def encode(self, tokens):
-        """int64 [n, 77] -> float32 [n, D] unit vectors, in the order given.
+        """Return float32 [n, D] unit vectors of tokens int64 [n, 77].
 
-        Texts of about one length go through together, cut to the longest: attention is causal and the text
-        is read at its end, so what follows it never counts.
+        Texts of similar length are batched and truncated to the longest. With causal attention, tokens after
+        the end of a text have no effect.
         """
-        lengths = tokens.argmax(1) + 1  # the end of text is the largest id
+        lengths = tokens.argmax(1) + 1  # the end of text has the largest id
         order = lengths.argsort()
-        fast = flame.default_dtype("cpu") == torch.bfloat16
+        fast = common.default_dtype("cpu") == torch.bfloat16
         parts = []
         for rows in order.split(64):
             longest = lengths[rows].max()
@@ -235,130 +234,131 @@ class ClipTexts:
 
 
 def clip_steps(args, run, seed):
-    """As many steps as asked for, or as fit into the seconds of `smollm2`."""
+    """Return --steps, or for clip-seconds as many as fit into the seconds of `smollm2`."""
     if run == "clip":
         return args.steps
-    ours, theirs = (json.loads(result_file(args, other, seed, LR[other]).read_text())
-                    for other in ("smollm2", "clip"))
-    return int(ours["seconds"] / theirs["seconds"] * theirs["steps"])
+    flame_run, clip_run = (json.loads(result_file(args, other, seed, LR[other]).read_text())
+                           for other in ("smollm2", "clip"))
+    return int(flame_run["seconds"] / clip_run["seconds"] * clip_run["steps"])
 
 
-def run_clip(args, run, seed):
-    """The same batches of pictures; texts through a tower of their own. -> as run_flame()"""
+def train_clip(args, run, seed):
+    """Train on the same batches of images with CLIP's text tower. Return the same as train_flame()."""
     s = {name: values[0] for name, values in train.SETTINGS.items()} | CLIP
     s |= {"seed": seed, "steps": clip_steps(args, run, seed), "positives": 1, "lr": args.lr or LR[run]}
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
-    store = store_of(args, run)
+    store = training_store(args, run)
     s["batch"] = min(s["batch"], len(store))
 
     torch.manual_seed(seed)
     D = store.meta["D"]
     sizes = ("image_size", "patch_size", "width", "layers", "heads", "pool_first")
     config = {name: s[name] for name in sizes}
-    config |= {"projector_hidden": D, "text_dim": D, "text_rank": 0, "columns": flame.COLUMNS}
-    model = flame.Flame(config)
-    train.initialise(model.visual, s)
+    config |= {"projector_hidden": D, "text_dim": D, "text_rank": 0, "columns": flame.FACET_COLUMNS}
+    model = flame.Flame(config, s["init"])
     torch.nn.init.constant_(model.logit_scale, float(np.log(s["init_scale"])))
-    encoder = ClipTexts(D)
+    text_encoder = ClipTexts(D)
     rows = read_table(store.path / "captions.tsv")
-    tokens = torch.stack([encoder.tokenizer([getattr(row, kind) for kind in KINDS]) for row in rows])
-    parameters = [*model.parameters(), *encoder.tower.parameters()]
+    tokens = [text_encoder.tokenizer([getattr(row, name) for name in PROMPT_SETS]) for row in rows]
+    tokens = torch.stack(tokens)  # [pairs, 3, 77]
+    parameters = [*model.parameters(), *text_encoder.tower.parameters()]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": s["weight_decay"]},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, s["beta2"]), fused=True)
-    pictures = find_pictures(store.keys, store.images, store.meta["captions"]["path"])
-    batches = Batches(store, range(len(flame.COLUMNS)), pictures, s)
+    images = find_images(store.keys, store.images, store.meta["captions"]["path"])
+    batches = Batches(store, range(len(flame.FACET_COLUMNS)), images, s)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(s["steps"]),
                                          num_workers=s["workers"])
-    fast = flame.default_dtype("cpu") == torch.bfloat16
+    fast = common.default_dtype("cpu") == torch.bfloat16
 
-    started = cpu_seconds()
+    start = cpu_seconds()
     for step, ((pixels, _, _, _, kept), _) in enumerate(tqdm(loader, desc=run, unit=" steps")):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, s)
         shares = np.array(args.shares) / sum(args.shares)
-        chosen = np.random.default_rng([seed, 4, step]).choice(3, len(pixels), p=shares)
-        text = encoder.encode(tokens[pictures[0][batches.pictures(step)], chosen])
+        caption = np.random.default_rng([seed, 4, step]).choice(3, len(pixels), p=shares)
+        text = text_encoder.encode(tokens[images[0][batches.indices(step)], caption])
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-            image = model(flame.to_pixels(pixels), kept)
+            image = model(flame.normalize_pixels(pixels), kept)
         loss = train.infonce_loss(image, text[:, None], model.logit_scale.exp())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, train.MAX_LOGIT_SCALE)
-    del loader  # its processes have ended
-    seconds = cpu_seconds() - started
+    del loader  # ends its processes, because only then their CPU seconds count
+    seconds = cpu_seconds() - start
 
-    evaluate.DEMO_TEMPLATE = "{}"   # by a bare name it finds more, on the validation split
-    return seconds, s["steps"], scored(args, model.eval(), lambda: encoder, "")
+    evaluate.DEMO_TEMPLATE = "{}"  # CLIP finds more by bare names, on the validation split
+    return seconds, s["steps"], score(args, model.eval(), lambda: text_encoder, "")
 
 
 def run_one(args, run, seed):
-    seconds, steps, result = (run_clip if run.startswith("clip") else run_flame)(args, run, seed)
-    saved = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), **result}
-    files.write_text(result_file(args, run, seed), json.dumps(saved))
+    seconds, steps, parts = (train_clip if run.startswith("clip") else train_flame)(args, run, seed)
+    result = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), **parts}
+    common.write_text(result_file(args, run, seed), json.dumps(result))
 
 
-# What was found
+# The table and the figure
 
-def scores(args, result, row):
-    """-> (percent, [low, high]) of a row of the table."""
-    part, key = ROWS[row]
+def value_and_interval(args, result, row):
+    """Return (percent, [low, high]) of a row of the table."""
+    part, metric = ROWS[row]
     part = result[args.split][part]
-    if key.startswith("R@"):
-        return part["text_to_image"][key], part["ci95"]["text_to_image"][key]
-    return part[key], part["ci95"][key]
+    if metric.startswith("R@"):
+        return part["text_to_image"][metric], part["ci95"]["text_to_image"][metric]
+    return part[metric], part["ci95"][metric]
 
 
-def cell(args, found, row):
-    """Mean over seeds, the mean of their intervals over captions or pictures, the seeds' deviation."""
-    values = [scores(args, result, row)[0] for result in found]
-    low, high = np.mean([scores(args, result, row)[1] for result in found], axis=0)
+def format_cell(args, results, row):
+    """Return the mean over seeds, the mean interval over captions or images, and the seeds' deviation."""
+    values = [value_and_interval(args, result, row)[0] for result in results]
+    low, high = np.mean([value_and_interval(args, result, row)[1] for result in results], axis=0)
     deviation = f" ±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]{deviation}"
 
 
 def finished(args, run):
+    """Return the results of all seeds."""
     paths = sorted(args.out.glob(result_file(args, run, "*").name))
     return [json.loads(path.read_text()) for path in paths]
 
 
-def table(args):
-    found = {run: results for run in RUNS if (results := finished(args, run))}
-    print(f"{args.split} split, percent: mean over seeds [95% interval over captions or pictures] "
-          "±deviation of seeds\n")
-    print("| | " + " | ".join(found) + " |")
-    print("|---|" + "---|" * len(found))
+def print_table(args):
+    by_run = {run: results for run in RUNS if (results := finished(args, run))}
+    print(f"{args.split} split, percent: mean over seeds [95% interval over captions or images] "
+          "±standard deviation over seeds\n")
+    print("| | " + " | ".join(by_run) + " |")
+    print("|---|" + "---|" * len(by_run))
     for row in ROWS:
-        print(f"| {row} | " + " | ".join(cell(args, results, row) for results in found.values()) + " |")
-    for what in ("steps", "seconds"):
-        means = [f"{np.mean([result[what] for result in results]):.0f}" for results in found.values()]
-        print(f"| {what} | " + " | ".join(means) + " |")
-    print("| seeds | " + " | ".join(str(len(results)) for results in found.values()) + " |")
+        print(f"| {row} | " + " | ".join(format_cell(args, runs, row) for runs in by_run.values()) + " |")
+    for key in ("steps", "seconds"):
+        means = [f"{np.mean([result[key] for result in results]):.0f}" for results in by_run.values()]
+        print(f"| {key} | " + " | ".join(means) + " |")
+    print("| seeds | " + " | ".join(str(len(results)) for results in by_run.values()) + " |")
 
 
-def figure(args):
-    """What is found against the pairs that were trained on, at the same number of steps -> pairs.png"""
+def draw_figure(args):
+    """Plot the scores over the number of training pairs, at the same number of steps -> pairs.png"""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
     rows = {"long captions R@1": "long captions R@1", "captions in new words R@10": "new words R@10",
             "objects by synonym top-1": "by a synonym", "objects in 13 languages top-1": "13 languages"}
+    sizes = (250, 625, 1250, 2500)
     fig, axes = pyplot.subplots(1, len(rows), figsize=(11, 3), layout="constrained")
     runs = {"gemma3": ("FLAME, Gemma 3", "tab:orange"), "smollm2": ("FLAME, SmolLM2", "tab:red"),
             "clip": ("CLIP, from scratch", "tab:blue")}
     for ax, (row, title) in zip(axes, rows.items()):
-        for run, (label, colour) in runs.items():
+        for run, (label, color) in runs.items():
             points = []
-            for pairs in (250, 625, 1250, 2500):
-                args.pairs = pairs
-                values = [scores(args, result, row)[0] for result in finished(args, run)]
+            for args.pairs in sizes:
+                values = [value_and_interval(args, result, row)[0] for result in finished(args, run)]
                 if values:
-                    points.append((pairs, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0))
+                    deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+                    points.append((args.pairs, np.mean(values), deviation))
             if points:
-                sizes, means, deviations = zip(*points)
-                ax.errorbar(sizes, means, deviations, fmt="o-", color=colour, label=label, capsize=3)
+                ax.errorbar(*zip(*points), fmt="o-", color=color, label=label, capsize=3)
         ax.set(title=title, xlabel="pairs", xscale="log", ylim=(0, None), xticks=sizes, xticklabels=sizes)
         ax.minorticks_off()
     axes[0].set_ylabel("test split, %")
@@ -369,19 +369,19 @@ def figure(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--root", type=Path, default=ROOT,
-                        help="where data/demo.py made its files (the repository)")
-    parser.add_argument("--out", type=Path, default=Path("results/bench_clip"), help="results/bench_clip")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--pairs", type=int, default=2500, help="train on the first of the demo's 2,500")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
-    parser.add_argument("--split", choices=("test", "val"), default="test")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: the one that was chosen)")
-    parser.add_argument("--shares", type=float, nargs=3, default=(1, 3, 7), metavar=("RAW", "SHORT", "LONG"),
-                        help="of captions that CLIP is shown (1 3 7, as published); with an --out of its own")
-    parser.add_argument("--table", action="store_true", help="only print the table and draw the figure")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--root", type=Path, default=ROOT, help="the --root of data/demo.py (default: the repository)")
+    add("--out", type=Path, default=Path("results/bench_clip"), help="default: results/bench_clip")
+    add("--steps", type=int, default=300, help="training steps (default: 300)")
+    add("--pairs", type=int, default=2500, help="train on the first PAIRS pairs (default: all 2,500)")
+    add("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    add("--runs", nargs="+", choices=RUNS, default=RUNS, help="default: all")
+    add("--split", choices=("test", "val"), default="test", help="split in the table (default: test)")
+    add("--lr", type=float, help="peak learning rate (default: the one chosen on the validation split)")
+    add("--shares", type=float, nargs=3, default=(1, 3, 7), metavar=("RAW", "SHORT", "LONG"),
+        help="ratio of CLIP's training captions (default: 1 3 7, as FLAME's facets); needs its own --out")
+    add("--table", action="store_true", help="only print the table and draw the figure")
+    add("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.root = args.root.resolve()
@@ -393,8 +393,8 @@ def main():
             if not result_file(args, run, seed).exists():
                 print(f"\n{run}, seed {seed}", flush=True)
                 subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", run, str(seed)], check=True)
-    table(args)
-    figure(args)
+    print_table(args)
+    draw_figure(args)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""How fast is the text tower, and where does the time go? One run, tables on screen; nothing is asserted.
+"""Speed of the text tower, against transformers, and where its time goes. Prints tables.
 
     python tests/bench_embed.py                   # about 15 minutes on 2 CPU cores
     python tests/bench_embed.py --words 100 --dtypes bfloat16
-    python tests/bench_embed.py --nemo            # random weights of Mistral-Nemo's widths; for a GPU
-    python tests/bench_embed.py --count           # what an H100 should reach on Mistral-Nemo, on paper
+    python tests/bench_embed.py --nemo            # random weights with Mistral-Nemo's sizes, for a GPU
+    python tests/bench_embed.py --count           # computed time of an H100 on Mistral-Nemo
 
-    (a) separate     K whole strings a caption, one causal pass each, transformers, padded batches of 8
-    (b) dense mask   one pass a caption, flat facets, dense facet-decoupled mask, transformers, padded batches
-                     of 16 (the released way)
-    (c) pytorch      flame.TextEncoder without the extension, attention in stretches
-    (d) flame_ext    flame.TextEncoder as it is by default
+    (a) separate     K strings per caption, one causal pass each, transformers, padded batches of 8
+    (b) dense        one pass per caption, a dense facet-decoupled mask, transformers, padded batches of 16,
+                     as in the released code
+    (c) pytorch      flame.TextEncoder without the extension (chunked attention in PyTorch)
+    (d) extension    flame.TextEncoder as it is by default
 
-It wants the demo's LLM and, for the cosines, its store. Captions vary in length, as captions do: half to one
-and a half times the words asked for. transformers gets them in file order, as the released code does, and
-pads to the longest of a batch; it runs the same 29 of 30 blocks, no final norm, no output layer. Every line
-runs in a process of its own, for its peak memory, and measures the ceiling there: a product of [2048, width]
-and [width, 1.5 * inner] matrices. "of ceiling" counts the matrix products of the tokens the method runs,
-padding left out; "whitened" is the mean cosine to float32 separate passes, after the demo's whitening (one
-dimension carries 0.8 of a state's norm: raw cosines hide every error).
+It needs the demo's LLM, and its store for the cosines. Captions have half to one and a half times the given
+number of words. transformers gets them in file order and pads them, as in the released code. It runs the same
+29 of 30 layers, without final norm and output layer. Each line is measured in its own process, together with
+the speed of a large matrix product ([2048, width] x [width, 1.5 * inner]). "of product" is the speed of the
+LLM's matrix products relative to that; padding does not count. "whitened" is the mean cosine to float32
+separate passes after whitening: one dimension carries 0.8 of a state's norm, so raw cosines hide all errors.
 """
 import argparse
 import json
@@ -43,25 +42,22 @@ import flame  # noqa: E402
 METHODS = {
     "separate": "(a) K separate passes, transformers",
     "dense": "(b) one pass, dense mask, transformers",
-    "pytorch": "(c) ours without the extension",
-    "extension": "(d) ours",
+    "pytorch": "(c) TextEncoder, no extension",
+    "extension": "(d) TextEncoder",
 }
 ABLATIONS = {
-    "everything": "everything",
-    "no pruning": "whole last block",
-    "no root": "a tree a caption, no shared root",
-    "no trie": "flat facets, no shared words",
-    "no packing": "one caption a row",
-    "no extension": "PyTorch, attention in stretches",
-    "no stretches": "PyTorch, a mask of all pairs",
+    "full": "unchanged",
+    "no pruning": "whole last layer",
+    "no root": "captions share no tokens",
+    "no trie": "facets share no tokens",
+    "no packing": "one caption per row",
+    "no extension": "PyTorch, chunked attention",
+    "no chunks": "PyTorch, full mask",
 }
 
 
 def make_captions(n, words):
-    """n captions of words/2 to 3 words/2 words, evenly spread, in random order.
-
-    They are strung together from the long ones of the demo's test split.
-    """
+    """Return n captions of words/2 to 3 words/2 words in random order, from the demo's long test captions."""
     with open(ROOT / "data/demo/test.tsv", encoding="utf-8") as table:
         flat = [word for line in list(table)[1:] for word in line.rstrip("\n").split("\t")[4].split()]
     lengths = np.random.default_rng(0).permutation(np.linspace(0.5, 1.5, n) * words).round().astype(int)
@@ -74,26 +70,26 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def ceiling(device, dtype, config):
-    """FLOP/s of a large matrix product, the best of several."""
+def matmul_flops(device, dtype, config):
+    """Return the FLOP/s of a large matrix product."""
     a = torch.randn(2048, config["hidden_size"], device=device).to(dtype)
     b = torch.randn(int(1.5 * config["intermediate_size"]), config["hidden_size"], device=device).to(dtype)
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[0]
-    return flops / timed(lambda: torch.nn.functional.linear(a, b), device, 0.5)[0]
+    return flops / best_time(lambda: torch.nn.functional.linear(a, b), device, 0.5)[0]
 
 
-def timed(work, device, seconds):
-    """Runs work() until `seconds` are over, thrice at least; -> (seconds of the fastest, its result)."""
+def best_time(work, device, seconds):
+    """Run work() for `seconds`, at least three times. Return (seconds of the fastest run, its result)."""
     times = []
     while len(times) < 3 or sum(times) < seconds:
-        started = time.perf_counter()
+        start = time.perf_counter()
         result = work()
         synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - start)
     return min(times), result
 
 
-# ---------------------------------------------------------------- the peers
+# ---------------------------------------------------------------- transformers
 
 def transformers_model(llm, layer, device, dtype):
     from transformers import AutoModelForCausalLM
@@ -113,7 +109,7 @@ def separate_passes(model, prefixes, suffixes, device):
     for start in range(0, len(strings), 8):
         batch = strings[start:start + 8]
         sizes = torch.tensor([len(tokens) for tokens in batch])
-        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)  # on the right
+        ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)  # pads on the right
         mask = torch.arange(ids.shape[1]) < sizes[:, None]
         hidden = model(ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
         out.append(hidden[torch.arange(len(batch)), sizes - 1].float().cpu())
@@ -128,37 +124,40 @@ def dense_mask(model, prefixes, suffixes, device):
         rows = [flat_forest(prefixes[i], suffixes[i]) for i in batch]
         longest = max(len(row.tokens) for row in rows)
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-        where = torch.zeros_like(ids)
+        positions = torch.zeros_like(ids)
         mask = torch.zeros(len(batch), 1, longest, longest, dtype=torch.bool)
-        mask[:, :, :, 0] = True  # padding sees something, or its softmax is NaN
+        mask[:, :, :, 0] = True  # padding must see a key, otherwise its softmax is NaN
         for n, row in enumerate(rows):
             T = len(row.tokens)
             ids[n, :T] = row.tokens
-            where[n, :T] = row.positions
-            mask[n, 0, :T, :T] = torch.from_numpy(flame.visible(row.lengths, row.parents))
-        inputs = {"attention_mask": mask.to(device), "position_ids": where.to(device)}
+            positions[n, :T] = row.positions
+            mask[n, 0, :T, :T] = torch.from_numpy(flame.attention_mask(row.lengths, row.parents))
+        inputs = {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
         hidden = model(ids.to(device), **inputs, use_cache=False).last_hidden_state
         for n, i in enumerate(batch):
-            out[i] = hidden[n, rows[n].answers.to(device)].float().cpu()
+            out[i] = hidden[n, rows[n].last_tokens.to(device)].float().cpu()
     return torch.stack(out)
 
 
 def flat_forest(prefix, facets):
-    """One caption, every facet a segment of its own."""
+    """Return the Forest of one caption with a segment for each facet."""
     lengths = np.array([len(prefix), *map(len, facets)], np.int32)
     parents = np.array([-1] + [0] * len(facets), np.int32)
     depths = torch.from_numpy(flame.token_depths(lengths, parents))
-    answers = torch.from_numpy(np.cumsum(lengths)[1:] - 1)
-    return flame.Forest(torch.tensor(prefix + sum(facets, [])), depths, lengths, parents, answers)
+    last_tokens = torch.from_numpy(np.cumsum(lengths)[1:] - 1)
+    return flame.Forest(torch.tensor(prefix + sum(facets, [])), depths, lengths, parents, last_tokens)
 
 
-# ---------------------------------------------------------------- an idea left out
+# ---------------------------------------------------------------- ablations
 
-def unshared(prefixes, suffixes, captions, facets):
-    """The forest where captions, or one's facets, share no beginning: their first tokens bear a number."""
+def unshared_forest(prefixes, suffixes, captions, facets):
+    """Build the forest without sharing between captions or between the facets of a caption.
+
+    captions, facets: 0 to share, 1 not to. Numbers attached to first tokens make them differ.
+    """
     sequences = []
-    for n, (prefix, questions) in enumerate(zip(prefixes, suffixes)):
-        for k, facet in enumerate(questions):
+    for n, (prefix, caption_facets) in enumerate(zip(prefixes, suffixes)):
+        for k, facet in enumerate(caption_facets):
             sequences.append([(token, 0) for token in prefix + facet])
             sequences[-1][0] = prefix[0], n * captions
             sequences[-1][len(prefix)] = facet[0], k * facets
@@ -166,49 +165,49 @@ def unshared(prefixes, suffixes, captions, facets):
     return forest._replace(tokens=forest.tokens[:, 0])
 
 
-def ablate(what, encoder):
-    decode = flame.decode
+def ablate(variant, encoder):
+    hidden_states = flame.hidden_states
 
-    def decode_all(decoder, forest):
-        states = decode(decoder, forest._replace(answers=torch.arange(len(forest.tokens))))
-        return states[forest.answers.to(states.device)]
+    def without_pruning(decoder, forest):
+        states = hidden_states(decoder, forest._replace(last_tokens=torch.arange(len(forest.tokens))))
+        return states[forest.last_tokens.to(states.device)]
 
-    if what in ("pytorch", "no extension", "no stretches"):
-        encoder.decoder = encoder.decoder._replace(kernels=flame.TWINS)
-    if what == "no stretches":
-        flame.STRETCH[encoder.decoder.embedding.device.type] = 1 << 30  # one, as long as the row
-    if what == "no packing":
-        encoder.budget = 1
-    if what == "no root":
-        encoder.caption_forest = partial(unshared, captions=1, facets=0)
-    if what == "no trie":
-        encoder.caption_forest = partial(unshared, captions=0, facets=1)
-    if what == "no pruning":
-        flame.decode = decode_all
+    if variant in ("pytorch", "no extension", "no chunks"):
+        encoder.decoder = encoder.decoder._replace(kernels=flame.TORCH_KERNELS)
+    if variant == "no chunks":
+        flame.QUERY_CHUNK[encoder.decoder.embedding.device.type] = 1 << 30  # one chunk per row
+    if variant == "no packing":
+        encoder.max_tokens = 1
+    if variant == "no root":
+        encoder.caption_forest = partial(unshared_forest, captions=1, facets=0)
+    if variant == "no trie":
+        encoder.caption_forest = partial(unshared_forest, captions=0, facets=1)
+    if variant == "no pruning":
+        flame.hidden_states = without_pruning
 
 
 # ---------------------------------------------------------------- one line of a table, in its own process
 
-def peer(args, method, prefixes, suffixes, layer):
-    """-> work(number of captions), and the tokens that it runs."""
+def transformers_work(args, method, prefixes, suffixes, layer):
+    """Return (work(number of captions), number of tokens that it runs without padding)."""
     model = transformers_model(args.llm, layer, args.device, getattr(torch, args.dtypes))
     run = separate_passes if method == "separate" else dense_mask
     tokens = 0
     for prefix, facets in zip(prefixes, suffixes):
         tokens += len(prefix) * (len(facets) if method == "separate" else 1) + sum(map(len, facets))
 
-    def work(some):
-        return run(model, prefixes[:some], suffixes[:some], args.device)
+    def work(n):
+        return run(model, prefixes[:n], suffixes[:n], args.device)
     return work, tokens
 
 
-def flops_per_token(config, layer, pruned):
-    """Of the matrix products; pruned: of the last block, keys and values only."""
+def flops_per_token(config, n_layers, pruned):
+    """Return the FLOPs of the matrix products per token. pruned: the last layer has keys and values only."""
     D = config["hidden_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys_values = 2 * config["num_key_value_heads"] * config["head_dim"]
-    block = 2 * D * (2 * queries + keys_values + 3 * config["intermediate_size"])
-    return (layer - 1) * block + (2 * D * keys_values if pruned else block)
+    layer = 2 * D * (2 * queries + keys_values + 3 * config["intermediate_size"])
+    return (n_layers - 1) * layer + (2 * D * keys_values if pruned else layer)
 
 
 def peak_gib(device):
@@ -224,130 +223,131 @@ def measure(args):
     layer = config["num_hidden_layers"] - 1
     captions = make_captions(args.captions, args.words)
     prefixes, suffixes = flame.tokenize(flame.load_tokenizer(args.llm), captions, "long")
-    peak_flops = ceiling(args.device, getattr(torch, args.dtypes), config)
+    peak_flops = matmul_flops(args.device, getattr(torch, args.dtypes), config)
     if method in ("separate", "dense"):
-        work, tokens = peer(args, method, prefixes, suffixes, layer)
+        work, tokens = transformers_work(args, method, prefixes, suffixes, layer)
     else:
         encoder = flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtypes))
         ablate(args.one, encoder)
         tokens = sum(len(forest.tokens) for _, forest in encoder.pack(captions, "long"))
 
-        def work(some):
-            return encoder.encode(captions[:some], "long")
+        def work(n):
+            return encoder.encode(captions[:n], "long")
     work(min(4, len(captions)))
-    seconds, states = timed(lambda: work(len(captions)), args.device, args.seconds)
+    seconds, states = best_time(lambda: work(len(captions)), args.device, args.seconds)
     profile = {}
     if args.one == "extension" and torch.device(args.device).type == "cpu":
-        profile = profiled(encoder, captions)
+        profile = profile_encoder(encoder, captions)
     pruned = method in ("pytorch", "extension") and args.one != "no pruning"
     flops = flops_per_token(config, layer, pruned) * tokens
     torch.save(states, args.states)
     print(json.dumps(dict(
         captions_per_s=len(captions) / seconds, tokens_per_s=tokens / seconds, tokens=tokens / len(captions),
-        ceiling=peak_flops, of_ceiling=flops / seconds / peak_flops, peak_gib=peak_gib(args.device),
+        peak_flops=peak_flops, of_product=flops / seconds / peak_flops, peak_gib=peak_gib(args.device),
         profile=profile)))
 
 
-def profiled(encoder, captions):
-    """Shares of the time of one run: matrix products, attention, element-wise operations, the rest."""
+def profile_encoder(encoder, captions):
+    """Return {operation: fraction of the time of one run}."""
     spent = Counter()
 
-    def clocked(kind, function):
+    def timed(kind, function):
         def wrapper(*args, **kwargs):
-            started = time.perf_counter()
+            start = time.perf_counter()
             result = function(*args, **kwargs)
-            spent[kind] += time.perf_counter() - started
+            spent[kind] += time.perf_counter() - start
             return result
         return wrapper
 
     def attention(*args):
-        return clocked("attention", layout(*args))
+        return timed("attention", layout(*args))
 
-    steps = encoder.decoder.kernels
-    layout = clocked("layout and trie", steps.attention)
+    kernels = encoder.decoder.kernels
+    layout = timed("layout and trie", kernels.attention)
     names = ("add_and_norm", "rope", "swiglu")
-    clocks = {name: clocked("element-wise", getattr(steps, name)) for name in names}
-    encoder.decoder = encoder.decoder._replace(kernels=steps._replace(attention=attention, **clocks))
-    encoder.tokenize = clocked("tokenizing", encoder.tokenize)
-    linear = clocked("matrix products", torch.nn.functional.linear)
-    encoder.caption_forest = clocked("layout and trie", encoder.caption_forest)
+    element_wise = {name: timed("element-wise", getattr(kernels, name)) for name in names}
+    kernels = kernels._replace(attention=attention, **element_wise)
+    encoder.decoder = encoder.decoder._replace(kernels=kernels)
+    encoder.tokenize = timed("tokenizing", encoder.tokenize)
+    linear = timed("matrix products", torch.nn.functional.linear)
+    encoder.caption_forest = timed("layout and trie", encoder.caption_forest)
     with mock.patch.object(torch.nn.functional, "linear", linear):
-        started = time.perf_counter()
+        start = time.perf_counter()
         encoder.encode(captions, "long")
-        total = time.perf_counter() - started
+        total = time.perf_counter() - start
     shares = {kind: seconds / total for kind, seconds in spent.items()}
-    return shares | {"the rest": 1 - sum(shares.values())}
+    return shares | {"rest": 1 - sum(shares.values())}
 
 
-# ---------------------------------------------------------------- on paper
+# ---------------------------------------------------------------- an estimate for an H100
 
-PEAK = 989e12           # FLOP/s of an H100 SXM in bfloat16, dense, by its data sheet
-PRODUCTS = 650e12       # what cuBLAS reaches there in products of these sizes
-ATTENTION = 150e12      # our kernel: its warps read K and V from shared memory, which allows 380e12
-BYTES = 0.85 * 3.35e12  # bytes/s of memory: 85% of the data sheet's
+PEAK = 989e12           # FLOP/s of an H100 SXM in bfloat16 without sparsity, from its data sheet
+PRODUCTS = 650e12       # FLOP/s that cuBLAS reaches at these sizes
+ATTENTION = 150e12      # FLOP/s of our kernel; its reads of K and V from shared memory allow 380e12
+BYTES = 0.85 * 3.35e12  # bytes/s of memory, 85% of the data sheet's
 
 
 def attention_flops(layout, T, config):
-    """What the CUDA kernel multiplies in one block: whole tiles of 64 rows by whole blocks of 64 keys."""
-    rest = layout.plan[3 * T:]
-    tiles = int(np.argmax(rest[::3] == T)) + 1  # with the mark behind the last
-    run = rest[1:3 * tiles:3]
-    start, stop, before = rest[3 * tiles:].reshape(-1, 3).T
-    last = run[1:] - 1
-    keys = before[last] + stop[last] - start[last]
+    """Return what the CUDA kernel executes in one layer: whole tiles of 64 rows times blocks of 64 keys."""
+    rest = layout.plan[3 * T:]  # the tiles, and a last one that marks their end; then the key ranges
+    tiles = int(np.argmax(rest[::3] == T)) + 1
+    first_range = rest[1:3 * tiles:3]
+    start, stop, offset = rest[3 * tiles:].reshape(-1, 3).T
+    last = first_range[1:] - 1
+    keys = offset[last] + stop[last] - start[last]
     return int(np.ceil(keys / 64).sum()) * 64 * 64 * 4 * config["head_dim"] * config["num_key_value_heads"]
 
 
-def packed_row(llm, budget=16384):
-    """-> (forest of as many captions of 100 words as fit, how many, ms of tokenizing them, ms of the rest)"""
+def packed_row(llm, max_tokens=16384):
+    """Return (forest of as many captions of 100 words as fit, their number, ms to tokenize, ms to build)."""
     captions = make_captions(256, 100)
     tokenizer = flame.load_tokenizer(llm)
-    started = time.perf_counter()
+    start = time.perf_counter()
     prefixes, suffixes = flame.tokenize(tokenizer, captions, "long")
-    tokenizing = (time.perf_counter() - started) / len(captions)
-    n = bisect_right(range(1, len(captions) + 1), budget, key=lambda n: len(
+    tokenizing = (time.perf_counter() - start) / len(captions)
+    n = bisect_right(range(1, len(captions) + 1), max_tokens, key=lambda n: len(
         flame.caption_forest(prefixes[:n], suffixes[:n]).tokens))
-    started = time.perf_counter()
+    start = time.perf_counter()
     forest = flame.caption_forest(prefixes[:n], suffixes[:n])
-    return forest, n, 1e3 * n * tokenizing, 1e3 * (time.perf_counter() - started)
+    return forest, n, 1e3 * n * tokenizing, 1e3 * (time.perf_counter() - start)
 
 
-def count(llm, blocks=39):
-    """Prints what a packed row takes on an H100, and its host meanwhile."""
-    config = nemo_config(blocks)
-    forest, n, tokenizing, joining = packed_row(llm)
+def estimate(llm, layers=39):
+    """Print the computed time of a packed row on an H100, and the measured time of its preparation."""
+    config = nemo_config(layers)
+    forest, n, tokenizing, building = packed_row(llm)
     T = len(forest.tokens)
-    queries = config["num_attention_heads"]
-    keys = config["num_key_value_heads"]
-    started = time.perf_counter()
-    layout = flame.flame_ext.layout(forest.lengths, forest.parents, 64 * keys // queries)
-    laying_out = 1e3 * (time.perf_counter() - started)
-    executed = blocks * attention_flops(layout, T, config)
-    seen = int((flame.token_depths(forest.lengths, forest.parents) + 1).sum())
-    useful = blocks * 4 * queries * config["head_dim"] * seen
-    products = flops_per_token(config, blocks, pruned=True) * T
-    # A token's bytes: two norms read and write x and read an update, RoPE turns queries and keys, SwiGLU.
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    start = time.perf_counter()
+    layout = flame.flame_ext.layout(forest.lengths, forest.parents, 64 * kv_heads // heads)
+    laying_out = 1e3 * (time.perf_counter() - start)
+    executed = layers * attention_flops(layout, T, config)
+    pairs = int((flame.token_depths(forest.lengths, forest.parents) + 1).sum())  # (query, visible key)
+    useful = layers * 4 * heads * config["head_dim"] * pairs
+    products = flops_per_token(config, layers, pruned=True) * T
+    # Bytes per token: two norms read and write x and read an update, RoPE rotates queries and keys, SwiGLU.
     row = 2 * (4 + 4 + 2 + 2) * config["hidden_size"] + 3 * 2 * config["intermediate_size"]
-    passes = blocks * T * (row + 2 * 2 * (queries + keys) * config["head_dim"])
+    moved = layers * T * (row + 2 * 2 * (heads + kv_heads) * config["head_dim"])
     parts = {"matrix products": (products, products / PRODUCTS),
              f"attention, {executed / useful:.1f} x executed": (useful, executed / ATTENTION),
-             f"element-wise, {passes / 1e9:.1f} GB": (0, passes / BYTES)}
+             f"element-wise, {moved / 1e9:.1f} GB": (0, moved / BYTES)}
     seconds = sum(spent for _, spent in parts.values())
-    print(f"Mistral-Nemo, {blocks} blocks, a packed row of {T} tokens ({n} captions, 7 facets); an H100 on "
-          f"paper: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory "
+    print(f"Mistral-Nemo, {layers} layers, a packed row of {T} tokens ({n} captions, 7 facets). Estimate for "
+          f"an H100: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory "
           f"{BYTES / 1e12:.2f} TB/s")
-    for label, (flops, spent) in (parts | {"together": (products + useful, seconds)}).items():
+    for label, (flops, spent) in (parts | {"total": (products + useful, seconds)}).items():
         print(f" {label:32}{flops / 1e12:9.2f} TFLOP{1e3 * spent:9.1f} ms{flops / spent / PEAK:7.1%} of peak")
-    print(f"the host meanwhile, ms on one core of this machine: tokenizing {tokenizing:.0f} and joining "
-          f"{joining:.0f} by a thread, layout {laying_out:.0f}; the GPU has {1e3 * seconds:.0f} ms to do")
+    print(f"CPU time to prepare a row, ms on one core of this machine: tokenizing {tokenizing:.0f}, forest "
+          f"{building:.0f}, layout {laying_out:.0f} (the first two in a thread)")
 
 
-# ---------------------------------------------------------------- the tables
+# ---------------------------------------------------------------- tables
 
-def one(args, method, dtype, words, captions, states):
-    command = [sys.executable, __file__, "--one", method, "--dtypes", dtype, "--words", words,
-               "--captions", captions, "--states", states,
-               "--llm", args.llm, "--device", args.device, "--seconds", args.seconds]
+def measure_one(args, method, dtype, words, captions, states):
+    """Return the result of measure() in a new process."""
+    command = [sys.executable, __file__, "--one", method, "--dtypes", dtype, "--words", words, "--captions",
+               captions, "--states", states, "--llm", args.llm, "--device", args.device, "--seconds",
+               args.seconds]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"{method} {dtype} {words}: {done.stderr[-2000:]}")
@@ -355,7 +355,7 @@ def one(args, method, dtype, words, captions, states):
 
 
 def whitened_cosine(states, reference):
-    """Mean cosine after the demo's whitening: of a column V diag(1 / (s + 0.01 s1)), s singular values."""
+    """Return the mean cosine after whitening each column by V diag(1 / (s + 0.01 s1)), s singular values."""
     folder = ROOT / "data/embeddings/demo"
     store = flame.open_store(folder) if (folder / "meta.json").exists() else None
     if store is None or store.meta["D"] != states.shape[-1]:
@@ -369,86 +369,86 @@ def whitened_cosine(states, reference):
     return torch.cat(cosines).mean().item()
 
 
-def nemo_config(blocks):
-    """Mistral-Nemo-Instruct-2407's widths."""
+def nemo_config(layers):
+    """Return the config.json of Mistral-Nemo-Instruct-2407 with layers + 1 layers."""
     return dict(
         model_type="mistral", architectures=["MistralForCausalLM"], hidden_size=5120, intermediate_size=14336,
-        num_hidden_layers=blocks + 1, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        num_hidden_layers=layers + 1, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         vocab_size=131072, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None, hidden_act="silu",
         max_position_embeddings=131072, tie_word_embeddings=True)
 
 
 def make_llm(folder, config):
-    """Writes random bfloat16 weights, a shard a block, and config.json; -> bytes of the weights."""
+    """Write random bfloat16 weights, a file per layer, and config.json. Return the bytes of the weights."""
     from safetensors.torch import save_file
     torch.manual_seed(0)
     D, inner = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    block = {"self_attn.q_proj": (queries, D), "self_attn.k_proj": (keys, D), "self_attn.v_proj": (keys, D),
+    layer = {"self_attn.q_proj": (queries, D), "self_attn.k_proj": (keys, D), "self_attn.v_proj": (keys, D),
              "self_attn.o_proj": (D, queries), "mlp.gate_proj": (inner, D), "mlp.up_proj": (inner, D),
              "mlp.down_proj": (D, inner), "input_layernorm": (D,), "post_attention_layernorm": (D,)}
-    shards = [{"model.embed_tokens": (config["vocab_size"], D), "model.norm": (D,)}]
-    shards += [{f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-               for i in range(config["num_hidden_layers"])]
-    places = {}
-    for n, shapes in enumerate(shards):
+    files = [{"model.embed_tokens": (config["vocab_size"], D), "model.norm": (D,)}]
+    files += [{f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+              for i in range(config["num_hidden_layers"])]
+    file_of = {}
+    for n, shapes in enumerate(files):
         weights = {f"{name}.weight": 0.02 * torch.randn(shape, dtype=torch.bfloat16) if len(shape) == 2
                    else torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         save_file(weights, folder / f"model-{n}.safetensors", {"format": "pt"})
-        places |= dict.fromkeys(weights, f"model-{n}.safetensors")
-    index = {"metadata": {}, "weight_map": places}
+        file_of |= dict.fromkeys(weights, f"model-{n}.safetensors")
+    index = {"metadata": {}, "weight_map": file_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def compare_methods(args, dtype, words, captions, reference, states):
-    """Prints a table, a line a method. reference: states of float32 separate passes, or None."""
-    print(f"\n{dtype}, captions of {words} words\n{'':38} captions/s   x (a)   x (b)   tokens a caption   "
-          "tokens/s   of ceiling   peak GiB   whitened")
-    lines = {}
+    """Print a table with a line per method. reference: states of float32 separate passes, or None."""
+    print(f"\n{dtype}, captions of {words} words\n{'':38} captions/s   x (a)   x (b)     tokens/caption   "
+          "tokens/s  of product   peak GiB   whitened")
+    results = {}
     for method, label in METHODS.items():
-        r = one(args, method, dtype, words, captions, states)
-        lines[method] = r
+        r = measure_one(args, method, dtype, words, captions, states)
+        results[method] = r
         cosine = float("nan")
         if reference is not None:
             cosine = whitened_cosine(torch.load(states, weights_only=True), reference)
-        a, b = (r["captions_per_s"] / lines[base]["captions_per_s"] if base in lines else float("nan")
+        a, b = (r["captions_per_s"] / results[base]["captions_per_s"] if base in results else float("nan")
                 for base in ("separate", "dense"))
         print(f"{label:38} {r['captions_per_s']:10.2f} {a:7.2f} {b:7.2f} {r['tokens']:18.0f} "
-              f"{r['tokens_per_s']:10.0f} {r['of_ceiling']:11.0%} {r['peak_gib']:10.2f} {cosine:10.4f}",
+              f"{r['tokens_per_s']:10.0f} {r['of_product']:11.0%} {r['peak_gib']:10.2f} {cosine:10.4f}",
               flush=True)
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in r["profile"].items())
-    print(f"ceiling {r['ceiling'] / 1e9:.0f} GFLOP/s; time of (d): {shares}")
+    print(f"large matrix product: {r['peak_flops'] / 1e9:.0f} GFLOP/s; time of (d): {shares}")
 
 
 def compare_ablations(args, dtype, words, captions, states):
-    print("each idea left out:")
+    print("ablations of (d):")
     rates = []
-    for what, label in ABLATIONS.items():
-        r = one(args, what, dtype, words, captions, states)
+    for variant, label in ABLATIONS.items():
+        r = measure_one(args, variant, dtype, words, captions, states)
         rates.append(r["captions_per_s"])
         print(f"    {label:34} {rates[-1]:10.2f} captions/s   {rates[-1] / rates[0]:6.2f} x   "
-              f"{r['tokens']:6.0f} tokens a caption", flush=True)
+              f"{r['tokens']:6.0f} tokens/caption", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--llm", default=str(ROOT / "data/demo/llm"), metavar="DIR", help="default: the demo's")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--words", default="12,100,400", help="lengths of captions (default 12,100,400)")
-    add("--dtypes", default="bfloat16,float32", help="default bfloat16,float32")
-    add("--seconds", type=float, default=8, help="least length of a measurement (default 8)")
-    add("--nemo", action="store_true", help="random weights of Mistral-Nemo's widths")
-    add("--count", action="store_true", help="an H100's time on Mistral-Nemo, on paper")
+    add("--llm", default=str(ROOT / "data/demo/llm"), metavar="DIR", help="LLM (default: the demo's)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available")
+    add("--words", default="12,100,400", help="lengths of captions (default: 12,100,400)")
+    add("--dtypes", default="bfloat16,float32", help="default: bfloat16,float32")
+    add("--seconds", type=float, default=8, help="minimum duration of a measurement (default: 8)")
+    add("--nemo", action="store_true", help="use random weights with Mistral-Nemo's sizes")
+    add("--count", action="store_true", help="print the computed time of an H100 on Mistral-Nemo instead")
     add("--captions", type=int, default=0, help=argparse.SUPPRESS)
     add("--one", help=argparse.SUPPRESS)
     add("--states", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.count:
-        return count(args.llm)
+        return estimate(args.llm)
     if args.one:
         args.words = int(args.words)
         return measure(args)
@@ -457,7 +457,7 @@ def main():
             args.llm = folder
             make_llm(Path(folder), nemo_config(12))
             shutil.copy(ROOT / "data/demo/llm/tokenizer.json", folder)
-        llm = "Mistral-Nemo widths, 12 blocks, random" if args.nemo else args.llm
+        llm = "with Mistral-Nemo's sizes, 12 layers, random" if args.nemo else args.llm
         print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {args.device}, "
               f"torch {torch.__version__}, long prompts (7 facets), LLM {llm}")
         states = Path(folder) / "states.pt"
@@ -466,7 +466,7 @@ def main():
             captions = max(8, 2400 // max(words, 60))
             reference = None
             if not args.nemo:
-                one(args, "separate", "float32", words, captions, states)
+                measure_one(args, "separate", "float32", words, captions, states)
                 reference = torch.load(states, weights_only=True)
             for dtype in dtypes:
                 compare_methods(args, dtype, words, captions, reference, states)

@@ -1,9 +1,9 @@
-"""Recall@1, 5, 10 both ways: evaluate.retrieval against CLIP_benchmark's code.
+"""Speed and memory of Recall@1, 5, 10 in both directions: evaluate.retrieval against CLIP_benchmark.
 
     python tests/bench_metrics.py
 
-5,000 images and 25,000 texts, D = 512. Each runs in a process of its own, alone, on one thread. Memory is the
-process's peak (VmHWM) above what it held when the embeddings lay ready and the libraries had run once.
+5,000 images and 25,000 texts, D = 512. Each implementation runs on one thread, in its own process. Memory is
+the peak of that process (VmHWM) above its size after the embeddings are loaded and the libraries warmed up.
 """
 import argparse
 import json
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 K = (1, 5, 10)
 
 
-def example(images, per_image, dim):
-    """Unit vectors, texts around their image -> text [N, D], image [M, D], image_of_text [N]"""
+def make_data(images, per_image, dim):
+    """Return random unit vectors, texts near their image: text [N, D], image [M, D], image_of_text [N]."""
     rng = np.random.default_rng(0)
     image = rng.standard_normal((images, dim), dtype=np.float32)
     owner = np.repeat(np.arange(images), per_image)
@@ -35,15 +35,12 @@ def example(images, per_image, dim):
 
 def ours(text, image, owner):
     import evaluate
-    got = evaluate.retrieval(text, image, owner)
-    return [got[direction][f"R@{k}"] for direction in ("text_to_image", "image_to_text") for k in K]
+    result = evaluate.retrieval(text, image, owner)
+    return [result[direction][f"R@{k}"] for direction in ("text_to_image", "image_to_text") for k in K]
 
 
 def clip_benchmark(text, image, owner):
-    """What clip_benchmark.metrics.zeroshot_retrieval.evaluate does once it has the embeddings.
-
-    64 is its default batch.
-    """
+    """Do what clip_benchmark.metrics.zeroshot_retrieval.evaluate does after encoding, in its batches."""
     import torch
     from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
     scores = torch.from_numpy(text) @ torch.from_numpy(image).t()
@@ -53,8 +50,8 @@ def clip_benchmark(text, image, owner):
             for s, pairs in ((scores, positive_pairs), (scores.T, positive_pairs.T)) for k in K]
 
 
-def peak():
-    """MiB; on Linux."""
+def peak_mib():
+    """Return the peak memory of this process (Linux only)."""
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -63,17 +60,18 @@ def measure(name, folder):
     import torch
     torch.set_num_threads(1)
     run = globals()[name]
-    run(*example(20, 2, 64))
-    # Made elsewhere: making it takes memory, too.
+    run(*make_data(20, 2, 64))  # warm up
+    # The parent made the data, because making it takes memory, too.
     data = [np.load(Path(folder) / f"{part}.npy") for part in ("text", "image", "owner")]
-    before, start = peak(), time.perf_counter()
+    before, start = peak_mib(), time.perf_counter()
     recalls = run(*data)
-    print(json.dumps({"seconds": time.perf_counter() - start, "mib": peak() - before, "recalls": recalls}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "mib": peak_mib() - before, "recalls": recalls}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs=2, metavar=("WHICH", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         measure(*args.only)
@@ -81,7 +79,7 @@ if __name__ == "__main__":
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for part, values in zip(("text", "image", "owner"), example(5000, 5, 512)):
+        for part, values in zip(("text", "image", "owner"), make_data(5000, 5, 512)):
             np.save(Path(folder) / f"{part}.npy", values)
         for name in ("ours", "clip_benchmark"):
             command = [sys.executable, __file__, "--only", name, folder]
@@ -95,4 +93,4 @@ if __name__ == "__main__":
     a, b = results["ours"], results["clip_benchmark"]
     difference = max(abs(x - y) for x, y in zip(a["recalls"], b["recalls"])) / 100
     print(f"{b['seconds'] / a['seconds']:.1f} x faster, {b['mib'] / max(a['mib'], 1):.1f} x less memory; "
-          f"largest difference of a share {difference:.1e}")
+          f"largest difference {difference:.1e} (as a fraction)")

@@ -1,14 +1,13 @@
-"""How fast is training, against open_clip and torchvision? One table; nothing is asserted.
+"""Speed of training, against open_clip and torchvision. Prints a table; takes a few minutes on 2 CPU cores.
 
-    python tests/bench_train.py                    # some minutes on 2 CPU cores
-    python tests/bench_train.py --only loss        # step, pictures or loss
+    python tests/bench_train.py --only loss        # step, images or loss; default: all
 
-    step       forward, loss, backward and AdamW of the cc3m preset: flame.Flame against open_clip's
-               VisionTransformer with the same projector, loss, precision and batch, in turns
-    pictures   one core: 512-px JPEGs to a normalised batch at 224 px, against torchvision's
-               RandomResizedCrop, ToTensor, Normalize; and what a loader's process makes of files
-    loss       forward and backward of 6 positives, D = 576, all logits at once and in blocks, each in a
-               process of its own: CPU seconds of all threads (on a GPU seconds), peak memory above the inputs
+    step     forward, loss, backward and AdamW of the cc3m preset: flame.Flame against open_clip's
+             VisionTransformer with the same projector, loss, precision and batch
+    images   one core: 512-px JPEGs to a normalized batch of 224 px, against torchvision's RandomResizedCrop,
+             ToTensor, Normalize; and the rate of a loader process
+    loss     forward and backward of 6 positives, D = 576, with all logits at once and in blocks, each in its
+             own process: CPU seconds of all threads (on a GPU, seconds) and peak memory above the inputs
 """
 import argparse
 import copy
@@ -30,34 +29,35 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flame  # noqa: E402
 import train  # noqa: E402
-from data.pictures import DRAWS, Batches, random_crop  # noqa: E402
+from data.images import CROP_DRAWS, Batches, random_crop  # noqa: E402
 
 SIZES = "image_size", "patch_size", "width", "layers", "heads"
 
 
-def seconds_of(*works, seconds, synchronize=int, clock=time.perf_counter):
-    """Median seconds of each of works, run in turns, so that a noisy machine is noisy to all."""
+def median_times(*works, seconds, synchronize=int, clock=time.perf_counter):
+    """Return the median seconds of each work. They take turns, so noise of the machine affects all alike."""
     times = [[] for _ in works]
     while len(times[0]) < 4 or sum(map(sum, times)) < seconds:
-        for work, took in zip(works, times):
-            started = clock()
+        for work, spent in zip(works, times):
+            start = clock()
             work()
             synchronize()
-            took.append(clock() - started)
-    return [float(np.median(took[1:])) for took in times]  # the first warms up
+            spent.append(clock() - start)
+    return [float(np.median(spent[1:])) for spent in times]  # the first run warms up
 
 
-def settings_of(preset, **changes):
+def preset_settings(preset, **changes):
+    """Return the settings of a preset. preset: 0 for demo, 1 for cc3m."""
     return {name: row[preset] for name, row in train.SETTINGS.items()} | changes
 
 
 def open_clip_tower(ours, sizes):
-    """open_clip's vision transformer in the image tower's place, its unused final norm taken out."""
+    """Return open_clip's vision transformer with our weights and interface, without its unused final norm."""
     from open_clip.transformer import VisionTransformer
     tower = VisionTransformer(**sizes, mlp_ratio=4, output_dim=512, output_tokens=True)
     tower.ln_post, tower.proj, forward = torch.nn.Identity(), None, tower.forward
     tower.load_state_dict(ours.state_dict())
-    tower.forward = lambda pixels, kept: F.pad(forward(pixels)[1], (0, 0, 1, 0))  # the class token
+    tower.forward = lambda pixels, kept: F.pad(forward(pixels)[1], (0, 0, 1, 0))  # a dummy class token
     return tower
 
 
@@ -66,11 +66,10 @@ def bench_step(args, synchronize):
     text = F.normalize(torch.randn(args.batch, 6, 576, device=args.device), dim=-1)
     for dtype in (torch.bfloat16, torch.float32):
         store = SimpleNamespace(meta={"D": 576})
-        ours, _ = train.build(store, range(11), settings_of(1), torch.device("cpu"), fit=False)
+        ours, _ = train.build(store, range(11), preset_settings(1), torch.device("cpu"), fit=False)
         theirs = copy.deepcopy(ours)
         theirs.visual = open_clip_tower(ours.visual, {name: ours.config[name] for name in SIZES})
-        works = []
-        losses = []
+        works, losses = [], []
         for model in (ours.to(args.device), theirs.to(args.device)):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.5, fused=True)
 
@@ -83,31 +82,31 @@ def bench_step(args, synchronize):
                 optimizer.step()
                 losses.append(loss.item())
             works.append(step)
-        took, reference = seconds_of(*works, seconds=args.seconds, synchronize=synchronize)
-        assert abs(losses[0] - losses[1]) < 1e-2 * losses[1], "the two do not compute the same"
-        yield (f"step, ViT-B/16, batch {args.batch}, {str(dtype)[6:]}", f"{args.batch / took:.2f} images/s",
-               f"open_clip {args.batch / reference:.2f}", f"{reference / took:.2f} x")
+        spent, reference = median_times(*works, seconds=args.seconds, synchronize=synchronize)
+        assert abs(losses[0] - losses[1]) < 1e-2 * losses[1], "the two losses differ"
+        yield (f"step, ViT-B/16, batch {args.batch}, {str(dtype)[6:]}", f"{args.batch / spent:.2f} images/s",
+               f"open_clip {args.batch / reference:.2f}", f"{reference / spent:.2f} x")
 
 
-def photos(n, side, kind):
-    """n files' bytes of that side, cut from the photographs that come with scikit-image."""
+def make_photos(n, side, format):
+    """Return the bytes of n image files, random square crops of scikit-image's photographs."""
     from skimage import data
     rng = np.random.default_rng(0)
     out = []
     for i in range(n):
-        picture = Image.fromarray(getattr(data, ("astronaut", "chelsea", "coffee", "rocket")[i % 4])())
-        cut = rng.integers(200, min(picture.size))
-        x, y = (rng.integers(length - cut + 1) for length in picture.size)
-        square = picture.crop((x, y, x + cut, y + cut)).resize((side, side), Image.Resampling.LANCZOS)
-        square.save(file := io.BytesIO(), kind, quality=90)
+        photo = Image.fromarray(getattr(data, ("astronaut", "chelsea", "coffee", "rocket")[i % 4])())
+        crop = rng.integers(200, min(photo.size))
+        x, y = (rng.integers(length - crop + 1) for length in photo.size)
+        square = photo.crop((x, y, x + crop, y + crop)).resize((side, side), Image.Resampling.LANCZOS)
+        square.save(file := io.BytesIO(), format, quality=90)
         out.append(file.getvalue())
     return out
 
 
-def bench_pictures(args, synchronize):
+def bench_images(args, synchronize):
     from torchvision import transforms as T
     torch.set_num_threads(1)
-    files = photos(24, 512, "JPEG")
+    files = make_photos(24, 512, "JPEG")
     rng = np.random.default_rng(0)
     crop = T.RandomResizedCrop(224, (0.9, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     transform = T.Compose([crop, T.ToTensor(), T.Normalize(flame.CLIP_MEAN, flame.CLIP_STD)])
@@ -116,34 +115,35 @@ def bench_pictures(args, synchronize):
         return torch.stack([transform(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
 
     def ours():
-        crops = [random_crop(Image.open(io.BytesIO(file)), 224, 0.9, rng.random(DRAWS)) for file in files]
-        return flame.to_pixels(torch.stack(crops))
+        images = map(Image.open, map(io.BytesIO, files))
+        crops = [random_crop(image, 224, 0.9, rng.random(CROP_DRAWS)) for image in images]
+        return flame.normalize_pixels(torch.stack(crops))
 
-    took, reference = seconds_of(ours, theirs, seconds=args.seconds, synchronize=synchronize)
-    yield ("512-px JPEG to 224, one core", f"{len(files) / took:.0f} images/s",
-           f"torchvision {len(files) / reference:.0f}", f"{reference / took:.2f} x")
-    for preset, side, kind in ((1, 512, "JPEG"), (0, 96, "PNG")):
+    spent, reference = median_times(ours, theirs, seconds=args.seconds, synchronize=synchronize)
+    yield ("512-px JPEG to 224, one core", f"{len(files) / spent:.0f} images/s",
+           f"torchvision {len(files) / reference:.0f}", f"{reference / spent:.2f} x")
+    for preset, side, format in ((1, 512, "JPEG"), (0, 96, "PNG")):
         with tempfile.TemporaryDirectory() as folder:
             paths = [f"{folder}/{i}" for i in range(64)]
-            for path, data in zip(paths, photos(64, side, kind)):
+            for path, data in zip(paths, make_photos(64, side, format)):
                 Path(path).write_bytes(data)
-            places = np.stack([np.arange(64), np.zeros(64, int), np.full(64, -1)], axis=1)
+            spans = np.stack([np.arange(64), np.zeros(64, int), np.full(64, 1 << 30)], axis=1)
             facets = torch.randn(64, 6, 576).half()
-            store = SimpleNamespace(keys=paths, take=lambda rows, columns: facets)
-            s = settings_of(preset, batch=64)
-            batches = Batches(store, range(11), (np.arange(64), paths, places), s)
-            took, = seconds_of(lambda: batches[0], seconds=args.seconds / 4, synchronize=synchronize)
-        yield f"a loader's process, {side}-px {kind}", f"{64 / took:.0f} images/s", "", ""
+            store = SimpleNamespace(keys=paths, read_float16=lambda rows, columns: facets)
+            s = preset_settings(preset, batch=64)
+            batches = Batches(store, range(11), (np.arange(64), paths, spans), s)
+            spent, = median_times(lambda: batches[0], seconds=args.seconds / 4, synchronize=synchronize)
+        yield f"a loader process, {side}-px {format}", f"{64 / spent:.0f} images/s", "", ""
 
 
-def measure_loss(kind, batch, logits, device):
-    """In a process of its own: seconds of forward and backward, and peak bytes above the inputs."""
+def measure_loss(kind, batch, max_logits, device):
+    """Print the seconds of forward and backward, and the peak bytes above the inputs. Needs a new process."""
     cuda = torch.device(device).type == "cuda"
     synchronize = torch.cuda.synchronize if cuda else int
     image = F.normalize(torch.randn(batch, 576, device=device), dim=-1).requires_grad_()
     text = F.normalize(torch.randn(batch, 6, 576, device=device), dim=-1)
     scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (10.0, -10.0))
-    train.LOGITS = logits
+    train.MAX_LOGITS = max_logits
 
     def work(n):
         train.LOSSES[kind](image[:n], text[:n], scale, bias).backward()
@@ -152,41 +152,41 @@ def measure_loss(kind, batch, logits, device):
         if cuda:
             return torch.cuda.max_memory_allocated()
         line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024  # ru_maxrss would begin at the parent's
+        return int(line.split()[1]) * 1024  # ru_maxrss would start at the parent's
 
-    work(16)  # libraries are loaded
+    work(16)  # loads libraries
     before = peak()
     clock = time.perf_counter if cuda else time.process_time
-    took, = seconds_of(lambda: work(batch), seconds=1, synchronize=synchronize, clock=clock)
-    print(json.dumps([took, peak() - before]))
+    spent, = median_times(lambda: work(batch), seconds=1, synchronize=synchronize, clock=clock)
+    print(json.dumps([spent, peak() - before]))
 
 
 def bench_loss(args, synchronize):
     for batch in (256, 3072, 4096):
         for kind in train.LOSSES:
-            shown = []
-            for logits in (1 << 62, train.LOGITS, 1 << 22):
-                command = [sys.executable, __file__, "--loss", kind, str(batch), str(logits), args.device]
-                took, peak = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-                shown.append(f"{took * 1000:.0f} ms, {peak / 1e6:.0f} MB")
-            yield (f"loss, {kind}, {batch} x 6", f"dense {shown[0]}", f"as trained {shown[1]}",
-                   f"blocks of 4 M {shown[2]}")
+            cells = []
+            for max_logits in (1 << 62, train.MAX_LOGITS, 1 << 22):
+                command = [sys.executable, __file__, "--loss", kind, str(batch), str(max_logits), args.device]
+                spent, peak = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+                cells.append(f"{spent * 1000:.0f} ms, {peak / 1e6:.0f} MB")
+            yield (f"loss, {kind}, {batch} x 6", f"dense {cells[0]}", f"as in training {cells[1]}",
+                   f"blocks of 4 M {cells[2]}")
 
 
 def main():
     if sys.argv[1:2] == ["--loss"]:
         return measure_loss(sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5])
-    benches = {"step": bench_step, "pictures": bench_pictures, "loss": bench_loss}
+    benches = {"step": bench_step, "images": bench_images, "loss": bench_loss}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=benches, help="one part")
-    parser.add_argument("--batch", type=int, default=16, help="images of a step (16)")
-    parser.add_argument("--seconds", type=float, default=20, help="least time for each comparison (20)")
+    parser.add_argument("--only", choices=benches, help="run one part only")
+    parser.add_argument("--batch", type=int, default=16, help="images per step (default: 16)")
+    parser.add_argument("--seconds", type=float, default=20, help="minimum time per comparison (default: 20)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    flame.keep_freed_memory()  # as train.py does; the peers run in the same process and profit too
+    flame.keep_freed_memory()  # as train.py does; open_clip and torchvision profit, too
     synchronize = torch.cuda.synchronize if args.device.startswith("cuda") else int
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads of {os.cpu_count()} "
-          "cores; compared in turns, medians")
+          "cores; medians of alternating runs")
     for part, bench in benches.items():
         if args.only in (None, part):
             for row in bench(args, synchronize):

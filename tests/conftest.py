@@ -1,4 +1,4 @@
-"""What several test files need: the demo's real LLM, small random LLMs, oracles, how much memory is taken."""
+"""Shared fixtures and helpers: LLM folders, released checkpoints, measures of error and memory."""
 import fcntl
 import json
 import os
@@ -17,31 +17,31 @@ CAPTIONS = [
 
 
 def centered_error(ours, reference):
-    """Largest error relative to the largest value, the mean over texts (dim 0) subtracted.
+    """Return the largest error relative to the largest value, after subtracting the mean over texts (dim 0).
 
-    One dimension carries 0.8 of an LLM state's norm and is nearly the same for all texts: it hides all else.
+    One dimension has 0.8 of a state's norm and hardly varies; uncentered, it would hide all other errors.
     """
     mean = reference.mean(0)
     return ((ours - reference).abs().max() / (reference - mean).abs().max()).item()
 
 
 def centered_cosine(ours, reference):
-    """[N, K], the cosines of [N, K, D] after the reference's mean over texts is subtracted from both."""
+    """Return the cosines [N, K] of [N, K, D], after subtracting the reference's mean over texts from both."""
     mean = reference.mean(0)
     return torch.cosine_similarity(ours - mean, reference - mean, dim=-1)
 
 
 MEMORY = """
 import re, torch, flame
-from data import released
-def peak():  # ru_maxrss would begin at the parent's
+from data import compat
+def peak_memory():  # unlike ru_maxrss, VmHWM does not start at the parent's value
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 """
 
 
-def memory_grown(prepare, work, also="0", **environment):
-    """-> (bytes that a new process takes for `work`, what it says of the number `also`)."""
-    script = f"{MEMORY}{prepare}\nbefore = peak()\n{work}\nprint(peak() - before, {also})"
+def memory_grown(setup, code, expression="0", **environment):
+    """Return (bytes that code adds to the peak memory of a new process, the int value of expression)."""
+    script = f"{MEMORY}{setup}\nbefore = peak_memory()\n{code}\nprint(peak_memory() - before, {expression})"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
@@ -50,10 +50,10 @@ def memory_grown(prepare, work, also="0", **environment):
 
 @pytest.fixture(scope="session")
 def llm():
-    """SmolLM2-135M-Instruct as the demo has it; made on first use and kept, since the demo wants it too."""
+    """The demo's SmolLM2-135M-Instruct. Make it on first use and keep it for the demo."""
     folder = ROOT / "data" / "demo" / "llm"
     with open(__file__) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker makes it, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist: one worker makes it, the others wait
         if not (folder / "config.json").exists():
             from data.demo import make_llm
             make_llm(folder)
@@ -62,15 +62,15 @@ def llm():
 
 @pytest.fixture(scope="session")
 def make_random_llm(llm, tmp_path_factory):
-    """make(**config) -> folder of a small random LLM, saved by transformers, with the demo's tokenizer."""
+    """Return make(**config) -> folder of a small random LLM by transformers, with the demo's tokenizer."""
     def make(family="Llama", max_shard_size="1GB", seed=0, **config):
         import transformers
         base = dict(vocab_size=49152, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                     initializer_range=0.2)
-        kind = getattr(transformers, f"{family}ForCausalLM")
+        model_class = getattr(transformers, f"{family}ForCausalLM")
         torch.manual_seed(seed)
-        model = kind(kind.config_class(**base | config))
+        model = model_class(model_class.config_class(**base | config))
         folder = tmp_path_factory.mktemp("llm")
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         (folder / "tokenizer.json").write_bytes((llm / "tokenizer.json").read_bytes())
@@ -85,7 +85,7 @@ def tiny_llm(make_random_llm):
 
 @pytest.fixture(scope="session")
 def byte_llm(tmp_path_factory):
-    """Folder of a random Llama whose tokens are bytes: 100 kB, so that tests may copy it."""
+    """Folder of a random Llama with a byte tokenizer: 100 kB, so it is cheap to copy."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder = tmp_path_factory.mktemp("byte-llm")
@@ -104,8 +104,8 @@ def byte_llm(tmp_path_factory):
     weights = {f"{name}.weight": torch.randn(shape, generator=random) / 5 for name, shape in matrices.items()}
     weights |= {f"{name}.weight": torch.ones(32) for name in norms}
     save_file(weights, folder / "model.safetensors")
-    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u0120kite"]  # and a word, in no text
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u0120kite"]  # and a word that is never used
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -114,9 +114,9 @@ def byte_llm(tmp_path_factory):
 
 @pytest.fixture
 def released_checkpoint(tmp_path):
-    """make(prefix, **tensors) -> (file, image tower, projector): random weights, saved as FLAME's authors do.
+    """Return make(prefix, **tensors) -> (released checkpoint with random weights, image tower, projector).
 
-    Keys have a prefix, LLM and optimizer are there. tensors: more, or in a tensor's place; None: left out.
+    LLM and optimizer tensors are included. tensors: added or replaced by their full key; None omits one.
     """
     import numpy as np
     from open_clip.transformer import VisionTransformer
@@ -140,14 +140,14 @@ def released_checkpoint(tmp_path):
             "state_dict": {name: x for name, x in weights.items() if x is not None},
             "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [group]},
         }, tmp_path / "epoch_32.pt")
-        visual.ln_post = torch.nn.Identity()  # there, but never used
+        visual.ln_post = torch.nn.Identity()  # in the file, but FLAME does not use it
         return tmp_path / "epoch_32.pt", visual, mm
     return make
 
 
 @pytest.fixture
 def small_clip(tmp_path):
-    """A random open_clip model of a size of its own, its weights in a file -> "MODEL:FILE"."""
+    """Return "MODEL:FILE" of a small random open_clip model."""
     import open_clip
     config = {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
               "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}}
@@ -159,22 +159,22 @@ def small_clip(tmp_path):
 
 
 def pytest_configure():
-    """Of pytest's workers (-n) each keeps to one core, and so do the commands that its tests run."""
+    """Limit each pytest-xdist worker (-n), and the commands that its tests run, to one thread."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_sessionfinish(session):
-    """In CI a skipped test is a failure, unless its reason is the GPU: what is skipped rots unseen."""
+    """In CI, fail if a test was skipped for another reason than a missing GPU."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:  # a worker's results reach the session that started it
+    if reporter is None:  # a pytest-xdist worker, which sends its results to the main session
         return
-    wrong = []
+    reasons = []
     for report in reporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if "GPU" not in reason:
-            wrong.append(reason)
-    if os.environ.get("CI") and wrong:
-        reporter.write_line(f"skipped in CI: {wrong}", red=True)
+            reasons.append(reason)
+    if os.environ.get("CI") and reasons:
+        reporter.write_line(f"skipped in CI: {reasons}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

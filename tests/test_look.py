@@ -27,16 +27,16 @@ from safetensors.torch import load_file, save_file
 
 import embed
 import flame
-from data.pictures import Place, open_picture, pictures_in
+from data.images import ImageLocation, open_image, images_in
 from data.show import look, page, search, sheet, words
-from data.store import llm_fingerprint
-from data.towers import OpenClip, Towers, encode_facets, encode_images, encode_texts
-from flame import COLUMNS, InputError
+from data.compat import OpenClip
+from data.encoders import Encoders, encode_facets, encode_images, encode_texts
+from flame import FACET_COLUMNS, InputError
 
 LONG = "a red kite flies over the beach while two dogs run after it and a child laughs at them all"
 
 
-def tiny_model(side=4, columns=COLUMNS):
+def tiny_model(side=4, columns=FACET_COLUMNS):
     """An untrained Flame of random weights, side x side patches."""
     torch.manual_seed(0)
     model = flame.Flame({"image_size": 8 * side, "patch_size": 8, "width": 16, "layers": 1, "heads": 2,
@@ -58,8 +58,8 @@ def world(tiny_llm, tmp_path_factory):
     encoder = flame.TextEncoder(tiny_llm, dtype=torch.float32)
     args = SimpleNamespace(search=[], vectors=None, top=3, prompts=None, images=folder, out=folder.parent)
     model = tiny_model(columns=["raw.0", "long.0", "long.3", "long.5"])
-    towers = Towers(model, lambda: encoder, "cpu", args.out / "cache", "image tower", "text tower")
-    return args, [Place(str(path)) for path in sorted(folder.iterdir())], towers
+    towers = Encoders(model, lambda: encoder, "cpu", args.out / "cache", "image tower", "text tower")
+    return args, [ImageLocation(str(path)) for path in sorted(folder.iterdir())], towers
 
 
 def ranked(world, vector):
@@ -73,7 +73,7 @@ def test_vectors_of_a_folder_are_the_towers_and_paths_lie_beside(world, tmp_path
     args, places, towers = world
     folder = shutil.copytree(Path(places[0].path).parent, tmp_path / "copy")
     (folder / Path(places[11].path).name).rename(folder / "last\none.png")
-    places = pictures_in(folder)
+    places = images_in(folder)
     image, kept = encode_images(towers, places)
     paths = [places[i].path.replace("\n", " ") for i in kept]
     for name in ("out.npy", "out.1"):
@@ -91,9 +91,9 @@ def test_a_picture_that_failed_for_a_moment_is_there_the_next_time(world, tmp_pa
     def failing(place):
         if place == places[3]:
             raise OSError(5, "Input/output error")
-        return open_picture(place)
+        return open_image(place)
     with monkeypatch.context() as moment:
-        moment.setattr("data.towers.open_picture", failing)
+        moment.setattr("data.encoders.open_image", failing)
         assert encode_images(towers, places)[1] == [0, 1, 2, *range(4, 12)]
     image, kept = encode_images(towers, places)
     assert kept == [*range(12)] and np.allclose(image, whole, atol=1e-6)
@@ -116,15 +116,15 @@ def client(world):
     """gradio's client of the page, which is served in this process."""
     args, places, towers = world
     image, _ = encode_images(towers, places)
-    blocks = page.serve(args, places, image, towers, left_out=3)
-    assert "12 pictures of" in str(blocks.config) and "3 cannot be read" in str(blocks.config)
+    blocks = page.serve(args, places, image, towers, unreadable=3)
+    assert "12 images of" in str(blocks.config) and "3 unreadable" in str(blocks.config)
     yield Client(blocks.local_url, verbose=False, analytics_enabled=False)
     blocks.close()
 
 
 def tiles(html):
     """The page's gallery -> [(index, similarity)]; none where it is as it was"""
-    pairs = re.findall(r'data-picture="(\d+)".*?<b>(.*?)</b>', html)
+    pairs = re.findall(r'data-image="(\d+)".*?<b>(.*?)</b>', html)
     return "tiles plain" not in html and [(int(i), float(score)) for i, score in pairs]
 
 
@@ -132,7 +132,7 @@ def test_the_page_finds_what_sorting_finds_and_keeps_nothing(world, client, capf
     args, places, towers = world
     kept = sorted((args.out / "cache").iterdir())
     html, switches, _ = client.predict("ein Drachen", api_name="/text")
-    found, _, _ = client.predict(handle_file(places[7].path), api_name="/picture")
+    found, _, _ = client.predict(handle_file(places[7].path), api_name="/image")
     assert sorted((args.out / "cache").iterdir()) == kept and "texts" not in capfd.readouterr().err
     assert tiles(html) == ranked(world, encode_texts(towers, ["ein Drachen"], "raw")[0])
     assert not switches["visible"]      # of one question there is nothing to choose
@@ -142,7 +142,7 @@ def test_the_page_finds_what_sorting_finds_and_keeps_nothing(world, client, capf
 
 def test_a_switch_a_facet_shows_what_each_question_finds(world, client):
     """Those that the checkpoint was trained on, by their names."""
-    names = ["the whole", "minor object", "action"]
+    names = [page.facet_label(flame.PROMPTS["long"].facets[k]) for k in (0, 3, 5)]
     facets = encode_facets(world[2], [LONG], "long")[0]
     html, switches, _ = client.predict(LONG, api_name="/text")
     assert [name for name, _ in switches["choices"]] == switches["value"] == names and switches["visible"]
@@ -156,13 +156,13 @@ def test_a_switch_a_facet_shows_what_each_question_finds(world, client):
 def test_the_page_of_an_open_clip_model_has_texts_and_pictures_alone(world, small_clip):
     args, places, _ = world
     clip = OpenClip(small_clip).eval()
-    towers = Towers(clip, lambda: clip, "cpu", None, "clip", "clip")
+    towers = Encoders(clip, lambda: clip, "cpu", None, "clip", "clip")
     image, _ = encode_images(towers, places)
     blocks = page.serve(args, places, image, towers)
     client = Client(blocks.local_url, verbose=False, analytics_enabled=False)
     html, switches, _ = client.predict(LONG, api_name="/text")
     assert tiles(html) == ranked((args, places, towers), encode_texts(towers, [LONG], "raw")[0])
-    assert tiles(client.predict(handle_file(places[7].path), api_name="/picture")[0])[0][0] == 7
+    assert tiles(client.predict(handle_file(places[7].path), api_name="/image")[0])[0][0] == 7
     names = [each["api_name"] for each in client.config["dependencies"]]
     assert not switches["visible"] and "facets" in names and "words" not in names
     blocks.close()
@@ -171,7 +171,7 @@ def test_the_page_of_an_open_clip_model_has_texts_and_pictures_alone(world, smal
 def clicked(client, picture):
     """What a click on a picture of the gallery gives: gradio's client has none, its protocol does."""
     number = next(each["id"] for each in client.config["dependencies"] if each["api_name"] == "words")
-    event = {"data": [], "fn_index": number, "session_hash": "test", "event_data": {"picture": picture}}
+    event = {"data": [], "fn_index": number, "session_hash": "test", "event_data": {"image": picture}}
     httpx.post(f"{client.src}gradio_api/queue/join", json=event).raise_for_status()
     with httpx.stream("GET", f"{client.src}gradio_api/queue/data?session_hash=test", timeout=60) as answer:
         for line in answer.iter_lines():
@@ -182,18 +182,18 @@ def clicked(client, picture):
 
 def test_a_click_shows_the_words_of_the_patches(world, client, tiny_llm):
     html, = clicked(client, 5)["data"]
-    with open_picture(world[1][5]) as image:
+    with open_image(world[1][5]) as image:
         grid, strengths = words.words_of(world[2].model, tiny_llm, image)
     spans = re.findall(r"<span.*?opacity: (.*?)\">(.*?)</span>", html)
     assert spans == [(f"{share:.2f}", word) for share, word in zip(strengths.flat, grid.flat)]
-    assert len(set(strengths.flat)) > 1 and "the fainter, the weaker" in html
+    assert len(set(strengths.flat)) > 1 and "fainter means a lower cosine" in html
 
 
 def test_what_is_damaged_is_told_and_the_page_goes_on(world, client, tmp_path):
     _, places, _ = world
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(Exception, match="bad.png"):
-        client.predict(handle_file(str(tmp_path / "bad.png")), api_name="/picture")
+        client.predict(handle_file(str(tmp_path / "bad.png")), api_name="/image")
     content = Path(places[3].path).read_bytes()
     for some, refused in ((content[:60], True), (content, False)):
         Path(places[3].path).write_bytes(some)
@@ -216,7 +216,7 @@ def test_the_page_is_of_this_machine_alone_and_names_are_no_markup(client):
 def test_patch_states_are_led_back_through_the_text_projection(side):
     """Against four patches pooled by hand, and a state's product with any u led there by A."""
     model = tiny_model(side)
-    text, c = model.text, COLUMNS.index("long.0")
+    text, c = model.text_projection, FACET_COLUMNS.index("long.0")
     text.basis[c] = torch.linalg.qr(torch.randn(48, 5))[0]
     text.gain[c], text.rest[c] = torch.rand(5) * 9, 0.5
     A = 0.5 * torch.eye(48) + text.basis[c] @ text.gain[c].diag() @ text.basis[c].T
@@ -243,7 +243,7 @@ def test_words_of_a_picture(world, make_random_llm, family, offset):
     tokenizer = flame.load_tokenizer(llm)
     texts = map(tokenizer.decode, zip(range(len(unembedding))))
     names = {i: text[1:] for i, text in enumerate(texts) if re.fullmatch(r" [^\W\d_]{3,}", text)}
-    with open_picture(places[2]) as image:
+    with open_image(places[2]) as image:
         states = words.patch_states(towers.model, towers.model.preprocess(image)).flatten(0, 1)
         grid, strengths = words.words_of(towers.model, llm, image)
     best = [max(names, key=row.__getitem__) for row in (states * norm @ unembedding.T).tolist()]
@@ -258,24 +258,24 @@ def test_the_sheet_shows_the_right_picture_in_green_and_ticked(tmp_path, monkeyp
     monkeypatch.setattr(sheet, "draw_row", lambda *row: rows.append(row) or draw_row(*row))
     for n in range(10):
         Image.new("RGB", (50, 50), (20 * n, 90, 200)).save(tmp_path / f"{n}.png")
-    places = [Place(str(tmp_path / f"{n}.png")) for n in range(11)]
+    places = [ImageLocation(str(tmp_path / f"{n}.png")) for n in range(11)]
     for right, text in ((3, "一只红色的鸟"), (7, "طائر أحمر 🐦"), (7, 500 * "字"), (7, "a bird \x07")):
         scores = np.linspace(1, 0.1, 10)[None]
-        shown = sheet.Shown([text], scores, places, np.eye(10), np.array([right]), "long")
+        shown = sheet.Examples([text], scores, places, np.eye(10), np.array([right]), "long")
         sheet.draw_sheet(shown, "words by a tower", tmp_path / "sheet.png")
         pixels = np.array(Image.open(tmp_path / "sheet.png"))
         green = (pixels == (0, 168, 80)).all(-1).any(0).nonzero()[0]
-        assert (green.min() - 16 - sheet.TEXT) / sheet.CELL == min(right, 5)
+        assert (green.min() - 16 - sheet.TEXT_WIDTH) / sheet.CELL == min(right, 5)
         assert tuple(pixels[16 + 54 + 64, int(green.mean())]) == (20 * right, 90, 200)
         corner = pixels[16 + 54 + sheet.FRAME:, green.min() + sheet.FRAME:][:50, :50].reshape(-1, 3)
         assert {(0, 168, 80), (255, 255, 255)} < set(map(tuple, corner.tolist()))   # the tick and its edge
-        assert re.match("words by a tower\nticked: .* is the sixth if not among the best", rows[-2][0])
-        assert [words for _, words, _ in rows[-1][2] if words] == [f"right: number {right + 1}"]
+        assert re.match("words by a tower\nticked: .* last if it is not among the best", rows[-2][0])
+        assert [words for _, words, _ in rows[-1][2] if words] == [f"correct: rank {right + 1}"]
     assert sheet.thumbnail(places[10], 9).getpixel((0, 0)) == (208, 208, 208)
 
 
 def embed_args(llm, **more):
-    return SimpleNamespace(llm=llm, captions="c.tsv", layer=3, positions="restart", join={}, **more)
+    return SimpleNamespace(llm=llm, captions="c.tsv", layer=3, mask="decoupled", join={}, **more)
 
 
 @pytest.fixture
@@ -286,19 +286,19 @@ def here(tmp_path, monkeypatch):
 
 
 def test_inspect_finds_what_is_wrong(tiny_llm, here, capsys, monkeypatch):
-    command = f"embed.py --captions c.tsv --llm {tiny_llm} --out store --window 8"
+    command = f"embed.py --captions c.tsv --llm {tiny_llm} --out store --shard-size 8"
     monkeypatch.setattr(sys, "argv", command.split())
     embed.main()
     look.inspect(embed_args(tiny_llm, inspect="store"))
     out = capsys.readouterr().out
-    assert re.search("all 23 rows are there\n(.*\n)*k0: There is a thing, number 0.", out)
+    assert re.search("all 23 rows are complete\n(.*\n)*k0: There is a thing, number 0.", out)
     whole = Path("store/000001.npy").read_bytes()
     Path("store/000001.npy").write_bytes(whole[:1000])
     with pytest.raises(InputError, match="000001.npy: .*delete it and run"):
         look.inspect(embed_args(tiny_llm, inspect="store"))
     Path("store/000001.npy").write_bytes(whole)
     meta = Path("store/meta.json")
-    meta.write_text(meta.read_text().replace(llm_fingerprint(tiny_llm), "another"))
+    meta.write_text(meta.read_text().replace(flame.llm_fingerprint(tiny_llm), "another"))
     with pytest.raises(InputError, match="another LLM"):
         look.inspect(embed_args(tiny_llm, inspect="store"))
 

@@ -1,9 +1,7 @@
-"""What `pip install .` brings: flame and flame_ext, nothing whose name others need (evaluate, train, data).
+"""Tests the wheel: it has flame and flame_ext only, because train, evaluate and data are common names.
 
-    pytest tests/test_package.py
-
-The wheel is built from a copy of the checkout. Unpacked, it is what the tests' own environment finds first:
-there, from an empty folder, it encodes a caption and a picture.
+The wheel is built from a copy of the checkout and unpacked into a folder on PYTHONPATH. A script in an empty
+folder then uses it to encode a caption and an image.
 """
 import json
 import os
@@ -44,7 +42,7 @@ print(flame.__file__, flame.flame_ext.__file__, *score.shape)
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder with what our wheel holds, as pip unpacks it."""
+    """Build the wheel; return the folder in which it is unpacked."""
     folder = tmp_path / "package"
     checkout, site = folder / "checkout", folder / "site"
     for pattern in SOURCES:
@@ -52,12 +50,12 @@ def site(tmp_path):
             copy = checkout / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    # What is compiled already is not compiled again: half a minute.
+    # Reuse the compiled extension: compiling it takes half a minute.
     compiled = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     compiled.mkdir(parents=True)
     for path in ROOT.glob("flame_ext*.so"):
         shutil.copyfile(path, compiled / path.name)
-    have_requirements = find_spec("pybind11") and find_spec("wheel")  # else pip fetches what building wants
+    have_requirements = find_spec("pybind11") and find_spec("wheel")  # otherwise pip downloads them
     isolation = ["--no-build-isolation"] if have_requirements else []
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", *isolation]
     done = subprocess.run([*pip, "--wheel-dir", folder, checkout], capture_output=True, text=True)
@@ -67,7 +65,7 @@ def site(tmp_path):
     return site
 
 
-def test_the_wheel_holds_the_method_and_no_stage_and_works_from_an_empty_folder(site, byte_llm, tmp_path):
+def test_wheel_has_only_flame_and_flame_ext_and_works(site, byte_llm, tmp_path):
     assert {module.name for module in pkgutil.iter_modules([str(site)])} == {"flame", "flame_ext"}
     empty, checkpoint = tmp_path / "empty", tmp_path / "checkpoint"
     empty.mkdir()
@@ -75,12 +73,12 @@ def test_the_wheel_holds_the_method_and_no_stage_and_works_from_an_empty_folder(
     config = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 1, "heads": 3, "projector_hidden": 32,
               "pool_first": True, "text_dim": 32, "text_rank": 0}
     save_file(flame.Flame(config).state_dict(), checkpoint / "model.safetensors")
-    entries = {"model": config, "llm": {"questions": flame.questions()}}
+    entries = {"model": config, "llm": {"prompts": flame.prompts_to_json()}}
     (checkpoint / "config.json").write_text(json.dumps(entries))
     command = [sys.executable, "-c", USE, byte_llm, checkpoint]
     done = subprocess.run(command, cwd=empty, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(site)})
     assert done.returncode == 0, done.stderr
-    method, extension, texts, images = done.stdout.split()
-    assert Path(method).parent == Path(extension).parent == site
-    assert (texts, images) == ("1", "1")
+    module, extension, images, texts = done.stdout.split()
+    assert Path(module).parent == Path(extension).parent == site
+    assert (images, texts) == ("1", "1")

@@ -29,7 +29,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import files
+from data import common
 from flame import InputError
 
 SECONDS = 60      # after which a case counts as hung, on a busy machine too
@@ -38,7 +38,7 @@ DRAWS = int(os.environ.get("FLAME_DAMAGE_DRAWS", 100))
 
 SMALL = ("--preset demo --image-size 16 --patch-size 8 --width 24 --layers 1 --heads 3 --projector-hidden 32 "
          "--batch 4 --steps 2 --checkpoint-every 1 --workers 0 --device cpu")
-EMBED = "embed.py --captions captions.tsv --llm llm --window 4 --device cpu --dtype float32 --out new"
+EMBED = "embed.py --captions captions.tsv --llm llm --shard-size 4 --device cpu --dtype float32 --out new"
 GO_ON_EMBEDDING = EMBED.replace("--out new", "--out begun")
 TRAIN = f"train.py --images . {SMALL} --embeddings store --name new"
 GO_ON_TRAINING = TRAIN.replace("--name new", "--name half")
@@ -117,7 +117,7 @@ def world(byte_llm, tmp_path_factory):
         os.remove("begun/000001.npy")
         assert typed(TRAIN.replace("--name new", "--name done"))[0] == 0
         train = importlib.import_module("train")
-        patch.setattr(train, "STOP", [True])  # as SIGTERM leaves it: saves after the first step
+        patch.setattr(train, "stop_requested", [True])  # as SIGTERM leaves it: saves after the first step
         typed(GO_ON_TRAINING)
         patch.undo()
         assert json.loads(Path("out/half/config.json").read_text())["step"] == 1
@@ -307,7 +307,8 @@ SETTINGS = {
     TRAIN: "image-size=0 image-size=17 patch-size=7 patch-size=64 width=nan width=0 heads=0 heads=5 "
            "layers=9999 loss=softmax text-projection=whitening text-projection=agree:0.1 "
            "text-projection=raw=agree text-projection=whiten+linear:8 init=zeros pool-first=y positives=0 "
-           "positives=12 columns=long.9 batch=-4 batch=0 chunk=0 epochs=inf epochs=-1 steps=1e3 lr=1e400 "
+           "positives=12 columns=long.9 batch=-4 batch=0 micro_batch=0 epochs=inf epochs=-1 steps=1e3 "
+           "lr=1e400 "
            "lr=nan lr=-1 lr=much init-scale=0 crop-scale=1.1 patch-dropout=1 patch-dropout=nan workers=-1 "
            "seed=-1 seed=1.0 preset=huge device=cuda:99 device=foo embeddings=nowhere embeddings=images "
            "images=nowhere image-tower=captions.tsv image-tower=nowhere image-tower=llm/model.safetensors "
@@ -329,14 +330,14 @@ def test_a_setting_that_makes_no_sense(folder, command, setting):
     refuses(f"{command} --{flag}={value}", named)
 
 
-FACETS = "--facets wants captions"
+FACETS = "--facets needs captions"
 
 
 @pytest.mark.parametrize("command, named", [
     *((command, "") for command in ("embed.py", "train.py", "evaluate.py", "embed.py --caption captions.tsv",
                                     "train.py --lr", f"{EMBED} --llm 'caf\udce9'", f"{SCORE} --search kite")),
     (f"{EMBED} --llm no", "$FLAME_LLM"), (f"{EMBED} --llm no", "data/demo.py --make-only"),
-    ("evaluate.py --bench imagenet --facets", FACETS), ("evaluate.py --search red", "want --images DIR"),
+    ("evaluate.py --bench imagenet --facets", FACETS), ("evaluate.py --search red", "need --images DIR"),
     ("evaluate.py --bench coco --facets --checkpoint captions.tsv", FACETS),
     ("evaluate.py --bench coco --facets --open-clip ViT-B-32", FACETS),
     ("evaluate.py --compare a.json b.json", "a.npz: no")])
@@ -358,18 +359,18 @@ def test_an_array_is_written_whole_or_not_at_all(tmp_path):
     """numpy.save would not notice that its last bytes find no room."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     array = np.random.default_rng(0).random((9, 7)).astype(np.float16)[:, ::2]
-    files.write_array(tmp_path / "array.npy", array)
+    common.write_array(tmp_path / "array.npy", array)
     assert np.array_equal(np.load(tmp_path / "array.npy"), array)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
     try:
         with pytest.raises(InputError, match="large.npy"):
-            files.write_array(tmp_path / "large.npy", np.zeros(230, np.float32))  # 1,048 bytes
+            common.write_array(tmp_path / "large.npy", np.zeros(230, np.float32))  # 1,048 bytes
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["array.npy"]
-    files.write_text(tmp_path / "names.txt", "f\udcfcr\n")  # a file's name may be no UTF-8
-    files.append(tmp_path / "names.txt", "f\udcfcr\n")
+    common.write_text(tmp_path / "names.txt", "f\udcfcr\n")  # a file's name may be no UTF-8
+    common.append_text(tmp_path / "names.txt", "f\udcfcr\n")
     assert (tmp_path / "names.txt").read_bytes() == b"f\xfcr\n" * 2
 
 

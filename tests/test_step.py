@@ -39,15 +39,15 @@ import embed
 import flame
 import train
 from cuda_shim import Gpus, patch_driver, patch_tensors
-from data import files, pictures, projection
-from data.pictures import DRAWS, Batches, crop_box, find_pictures, random_crop
+from data import common, images as data_images, projection
+from data.images import CROP_DRAWS, Batches, crop_box, find_images, random_crop
 from data.show import plots
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40),
           "black": (10, 10, 10), "white": (245, 245, 245)}
 SMALL = "--preset demo --image-size 16 --patch-size 8 --width 32 --layers 1 --heads 2 --batch 12 --workers 0"
 SMALL = SMALL.split()
-EVERY = list(range(len(flame.COLUMNS)))
+EVERY = list(range(len(flame.FACET_COLUMNS)))
 
 
 # --- a small world: 24 pictures, each of one colour, and a store whose vectors tell colours apart
@@ -82,10 +82,10 @@ def write_store(folder, keys, x, llm="tiny"):
         np.save(folder / f"{n // 16:06d}.npy", x[n:n + 16])
     rows = [f"{key}\t{key}.png\tA thing.\tA thing.\tA thing.\n" for key in keys]
     (folder / "captions.tsv").write_text("key\timage\traw\tshort\tlong\n" + "".join(rows))
-    llm = {"name": llm, "path": llm, "fingerprint": llm, "layer": 3, "positions": "restart"}
+    llm = {"name": llm, "path": llm, "fingerprint": llm, "layer": 3, "mask": "decoupled"}
     captions = {"path": str(folder.parent / "captions.tsv"), "sha256": ""}
-    meta = {"llm": llm | {"questions": flame.questions()}, "captions": captions, "N": len(keys),
-            "D": x.shape[-1], "columns": flame.COLUMNS, "window": 16}
+    meta = {"llm": llm | {"prompts": flame.prompts_to_json()}, "captions": captions, "N": len(keys),
+            "D": x.shape[-1], "columns": flame.FACET_COLUMNS, "shard_size": 16}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -169,7 +169,7 @@ def batches_of(store, columns=EVERY, rank=(), **changes):
 
 
 def found(store):
-    return find_pictures(store.keys, store.images, store.meta["captions"]["path"])
+    return find_images(store.keys, store.images, store.meta["captions"]["path"])
 
 
 # --- losses
@@ -211,7 +211,7 @@ def test_with_one_positive_the_losses_are_open_clips():
 
 def test_the_rivals_text_tower_is_open_clips(monkeypatch):
     """bench_clip.py computes its attention otherwise, and cuts texts to their length."""
-    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
     torch.manual_seed(0)
     ours = bench_clip.ClipTexts(24)
     torch.manual_seed(0)
@@ -227,7 +227,7 @@ def test_the_rivals_text_tower_is_open_clips(monkeypatch):
 def test_a_loss_in_blocks_is_the_dense_one(monkeypatch, kind, logits):
     tensors = unit(30, 16), unit(30, 6, 16), *torch.tensor([11.0, -4.0], dtype=torch.float64)
     dense = gradients(train.LOSSES[kind], *tensors)
-    monkeypatch.setattr(train, "LOGITS", logits)
+    monkeypatch.setattr(train, "MAX_LOGITS", logits)
     torch.testing.assert_close(gradients(train.LOSSES[kind], *tensors), dense, rtol=1e-9, atol=1e-13)
 
 
@@ -241,7 +241,7 @@ CASES = [case for n, case in enumerate(CASES) if n.bit_count() % 2]  # half: any
 def one_step(store, kind, projected, chunk, step, rank=0, world=1, device="cpu"):
     """-> {parameter: its gradient}, and the loss, of a step on 12 of 24 pictures; some cannot be read."""
     batches = batches_of(store, rank=(rank, world), batch=12)
-    s = settings_for(loss=kind, text_projection=projected, chunk=chunk, **TOWER)
+    s = settings_for(loss=kind, text_projection=projected, micro_batch=chunk, **TOWER)
     model, _ = train.build(store, EVERY, s, torch.device(device), fit=True)
     encode = train.distribute(model, compiled=False)
     loss = train.forward_backward(model, encode, batches[step][0], s, torch.device(device))
@@ -250,15 +250,15 @@ def one_step(store, kind, projected, chunk, step, rank=0, world=1, device="cpu")
 
 def one_of_two_ranks(folder):
     """What this file does where it is run by itself. Blocks of logits are small, and fewer on rank 1."""
-    flame.default_dtype = lambda device: torch.float32
+    common.default_dtype = lambda device: torch.float32
     rank = train.rank()
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    train.LOGITS = (40, 300)[rank]
+    train.MAX_LOGITS = (40, 300)[rank]
     store = flame.open_store(folder / "data" / "store")
     torch.save([one_step(store, *case, rank, 2) for case in CASES], folder / f"rank{rank}.pt")
-    s = settings_for(batch=12, chunk=(6, 4)[rank])  # as if rank 1 had less memory
-    train.fit_chunk(None, s, torch.device("cpu"))
-    assert s["chunk"] == 4
+    s = settings_for(batch=12, micro_batch=(6, 4)[rank])  # as if rank 1 had less memory
+    train.find_micro_batch(None, s, torch.device("cpu"))
+    assert s["micro_batch"] == 4
     torch.distributed.destroy_process_group()
 
 
@@ -266,14 +266,14 @@ def test_two_ranks_and_chunks_equal_one_big_batch(small, tmp_path, monkeypatch):
     """In step 0 rank 0 lacks two pictures, rank 1 one; in step 1 rank 1 can read none of its."""
     store = flame.open_store(small[0])
     batches = batches_of(store, batch=12)
-    for n in (*batches.pictures(0)[[1, 2, 8]], *batches.pictures(1)[6:]):
+    for n in (*batches.indices(0)[[1, 2, 8]], *batches.indices(1)[6:]):
         (tmp_path / "data" / f"{store.keys[n]}.png").write_text("not a picture")
     env = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, tmp_path]
     processes = [subprocess.Popen(command, env=env | {"RANK": rank}) for rank in "01"]
     assert [p.wait(timeout=600) for p in processes] == [0, 0]
     of_ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
     for case, ours, theirs in zip(CASES, *of_ranks):
         kind, projected, chunk, step = case
         expected = one_step(store, kind, projected, 12, step)
@@ -289,7 +289,7 @@ def test_two_ranks_and_chunks_equal_one_big_batch(small, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gpu_takes_the_same_step(store, monkeypatch, case):
-    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
     ours = one_step(store, *case, device="cuda")
     torch.testing.assert_close(ours, one_step(store, *case), rtol=1e-3, atol=1e-5)
 
@@ -297,11 +297,11 @@ def test_gpu_takes_the_same_step(store, monkeypatch, case):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU to run on")
 def test_a_chunk_is_halved_until_it_fits(monkeypatch):
     """On the shim, where only so large a tensor fits; on a CPU nothing is tried."""
-    s = settings_for(batch=40, chunk=30, image_size=32, patch_size=4)
+    s = settings_for(batch=40, micro_batch=30, image_size=32, patch_size=4)
     sizes = TOWER | dict(image_size=32, patch_size=4, width=16) | projection.text_config("none", 24, [])
-    train.fit_chunk(flame.Flame(sizes), s, torch.device("cpu"))
-    assert s["chunk"] == 30
-    monkeypatch.setattr(flame, "default_dtype", lambda device: torch.float32)
+    train.find_micro_batch(flame.Flame(sizes), s, torch.device("cpu"))
+    assert s["micro_batch"] == 30
+    monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
     shim = Gpus()
     patch_driver(monkeypatch, shim)
     patch_tensors(monkeypatch, shim)
@@ -310,17 +310,17 @@ def test_a_chunk_is_halved_until_it_fits(monkeypatch):
         for chunk, room in ((30, 1e9), (15, 20 * 4096 * 3), (7, 10 * 4096 * 3)):  # pixels of so many
             shim.room = room
             fitted = s.copy()
-            train.fit_chunk(model, fitted, torch.device("cuda"))
-            assert fitted["chunk"] == chunk
+            train.find_micro_batch(model, fitted, torch.device("cuda"))
+            assert fitted["micro_batch"] == chunk
         assert all(p.grad is None for p in model.parameters())
 
 
 def test_batches_that_ranks_cannot_share_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
-    train.settle(settings_for(batch=10), 24, 11, 24)
+    train.resolve_settings(settings_for(batch=10), 24, 11, 24)
     for batch, images in ((12, 24), (10, 4)):
         with pytest.raises(flame.InputError, match="--batch"):
-            train.settle(settings_for(batch=batch), images, 11, 24)
+            train.resolve_settings(settings_for(batch=batch), images, 11, 24)
 
 
 # --- crops
@@ -339,7 +339,7 @@ def test_crops_are_distributed_as_torchvisions(width, height, smallest):
     n = 3000
     torch.manual_seed(1)
     image = torch.empty(3, height, width)
-    draws = np.random.default_rng(1).random((n, DRAWS))
+    draws = np.random.default_rng(1).random((n, CROP_DRAWS))
     left, top, w, h = np.transpose([crop_box(width, height, smallest, draw) for draw in draws])
     theirs = [RandomResizedCrop.get_params(image, (smallest, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
     their_top, their_left, their_h, their_w = np.transpose(theirs)
@@ -355,7 +355,7 @@ def test_random_crop_is_pillows_crop_and_resize(side, smallest):
     rng = np.random.default_rng(1)
     coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
     image = coarse.resize((90, 81), Image.Resampling.BICUBIC)
-    for draw in rng.random((5, DRAWS)):
+    for draw in rng.random((5, CROP_DRAWS)):
         ours = random_crop(image, 64, smallest, draw).permute(1, 2, 0).numpy().astype(int)
         left, top, w, h = crop_box(90, 81, smallest, draw)
         box = image.crop((left, top, left + w, top + h))
@@ -372,7 +372,7 @@ def test_jpeg_decoded_at_reduced_scale_shows_the_same(mode):
     reduced = set()
     for draw in np.random.default_rng(0).random((12, 4)):
         decoded, opened = Image.open(file), Image.open(file)
-        decoded.load()  # draft has nothing left to do
+        decoded.load()  # draft has no steps left
         expected, ours = (random_crop(image, 64, 0.3, draw).float() for image in (decoded, opened))
         reduced.add(decoded.width / opened.width)
         # a box of whole pixels: up to one in 64 of a difference, waves of 107 pixels' length
@@ -391,7 +391,7 @@ def test_pictures_that_are_kept_decoded_change_nothing(small, tmp_path, monkeypa
     for size, count in ((16, 24), (8, 0)):
         batches = []
         for room in (1 << 28, 0):
-            monkeypatch.setattr(pictures, "KEPT", room)
+            monkeypatch.setattr(data_images, "CACHE_BYTES", room)
             s = settings_for(image_size=size, patch_size=8, crop_scale=0.3)
             batches.append(Batches(store, EVERY, pictures_there, s))
             seen = torch.stack([batches[-1][step][0][0] for step in range(6)])
@@ -411,7 +411,7 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
         for a, b, *parts in zip(first[step][0], again[step][0], *(half[step][0] for half in halves)):
             assert a.equal(b) and a.equal(torch.cat(parts))  # two ranks see the halves of one rank's batch
     assert not first[0][0][0].equal(other[0][0][0])
-    everything = store.take(range(24), EVERY)
+    everything = store.read_float16(range(24), EVERY)
     seen = []
     for step in range(3):  # 24 images, batch 8: one epoch
         (pixels, facets, columns, readable, kept), failed = first[step]
@@ -439,7 +439,7 @@ def test_positives_are_drawn_evenly_and_the_raw_caption_always_where_told(small,
 
 def test_tars_are_read_nearly_in_order(store, monkeypatch):
     """Tar after tar, in an order of its own each epoch; a picture is put off by so many places at most."""
-    monkeypatch.setattr(pictures, "SHUFFLE", 8)
+    monkeypatch.setattr(data_images, "SHUFFLE_BUFFER", 8)
     tar = np.repeat(range(3), (50, 40, 30))
     places = np.stack([tar, np.arange(120), np.arange(120)], axis=1)
     batches = Batches(store, [0], (np.arange(120), ["a", "b", "c"], places), settings_for())
@@ -458,8 +458,8 @@ def test_tars_are_read_nearly_in_order(store, monkeypatch):
 
 def projected(store, spec, column):
     """-> float64 numpy [N, D]: a column's vectors, and what its fitted projection makes of them."""
-    shape = projection.text_config(spec, store.meta["D"], flame.COLUMNS)
-    mapped = [flame.COLUMNS.index(name) for name in shape["text_mapped"]]
+    shape = projection.text_config(spec, store.meta["D"], flame.FACET_COLUMNS)
+    mapped = [flame.FACET_COLUMNS.index(name) for name in shape["text_mapped"]]
     text = flame.TextProjection(store.meta["D"], shape["text_rank"], mapped)
     projection.fit_text_projection(text, store, spec, EVERY)
     u = store.read(range(len(store)), [column])
@@ -495,8 +495,8 @@ def test_a_store_of_few_rows_is_shrunk_as_sklearn_does(store):
 
 @pytest.mark.parametrize("column", [0, 2, 10])
 def test_agreement_is_regression_on_the_other_sets(long_store, column):
-    own = flame.COLUMNS[column].split(".")[0]
-    views = {name: projected(long_store, "whiten", c)[1] for c, name in enumerate(flame.COLUMNS)}
+    own = flame.FACET_COLUMNS[column].split(".")[0]
+    views = {name: projected(long_store, "whiten", c)[1] for c, name in enumerate(flame.FACET_COLUMNS)}
     others = [np.mean([view for name, view in views.items() if name.startswith(f"{other}.")], axis=0)
               for other in {"raw", "short", "long"} - {own}]
     u, ours = projected(long_store, "agree+linear", column)
@@ -511,8 +511,8 @@ def test_agreement_is_regression_on_the_other_sets(long_store, column):
 
 def test_a_trained_map_follows_the_closed_form():
     """Text = normalise(u + u M), u the closed form's; M is zero at first, is learnt, and raw has none."""
-    shape = projection.text_config("whiten+linear", 24, flame.COLUMNS)
-    assert (shape["text_rank"], shape["text_mapped"]) == (24, flame.COLUMNS[1:])
+    shape = projection.text_config("whiten+linear", 24, flame.FACET_COLUMNS)
+    assert (shape["text_rank"], shape["text_mapped"]) == (24, flame.FACET_COLUMNS[1:])
     torch.manual_seed(0)
     mapped, plain = flame.TextProjection(24, 24, EVERY[1:]), flame.TextProjection(24, 24)
     for name, buffer in plain.named_buffers():
@@ -557,7 +557,7 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
 def test_the_curve_has_name_number_and_the_loss_of_chance(tmp_path, monkeypatch, loss, bias):
     """The loss of vectors that are all the same; sigmoid's best bias says how many pairs are right."""
     figures = []
-    monkeypatch.setattr(plots.files, "write", lambda path, save: figures.append(save.__self__))
+    monkeypatch.setattr(plots.common, "atomic_save", lambda path, save: figures.append(save.__self__))
     (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 1, "loss": 2.5}\n')
     settings = {"loss": loss, "batch": 64, "positives": 3, "images": 5000}
     (tmp_path / "config.json").write_text(json.dumps({"training": settings}))
@@ -567,19 +567,20 @@ def test_the_curve_has_name_number_and_the_loss_of_chance(tmp_path, monkeypatch,
     drawn = axes.lines[1].get_ydata()
     assert drawn == pytest.approx([chance] * 2, abs=0.01)
     assert [text.get_text() for text in axes.get_legend().texts] == [f"chance: {drawn[0]:.2f}"]
-    assert axes.get_title() == f"{tmp_path.name}: 5,000 pictures"
+    assert axes.get_title() == f"{tmp_path.name}: 5,000 images"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", f"{loss} loss: 2.5")
 
 
 @pytest.mark.parametrize("flags", [
-    "--loss sigmoid --text-projection whiten+linear --chunk 5", "--text-projection none --no-pool-first",
-    "--columns long.3,raw.0 --patch-dropout 0 --init published"])
+    "--loss sigmoid --text-projection whiten+linear --micro-batch 5",
+    "--text-projection none --no-pool-first",
+    "--columns long.3,raw.0 --patch-dropout 0 --init pytorch"])
 def test_other_losses_projections_and_columns_train(run, small, tmp_path, flags):
     done = fit(run, small[0], f"--steps 30 {flags}")
     assert done.returncode == 0, done.stderr
     log = entries(tmp_path / "out/store")
     assert log[-1]["loss"] < log[0]["loss"]
-    columns = ["raw.0", "long.3"] if "--columns" in flags else flame.COLUMNS
+    columns = ["raw.0", "long.3"] if "--columns" in flags else flame.FACET_COLUMNS
     assert flame.load(tmp_path / "out/store").config["columns"] == columns
 
 
@@ -602,8 +603,8 @@ def test_weight_decay_spares_vectors_and_scale(store):
 
 @pytest.mark.parametrize("few, preset", [(25, "demo"), (24, "cc3m")])
 def test_the_preset_fits_the_number_of_images(world, monkeypatch, few, preset):
-    monkeypatch.setattr(train, "FEW", few)
-    args, s = train.read_arguments(["--embeddings", str(world / "store")])
+    monkeypatch.setattr(train, "SMALL_DATASET", few)
+    args, s = train.parse_arguments(["--embeddings", str(world / "store")])
     assert args.preset == preset and s["width"] == {"demo": 192, "cc3m": 768}[preset]
 
 
@@ -619,12 +620,12 @@ def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
         flags = f"--preset demo --batch 12 --workers 0 --steps 2 --image-tower tower.safetensors {flags}"
         return run("train.py", "--embeddings", small[0], *flags.split())
 
-    train.STOP.append(True)  # after the first step, and the same command goes on, though AdamW has no moments
+    train.stop_requested.append(True)  # stops after the first step; it resumes although AdamW has no moments
     assert start("--lock-image 2 --name locked").returncode == 143
-    train.STOP.clear()
+    train.stop_requested.clear()
     assert start("--lock-image 2 --name locked").returncode == 0
     assert [entry["step"] for entry in entries(tmp_path / "out/locked")] == [0, 1]
-    assert "exact GELU; weights of OpenAI's own want" in start("--lock-image 1 --name free").stdout
+    assert "exact GELU; OpenAI's weights need" in start("--lock-image 1 --name free").stdout
     locked, free = (flame.load(tmp_path / "out" / name) for name in ("locked", "free"))
     assert locked.config["width"] == 128 and locked.config["heads"] == 2 and locked.config["image_size"] == 24
     for name, tensor in locked.visual.state_dict().items():
@@ -642,7 +643,7 @@ def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
                "width 40": tensors | {"visual.conv1.weight": torch.zeros(40, 3, 8, 8)}}
     for name, wrong in refused.items():
         save_file(wrong, tmp_path / "tower.safetensors")
-        one_line(start(f"--name {name.split()[-1]}"), "tower.safetensors: no ViT in floating point")
+        one_line(start(f"--name {name.split()[-1]}"), "tower.safetensors: not a floating-point ViT")
 
 
 def test_a_tower_that_was_locked_warms_up_when_it_is_free(store):
@@ -673,7 +674,7 @@ def interrupted(command, folder, name, lines, end):
 
 def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_nothing_had_been(run, small, tmp_path):
     """SIGTERM as a cluster sends it, to loader processes too: they must not die before the rank has saved."""
-    flags = "--steps 120 --checkpoint-every 20 --chunk 7"
+    flags = "--steps 120 --checkpoint-every 20 --micro-batch 7"
     assert fit(run, small[0], f"{flags} --name whole").returncode == 0
     command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL, *flags.split()]
     command += ["--workers", "1", "--name", "part"]  # nor does a loader process change anything
@@ -684,7 +685,7 @@ def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_nothing_had_been(r
         return done, left, torch.load(folder / "training.pt", weights_only=True)["step"]
 
     done, left, stopped = ended(30, signal.SIGTERM)
-    assert done.returncode == 143 and "the same command goes on" in done.stdout, done.stderr
+    assert done.returncode == 143 and "run the same command to resume" in done.stdout, done.stderr
     assert stopped == len(losses(folder)) < 120 and "Traceback" not in done.stderr and not left  # no loader
     done, _, saved = ended(max(50, stopped + 1), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL and stopped <= saved < 120
@@ -702,7 +703,7 @@ def test_torchrun_learns_the_same_and_under_slurm_it_goes_on(run, small, tmp_pat
     ranks = [train.__file__, *map(str, flags), "two"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done, _ = interrupted([*launcher, *ranks], tmp_path, "two", 5, lambda pid: os.killpg(pid, signal.SIGTERM))
-    assert "the same command goes on" in done.stdout, done.stderr
+    assert "run the same command to resume" in done.stdout, done.stderr
     text = (Path(train.__file__).parent / "data/README.md").read_text("utf-8")
     script = text.partition("as `flame.sbatch`:\n\n```bash\n")[2].partition("```")[0]
     for name, lines in {"flame.sbatch": script, "scontrol": "echo localhost",
@@ -721,7 +722,8 @@ def test_torchrun_learns_the_same_and_under_slurm_it_goes_on(run, small, tmp_pat
     one, two = (entries(tmp_path / "out" / name) for name in ("one", "two"))
     assert [e["step"] for e in two] == list(range(40))
     assert [e["loss"] for e in two[:20]] == pytest.approx([e["loss"] for e in one[:20]], rel=0.01)  # bfloat16
-    a, b = (dict(flame.load(tmp_path / "out" / name).text.named_buffers()) for name in ("one", "two"))
+    a, b = (dict(flame.load(tmp_path / "out" / name).text_projection.named_buffers())
+            for name in ("one", "two"))
     assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
 
 
@@ -739,7 +741,8 @@ def test_without_a_shared_disk_each_rank_says_so(small, byte_llm, tmp_path):
             nodes.append(subprocess.Popen(command, cwd=tmp_path / rank, stderr=subprocess.PIPE, text=True,
                                           env=os.environ | meet | {"RANK": rank}))
         for node in nodes:
-            assert "not every rank sees" in node.communicate()[1].splitlines()[-1] and node.returncode == 2
+            assert "not visible to every rank" in node.communicate()[1].splitlines()[-1]
+            assert node.returncode == 2
 
 
 def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
@@ -748,7 +751,7 @@ def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
     assert fit(run, store, flags).returncode == 0
     folder = tmp_path / "out/store"
     trained = weights(folder)
-    assert "finished already" in fit(run, store, f"{flags} --workers 1 --chunk 3").stdout
+    assert "already finished" in fit(run, store, f"{flags} --workers 1 --micro-batch 3").stdout
     one_line(fit(run, store, f"{flags} --lr 0.5"), "out/store", "lr 0.001, now it is 0.5", "--overwrite")
     one_line(fit(run, store, f"{flags} --steps 3"), "out/store", "steps 2, now it is 3", "--overwrite")
     other = make_store(tmp_path / "data" / "other", colors, llm="another")
@@ -756,17 +759,17 @@ def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
     assert weights(folder) == trained
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"step": 1}))
-    assert "nothing left to do" in fit(run, store, flags).stdout  # killed within the last checkpoint
+    assert "no steps left" in fit(run, store, flags).stdout  # killed within the last checkpoint
     assert json.loads((folder / "config.json").read_text()) == config and weights(folder) == trained
     (folder / "model.safetensors").write_bytes(b"damaged")
-    one_line(fit(run, store, flags), "out/store/model.safetensors", "train or download it anew")
+    one_line(fit(run, store, flags), "out/store/model.safetensors", "train or download it again")
     assert fit(run, store, f"{flags} --lr 0.5 --overwrite").returncode == 0
     assert weights(folder) != trained and len(losses(folder)) == 2
     for name in ("training.pt", "model.safetensors"):  # somebody else's
         theirs = tmp_path / "out" / name.split(".")[0]
         theirs.mkdir()
         (theirs / name).write_bytes(b"theirs")
-        one_line(fit(run, store, f"{flags} --name {theirs.name}"), name, "no run of train.py left this here")
+        one_line(fit(run, store, f"{flags} --name {theirs.name}"), name, "not written by train.py")
         assert [path.read_bytes() for path in theirs.iterdir()] == [b"theirs"]
 
 
@@ -781,17 +784,18 @@ def test_a_run_does_not_go_on_with_as_many_others(run, small, tmp_path):
 
 
 def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path, monkeypatch):
-    with files.alone(tmp_path / "out/store"):
-        one_line(fit(run, small[0]), "out/store: another process is writing here")
+    with common.locked_folder(tmp_path / "out/store"):
+        one_line(fit(run, small[0]), "out/store: another process is writing to this folder")
         with monkeypatch.context() as late:  # opened the lock, and got it when its holder had left
-            late.setattr(files.fcntl, "flock", lambda lock, how: os.unlink(lock.name))
-            with pytest.raises(flame.InputError, match="another process"), files.alone(tmp_path / "out/late"):
+            late.setattr(common.fcntl, "flock", lambda lock, how: os.unlink(lock.name))
+            with (pytest.raises(flame.InputError, match="another process"),
+                  common.locked_folder(tmp_path / "out/late")):
                 pass
     assert fit(run, small[0], "--steps 2").returncode == 0  # the lock is nobody's any more
-    with files.replacing(tmp_path / "one.json") as temporary:  # nor do two that score write the same file
+    with common.atomic_write(tmp_path / "one.json") as temporary:  # nor do two that score write the same file
         temporary.write_text("first")
         monkeypatch.setattr(os, "getpid", os.getppid)
-        files.write_text(tmp_path / "one.json", "second")
+        common.write_text(tmp_path / "one.json", "second")
     assert (tmp_path / "one.json").read_text() == "first"
 
 
@@ -816,7 +820,7 @@ def test_one_caption_has_nothing_to_agree_with(run, small, tmp_path):
     table.write_text(table.read_text().replace("A thing.\tA thing.\tA", "A thing.\tIt.\tA long"))
     flags = "--steps 1 --text-projection agree --name"
     assert "whiten" not in fit(run, small[0], f"{flags} agree").stdout
-    assert "whiten," in fit(run, small[0], f"{flags} one --columns long.0,long.1").stdout
+    assert "whiten instead of agree" in fit(run, small[0], f"{flags} one --columns long.0,long.1").stdout
 
 
 def test_the_text_projection_is_fitted_on_what_is_trained(run, small, tmp_path):
@@ -825,7 +829,7 @@ def test_the_text_projection_is_fitted_on_what_is_trained(run, small, tmp_path):
     table.write_text(table.read_text().replace("p022.png", "").replace("p023.png", ""))
     assert fit(run, small[0], "--steps 1 --text-projection whiten").returncode == 0
     units = flame.open_store(small[0]).read(range(22), EVERY)
-    torch.testing.assert_close(flame.load(tmp_path / "out/store").text.mean, units.mean(0))
+    torch.testing.assert_close(flame.load(tmp_path / "out/store").text_projection.mean, units.mean(0))
 
 
 def test_agreement_is_of_the_columns_that_are_trained(long_store, tmp_path):
@@ -865,7 +869,7 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, 
             wide.save(path, "PNG" if damage == "uint16" else "TIFF")
     for name, batch, steps in (("store", 12, 6), ("single", 1, 48)):  # three epochs, two
         done = fit(run, small[0], f"--batch {batch} --steps {steps} --checkpoint-every 4 --name {name}")
-        assert done.returncode == 0 and "skipped 7 unreadable pictures" in done.stderr, done.stderr
+        assert done.returncode == 0 and "skipped 7 unreadable images" in done.stderr, done.stderr
         out = tmp_path / "out" / name
         skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
         assert sorted(skipped) == bad and not (tmp_path / "executed").exists()
@@ -878,19 +882,20 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, 
         assert adamw[0]["step"] == len(entries(out))
         assert json.loads((out / "config.json").read_text())["step"] == steps
     with monkeypatch.context() as stopped:  # right after one, and gone on with
-        stopped.setattr(train.progress, "note_skipped", lambda out, failed, listed: train.STOP.extend(failed))
+        stopped.setattr(train, "log_skipped", lambda out, failed, listed: train.stop_requested.extend(failed))
         assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 143
-    train.STOP.clear()
+    train.stop_requested.clear()
     assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 0
     assert weights(tmp_path / "out/part") == weights(tmp_path / "out/single")
     for key in small[1]:
         (tmp_path / "data" / f"{key}.png").unlink(missing_ok=True)
     (tmp_path / "data" / "p000.png").write_text("not a picture")
-    one_line(fit(run, small[0], "--steps 3 --name bad"), "no picture of 3 steps could be read", "--images")
+    one_line(fit(run, small[0], "--steps 3 --name bad"), "no image of the first 3 steps could be read",
+             "--images")
     assert not (tmp_path / "out/bad").exists()
 
 
-@pytest.mark.parametrize("damage, cure", [("cut", "000000.npy"), ("killed", "give fewer --workers")])
+@pytest.mark.parametrize("damage, cure", [("cut", "000000.npy"), ("killed", "lower --workers")])
 def test_what_ends_a_loader_ends_the_run_in_one_line(small, tmp_path, damage, cure):
     """Loaders outlive SIGTERM, by which Python would end them and then wait."""
     if damage == "cut":
@@ -914,7 +919,7 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):
     x[7] = np.nan
     write_store(small[0], store.keys, x)
     batches = batches_of(flame.open_store(small[0]), batch=4)
-    at = next(step for step in range(6) if 7 in batches.pictures(step))
+    at = next(step for step in range(6) if 7 in batches.indices(step))
     done = fit(run, small[0], "--batch 4 --steps 9 --text-projection none --checkpoint-every 1")
     one_line(done, f"the loss is nan at step {at}; the last checkpoint is kept")
     saved = torch.load(tmp_path / "out/store/training.pt", weights_only=True)

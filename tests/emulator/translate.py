@@ -1,8 +1,8 @@
-"""CUDA source -> C++ that includes emulator.h instead of CUDA's headers.
+"""Translates CUDA source to C++ that includes emulator.h instead of CUDA's headers.
 
-Launches become calls, and so does inline PTX:
+Launches and inline PTX become function calls:
     asm volatile("a.b {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(z));  ->  ptx::a_b(ptx::list((x), (y)), (z));
-An instruction that the emulator does not know does not compile.
+Instructions that the emulator lacks do not compile.
 """
 import re
 
@@ -15,11 +15,11 @@ def translate(source):
     source = re.sub(r"#include <cuda_\w+\.h>", '#include "emulator.h"', source)
     source = re.sub(r"extern __shared__ .*?(\w+)\[\];", r"unsigned char* \1 = emulator::shared;", source)
     source = re.sub(r"([\w<>]+)<<<(.*?)>>>\(", r"emulator::launch(\1, \2)(", source)
-    return re.sub(r"\basm(?: volatile)?\((.*?)\);", instruction, source, flags=re.S)
+    return re.sub(r"\basm(?: volatile)?\((.*?)\);", ptx_call, source, flags=re.S)
 
 
-def instruction(match):
-    joined = re.sub(r'"\s+"', "", match[1])  # of adjacent string literals
+def ptx_call(match):
+    joined = re.sub(r'"\s+"', "", match[1])  # joins adjacent string literals
     text, rest = re.match(r'\s*"([^"]*);"(.*)', joined, re.S).groups()
     operands = OPERAND.findall(rest)
     name, _, arguments = text.partition(" ")
