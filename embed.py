@@ -295,7 +295,7 @@ def build_parser():
     add("--captions", metavar="FILE",
         help="TSV or CSV with columns among `key image raw short long`, Conceptual Captions TSV, JSON(L), "
         "Parquet, tars, or a folder of tars, Parquet or images; several files as x-{000..123}.tar or x-*.tsv")
-    add("--join", metavar="SET=FILE", type=parse_join, nargs="+", action="extend", default=[],
+    add("--join", metavar="SET=FILE[:COLUMN]", type=parse_join, nargs="+", action="extend", default=[],
         help="captions of a prompt set from another file, joined by key or URL: long=long.parquet")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", Path(__file__).parent / "data/demo/llm"),
         help="Hugging Face folder or Hub id (default: $FLAME_LLM, or data/demo/llm)")

@@ -129,10 +129,10 @@ def read_table(path, start=len("\t".join(Row._fields)) + 1, max_rows=None):
 def write_table(path, captions, joins):
     """Write captions.tsv from a source; print the counts, and report skipped rows on stderr.
 
-    joins: [(prompt set, source)], captions from other files, joined by key, or by image URL if they have no
-    key. A row without a caption for a set uses its best one (long before short before raw). Raises InputError
-    if a file is missing or has an unknown format, if no row has a caption, if a join's captions belong to
-    other images, or if the disk is full.
+    joins: [(prompt set, source or source:column)], captions from other files, joined by key, or by image URL
+    if they have no key. A row without a caption for a set uses its best one (long before short before raw).
+    Raises InputError if a file is missing or has an unknown format, if no row has a caption, if a join's
+    captions belong to other images, or if the disk is full.
     """
     skipped = {}
     try:
@@ -156,7 +156,7 @@ def write_table(path, captions, joins):
                   f"without one uses its best other caption{unused}")
             database.execute(WRITE_TABLE, {"path": str(path)})
     except (duckdb.Error, RuntimeError) as error:
-        raise InputError(f"{path}: {describe_error(error)}; free space there and try again") from None
+        raise InputError(f"{path}: {describe_error(error)}; if the disk is full, free space there") from None
 
 
 def check_join(database, captions, field):
@@ -169,6 +169,12 @@ def check_join(database, captions, field):
     pairs = database.execute(JOIN_EXAMPLES, [field, JOIN_SAMPLE]).fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
+    fix = f"choose another column: --join {field}=FILE:COLUMN"
+    if pairs and sum(raw == text for _, raw, text in pairs) >= 0.95 * len(pairs):
+        raise InputError(f"--join {field}: its captions equal the rows' own captions; {fix}")
+    ids = [text for *_, text in pairs if re.fullmatch(r"[\w-]{16,}", text, re.ASCII)]
+    if len(ids) > len(pairs) / 2:
+        raise InputError(f"--join {field}: its values are hashes or ids, not captions; {fix}")
     # A recaption shares more words (of four letters and more) with its own image's caption than with the next
     # image's. The check has no effect if the languages differ.
     words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair] for _, *pair in pairs]
@@ -187,10 +193,9 @@ def check_join(database, captions, field):
 def load(database, scratch, source, skipped, field=""):
     """Append the rows of a source to the table `loaded`, in order. Return its columns as a dict.
 
-    field: the prompt set that a join fills, or "". A join's captions are in the column of that name,
-    otherwise in the first column, except keys and images, with text in its first 1,000 rows ("minicpm" in
-    FLAME's).
+    field: the prompt set that a join fills, or "".
     """
+    source, column = split_column(source) if field else (source, "")
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
     with reading(files[0], SOURCE_FIX):
@@ -209,13 +214,22 @@ def load(database, scratch, source, skipped, field=""):
         fields = FIELD_ALIASES
         if field:
             fields = {name: FIELD_ALIASES[name] for name in ("key", "url", field)}
-            if columns.keys().isdisjoint(FIELD_ALIASES[field]):
+            if column:
+                fields[field] = [column]
+            elif columns.keys().isdisjoint(FIELD_ALIASES[field]):
                 others = [name for name, value in columns.items()
                           if name not in NOT_CAPTIONS and not value.endswith('".path)')][:20]
                 counts = ", ".join(f"count(captions_in({columns[name]}))" for name in others)
                 texts, = database.execute(f"SELECT [{counts}] FROM (FROM {relation} LIMIT 1000)",
                                           paths).fetchone()
-                fields[field] = [name for name, count in zip(others, texts) if count][:1]
+                fields[field] = [name for name, count in zip(others, texts) if count]
+                if len(fields[field]) > 1:
+                    raise InputError(f"{source}: several columns have text ({', '.join(fields[field])}). "
+                                     f"Choose one: --join {field}={source}:COLUMN")
+            used = [name for name in fields[field] if name in columns]
+            if column and not used:
+                raise InputError(f"{source}: no column {column} (columns: {', '.join(columns)})")
+            print(f"--join {field}: {source}, column {', '.join(used)}")
         values = [f"'{field}' AS field"]
         for name, aliases in fields.items():
             macro = "captions_in" if name in PROMPTS else "name_in"
@@ -311,6 +325,12 @@ def source_files(path):
     return files
 
 
+def split_column(source):
+    """FILE:COLUMN -> (FILE, COLUMN); without a column -> (FILE, "")"""
+    file, _, column = str(source).rpartition(":")
+    return (file, column) if file and not Path(source).exists() else (source, "")
+
+
 def source_name(path):
     """cc3m.tsv.gz, cc3m/, cc3m-{0000..0575}.tar, or . (if the current folder is cc3m) -> cc3m"""
     return re.split(r"[.{*]", Path(path).resolve().name)[0].rstrip("-_") or "captions"
@@ -320,7 +340,8 @@ def hash_sources(sources):
     """Return a SHA-256 over [(prompt set of a join or "", source)]. Tars are hashed by name and size."""
     digest = hashlib.sha256()
     for field, source in sources:
-        digest.update(field.encode())
+        source, column = split_column(source) if field else (source, "")
+        digest.update((field + column).encode())
         for file in source_files(source):
             if file.suffix == ".txt" and not image_beside(file):
                 continue  # not a caption; train.py may write its own .txt files into this folder

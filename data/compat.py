@@ -158,17 +158,19 @@ def read_weights(path):
 class OpenClip(torch.nn.Module):
     """An open_clip model with the interface of flame.Flame and flame.TextEncoder that evaluation needs.
 
-    spec: MODEL or MODEL:WEIGHTS (one of open_clip's names or a file); without WEIGHTS they are random. Raises
-    InputError if open_clip is not installed or does not know the model.
+    spec: MODEL:WEIGHTS, with one of open_clip's names or a file as WEIGHTS, or "random". Raises InputError
+    without WEIGHTS, or if open_clip is not installed or does not know the model.
     """
 
     def __init__(self, spec):
         super().__init__()
         name, _, weights = spec.partition(":")
+        if not weights:
+            raise InputError(f"--open-clip {spec}: no weights; give {spec}:WEIGHTS, or {spec}:random")
         try:
             import open_clip
             self.clip, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=weights or None)
+                name, pretrained=None if weights == "random" else weights)
             self.tokenizer = open_clip.get_tokenizer(name)
             D = open_clip.get_model_config(name)["embed_dim"]
         except Exception as error:  # not installed, unknown model or weights, no network, a corrupt file

@@ -303,16 +303,24 @@ def test_join_by_key(tmp_path, table):
     assert "  0: 'raw 0' | 'Long 0.'\n" in out and "5 short, 3 long captions" in out
 
 
-def test_join_uses_the_first_column_with_text(tmp_path, table):
-    """A row without text there gets no joined caption. A file with one caption per column is refused."""
+def test_join_uses_the_only_column_with_text_or_the_named_one(tmp_path, table):
+    """Hashes, copies of the own captions, and a choice between several columns are refused (PixelProse)."""
     (tmp_path / "raw.tsv").write_text("raw\nA cat.\nA dog.\n")
-    rows = [{"__key__": "000000000", "note": None, "minicpm": "Long.", "source": "cc3m"},
-            {"__key__": "000000001", "note": None, "minicpm": None, "source": "cc3m"}]
-    (tmp_path / "long.json").write_text(json.dumps(rows))
-    assert [row.long for row in table(tmp_path / "raw.tsv", {"long": [tmp_path / "long.json"]})[0]] == [
-        "Long.", "A dog."]
+    long = tmp_path / "long.json"
+    rows = [{"__key__": "000000000", "note": None, "minicpm": "Long."},
+            {"__key__": "000000001", "note": None, "minicpm": None}]  # no joined caption
+    long.write_text(json.dumps(rows))
+    made, out, _ = table(tmp_path / "raw.tsv", {"long": [long]})
+    assert [row.long for row in made] == ["Long.", "A dog."] and f"{long}, column minicpm\n" in out
+    rows = [row | {"uid": f"{n:032x}", "web": ["A cat.", "A dog."][n]} for n, row in enumerate(rows)]
+    long.write_text(json.dumps(rows))
+    for column, message in {"": "several columns have text .minicpm, uid, web.", ":uid": "hashes or ids",
+                            ":web": "equal the rows' own captions", ":x": "no column x .columns: __key"}.items():
+        with pytest.raises(flame.InputError, match=message):
+            table(tmp_path / "raw.tsv", {"long": [f"{long}{column}"]})
+    assert table(tmp_path / "raw.tsv", {"long": [f"{long}:minicpm"]})[0] == made
     (tmp_path / "long.json").write_text(json.dumps({f"{n:09d}": "Long." for n in range(3000)}))
-    with within(20), pytest.raises(flame.InputError, match="--join long: its keys belong to other images: 0"):
+    with within(20), pytest.raises(flame.InputError, match="several columns have text"):
         table(tmp_path / "raw.tsv", {"long": [tmp_path / "long.json"]})
     with pytest.raises(flame.InputError, match=r"no captions found \(columns: .{,400}\)\. Rename"):
         table(tmp_path / "long.json")
