@@ -288,13 +288,11 @@ def write_recaptions(path, rows):
 def test_join_by_key(tmp_path, table):
     rows = [{"__key__": f"{n}", "raw": f"raw {n}", "short": f"old {n}"} for n in range(5)]
     (tmp_path / "raw.json").write_text(json.dumps(rows))
-    first = write_recaptions(tmp_path / "long1.json", [
-        *((f"{n}", f"Long  {n}.") for n in (3, 0, 9)), ("0", "second")])
-    second = write_recaptions(
-        tmp_path / "long2.json", [("2", "Long\n2."), ("3", "later"), ("4", " "), ("8", "x")])
-    lines = [f"Short {n}.\tx\t{n}\n" for n in range(4)]
-    (tmp_path / "short.tsv").write_text("short\tnote\tkey\n" + "".join(lines))
-    joins = {"long": [first, second], "short": [tmp_path / "short*.tsv"]}
+    files = [write_recaptions(tmp_path / f"long{n}.json", pairs) for n, pairs in enumerate((
+        [("3", "Long  3."), ("0", "Long  0."), ("9", "Long  9."), ("0", "second")],
+        [("2", "Long\n2."), ("3", "later"), ("4", " "), ("8", "x")]))]
+    (tmp_path / "s1.tsv").write_text("short\tnote\tkey\n" + "".join(f"Short {n}.\tx\t{n}\n" for n in "0123"))
+    joins = {"long": files, "short": [tmp_path / "s*.tsv"]}
     rows, out, err = table(tmp_path / "raw.json", joins)
     assert [row[2:] for row in rows] == [
         ("raw 0", "Short 0.", "Long 0."), ("raw 1", "Short 1.", "Short 1."),
@@ -312,8 +310,8 @@ def test_join_uses_the_only_column_with_text_or_the_named_one(tmp_path, table):
     long.write_text(json.dumps(rows))
     made, out, _ = table(tmp_path / "raw.tsv", {"long": [long]})
     assert [row.long for row in made] == ["Long.", "A dog."] and f"{long}, column minicpm\n" in out
-    rows = [row | {"uid": f"{n:032x}", "web": ["A cat.", "A dog."][n]} for n, row in enumerate(rows)]
-    long.write_text(json.dumps(rows))
+    long.write_text(json.dumps([row | {"uid": f"{n:032x}", "web": ["A cat.", "A dog."][n]}
+                                for n, row in enumerate(rows)]))
     for column, message in {"": "several columns have text .minicpm, uid, web.", ":uid": "hashes or ids",
                             ":web": "equal the rows' own captions", ":x": "no column x"}.items():
         with pytest.raises(flame.InputError, match=message):
