@@ -131,16 +131,16 @@ def embed_shards(out, meta, encoder, missing):
         if writing:
             writing.result()
     if encoder.truncated:
-        print0(f"{encoder.truncated} captions were truncated to the context length")
+        print0(f"{encoder.truncated} captions of this rank were truncated to the context length")
 
 
 def shard_batches(out, meta, shards, encoder):
-    """Pack the captions of the shards into rows for the encoder. Equal captions are encoded once per shard.
+    """Pack the captions of the shards for the encoder. Equal captions are encoded once per shard.
 
-    Yields (forest, rows_by_caption, part, finished):
-        forest: a packed row of captions with one prompt set.
-        rows_by_caption: for each caption in it, the rows of the shard that have this caption.
-        part: the view [rows, K, D] of the shard's array where their embeddings go.
+    Yields (forest, rows_by_caption, view, finished):
+        forest: a pack, several captions with one prompt set.
+        rows_by_caption: for each caption of the pack, the rows of the shard that have it.
+        view: the slice [rows, K, D] of the shard's array for their embeddings.
         finished: (shard, array float16 [rows, 11, D]) with the last pack of a shard, or None.
     """
     for i in shards:

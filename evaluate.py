@@ -12,8 +12,9 @@
 
 data/README.md lists the benchmarks, their sources and layouts. Captions use the seven facets of the *long*
 prompt set, class names and XM3600 the single *raw* prompt, the demo's captions the set that they were trained
-with. Facets that the checkpoint was not trained on are left out. A text embedding is the mean over facets of
-unit vectors, so a dot product with a unit image embedding is the mean over facets of the cosine.
+with (reworded ones all sets). Facets that the checkpoint was not trained on are left out. A text embedding is
+the mean over facets of unit vectors, so a dot product with a unit image embedding is the mean over facets of
+the cosine.
 
 Every percentage has a 95% bootstrap interval. Ties count against the model: a constant model scores
 at most chance. Beside each JSON, an .npz has every query's hits and the bootstrap samples, for --compare.
@@ -98,8 +99,8 @@ def classification_hits(image, classes, labels, names):
     """Return {"top1": hits [M, 1], "top5": hits [M, 1], "mean_per_class": accuracy per class}.
 
     image [M, D], classes [C, D], labels int [M], C class names. A class without images can be predicted,
-    but does not enter the mean. Classes with the same name have the same embedding, so their tie does not
-    count against the model: the first one ranks first, as with argmax.
+    but does not enter the mean. Classes with the same name have the same embedding. As with argmax, the
+    first of them ranks before the others.
     """
     first = np.array([names.index(name) for name in names])  # the first class with the same name
     ranks = retrieval_ranks(image, classes, first[labels], first) + (first[labels] != labels)
@@ -135,7 +136,8 @@ def ablate_facets(facets, trained, examples):
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Bootstrap intervals. A metric is a mean of hits. Its 95% interval comes from 1,000 resamples, the same
-# for every metric. Queries that fail together, such as captions of one image, are resampled as a group.
+# for all metrics with as many groups. Queries that fail together, such as captions of one image, form a
+# group.
 
 SEED = 0
 RESAMPLES = 1000
@@ -172,7 +174,8 @@ def make_metrics(hits):
 def average_metrics(results):
     """Return {name: Metric}, the mean over results of each metric, resample by resample.
 
-    That is valid for parts that share resamples and for benchmarks without common images.
+    The interval is right if the results are on the same images (they share resamples, which keeps their
+    correlation) or on unrelated ones (whose order is arbitrary, so none is added).
     """
     results = list(results)
     return {name: Metric(np.mean([result[name].samples for result in results], axis=0))
@@ -210,8 +213,9 @@ def with_intervals(scores, arrays, path=""):
 
 
 def compare(*paths):
-    """Print the metrics of two results, given their .json files, and the paired differences; for Recall@K, of
-    R@1 only.
+    """Print each metric of two results and the paired difference (of Recall@K, only R@1).
+
+    paths: the .json files; the .npz beside each is read.
     """
     results = []
     for path in paths:
@@ -222,7 +226,7 @@ def compare(*paths):
         raise InputError("{} and {}: their queries differ; evaluate both on the same texts".format(*paths))
     print("{:36}{!s:26}{!s:26}difference".format("R@1 or accuracy", *paths))
     for name, samples in first.items():
-        if "hits of" not in name and name in second:  # only one of them may have --facets
+        if "hits of" not in name and name in second:  # skip what only one has
             rows = samples, second[name], samples - second[name]
             cells = ["{:7.1f} [{:5.1f}, {:5.1f}]   ".format(row[0, 0], *interval(row)[0]) for row in rows]
             print(f"{name:36}{''.join(cells)}")
@@ -305,7 +309,7 @@ def score_demo(encoders, raw, short, long, scenes, captions, objects, names, syn
     """
     parts = {}
     sheets = {}
-    all_sets = " ".join(dict.fromkeys((raw, short, long)))  # +3 points of R@10 for unknown words
+    all_sets = " ".join(dict.fromkeys((raw, short, long)))  # best for reworded captions on validation
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": all_sets}.items():
         data = {kind: (captions[kind], range(len(scenes)))}
         parts[kind], sheets[kind] = score_captions(encoders, prompts, scenes, data)
@@ -337,9 +341,9 @@ def score_names(encoders, prompts, images, languages):
     texts = list(filter(None, chain(*filled.values())))
     embedding_of = dict(zip(texts, encode_texts(encoders, texts, prompts)))  # in one pass of the LLM
     results = {}
-    for language, queries in filled.items():
-        rows = np.flatnonzero(queries)  # a gallery contains only some of the objects
-        choices, labels = np.unique(queries[rows], return_inverse=True)
+    for language, correct in filled.items():
+        rows = np.flatnonzero(correct)  # a gallery contains only some of the objects
+        choices, labels = np.unique(correct[rows], return_inverse=True)
         classes = np.array([embedding_of[text] for text in choices])
         ranks = retrieval_ranks(image[rows], classes, labels, np.arange(len(choices)))
         hits = {f"top{k}": (ranks[:, None] < k, groups[rows], len(unique)) for k in (1, 5)}
@@ -351,7 +355,7 @@ def score_names(encoders, prompts, images, languages):
 
 
 class Benchmark(NamedTuple):
-    """How --bench NAME is scored; data/benchmarks.py reads it."""
+    """How --bench NAME is scored. Its files are read by data/benchmarks.py."""
     score: Callable           # one of the scorers above
     prompts: str = "long"     # prompt sets, unless --prompts is given
     max_captions: int = None  # captions per image (its first), unless --all-captions is given
@@ -390,13 +394,13 @@ PAPER_RESULTS = {
 def build_parser():
     parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT | "
                           "--vectors NPY",
-                    description="Evaluates a checkpoint; writes <out>/<bench>.json, .npz and .png. "
+                    description="Evaluates a checkpoint; writes <out>/<bench>.json, .npz, .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     mode = parser.add_mutually_exclusive_group(required=True).add_argument
     mode("--bench", choices=BENCHMARKS, metavar="NAME", help="benchmark to evaluate on")
     mode("--captions", type=Path, metavar="FILE", help="evaluate on your own: any file that embed.py reads")
     mode("--compare", type=Path, nargs=2, metavar="JSON", help="paired difference of two results")
-    mode("--search", metavar="TEXT", nargs="*", help="rank images by texts or an image; without any, a page")
+    mode("--search", metavar="TEXT", nargs="*", help="rank images by texts or an image; alone, a web page")
     mode("--vectors", type=Path, metavar="NPY", help="write the embeddings of the images in --images DIR")
     add = parser.add_argument
     add("--top", type=number(int, 1), default=10, metavar="N", help="images per --search query (default: 10)")
@@ -423,7 +427,7 @@ def parse_arguments(argv):
     # The authors' released checkpoint is a file, ours are folders.
     foreign = args.open_clip or args.checkpoint and args.checkpoint.is_file()
     if args.facets and (foreign or args.benchmark.score == score_classes):
-        parser.error("--facets needs captions, and a checkpoint of train.py")
+        parser.error("--facets needs a retrieval benchmark and a checkpoint of train.py")
     common.get_device(args.device)
     args.prompt_sets = [args.prompts or prompts for prompts in args.benchmark.prompts.split()]
     return args
@@ -507,7 +511,7 @@ def report(args, name, queries, scores, examples=None):
 
 
 def count_trained(texts, checkpoint):
-    """Return how many of the texts are also training captions, or None if the store is gone."""
+    """Return how many of the texts are also training captions, or None if the store cannot be found."""
     with suppress(Exception):
         record = flame.read_json(Path(checkpoint, "config.json"))["store"]
         store = flame.open_store(record["path"])

@@ -330,7 +330,7 @@ def test_a_setting_that_makes_no_sense(folder, command, setting):
     refuses(f"{command} --{flag}={value}", named)
 
 
-FACETS = "--facets needs captions"
+FACETS = "--facets needs a retrieval benchmark"
 
 
 @pytest.mark.parametrize("command, named", [
