@@ -310,7 +310,7 @@ def score_demo(encoders, raw, short, long, scenes, captions, objects, names, syn
     """
     parts = {}
     sheets = {}
-    all_sets = " ".join(dict.fromkeys((raw, short, long)))  # reworded captions: R@10 4 to 5 points above short's
+    all_sets = " ".join(dict.fromkeys((raw, short, long)))  # for reworded captions, better than one set
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": all_sets}.items():
         data = {kind: (captions[kind], range(len(scenes)))}
         parts[kind], sheets[kind] = score_captions(encoders, prompts, scenes, data)
