@@ -275,7 +275,7 @@ def write_shard(out, meta, i, array):
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
-def parse_part(text):
+def part(text):
     i, n = map(int, text.split("/"))
     if not 0 <= i < n:
         raise ValueError
@@ -311,7 +311,7 @@ def build_parser():
     add("--shard-size", metavar="ROWS", type=number(int, 1, 1 << 16),
         help="rows per shard; a crash loses one or two shards (default: 256 on a CPU, 8192 on a GPU)")
     add("--overwrite", action="store_true", help="delete the store at --out and its images/, and start over")
-    add("--part", metavar="i/n", type=parse_part, default=(0, 1),
+    add("--part", metavar="i/n", type=part, default=(0, 1),
         help="embed only every n-th shard, starting at i (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; into one "
         "shared folder, or into folders that you then copy together")
     add("--inspect", metavar="STORE", help="check a store and print statistics instead")
