@@ -1,14 +1,7 @@
-"""A training step, from pictures and a store to weights. What it promises:
+"""Tests of train.py, data/images.py and data/projection.py: from images and a store to weights.
 
-    losses      equal their definition, and with one positive open_clip's; in blocks as in one piece
-    ranks       several equal one with the whole batch, chunks equal one piece, whoever cannot read a picture
-    crops       are distributed as torchvision's and resized as Pillow resizes
-    batches     are a pure function of seed and step; in an epoch each picture comes once
-    projection  is its formula, in closed form and trained
-    towers      start from open_clip's weights (test_decoder.py: and equal its); locked, they stay as they are
-    runs        are gone on with to the same bytes after kill -9 or SIGTERM; another run is refused
-    pictures    that cannot be read are skipped and counted; a loss that is no number stops the run
-    refusals    are one line, exit code 2, and leave nothing behind (settings: test_refusals.py)
+Losses, crops and the text projection equal their definitions and public references. Several ranks and
+micro-batches equal one large batch. Runs resume to the same bytes. Refusals are one line (test_refusals.py).
 """
 import io
 import itertools
@@ -33,7 +26,7 @@ from PIL import Image, ImageColor
 from safetensors.torch import save_file
 from torchvision.transforms import RandomResizedCrop
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where this file is run by itself
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed when this file runs as a script
 import bench_clip
 import embed
 import flame
@@ -47,13 +40,13 @@ COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "
           "black": (10, 10, 10), "white": (245, 245, 245)}
 SMALL = "--preset demo --image-size 16 --patch-size 8 --width 32 --layers 1 --heads 2 --batch 12 --workers 0"
 SMALL = SMALL.split()
-EVERY = list(range(len(flame.FACET_COLUMNS)))
+ALL_COLUMNS = list(range(len(flame.FACET_COLUMNS)))
 
 
-# --- a small world: 24 pictures, each of one colour, and a store whose vectors tell colours apart
+# --- data: 24 images, each of one color, and a store whose vectors differ by color
 
-def make_pictures(folder):
-    """24 pictures of 32 x 24 pixels with some noise, <key>.png."""
+def make_images(folder):
+    """Write 24 images of 32 x 24 pixels with some noise, <key>.png."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True)
     for key, color in colors_of(24).items():
@@ -66,18 +59,18 @@ def colors_of(n):
 
 
 def make_store(folder, colors, D=24, llm="tiny"):
-    """Vectors far off centre, as an LLM's states are."""
+    """Write a store whose vectors have a large mean, as an LLM's states have."""
     rng = np.random.default_rng(0)
-    meaning = {name: rng.normal(size=(11, D)) for name in COLORS}
-    common = 6 * rng.normal(size=(11, D))
-    x = np.stack([common + meaning[color] for color in colors.values()])
+    vectors = {name: rng.normal(size=(11, D)) for name in COLORS}
+    mean = 6 * rng.normal(size=(11, D))
+    x = np.stack([mean + vectors[color] for color in colors.values()])
     return write_store(folder, list(colors), x + 0.1 * rng.normal(size=x.shape), llm)
 
 
 def write_store(folder, keys, x, llm="tiny"):
-    """A finished store of vectors x [N, 11, D], in windows of 16 rows."""
+    """Write a finished store of vectors x [N, 11, D], in shards of 16 rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    x = normalised(x).astype(np.float16)
+    x = normalized(x).astype(np.float16)
     for n in range(0, len(x), 16):
         np.save(folder / f"{n // 16:06d}.npy", x[n:n + 16])
     rows = [f"{key}\t{key}.png\tA thing.\tA thing.\tA thing.\n" for key in keys]
@@ -90,35 +83,35 @@ def write_store(folder, keys, x, llm="tiny"):
     return folder
 
 
-def normalised(x):
+def normalized(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world") / "data"
-    make_pictures(folder)
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset") / "data"
+    make_images(folder)
     make_store(folder / "store", colors_of(24))
     return folder
 
 
 @pytest.fixture
-def small(world, tmp_path):
-    """-> a copy of the store, to be damaged, and {key: colour}."""
-    shutil.copytree(world, tmp_path / "data")
+def copied(dataset, tmp_path):
+    """Return (a copy of the store that a test may change, {key: color})."""
+    shutil.copytree(dataset, tmp_path / "data")
     meta = tmp_path / "data" / "store" / "meta.json"
-    meta.write_text(meta.read_text().replace(str(world), str(tmp_path / "data")))
+    meta.write_text(meta.read_text().replace(str(dataset), str(tmp_path / "data")))
     return meta.parent, colors_of(24)
 
 
 @pytest.fixture
-def store(world):
-    return flame.open_store(world / "store")
+def store(dataset):
+    return flame.open_store(dataset / "store")
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """run("train.py", flag, ...) in this process and an empty folder -> a completed process."""
+    """Return run("train.py", flag, ...), which runs it in this process, in tmp_path."""
     def run(script, *flags):
         monkeypatch.chdir(tmp_path)
         try:
@@ -130,32 +123,27 @@ def run(tmp_path, monkeypatch, capfd):
 
 
 def fit(run, store, flags=""):
-    """train.py with a small model on that store."""
+    """Run train.py on the store with a small model."""
     return run("train.py", "--embeddings", store, *SMALL, *flags.split())
 
 
-def entries(folder):
+def log_entries(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def losses(folder):
-    return [(entry["step"], entry["loss"], entry["lr"]) for entry in entries(folder)]
+def logged_losses(folder):
+    return [(entry["step"], entry["loss"], entry["lr"]) for entry in log_entries(folder)]
 
 
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-def tree(folder):
-    """All that lies in a folder: paths, and contents of files."""
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
-def one_line(done, *names):
-    """The promise for bad input: exit code 2 and on stderr, after any bar, one line that has these names."""
+def assert_error(done, *parts):
+    """Assert exit code 2, and one line on stderr after any progress bars, which contains these parts."""
     *bars, line = done.stderr.replace("\r", "\n").strip().splitlines()
     assert done.returncode == 2 and line.startswith("train.py: "), done.stderr
-    assert all(str(name) in line for name in names), line
+    assert all(str(part) in line for part in parts), line
     assert all(bar.startswith("training:") for bar in bars if bar), done.stderr
 
 
@@ -164,11 +152,11 @@ def settings_for(**changes):
     return demo | dict(image_size=16, batch=8, positives=3) | changes
 
 
-def batches_of(store, columns=EVERY, rank=(), **changes):
-    return Batches(store, columns, found(store), settings_for(**changes), *rank)
+def batches_of(store, columns=ALL_COLUMNS, rank=(), **changes):
+    return Batches(store, columns, images_of(store), settings_for(**changes), *rank)
 
 
-def found(store):
+def images_of(store):
     return find_images(store.keys, store.images, store.meta["captions"]["path"])
 
 
@@ -178,7 +166,7 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-def test_losses_are_their_definitions():
+def test_losses_equal_their_definitions():
     image, text, scale, bias = unit(5, 8), unit(5, 3, 8), torch.tensor(7.0), torch.tensor(-3.0)
     triples = list(itertools.product(range(5), range(5), range(3)))
     logit = {(i, j, p): (scale * image[i] @ text[j, p]).item() for i, j, p in triples}  # image i, text p of j
@@ -186,21 +174,21 @@ def test_losses_are_their_definitions():
     assert train.sigmoid_loss(image, text, scale, bias).item() == pytest.approx(total / 15, rel=1e-6)
     total = 0.0
     for i, p in itertools.product(range(5), range(3)):
-        of_image = sum(math.exp(logit[i, j, q]) for j in range(5) for q in range(3))
-        of_text = sum(math.exp(logit[j, i, p]) for j in range(5))
-        total += (math.log(of_image) + math.log(of_text)) / 2 - logit[i, i, p]
+        sum_of_texts = sum(math.exp(logit[i, j, q]) for j in range(5) for q in range(3))
+        sum_of_images = sum(math.exp(logit[j, i, p]) for j in range(5))
+        total += (math.log(sum_of_texts) + math.log(sum_of_images)) / 2 - logit[i, i, p]
     assert train.infonce_loss(image, text, scale).item() == pytest.approx(total / 15, rel=1e-6)
 
 
 def gradients(loss, *tensors):
-    """-> the loss and its gradients, [None: zero]."""
+    """Return [the loss, its gradients], with zeros for unused tensors."""
     tensors = [x.clone().requires_grad_() for x in tensors]
     value = loss(*tensors)
-    found = torch.autograd.grad(value, tensors, allow_unused=True)
-    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(tensors, found))]
+    grads = torch.autograd.grad(value, tensors, allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(tensors, grads))]
 
 
-def test_with_one_positive_the_losses_are_open_clips():
+def test_losses_with_one_positive_equal_open_clip():
     tensors = unit(7, 8), unit(7, 1, 8), *torch.tensor([9.0, -4.0], dtype=torch.float64)
     clip, siglip = open_clip.loss.ClipLoss(), open_clip.loss.SigLipLoss()
     theirs = gradients(lambda image, text, scale, _: clip(image, text[:, 0], scale), *tensors)
@@ -209,8 +197,8 @@ def test_with_one_positive_the_losses_are_open_clips():
     torch.testing.assert_close(gradients(train.sigmoid_loss, *tensors), theirs)
 
 
-def test_the_rivals_text_tower_is_open_clips(monkeypatch):
-    """bench_clip.py computes its attention otherwise, and cuts texts to their length."""
+def test_text_tower_of_bench_clip_equals_open_clip(monkeypatch):
+    """bench_clip.py has its own attention, and removes padding."""
     monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
     torch.manual_seed(0)
     ours = bench_clip.ClipTexts(24)
@@ -223,36 +211,36 @@ def test_the_rivals_text_tower_is_open_clips(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", train.LOSSES)
-@pytest.mark.parametrize("logits", [1, 3000])  # blocks of 1 and of 100 of 180 texts
-def test_a_loss_in_blocks_is_the_dense_one(monkeypatch, kind, logits):
+@pytest.mark.parametrize("logits", [1, 3000])  # blocks of 1 and 100 texts, out of 180
+def test_loss_in_blocks_equals_dense_loss(monkeypatch, kind, logits):
     tensors = unit(30, 16), unit(30, 6, 16), *torch.tensor([11.0, -4.0], dtype=torch.float64)
     dense = gradients(train.LOSSES[kind], *tensors)
     monkeypatch.setattr(train, "MAX_LOGITS", logits)
     torch.testing.assert_close(gradients(train.LOSSES[kind], *tensors), dense, rtol=1e-9, atol=1e-13)
 
 
-# --- ranks and chunks: a step in float32, whole, against the same in two processes, in chunks and in blocks
+# --- ranks and micro-batches: a step in float32 equals the same step on two ranks and in micro-batches
 
 TOWER = dict(image_size=16, patch_size=8, width=32, layers=2, heads=2, projector_hidden=40, pool_first=False)
 CASES = list(itertools.product(train.LOSSES, ("none+linear", "agree+linear"), (12, 4), (0, 1)))
-CASES = [case for n, case in enumerate(CASES) if n.bit_count() % 2]  # half: any three settings meet
+CASES = [case for n, case in enumerate(CASES) if n.bit_count() % 2]  # half, with all triples of settings
 
 
-def one_step(store, kind, projected, chunk, step, rank=0, world=1, device="cpu"):
-    """-> {parameter: its gradient}, and the loss, of a step on 12 of 24 pictures; some cannot be read."""
+def one_step(store, kind, projected, micro_batch, step, rank=0, world=1, device="cpu"):
+    """Return {parameter: gradient} and the loss of a step on 12 of 24 images; some cannot be read."""
     batches = batches_of(store, rank=(rank, world), batch=12)
-    s = settings_for(loss=kind, text_projection=projected, micro_batch=chunk, **TOWER)
-    model, _ = train.build(store, EVERY, s, torch.device(device), fit=True)
+    s = settings_for(loss=kind, text_projection=projected, micro_batch=micro_batch, **TOWER)
+    model, _ = train.build(store, ALL_COLUMNS, s, torch.device(device), fit=True)
     encode = train.distribute(model, compiled=False)
     loss = train.forward_backward(model, encode, batches[step][0], s, torch.device(device))
     return {name: p.grad.cpu() for name, p in model.named_parameters()} | {"loss": loss.cpu()}
 
 
-def one_of_two_ranks(folder):
-    """What this file does where it is run by itself. Blocks of logits are small, and fewer on rank 1."""
+def run_rank(folder):
+    """Run all cases on one of two ranks, with small blocks of logits. Called when this file is run."""
     common.default_dtype = lambda device: torch.float32
     rank = train.rank()
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
     train.MAX_LOGITS = (40, 300)[rank]
     store = flame.open_store(folder / "data" / "store")
     torch.save([one_step(store, *case, rank, 2) for case in CASES], folder / f"rank{rank}.pt")
@@ -262,41 +250,41 @@ def one_of_two_ranks(folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_and_chunks_equal_one_big_batch(small, tmp_path, monkeypatch):
-    """In step 0 rank 0 lacks two pictures, rank 1 one; in step 1 rank 1 can read none of its."""
-    store = flame.open_store(small[0])
+def test_two_ranks_and_micro_batches_equal_one_batch(copied, tmp_path, monkeypatch):
+    """In step 0, rank 0 cannot read two images and rank 1 one; in step 1, rank 1 cannot read any."""
+    store = flame.open_store(copied[0])
     batches = batches_of(store, batch=12)
     for n in (*batches.indices(0)[[1, 2, 8]], *batches.indices(1)[6:]):
-        (tmp_path / "data" / f"{store.keys[n]}.png").write_text("not a picture")
+        (tmp_path / "data" / f"{store.keys[n]}.png").write_text("not an image")
     env = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, tmp_path]
     processes = [subprocess.Popen(command, env=env | {"RANK": rank}) for rank in "01"]
     assert [p.wait(timeout=600) for p in processes] == [0, 0]
-    of_ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
-    for case, ours, theirs in zip(CASES, *of_ranks):
-        kind, projected, chunk, step = case
+    for case, first, second in zip(CASES, *results):
+        kind, projected, micro_batch, step = case
         expected = one_step(store, kind, projected, 12, step)
-        if chunk < 12:
+        if micro_batch < 12:
             torch.testing.assert_close(one_step(store, *case), expected, rtol=1e-5, atol=1e-6)
-        loss = (ours.pop("loss") + theirs.pop("loss")) / 2
+        loss = (first.pop("loss") + second.pop("loss")) / 2
         torch.testing.assert_close(loss, expected.pop("loss"), rtol=1e-6, atol=0)
         for name, gradient in expected.items():
-            assert ours[name].equal(theirs[name])
-            assert (ours[name] - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), (case, name)
+            assert first[name].equal(second[name])
+            assert (first[name] - gradient).abs().max() <= 1e-5 * max(1, gradient.abs().max()), (case, name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gpu_takes_the_same_step(store, monkeypatch, case):
+def test_step_on_gpu_equals_cpu(store, monkeypatch, case):
     monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
     ours = one_step(store, *case, device="cuda")
     torch.testing.assert_close(ours, one_step(store, *case), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU to run on")
-def test_a_chunk_is_halved_until_it_fits(monkeypatch):
-    """On the shim, where only so large a tensor fits; on a CPU nothing is tried."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is available")
+def test_micro_batch_is_halved_until_it_fits(monkeypatch):
+    """On a simulated GPU with a maximum tensor size. On a CPU, the micro-batch stays as it is."""
     s = settings_for(batch=40, micro_batch=30, image_size=32, patch_size=4)
     sizes = TOWER | dict(image_size=32, patch_size=4, width=16) | projection.text_config("none", 24, [])
     train.find_micro_batch(flame.Flame(sizes), s, torch.device("cpu"))
@@ -307,15 +295,15 @@ def test_a_chunk_is_halved_until_it_fits(monkeypatch):
     patch_tensors(monkeypatch, shim)
     with shim:
         model = flame.Flame(sizes).to("cuda")
-        for chunk, room in ((30, 1e9), (15, 20 * 4096 * 3), (7, 10 * 4096 * 3)):  # pixels of so many
+        for size, room in ((30, 1e9), (15, 20 * 4096 * 3), (7, 10 * 4096 * 3)):  # 20 and 10 images
             shim.room = room
             fitted = s.copy()
             train.find_micro_batch(model, fitted, torch.device("cuda"))
-            assert fitted["micro_batch"] == chunk
+            assert fitted["micro_batch"] == size
         assert all(p.grad is None for p in model.parameters())
 
 
-def test_batches_that_ranks_cannot_share_are_refused(monkeypatch):
+def test_batch_not_divisible_by_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     train.resolve_settings(settings_for(batch=10), 24, 11, 24)
     for batch, images in ((12, 24), (10, 4)):
@@ -325,17 +313,16 @@ def test_batches_that_ranks_cannot_share_are_refused(monkeypatch):
 
 # --- crops
 
-def farthest_apart(a, b):
-    """Kolmogorov and Smirnov's statistic: the greatest distance of two samples' distribution functions."""
+def ks_statistic(a, b):
+    """Return the Kolmogorov-Smirnov statistic: the largest distance between two samples' CDFs."""
     both = np.concatenate([a, b])
-    of_a = np.searchsorted(np.sort(a), both, "right") / len(a)
-    of_b = np.searchsorted(np.sort(b), both, "right") / len(b)
-    return np.abs(of_a - of_b).max()
+    cdf_a, cdf_b = (np.searchsorted(np.sort(x), both, "right") / len(x) for x in (a, b))
+    return np.abs(cdf_a - cdf_b).max()
 
 
 @pytest.mark.parametrize("width, height, smallest", [
     (500, 500, 0.9), (640, 480, 0.5), (480, 640, 0.08), (900, 300, 0.9), (200, 1000, 0.08)])
-def test_crops_are_distributed_as_torchvisions(width, height, smallest):
+def test_crops_are_distributed_as_torchvision(width, height, smallest):
     n = 3000
     torch.manual_seed(1)
     image = torch.empty(3, height, width)
@@ -344,14 +331,14 @@ def test_crops_are_distributed_as_torchvisions(width, height, smallest):
     theirs = [RandomResizedCrop.get_params(image, (smallest, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
     their_top, their_left, their_h, their_w = np.transpose(theirs)
     assert (left >= 0).all() and (top >= 0).all() and (left + w <= width).all() and (top + h <= height).all()
-    bound = 2.23 * (2 / n) ** 0.5  # one in 10,000 pairs of samples of the same distribution is farther apart
-    assert farthest_apart(w * h, their_w * their_h) < bound
-    assert farthest_apart(w / h, their_w / their_h) < bound
-    assert farthest_apart(left, their_left) < bound and farthest_apart(top, their_top) < bound
+    bound = 2.23 * (2 / n) ** 0.5  # p < 1e-4 for samples of one distribution
+    assert ks_statistic(w * h, their_w * their_h) < bound
+    assert ks_statistic(w / h, their_w / their_h) < bound
+    assert ks_statistic(left, their_left) < bound and ks_statistic(top, their_top) < bound
 
 
-@pytest.mark.parametrize("side, smallest", [(96, 0.9), (40, 0.3), (7, 0.2)])  # from fine to coarse pictures
-def test_random_crop_is_pillows_crop_and_resize(side, smallest):
+@pytest.mark.parametrize("side, smallest", [(96, 0.9), (40, 0.3), (7, 0.2)])  # from fine to coarse images
+def test_random_crop_equals_pillow_crop_and_resize(side, smallest):
     rng = np.random.default_rng(1)
     coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
     image = coarse.resize((90, 81), Image.Resampling.BICUBIC)
@@ -360,11 +347,11 @@ def test_random_crop_is_pillows_crop_and_resize(side, smallest):
         left, top, w, h = crop_box(90, 81, smallest, draw)
         box = image.crop((left, top, left + w, top + h))
         difference = np.abs(ours - np.array(box.resize((64, 64), Image.Resampling.BICUBIC), int))
-        assert difference.max() <= 8 and difference.mean() < 0.5  # each rounds twice
+        assert difference.max() <= 8 and difference.mean() < 0.5  # both round twice
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_decoded_at_reduced_scale_shows_the_same(mode):
+def test_jpeg_decoded_at_reduced_scale_gives_similar_crop(mode):
     y, x = np.mgrid[:333, :501]
     waves = np.stack([np.sin(x / 17 + y / 29), np.cos(y / 23), np.sin(x / 31)], axis=-1)
     waves = (127 + 100 * waves).astype(np.uint8)
@@ -372,84 +359,81 @@ def test_jpeg_decoded_at_reduced_scale_shows_the_same(mode):
     reduced = set()
     for draw in np.random.default_rng(0).random((12, 4)):
         decoded, opened = Image.open(file), Image.open(file)
-        decoded.load()  # draft has no steps left
+        decoded.load()  # draft() then has no effect
         expected, ours = (random_crop(image, 64, 0.3, draw).float() for image in (decoded, opened))
         reduced.add(decoded.width / opened.width)
-        # a box of whole pixels: up to one in 64 of a difference, waves of 107 pixels' length
+        # the box has whole pixels, so crops may differ by 1 pixel of 64; the waves are 107 pixels long
         assert (ours - expected).abs().mean() < 8
-    assert max(reduced) > 3  # it was put to use
+    assert max(reduced) > 3  # some were reduced to a quarter
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_pictures_that_are_kept_decoded_change_nothing(small, tmp_path, monkeypatch, suffix):
-    """Of 32 x 24 pixels for 16: kept; for 8 they might be decoded by draft, and are not."""
-    store = flame.open_store(small[0])
-    rows, files, places = found(store)
+def test_cached_images_give_the_same_batches(copied, monkeypatch, suffix):
+    """Images of 32 x 24 pixels are cached for size 16, but not for 8, which draft() may decode reduced."""
+    store = flame.open_store(copied[0])
+    rows, files, spans = images_of(store)
     for file in files:
         Image.open(file).save(file.replace(".png", suffix))
-    pictures_there = rows, [file.replace(".png", suffix) for file in files], places
+    images = rows, [file.replace(".png", suffix) for file in files], spans
     for size, count in ((16, 24), (8, 0)):
-        batches = []
-        for room in (1 << 28, 0):
-            monkeypatch.setattr(data_images, "CACHE_BYTES", room)
+        batches, pixels = [], []
+        for cache_bytes in (1 << 28, 0):
+            monkeypatch.setattr(data_images, "CACHE_BYTES", cache_bytes)
             s = settings_for(image_size=size, patch_size=8, crop_scale=0.3)
-            batches.append(Batches(store, EVERY, pictures_there, s))
-            seen = torch.stack([batches[-1][step][0][0] for step in range(6)])
-            if room:
-                kept = seen
-        assert kept.equal(seen) and [len(one.decoded) for one in batches] == [count, 0]
+            batches.append(Batches(store, ALL_COLUMNS, images, s))
+            pixels.append(torch.stack([batches[-1][step][0][0] for step in range(6)]))
+        assert pixels[0].equal(pixels[1]) and [len(one.decoded) for one in batches] == [count, 0]
 
 
 # --- batches
 
-def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch(small):
-    store = flame.open_store(small[0])
+def test_batches_depend_on_seed_and_step_and_cover_an_epoch(copied):
+    store = flame.open_store(copied[0])
     first, other = batches_of(store), batches_of(store, seed=1)
-    again = pickle.loads(pickle.dumps(first))  # as a loader's process gets it that is not forked
+    again = pickle.loads(pickle.dumps(first))  # as a spawned loader process receives it
     halves = [batches_of(store, rank=(rank, 2)) for rank in range(2)]
     for step in (5, 0):
         for a, b, *parts in zip(first[step][0], again[step][0], *(half[step][0] for half in halves)):
-            assert a.equal(b) and a.equal(torch.cat(parts))  # two ranks see the halves of one rank's batch
+            assert a.equal(b) and a.equal(torch.cat(parts))  # two ranks get the halves of one rank's batch
     assert not first[0][0][0].equal(other[0][0][0])
-    everything = store.read_float16(range(24), EVERY)
+    vectors = store.read_float16(range(24), ALL_COLUMNS)
     seen = []
     for step in range(3):  # 24 images, batch 8: one epoch
         (pixels, facets, columns, readable, kept), failed = first[step]
         assert pixels.shape == (8, 3, 16, 16) and facets.shape == (8, 3, 24)
         assert readable.all() and not failed
-        assert all(len(set(row)) == 3 for row in columns.tolist())  # positives are drawn without replacement
+        assert all(len(set(row)) == 3 for row in columns.tolist())  # without replacement
         assert kept.shape == (8, 2)  # half of 4 patches
         assert all(len(set(row)) == 2 and set(row) <= set(range(4)) for row in kept.tolist())
-        for picture, theirs, which in zip(pixels.float().mean((2, 3)), facets, columns):
-            row, = (n for n in range(24) if everything[n, which].equal(theirs))  # text belongs to picture
-            assert (picture - torch.tensor(COLORS[small[1][store.keys[row]]])).abs().max() < 15
+        for image, texts, which in zip(pixels.float().mean((2, 3)), facets, columns):
+            row, = (n for n in range(24) if vectors[n, which].equal(texts))  # text and image match
+            assert (image - torch.tensor(COLORS[copied[1][store.keys[row]]])).abs().max() < 15
             seen.append(row)
     assert sorted(seen) == list(range(24))
 
 
 @pytest.mark.parametrize("positives, raw_always, raw, others", [
     (6, False, 6 / 11, 6 / 11), (6, True, 1, 5 / 10), (1, True, 1 / 11, 1 / 11)])
-def test_positives_are_drawn_evenly_and_the_raw_caption_always_where_told(small, positives, raw_always, raw,
-                                                                          others):
-    batches = batches_of(flame.open_store(small[0]), batch=24, positives=positives, raw_always=raw_always)
+def test_positives_are_drawn_uniformly_and_raw_always_if_set(copied, positives, raw_always, raw, others):
+    batches = batches_of(flame.open_store(copied[0]), batch=24, positives=positives, raw_always=raw_always)
     columns = torch.cat([batches[step][0][2] for step in range(50)])  # [1200, P]
     shares = columns.flatten().bincount() / len(columns)
     assert (shares - torch.tensor([raw] + [others] * 10)).abs().max() < 0.06
 
 
 def test_tars_are_read_nearly_in_order(store, monkeypatch):
-    """Tar after tar, in an order of its own each epoch; a picture is put off by so many places at most."""
+    """Each epoch has its own order of tars; an image moves by at most SHUFFLE_BUFFER."""
     monkeypatch.setattr(data_images, "SHUFFLE_BUFFER", 8)
     tar = np.repeat(range(3), (50, 40, 30))
-    places = np.stack([tar, np.arange(120), np.arange(120)], axis=1)
-    batches = Batches(store, [0], (np.arange(120), ["a", "b", "c"], places), settings_for())
+    spans = np.stack([tar, np.arange(120), np.arange(120)], axis=1)
+    batches = Batches(store, [0], (np.arange(120), ["a", "b", "c"], spans), settings_for())
     for epoch in range(3):
         order = batches.order(epoch)
         assert sorted(order) == list(range(120))
-        of = tar[order]
-        assert (of[1:] != of[:-1]).sum() <= 2 * 8 * 2  # but where two meet
-        line = np.argsort([list(dict.fromkeys(of)).index(t) for t in tar], kind="stable")
-        moved = np.arange(120) - np.argsort(line)[order]
+        tars = tar[order]
+        assert (tars[1:] != tars[:-1]).sum() <= 2 * 8 * 2  # only where two tars meet
+        unshuffled = np.argsort([list(dict.fromkeys(tars)).index(t) for t in tar], kind="stable")
+        moved = np.arange(120) - np.argsort(unshuffled)[order]
         assert np.abs(moved).max() <= 8 and len(set(moved)) > 4
     assert not np.array_equal(batches.order(0), batches.order(1))
 
@@ -457,44 +441,44 @@ def test_tars_are_read_nearly_in_order(store, monkeypatch):
 # --- the text projection
 
 def projected(store, spec, column):
-    """-> float64 numpy [N, D]: a column's vectors, and what its fitted projection makes of them."""
-    shape = projection.text_config(spec, store.meta["D"], flame.FACET_COLUMNS)
-    mapped = [flame.FACET_COLUMNS.index(name) for name in shape["text_mapped"]]
-    text = flame.TextProjection(store.meta["D"], shape["text_rank"], mapped)
-    projection.fit_text_projection(text, store, spec, EVERY)
+    """Return a column's vectors before and after its fitted projection, float64 numpy [N, D] each."""
+    config = projection.text_config(spec, store.meta["D"], flame.FACET_COLUMNS)
+    mapped = [flame.FACET_COLUMNS.index(name) for name in config["text_mapped"]]
+    text = flame.TextProjection(store.meta["D"], config["text_rank"], mapped)
+    projection.fit_text_projection(text, store, spec, ALL_COLUMNS)
     u = store.read(range(len(store)), [column])
     return u[:, 0].double().numpy(), text(u, [column])[:, 0].detach().double().numpy()
 
 
 @pytest.fixture(scope="session")
 def long_store(tmp_path_factory):
-    """96 rows of width 24: no fewer than four a dimension, so that nothing is shrunk."""
+    """Return a store with four rows per dimension, for which the covariance is not shrunk."""
     return flame.open_store(make_store(tmp_path_factory.mktemp("long") / "store", colors_of(96)))
 
 
 @pytest.mark.parametrize("rank", [24, 4])
-def test_whitening_is_its_formula(long_store, monkeypatch, rank):
-    """Beyond `rank` directions all are scaled alike."""
+def test_whitening_equals_its_formula(long_store, monkeypatch, rank):
+    """Directions beyond `rank` have the same factor."""
     monkeypatch.setattr(projection, "RANK", rank)
     for column in (0, 2, 10):
         u, ours = projected(long_store, "whiten", column)
         _, s, Vt = np.linalg.svd((u - u.mean(0)) / len(u) ** 0.5, full_matrices=False)
         gains = 1 / (s + 0.01 * s[0])
         gains[rank:] = gains[min(rank, 23)]
-        np.testing.assert_allclose(ours, normalised((u - u.mean(0)) @ Vt.T * gains @ Vt), atol=2e-4)
+        np.testing.assert_allclose(ours, normalized((u - u.mean(0)) @ Vt.T * gains @ Vt), atol=2e-4)
 
 
-def test_a_store_of_few_rows_is_shrunk_as_sklearn_does(store):
+def test_covariance_of_few_rows_is_shrunk_as_in_sklearn(store):
     from sklearn.covariance import OAS
     u, ours = projected(store, "whiten", 3)
     variances, vectors = np.linalg.eigh(OAS().fit(u).covariance_)
     s = np.sqrt(variances)
-    expected = normalised((u - u.mean(0)) @ (vectors / (s + 0.01 * s[-1])) @ vectors.T)
+    expected = normalized((u - u.mean(0)) @ (vectors / (s + 0.01 * s[-1])) @ vectors.T)
     np.testing.assert_allclose(ours, expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("column", [0, 2, 10])
-def test_agreement_is_regression_on_the_other_sets(long_store, column):
+def test_agreement_is_regression_on_other_prompt_sets(long_store, column):
     own = flame.FACET_COLUMNS[column].split(".")[0]
     views = {name: projected(long_store, "whiten", c)[1] for c, name in enumerate(flame.FACET_COLUMNS)}
     others = [np.mean([view for name, view in views.items() if name.startswith(f"{other}.")], axis=0)
@@ -505,36 +489,36 @@ def test_agreement_is_regression_on_the_other_sets(long_store, column):
     largest = np.linalg.eigvalsh(covariance)[-1]
     regression = np.linalg.inv(covariance + 0.01 * largest * np.eye(24)) @ (x.T @ y / len(u))
     values, vectors = np.linalg.eigh((regression + regression.T) / 2)
-    expected = normalised(x @ vectors * np.maximum(values, 0) @ vectors.T)
+    expected = normalized(x @ vectors * np.maximum(values, 0) @ vectors.T)
     np.testing.assert_allclose(ours, expected, atol=5e-4)
 
 
-def test_a_trained_map_follows_the_closed_form():
-    """Text = normalise(u + u M), u the closed form's; M is zero at first, is learnt, and raw has none."""
-    shape = projection.text_config("whiten+linear", 24, flame.FACET_COLUMNS)
-    assert (shape["text_rank"], shape["text_mapped"]) == (24, flame.FACET_COLUMNS[1:])
+def test_trained_map_is_applied_after_closed_form():
+    """Texts are normalize(u + u M), with u of the closed form. M starts at zero; raw has no M."""
+    config = projection.text_config("whiten+linear", 24, flame.FACET_COLUMNS)
+    assert (config["text_rank"], config["text_mapped"]) == (24, flame.FACET_COLUMNS[1:])
     torch.manual_seed(0)
-    mapped, plain = flame.TextProjection(24, 24, EVERY[1:]), flame.TextProjection(24, 24)
+    mapped, plain = flame.TextProjection(24, 24, ALL_COLUMNS[1:]), flame.TextProjection(24, 24)
     for name, buffer in plain.named_buffers():
         torch.nn.init.normal_(buffer)
         mapped.get_buffer(name).copy_(buffer)
     facets = torch.randn(5, 11, 24)
-    torch.testing.assert_close(mapped(facets, EVERY), plain(facets, EVERY))
-    (mapped(facets, EVERY) * torch.randn(5, 11, 24)).sum().backward()
+    torch.testing.assert_close(mapped(facets, ALL_COLUMNS), plain(facets, ALL_COLUMNS))
+    (mapped(facets, ALL_COLUMNS) * torch.randn(5, 11, 24)).sum().backward()
     assert mapped.map.grad.flatten(1).norm(dim=1).gt(0).all()
     torch.nn.init.normal_(mapped.map, std=0.3)
-    u = plain(facets, EVERY)
+    u = plain(facets, ALL_COLUMNS)
     others = F.normalize(u[:, 1:] + torch.einsum("nkd,kde->nke", u[:, 1:], mapped.map), dim=-1)
-    torch.testing.assert_close(mapped(facets, EVERY), torch.cat([u[:, :1], others], 1))
+    torch.testing.assert_close(mapped(facets, ALL_COLUMNS), torch.cat([u[:, :1], others], 1))
 
 
 # --- whole runs
 
-def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
-    store, colors = small
+def test_training_learns_colors_and_writes_all_files(run, copied, tmp_path):
+    store, colors = copied
     done = fit(run, store.relative_to(tmp_path), "--steps 60 --name colors --lr 3e-3")
     assert done.returncode == 0 and "24 images" in done.stdout, done.stderr
-    log = entries(tmp_path / "out/colors")
+    log = log_entries(tmp_path / "out/colors")
     assert [e["step"] for e in log] == list(range(60)) and log[-1]["loss"] < 0.9 * log[0]["loss"]
     model = flame.load(tmp_path / "out/colors")
     assert model.config["llm"]["fingerprint"] == "tiny" and not model.training
@@ -545,17 +529,17 @@ def test_learns_colours_and_leaves_a_whole_checkpoint(run, small, tmp_path):
     names = list(colors.values())
     assert np.mean([names[n] == names[m] for n, m in enumerate(best.tolist())]) > 0.9
     config = json.loads((tmp_path / "out/colors/config.json").read_text())
-    assert config["store"]["path"] == str(store)  # absolute, wherever one is
+    assert config["store"]["path"] == str(store)  # absolute
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out/colors").iterdir()} == {0o644}
-    made = {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
-    assert {path.name for path in (tmp_path / "out/colors").iterdir()} == made
+    files = {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
+    assert {path.name for path in (tmp_path / "out/colors").iterdir()} == files
     curve = np.array(Image.open(tmp_path / "out/colors/curve.png").convert("RGB")).reshape(-1, 3)
     assert ImageColor.getrgb(plots.BLUE) in set(map(tuple, curve.tolist()))
 
 
 @pytest.mark.parametrize("loss, bias", [("infonce", 0.0), ("sigmoid", -math.log(63))])
-def test_the_curve_has_name_number_and_the_loss_of_chance(tmp_path, monkeypatch, loss, bias):
-    """The loss of vectors that are all the same; sigmoid's best bias says how many pairs are right."""
+def test_loss_curve_shows_chance(tmp_path, monkeypatch, loss, bias):
+    """Chance is the loss if all vectors are equal, for sigmoid with the best bias."""
     figures = []
     monkeypatch.setattr(plots.common, "atomic_save", lambda path, save: figures.append(save.__self__))
     (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 1, "loss": 2.5}\n')
@@ -575,56 +559,67 @@ def test_the_curve_has_name_number_and_the_loss_of_chance(tmp_path, monkeypatch,
     "--loss sigmoid --text-projection whiten+linear --micro-batch 5",
     "--text-projection none --no-pool-first",
     "--columns long.3,raw.0 --patch-dropout 0 --init pytorch"])
-def test_other_losses_projections_and_columns_train(run, small, tmp_path, flags):
-    done = fit(run, small[0], f"--steps 30 {flags}")
+def test_training_with_other_losses_projections_and_columns(run, copied, tmp_path, flags):
+    done = fit(run, copied[0], f"--steps 30 {flags}")
     assert done.returncode == 0, done.stderr
-    log = entries(tmp_path / "out/store")
+    log = log_entries(tmp_path / "out/store")
     assert log[-1]["loss"] < log[0]["loss"]
     columns = ["raw.0", "long.3"] if "--columns" in flags else flame.FACET_COLUMNS
     assert flame.load(tmp_path / "out/store").config["columns"] == columns
 
 
-def test_learning_rate_warms_up_and_falls_to_zero():
+def test_learning_rate_warms_up_and_decays_to_zero():
     rates = [train.learning_rate(step, dict(lr=2.0, warmup=4, steps=24)) for step in (0, 1, 2, 3, 14, 24)]
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.0, 0.0], abs=1e-9)
 
 
-def test_weight_decay_spares_vectors_and_scale(store):
+def test_weight_decay_applies_to_matrices_only(store):
     s = settings_for(width=32, layers=1, heads=2, projector_hidden=24)
-    model, optimizer = train.build(store, EVERY, s, torch.device("cpu"), fit=False)
+    model, optimizer = train.build(store, ALL_COLUMNS, s, torch.device("cpu"), fit=False)
     shapes = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]]
               for group in optimizer.param_groups}
-    decayed, spared = shapes[0.5], shapes[0]
-    assert len(decayed) + len(spared) == len(list(model.parameters()))
-    assert (5, 32) in decayed  # the position table is decayed
-    assert all(len(shape) >= 2 for shape in decayed) and all(len(shape) < 2 for shape in spared)
-    assert spared.count(()) == 2  # scale and bias
+    decayed, others = shapes[0.5], shapes[0]
+    assert len(decayed) + len(others) == len(list(model.parameters()))
+    assert (5, 32) in decayed  # the position embeddings
+    assert all(len(shape) >= 2 for shape in decayed) and all(len(shape) < 2 for shape in others)
+    assert others.count(()) == 2  # scale and bias
 
 
-@pytest.mark.parametrize("few, preset", [(25, "demo"), (24, "cc3m")])
-def test_the_preset_fits_the_number_of_images(world, monkeypatch, few, preset):
-    monkeypatch.setattr(train, "SMALL_DATASET", few)
-    args, s = train.parse_arguments(["--embeddings", str(world / "store")])
+@pytest.mark.parametrize("limit, preset", [(25, "demo"), (24, "cc3m")])
+def test_default_preset_depends_on_number_of_images(dataset, monkeypatch, limit, preset):
+    monkeypatch.setattr(train, "SMALL_DATASET", limit)
+    args, s = train.parse_arguments(["--embeddings", str(dataset / "store")])
     assert args.preset == preset and s["width"] == {"demo": 192, "cc3m": 768}[preset]
 
 
-# --- towers that exist
+# --- initial weights
 
-def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
-    """With its sizes, whatever the preset's; --lock-image leaves it as it is in the first steps."""
+def test_new_model_has_default_weights_of_pytorch():
+    torch.manual_seed(0)
+    model = flame.Flame(TOWER | projection.text_config("none", 24, []))
+    expected = torch.nn.MultiheadAttention(32, 2).in_proj_weight  # Xavier uniform
+    for block in model.visual.transformer.resblocks:
+        weight = block.attn.in_proj_weight
+        assert weight.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.01)
+        assert weight.std().item() == pytest.approx(expected.std().item(), rel=0.05)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_training_starts_from_open_clip_image_tower(run, copied, tmp_path):
+    """Its sizes override the preset's. --lock-image freezes it during the first steps."""
     theirs = open_clip.transformer.VisionTransformer(24, 8, 128, 2, 2, 4, output_dim=16).state_dict()
     tensors = {f"visual.{name}": x for name, x in theirs.items()} | {"text_projection": torch.zeros(3)}
     save_file(tensors, tmp_path / "tower.safetensors")
 
     def start(flags):
         flags = f"--preset demo --batch 12 --workers 0 --steps 2 --image-tower tower.safetensors {flags}"
-        return run("train.py", "--embeddings", small[0], *flags.split())
+        return run("train.py", "--embeddings", copied[0], *flags.split())
 
-    train.stop_requested.append(True)  # stops after the first step; it resumes although AdamW has no moments
+    train.stop_requested.append(True)  # stops after the first step, without moments of AdamW
     assert start("--lock-image 2 --name locked").returncode == 143
     train.stop_requested.clear()
     assert start("--lock-image 2 --name locked").returncode == 0
-    assert [entry["step"] for entry in entries(tmp_path / "out/locked")] == [0, 1]
+    assert [entry["step"] for entry in log_entries(tmp_path / "out/locked")] == [0, 1]
     assert "exact GELU; OpenAI's weights need" in start("--lock-image 1 --name free").stdout
     locked, free = (flame.load(tmp_path / "out" / name) for name in ("locked", "free"))
     assert locked.config["width"] == 128 and locked.config["heads"] == 2 and locked.config["image_size"] == 24
@@ -637,72 +632,71 @@ def test_training_starts_from_open_clips_image_tower(run, small, tmp_path):
     torch.testing.assert_close(mlp.gelu(free.visual.conv1.weight),
                                open_clip.transformer.QuickGELU()(free.visual.conv1.weight))
     os.mkfifo(tmp_path / "pipe.safetensors")
-    one_line(start("--name pipe --image-tower pipe.safetensors"), "pipe.safetensors: not a regular file")
+    assert_error(start("--name pipe --image-tower pipe.safetensors"), "pipe.safetensors: not a regular file")
     refused = {"int8": {name: x.to(torch.int8) for name, x in tensors.items()},
                "no blocks": {name: x for name, x in tensors.items() if "resblocks" not in name},
                "width 40": tensors | {"visual.conv1.weight": torch.zeros(40, 3, 8, 8)}}
     for name, wrong in refused.items():
         save_file(wrong, tmp_path / "tower.safetensors")
-        one_line(start(f"--name {name.split()[-1]}"), "tower.safetensors: not a floating-point ViT")
+        assert_error(start(f"--name {name.split()[-1]}"), "tower.safetensors: not a floating-point ViT")
 
 
-def test_a_tower_that_was_locked_warms_up_when_it_is_free(store):
+def test_locked_tower_warms_up_when_unlocked(store):
     s = settings_for(lock_image=10, warmup=4, steps=40, lr=2.0, **TOWER)
-    model, optimizer = train.build(store, EVERY, s, torch.device("cpu"), fit=False)
-    towers = [set(group["params"]) <= set(model.visual.parameters()) for group in optimizer.param_groups]
-    assert [group["start"] for group in optimizer.param_groups] == [10 * tower for tower in towers]
-    assert sorted(towers) == [False, False, True, True]
+    model, optimizer = train.build(store, ALL_COLUMNS, s, torch.device("cpu"), fit=False)
+    visual = [set(group["params"]) <= set(model.visual.parameters()) for group in optimizer.param_groups]
+    assert [group["start"] for group in optimizer.param_groups] == [10 * locked for locked in visual]
+    assert sorted(visual) == [False, False, True, True]
     rates = [train.learning_rate(step, s, 10) / train.learning_rate(step, s) for step in (10, 11, 13, 30)]
     assert rates == pytest.approx([0.25, 0.5, 1, 1])
 
 
-# --- interrupted, and gone on with
+# --- interrupting and resuming
 
-def interrupted(command, folder, name, lines, end):
-    """Starts a run in its own process group, ends it by end(pid) once its log has so many lines; -> what it
-    said, and which processes are left."""
+def interrupt(command, folder, name, lines, kill):
+    """Run a command until its log has this many lines, then kill(pid). Return (the process, pids left)."""
     process = subprocess.Popen([*map(str, command)], cwd=folder, text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = folder / "out" / name / "log.jsonl"
     while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
         time.sleep(0.01)
-    end(process.pid)
+    kill(process.pid)
     out, err = process.communicate(timeout=600)
     left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
     return subprocess.CompletedProcess(command, process.returncode, out, err), left
 
 
-def test_a_run_that_was_stopped_and_then_killed_goes_on_as_if_nothing_had_been(run, small, tmp_path):
-    """SIGTERM as a cluster sends it, to loader processes too: they must not die before the rank has saved."""
+def test_run_resumes_to_same_bytes_after_sigterm_and_sigkill(run, copied, tmp_path):
+    """A cluster sends SIGTERM to loader processes too; these must live until the rank has saved."""
     flags = "--steps 120 --checkpoint-every 20 --micro-batch 7"
-    assert fit(run, small[0], f"{flags} --name whole").returncode == 0
-    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL, *flags.split()]
-    command += ["--workers", "1", "--name", "part"]  # nor does a loader process change anything
+    assert fit(run, copied[0], f"{flags} --name whole").returncode == 0
+    command = [sys.executable, train.__file__, "--embeddings", copied[0], *SMALL, *flags.split()]
+    command += ["--workers", "1", "--name", "part"]  # a loader process gives the same batches
     folder = tmp_path / "out" / "part"
 
-    def ended(lines, sent):
-        done, left = interrupted(command, tmp_path, "part", lines, lambda pid: os.killpg(pid, sent))
+    def interrupt_at(lines, number):
+        done, left = interrupt(command, tmp_path, "part", lines, lambda pid: os.killpg(pid, number))
         return done, left, torch.load(folder / "training.pt", weights_only=True)["step"]
 
-    done, left, stopped = ended(30, signal.SIGTERM)
+    done, left, stopped = interrupt_at(30, signal.SIGTERM)
     assert done.returncode == 143 and "run the same command to resume" in done.stdout, done.stderr
-    assert stopped == len(losses(folder)) < 120 and "Traceback" not in done.stderr and not left  # no loader
-    done, _, saved = ended(max(50, stopped + 1), signal.SIGKILL)
+    assert stopped == len(logged_losses(folder)) < 120 and "Traceback" not in done.stderr and not left
+    done, _, saved = interrupt_at(max(50, stopped + 1), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL and stopped <= saved < 120
     assert saved % 20 == 0 or saved == stopped
-    done = fit(run, small[0], f"{flags} --name part")
+    done = fit(run, copied[0], f"{flags} --name part")
     assert done.returncode == 0 and f"from step {saved}" in done.stdout, done.stderr
-    assert losses(folder) == losses(tmp_path / "out/whole")
+    assert logged_losses(folder) == logged_losses(tmp_path / "out/whole")
     assert weights(folder) == weights(tmp_path / "out/whole")
 
 
-def test_torchrun_learns_the_same_and_under_slurm_it_goes_on(run, small, tmp_path):
-    """After SIGTERM, by the script of data/README.md: srun and scontrol are stand-ins, two nodes are here."""
-    flags = ["--embeddings", small[0], *SMALL, "--steps", "40", "--workers", "1", "--name"]
+def test_torchrun_equals_one_process_and_resumes_under_slurm(run, copied, tmp_path):
+    """Run the script of data/README.md after SIGTERM, with fake srun and scontrol and two local nodes."""
+    flags = ["--embeddings", copied[0], *SMALL, "--steps", "40", "--workers", "1", "--name"]
     assert run("train.py", *flags, "one").returncode == 0
     ranks = [train.__file__, *map(str, flags), "two"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done, _ = interrupted([*launcher, *ranks], tmp_path, "two", 5, lambda pid: os.killpg(pid, signal.SIGTERM))
+    done, _ = interrupt([*launcher, *ranks], tmp_path, "two", 5, lambda pid: os.killpg(pid, signal.SIGTERM))
     assert "run the same command to resume" in done.stdout, done.stderr
     text = (Path(train.__file__).parent / "data/README.md").read_text("utf-8")
     script = text.partition("as `flame.sbatch`:\n\n```bash\n")[2].partition("```")[0]
@@ -719,80 +713,79 @@ def test_torchrun_learns_the_same_and_under_slurm_it_goes_on(run, small, tmp_pat
                           timeout=300, env=os.environ | slurm)
     assert done.returncode == 0 and "-> out/two, 2 ranks" in done.stdout, done.stderr
     assert "Warning" not in done.stderr and done.stdout.count("24 images") == 1, done.stderr
-    one, two = (entries(tmp_path / "out" / name) for name in ("one", "two"))
+    one, two = (log_entries(tmp_path / "out" / name) for name in ("one", "two"))
     assert [e["step"] for e in two] == list(range(40))
     assert [e["loss"] for e in two[:20]] == pytest.approx([e["loss"] for e in one[:20]], rel=0.01)  # bfloat16
-    a, b = (dict(flame.load(tmp_path / "out" / name).text_projection.named_buffers())
-            for name in ("one", "two"))
-    assert all(a[name].equal(b[name]) for name in a)  # the closed form: fitted by one rank, the same in all
+    a, b = (dict(flame.load(tmp_path / "out" / n).text_projection.named_buffers()) for n in ("one", "two"))
+    assert all(a[name].equal(b[name]) for name in a)  # the closed form, fitted by rank 0
 
 
-def test_without_a_shared_disk_each_rank_says_so(small, byte_llm, tmp_path):
-    """Two folders in the place of two nodes' disks."""
-    for stage, flags in {"embed.py": ["--captions", small[0] / "captions.tsv", "--llm", byte_llm],
-                         "train.py": ["--embeddings", small[0], *SMALL]}.items():
+def test_missing_shared_disk_is_reported_on_each_rank(copied, byte_llm, tmp_path):
+    """Two folders simulate the disks of two nodes."""
+    for stage, flags in {"embed.py": ["--captions", copied[0] / "captions.tsv", "--llm", byte_llm],
+                         "train.py": ["--embeddings", copied[0], *SMALL]}.items():
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+            group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
         nodes = []
         for rank in "01":
             (tmp_path / rank).mkdir(exist_ok=True)
             command = [sys.executable, Path(train.__file__).with_name(stage), *flags]
             nodes.append(subprocess.Popen(command, cwd=tmp_path / rank, stderr=subprocess.PIPE, text=True,
-                                          env=os.environ | meet | {"RANK": rank}))
+                                          env=os.environ | group | {"RANK": rank}))
         for node in nodes:
             assert "not visible to every rank" in node.communicate()[1].splitlines()[-1]
             assert node.returncode == 2
 
 
-def test_a_finished_or_another_run_is_not_overwritten(run, small, tmp_path):
-    store, colors = small
+def test_finished_or_different_run_is_not_overwritten(run, copied, tmp_path):
+    store, colors = copied
     flags = "--steps 2 --name store"
     assert fit(run, store, flags).returncode == 0
     folder = tmp_path / "out/store"
     trained = weights(folder)
     assert "already finished" in fit(run, store, f"{flags} --workers 1 --micro-batch 3").stdout
-    one_line(fit(run, store, f"{flags} --lr 0.5"), "out/store", "lr 0.001, now it is 0.5", "--overwrite")
-    one_line(fit(run, store, f"{flags} --steps 3"), "out/store", "steps 2, now it is 3", "--overwrite")
+    assert_error(fit(run, store, f"{flags} --lr 0.5"), "out/store", "lr 0.001, now it is 0.5", "--overwrite")
+    assert_error(fit(run, store, f"{flags} --steps 3"), "out/store", "steps 2, now it is 3", "--overwrite")
     other = make_store(tmp_path / "data" / "other", colors, llm="another")
-    one_line(fit(run, other, flags), "out/store", "another store")
+    assert_error(fit(run, other, flags), "out/store", "another store")
     assert weights(folder) == trained
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"step": 1}))
-    assert "no steps left" in fit(run, store, flags).stdout  # killed within the last checkpoint
+    assert "no steps left" in fit(run, store, flags).stdout  # as if killed while writing the last checkpoint
     assert json.loads((folder / "config.json").read_text()) == config and weights(folder) == trained
-    (folder / "model.safetensors").write_bytes(b"damaged")
-    one_line(fit(run, store, flags), "out/store/model.safetensors", "train or download it again")
+    (folder / "model.safetensors").write_bytes(b"corrupt")
+    assert_error(fit(run, store, flags), "out/store/model.safetensors", "train or download it again")
     assert fit(run, store, f"{flags} --lr 0.5 --overwrite").returncode == 0
-    assert weights(folder) != trained and len(losses(folder)) == 2
-    for name in ("training.pt", "model.safetensors"):  # somebody else's
+    assert weights(folder) != trained and len(logged_losses(folder)) == 2
+    for name in ("training.pt", "model.safetensors"):  # not written by train.py
         theirs = tmp_path / "out" / name.split(".")[0]
         theirs.mkdir()
         (theirs / name).write_bytes(b"theirs")
-        one_line(fit(run, store, f"{flags} --name {theirs.name}"), name, "not written by train.py")
+        assert_error(fit(run, store, f"{flags} --name {theirs.name}"), name, "not written by train.py")
         assert [path.read_bytes() for path in theirs.iterdir()] == [b"theirs"]
 
 
-def test_a_run_does_not_go_on_with_as_many_others(run, small, tmp_path):
-    """Pictures, found by key."""
-    for n, folder in enumerate(("but-the-last", "but-the-first")):
-        for key in [*small[1]][n:n + 23]:
+def test_run_is_not_resumed_with_other_images(run, copied, tmp_path):
+    """Both folders have 23 images, found by key."""
+    for n, folder in enumerate(("without-last", "without-first")):
+        for key in [*copied[1]][n:n + 23]:
             (tmp_path / folder / "deeper").mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / f"data/{key}.png", tmp_path / folder / "deeper")
-        done = fit(run, small[0], f"--steps 1 --images {folder}")
-    one_line(done, "was trained with rows_crc32")
+        done = fit(run, copied[0], f"--steps 1 --images {folder}")
+    assert_error(done, "was trained with rows_crc32")
 
 
-def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path, monkeypatch):
+def test_concurrent_run_in_same_folder_is_refused(run, copied, tmp_path, monkeypatch):
     with common.locked_folder(tmp_path / "out/store"):
-        one_line(fit(run, small[0]), "out/store: another process is writing to this folder")
-        with monkeypatch.context() as late:  # opened the lock, and got it when its holder had left
-            late.setattr(common.fcntl, "flock", lambda lock, how: os.unlink(lock.name))
+        assert_error(fit(run, copied[0]), "out/store: another process is writing to this folder")
+        with monkeypatch.context() as patch:  # the last holder deletes the lock file before we get the lock
+            patch.setattr(common.fcntl, "flock", lambda lock, how: os.unlink(lock.name))
             with (pytest.raises(flame.InputError, match="another process"),
                   common.locked_folder(tmp_path / "out/late")):
                 pass
-    assert fit(run, small[0], "--steps 2").returncode == 0  # the lock is nobody's any more
-    with common.atomic_write(tmp_path / "one.json") as temporary:  # nor do two that score write the same file
+    assert fit(run, copied[0], "--steps 2").returncode == 0  # the lock was released
+    with common.atomic_write(tmp_path / "one.json") as temporary:  # two processes write the same file
         temporary.write_text("first")
         monkeypatch.setattr(os, "getpid", os.getppid)
         common.write_text(tmp_path / "one.json", "second")
@@ -801,44 +794,41 @@ def test_two_runs_at_once_on_one_folder_are_refused(run, small, tmp_path, monkey
 
 @pytest.mark.parametrize("environment", [
     "SLURM_NTASKS=8", "WORLD_SIZE=2", "RANK=x WORLD_SIZE=2", "RANK=-1", "RANK=1", "WORLD_SIZE=x"])
-def test_processes_that_know_nothing_of_one_another_are_refused(run, small, tmp_path, monkeypatch, capfd,
-                                                                 environment):
+def test_processes_without_group_are_refused(run, copied, tmp_path, monkeypatch, capfd, environment):
     for setting in environment.split():
         monkeypatch.setenv(*setting.split("="))
-    one_line(fit(run, small[0], "--steps 2"), "RANK, WORLD_SIZE", "torchrun")
+    assert_error(fit(run, copied[0], "--steps 2"), "RANK, WORLD_SIZE", "torchrun")
     assert embed.main(["--captions", "c.tsv"]) == 2 and "torchrun" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_one_caption_has_nothing_to_agree_with(run, small, tmp_path):
-    """Then whitening is taken; of two trained sets the agreement knows nothing of the third."""
-    done = fit(run, small[0], "--steps 1 --text-projection agree+linear")
+def test_agreement_of_single_captions_falls_back_to_whitening(run, copied, tmp_path):
+    """Only the prompt sets of trained columns count."""
+    done = fit(run, copied[0], "--steps 1 --text-projection agree+linear")
     assert "text projection: whiten" in done.stdout
     config = json.loads((tmp_path / "out/store/config.json").read_text())
     assert config["training"]["text_projection"] == "whiten+linear"
-    table = small[0] / "captions.tsv"
+    table = copied[0] / "captions.tsv"
     table.write_text(table.read_text().replace("A thing.\tA thing.\tA", "A thing.\tIt.\tA long"))
     flags = "--steps 1 --text-projection agree --name"
-    assert "whiten" not in fit(run, small[0], f"{flags} agree").stdout
-    assert "whiten instead of agree" in fit(run, small[0], f"{flags} one --columns long.0,long.1").stdout
+    assert "whiten" not in fit(run, copied[0], f"{flags} agree").stdout
+    assert "whiten instead of agree" in fit(run, copied[0], f"{flags} one --columns long.0,long.1").stdout
 
 
-def test_the_text_projection_is_fitted_on_what_is_trained(run, small, tmp_path):
-    """Rows without a picture, as of a split kept apart, have no part in it."""
-    table = small[0] / "captions.tsv"
+def test_text_projection_is_fitted_on_rows_with_images(run, copied, tmp_path):
+    table = copied[0] / "captions.tsv"
     table.write_text(table.read_text().replace("p022.png", "").replace("p023.png", ""))
-    assert fit(run, small[0], "--steps 1 --text-projection whiten").returncode == 0
-    units = flame.open_store(small[0]).read(range(22), EVERY)
+    assert fit(run, copied[0], "--steps 1 --text-projection whiten").returncode == 0
+    units = flame.open_store(copied[0]).read(range(22), ALL_COLUMNS)
     torch.testing.assert_close(flame.load(tmp_path / "out/store").text_projection.mean, units.mean(0))
 
 
-def test_agreement_is_of_the_columns_that_are_trained(long_store, tmp_path):
-    """Whatever the others hold."""
+def test_agreement_depends_on_trained_columns_only(long_store, tmp_path):
     maps = []
     columns = [1, 2, 5]
-    others = [c for c in EVERY if c not in columns]
-    x = long_store.read(range(96), EVERY).numpy()
-    for name in ("whole", "damaged"):
+    others = [c for c in ALL_COLUMNS if c not in columns]
+    x = long_store.read(range(96), ALL_COLUMNS).numpy()
+    for name in ("original", "changed"):
         text = flame.TextProjection(24, 24)
         store = flame.open_store(write_store(tmp_path / name, long_store.keys, x))
         projection.fit_text_projection(text, store, "agree", columns)
@@ -848,12 +838,12 @@ def test_agreement_is_of_the_columns_that_are_trained(long_store, tmp_path):
     assert maps[0]["mean"][columns].any(1).all() and not maps[0]["mean"][[0, 3]].any()
 
 
-# --- pictures that cannot be read, losses that are no numbers
+# --- unreadable images, killed loaders, NaN
 
-def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, monkeypatch):
-    """A batch without a readable one is no step of the optimizer; the run goes on, and ends."""
+def test_unreadable_images_are_skipped_and_counted_once(run, copied, tmp_path, monkeypatch):
+    """A batch without readable images does not update the weights; the run continues to its last step."""
     bad = ["p003", "p004", "p005", "p006", "p007", "p008", "p009"]
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")  # in place of Ghostscript
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")  # instead of Ghostscript
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     for key, damage in zip(bad, ("cut", "script", "pipe", "missing", "uint16", "int32", "float32")):
@@ -864,11 +854,11 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, 
             path.write_bytes(start if damage == "cut" else b"%!PS-Adobe-3.0\n%%BoundingBox: 0 0 9 9\n{} loop")
         elif damage == "pipe":
             os.mkfifo(path)
-        elif damage != "missing":  # which PIL would make white
+        elif damage != "missing":  # PIL would clip these to white
             wide = Image.fromarray(np.arange(768, dtype=damage).reshape(24, 32) * 80)
             wide.save(path, "PNG" if damage == "uint16" else "TIFF")
     for name, batch, steps in (("store", 12, 6), ("single", 1, 48)):  # three epochs, two
-        done = fit(run, small[0], f"--batch {batch} --steps {steps} --checkpoint-every 4 --name {name}")
+        done = fit(run, copied[0], f"--batch {batch} --steps {steps} --checkpoint-every 4 --name {name}")
         assert done.returncode == 0 and "skipped 7 unreadable images" in done.stderr, done.stderr
         out = tmp_path / "out" / name
         skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
@@ -876,32 +866,32 @@ def test_unreadable_pictures_are_skipped_and_counted_once(run, small, tmp_path, 
         for key in bad[-3:]:
             assert "ValueError" in skipped[key]
             with Image.open(tmp_path / "data" / f"{key}.png") as wide, pytest.raises(ValueError):
-                flame.load(out).preprocess(wide)  # to be scored
-        assert len(entries(out)) == (steps if batch > 1 else 2 * 17)
+                flame.load(out).preprocess(wide)  # in evaluation
+        assert len(log_entries(out)) == (steps if batch > 1 else 2 * 17)
         adamw = torch.load(out / "training.pt", weights_only=True)["optimizer"]["state"]
-        assert adamw[0]["step"] == len(entries(out))
+        assert adamw[0]["step"] == len(log_entries(out))
         assert json.loads((out / "config.json").read_text())["step"] == steps
-    with monkeypatch.context() as stopped:  # right after one, and gone on with
-        stopped.setattr(train, "log_skipped", lambda out, failed, listed: train.stop_requested.extend(failed))
-        assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 143
+    with monkeypatch.context() as patch:  # stop after the first unreadable image, and resume
+        patch.setattr(train, "log_skipped", lambda out, failed, listed: train.stop_requested.extend(failed))
+        assert fit(run, copied[0], "--batch 1 --steps 48 --name part").returncode == 143
     train.stop_requested.clear()
-    assert fit(run, small[0], "--batch 1 --steps 48 --name part").returncode == 0
+    assert fit(run, copied[0], "--batch 1 --steps 48 --name part").returncode == 0
     assert weights(tmp_path / "out/part") == weights(tmp_path / "out/single")
-    for key in small[1]:
+    for key in copied[1]:
         (tmp_path / "data" / f"{key}.png").unlink(missing_ok=True)
-    (tmp_path / "data" / "p000.png").write_text("not a picture")
-    one_line(fit(run, small[0], "--steps 3 --name bad"), "no image of the first 3 steps could be read",
-             "--images")
+    (tmp_path / "data" / "p000.png").write_text("not an image")
+    done = fit(run, copied[0], "--steps 3 --name bad")
+    assert_error(done, "no image of the first 3 steps could be read", "--images")
     assert not (tmp_path / "out/bad").exists()
 
 
-@pytest.mark.parametrize("damage, cure", [("cut", "000000.npy"), ("killed", "lower --workers")])
-def test_what_ends_a_loader_ends_the_run_in_one_line(small, tmp_path, damage, cure):
-    """Loaders outlive SIGTERM, by which Python would end them and then wait."""
+@pytest.mark.parametrize("damage, message", [("cut", "000000.npy"), ("killed", "lower --workers")])
+def test_error_in_loader_ends_run_with_one_line(copied, tmp_path, damage, message):
+    """Loaders ignore SIGTERM, with which Python would end them and then wait."""
     if damage == "cut":
-        window = small[0] / "000000.npy"
-        window.write_bytes(window.read_bytes()[:-9])
-    command = [sys.executable, train.__file__, "--embeddings", small[0], *SMALL,
+        shard = copied[0] / "000000.npy"
+        shard.write_bytes(shard.read_bytes()[:-9])
+    command = [sys.executable, train.__file__, "--embeddings", copied[0], *SMALL,
                *"--workers 1 --steps 1000000 --text-projection none".split()]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         if damage == "killed":
@@ -910,21 +900,21 @@ def test_what_ends_a_loader_ends_the_run_in_one_line(small, tmp_path, damage, cu
             for loader in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
                 os.kill(int(loader), signal.SIGKILL)
         _, error = process.communicate(timeout=120)
-    one_line(subprocess.CompletedProcess(command, process.returncode, "", error), cure)
+    assert_error(subprocess.CompletedProcess(command, process.returncode, "", error), message)
 
 
-def test_nan_stops_the_run_and_keeps_the_last_checkpoint(run, small, tmp_path):
-    store = flame.open_store(small[0])
-    x = store.read(range(24), EVERY).numpy()
+def test_nan_loss_stops_run_and_keeps_last_checkpoint(run, copied, tmp_path):
+    store = flame.open_store(copied[0])
+    x = store.read(range(24), ALL_COLUMNS).numpy()
     x[7] = np.nan
-    write_store(small[0], store.keys, x)
-    batches = batches_of(flame.open_store(small[0]), batch=4)
+    write_store(copied[0], store.keys, x)
+    batches = batches_of(flame.open_store(copied[0]), batch=4)
     at = next(step for step in range(6) if 7 in batches.indices(step))
-    done = fit(run, small[0], "--batch 4 --steps 9 --text-projection none --checkpoint-every 1")
-    one_line(done, f"the loss is nan at step {at}; the last checkpoint is kept")
+    done = fit(run, copied[0], "--batch 4 --steps 9 --text-projection none --checkpoint-every 1")
+    assert_error(done, f"the loss is nan at step {at}; the last checkpoint is kept")
     saved = torch.load(tmp_path / "out/store/training.pt", weights_only=True)
     assert saved["step"] == at > 0 and all(x.isfinite().all() for x in saved["model"].values())
 
 
 if __name__ == "__main__":
-    one_of_two_ranks(Path(sys.argv[1]))
+    run_rank(Path(sys.argv[1]))
