@@ -27,8 +27,9 @@ from torch.nn.functional import normalize
 
 import flame
 from data import common
-from data.captions import hash_sources, read_table, source_name, unpack_parquet, write_table
+from data.captions import hash_sources, read_table, source_name, split_column, write_table
 from data.common import Parser, barrier, init_distributed, number, print0, progress_bar, rank, world_size
+from data.images import find_images, report_images, unpack_parquet
 from data.show import look
 from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
@@ -46,14 +47,18 @@ def embed(args):
     encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.mask))
 
     def make_table(path):
-        write_table(path, args.captions, args.join)
+        made = write_table(path, args.captions, args.join, dict(args.field))
+        if not made.unpacked:
+            check_images(args, path, out / "images.npz", args.images, made.spans, made.numbered)
         check_encoder(encoder(), [row.long for row in read_table(path, max_rows=1000)])
+        return {"images": args.images and os.path.abspath(args.images), "numbered": made.numbered}
 
     with common.output_folder(out):
         if rank() == 0:
             begin_store(out, store_settings(args), make_table, args.overwrite)
-            unpack_parquet(args.captions, out / "images")
-        barrier(out / "meta.json")
+            if not args.no_images and unpack_parquet(args.captions, out / "images"):
+                check_images(args, out / "captions.tsv", out / "images.npz", out / "images")
+        barrier(out / "meta.json")  # all ranks must see it
         part, parts = args.part
         meta = read_json(out / "meta.json")
         shards = [i for i in missing_shards(out, meta) if i % parts == part]
@@ -79,7 +84,7 @@ def store_settings(args):
         },
         "captions": {
             "path": os.path.abspath(args.captions),
-            "sha256": hash_sources([("", args.captions), *args.join]),
+            "sha256": hash_sources([("", args.captions, " ".join(map("=".join, args.field))), *args.join]),
         },
         "columns": FACET_COLUMNS,
         "D": flame.llm_config(args.llm)["hidden_size"],
@@ -88,6 +93,16 @@ def store_settings(args):
         "max_tokens": flame.MAX_TOKENS[args.device.type],
         "shard_size": args.shard_size or SHARD_SIZE[args.device.type],
     }
+
+
+def check_images(args, table, index, folder, spans=None, numbered=False):
+    """Look for the images, unless --no-images is given, because training needs them. Raises InputError if
+    there are none. The arguments are those of find_images.
+    """
+    if not args.no_images:
+        keys, images = zip(*((row.key, row.image) for row in read_table(table)))
+        found = find_images(keys, images, args.captions, folder, index, spans, table if numbered else None)
+        report_images(len(keys), found)
 
 
 def check_encoder(encoder, captions):
@@ -107,7 +122,7 @@ def embed_shards(out, meta, encoder, missing):
     shards = missing[rank()::world_size()]
     n_rows = sum(min(meta["shard_size"], meta["N"] - i * meta["shard_size"]) for i in shards)
     size = 2e-9 * meta["N"] * len(FACET_COLUMNS) * meta["D"]
-    print0(f"{out}: {size:.2g} GB; computing {len(missing)} of {len(meta['shard_starts'])} shards of "
+    print0(f"{out}: {size:.2f} GB; computing {len(missing)} of {len(meta['shard_starts'])} shards of "
            f"{meta['shard_size']} rows; layer {encoder.layer}, {meta['dtype']} on {world_size()} x "
            f"{meta['device']}, {encoder.kernels}")
     batches = shard_batches(out, meta, shards, encoder)
@@ -131,7 +146,7 @@ def embed_shards(out, meta, encoder, missing):
         if writing:
             writing.result()
     if encoder.truncated:
-        print0(f"{encoder.truncated} captions of this rank were truncated to the context length")
+        print0(f"{encoder.truncated} captions (of rank 0) were truncated to the context length")
 
 
 def shard_batches(out, meta, shards, encoder):
@@ -209,9 +224,10 @@ def shard_file(out, i):
 def begin_store(out, settings, make_table, overwrite):
     """Write captions.tsv and meta.json if they don't exist yet.
 
-    make_table(path) writes the table and checks everything that can be checked before the LLM runs. With
-    overwrite, an old store is deleted only after that. Raises InputError if an old store was made with other
-    settings (without overwrite), or if there is a captions.tsv or a shard without meta.json.
+    make_table(path) writes the table, checks everything that can be checked before the LLM runs, and returns
+    what meta.json records about the captions. With overwrite, an old store is deleted only after that. Raises
+    InputError if an old store was made with other settings (without overwrite), or if there is a captions.tsv
+    or a shard without meta.json.
     """
     meta = out / "meta.json"
     table = out / "captions.tsv"
@@ -228,7 +244,7 @@ def begin_store(out, settings, make_table, overwrite):
                     raise ValueError("not the table that meta.json records")
             return
     with common.atomic_write(table) as temporary:
-        make_table(temporary)
+        made = make_table(temporary)
         N, starts = shard_offsets(temporary, settings["shard_size"])
         if begun and overwrite:
             shutil.rmtree(out / "images", ignore_errors=True)
@@ -236,7 +252,8 @@ def begin_store(out, settings, make_table, overwrite):
                 path.unlink(missing_ok=True)
         elif meta.exists():  # written by another run since
             check_settings(out, settings)
-        common.write_json(meta, settings | {"N": N, "shard_starts": starts})
+        captions = settings["captions"] | made
+        common.write_json(meta, settings | {"captions": captions, "N": N, "shard_starts": starts})
 
 
 def check_settings(out, settings):
@@ -282,11 +299,18 @@ def part(text):
     return i, n
 
 
-def parse_join(text):
-    name, _, file = text.partition("=")
-    if name not in PROMPTS or not file:
+def join(text):
+    name, _, source = text.partition("=")
+    if name not in PROMPTS or not source:
         raise ValueError
-    return name, file
+    return name, *split_column(source)
+
+
+def field(text):
+    name, _, column = text.partition("=")
+    if name not in ("key", "image", "url", *PROMPTS) or not column:
+        raise ValueError
+    return name, column
 
 
 def build_parser():
@@ -295,8 +319,12 @@ def build_parser():
     add("--captions", metavar="FILE",
         help="TSV or CSV with columns among `key image raw short long`, Conceptual Captions TSV, JSON(L), "
         "Parquet, tars, or a folder of tars, Parquet or images; several files as x-{000..123}.tar or x-*.tsv")
-    add("--join", metavar="SET=FILE[:COLUMN]", type=parse_join, nargs="+", action="extend", default=[],
-        help="captions of a prompt set from another file, joined by key or URL: long=long.parquet")
+    add("--field", metavar="FIELD=COLUMN", type=field, nargs="+", action="extend", default=[],
+        help="take key, image, url, raw, short or long from this column: long=description")
+    add("--join", metavar="SET=FILE[:COLUMN]", type=join, nargs="+", action="extend", default=[],
+        help="captions of a prompt set from another file, joined by URL, uid or key: long=long.parquet")
+    add("--images", metavar="DIR", help="root of images or tars (default: see data/README.md)")
+    add("--no-images", action="store_true", help="don't look for the images of the captions")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", Path(__file__).parent / "data/demo/llm"),
         help="Hugging Face folder or Hub id (default: $FLAME_LLM, or data/demo/llm)")
     add("--out", metavar="DIR",

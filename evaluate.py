@@ -136,7 +136,7 @@ def ablate_facets(facets, trained, examples):
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Bootstrap intervals. A metric is a mean of hits. Its 95% interval comes from 1,000 resamples, the same
-# for all metrics with as many groups. Queries that fail together, such as captions of one image, form a
+# for metrics with equally many groups. Queries that fail together, such as captions of one image, form a
 # group.
 
 SEED = 0
@@ -144,14 +144,14 @@ RESAMPLES = 1000
 
 
 class Metric(NamedTuple):
-    """F percentages with one name, such as Recall@1, 5 and 10."""
+    """F percentages, such as Recall@1, 5 and 10 of one direction."""
     samples: np.ndarray      # [1 + RESAMPLES, F], from bootstrap()
     hits: np.ndarray = None  # [Q, F], per query, or None for an average of metrics
 
 
 @np.errstate(invalid="ignore")  # a resample without any query is NaN
 def bootstrap(hits, groups, n_groups):
-    """Return percentages [1 + RESAMPLES, F]: the mean of hits [Q, F], then its mean in each resample.
+    """Return percentages [1 + RESAMPLES, F]: the mean of hits [Q, F], then that of each resample.
 
     hits: bool or fractions. groups: int [Q], below n_groups. Results with the same n_groups use the same
     resamples, so rows can be averaged and subtracted; the interval of a difference is then a paired one.
@@ -175,7 +175,7 @@ def average_metrics(results):
     """Return {name: Metric}, the mean over results of each metric, resample by resample.
 
     The interval is right if the results are on the same images (they share resamples, which keeps their
-    correlation) or on unrelated ones (whose order is arbitrary, so none is added).
+    correlation) or on unrelated ones (in arbitrary order: no correlation).
     """
     results = list(results)
     return {name: Metric(np.mean([result[name].samples for result in results], axis=0))
@@ -223,8 +223,8 @@ def compare(*paths):
             results.append(dict(arrays))
     first, second = results
     if first.pop("queries") != second.pop("queries"):
-        raise InputError("{} and {}: their queries differ; evaluate both on the same texts".format(*paths))
-    print("{:36}{!s:26}{!s:26}difference".format("R@1 or accuracy", *paths))
+        raise InputError("{} and {}: their queries differ; evaluate both on the same data".format(*paths))
+    print("{:36}{!s:26}{!s:26}first - second".format("R@1 or accuracy", *paths))
     for name, samples in first.items():
         if "hits of" not in name and name in second:  # skip what only one has
             rows = samples, second[name], samples - second[name]
@@ -238,7 +238,7 @@ def compare(*paths):
 # score_demo.
 
 def merge_languages(results):
-    """Return the only result of {language: result}, or the mean of several with the single ones under it."""
+    """Return the only result of {language: result}, or the mean of several, and these as "languages"."""
     if len(results) == 1:
         return next(iter(results.values()))
     return average_metrics(results.values()) | {"languages": results}
@@ -263,7 +263,7 @@ def score_captions(encoders, prompts, images, languages):
     for language, (texts, image_of_text) in languages.items():
         pairs = [(text, row_of[i]) for text, i in zip(texts, image_of_text) if text and i in row_of]
         if len(pairs) < 2:
-            raise InputError(f"{len(pairs)} of {len(texts)} {language} texts have a readable image; at least "
+            raise InputError(f"{len(pairs)} of {len(texts)} {language} texts can be scored; at least "
                              f"2 are needed; {benchmarks.FIX}")
         queries, rows = zip(*pairs)
         text = encode_texts(encoders, queries, prompts)
@@ -295,8 +295,8 @@ def score_classes(encoders, prompts, images, labels, names, templates):
 
 
 def score_demo(encoders, raw, short, long, scenes, captions, objects, names, synonyms):
-    """Score all parts of the demo. raw, short, long: the prompt sets for these captions; the other arguments
-    are described in benchmarks.demo. The parts are
+    """Score all parts of the demo. raw, short, long: the prompt sets for such captions, raw also for names;
+    the other arguments are described in benchmarks.demo. The parts are
 
     long, short, raw   retrieval of scenes by their captions. Raw captions are often equal or fit several
                        scenes; only the scene that they were written for is correct.
@@ -359,7 +359,7 @@ class Benchmark(NamedTuple):
     """How --bench NAME is scored. Its files are read by data/benchmarks.py."""
     score: Callable           # one of the scorers above
     prompts: str = "long"     # prompt sets, unless --prompts is given
-    max_captions: int = None  # captions per image (its first), unless --all-captions is given
+    max_captions: int = None  # only an image's first captions, unless --all-captions is given
     members: tuple = ()       # of a group
 
 
@@ -399,9 +399,9 @@ def build_parser():
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     mode = parser.add_mutually_exclusive_group(required=True).add_argument
     mode("--bench", choices=BENCHMARKS, metavar="NAME", help="benchmark to evaluate on")
-    mode("--captions", type=Path, metavar="FILE", help="evaluate on your own: any file that embed.py reads")
+    mode("--captions", type=Path, metavar="FILE", help="your own images and captions, as embed.py reads them")
     mode("--compare", type=Path, nargs=2, metavar="JSON", help="paired difference of two results")
-    mode("--search", metavar="TEXT", nargs="*", help="rank images by TEXT or an image; default: a web page")
+    mode("--search", metavar="TEXT", nargs="*", help="rank images by TEXT or an image; no TEXT: a web page")
     mode("--vectors", type=Path, metavar="NPY", help="write the embeddings of the images in --images DIR")
     add = parser.add_argument
     add("--top", type=number(int, 1), default=10, metavar="N", help="images per --search query (default: 10)")
@@ -512,7 +512,7 @@ def report(args, name, queries, scores, examples=None):
 
 
 def count_trained(texts, checkpoint):
-    """Return how many of the texts are also training captions, or None if the store cannot be found."""
+    """Return how many of the texts are also training captions, or None without that store."""
     with suppress(Exception):
         record = flame.read_json(Path(checkpoint, "config.json"))["store"]
         store = flame.open_store(record["path"])

@@ -33,9 +33,9 @@ __version__ = "0.2.0"
 __all__ = ["InputError", "PROMPTS", "TextEncoder", "load", "load_tokenizer", "open_store", "similarity"]
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Prompts. Each caption is inserted into K prompts (paper, section 3.2). A prompt asks for an answer "in
-# just one word" and ends with the opening quote of that answer, so the hidden state at the quote has to
-# summarize what was asked (PromptEOL, Jiang et al. 2023). That state is one facet embedding of the caption.
+# 1. Prompts. Each caption is put into a prefix and followed by K facet prompts (paper, section 3.2). A prompt
+# asks for an answer "in just one word" and ends with its opening quote, so the hidden state at the quote has
+# to hold the answer (PromptEOL, Jiang et al. 2023). That state is one facet embedding of the caption.
 
 class PromptSet(NamedTuple):
     prefix: str              # contains "{}", which the caption replaces
@@ -78,7 +78,7 @@ def clean_caption(caption):
 # same trie, without padding. It is a forest because their first tokens may differ.
 
 class Forest(NamedTuple):
-    """A packed row of T tokens, divided into S segments. A segment continues its parent, which precedes it.
+    """A packed row of T tokens, divided into S segments (unbranched runs). A segment continues its parent.
 
     Visibility rule: query q attends to key k if and only if k's segment is q's segment or one of its
     ancestors, and depth(k) <= depth(q). A token's depth is its distance from its root.
@@ -175,10 +175,10 @@ class Kernels(NamedTuple):
 
 @torch.inference_mode()
 def hidden_states(decoder, forest):
-    """Run the decoder over a packed row; return the residual stream at the N last tokens, float32 [N, D].
+    """Run the decoder over a packed row; return the states of the sequences' last tokens, float32 [N, D].
 
-    There is no final norm. The residual stream and the norms are always float32: in SmolLM2, one dimension
-    has 0.8 of a state's norm, and the error of rounding it to bfloat16 would be as large as the other values.
+    A state is the residual stream, without a final norm. It and the norms are always float32: bfloat16 would
+    lose small updates of large values, and in SmolLM2 one dimension has 0.8 of a state's norm.
     """
     heads, kv_heads, head_dim, eps = (decoder.config[name] for name in (
         "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"))
@@ -303,8 +303,8 @@ class TextEncoder:
             specialized in predicting the next token.
         mask: "decoupled" (each facet prompt follows the caption directly) or "causal" (one chain, in which a
             facet prompt also sees the earlier ones).
-        max_tokens: tokens per packed row, before facets share any. A row exceeds it by at most one caption.
-            Default: MAX_TOKENS.
+        max_tokens: tokens per packed row, counted as if facets shared none. A row exceeds it by at most one
+            caption. Default: MAX_TOKENS.
     """
 
     def __init__(self, llm_dir: str | Path, device="cpu", dtype=torch.bfloat16, layer: int | None = None,
@@ -450,11 +450,11 @@ def init_weights(visual, scheme):
 class TextProjection(nn.Module):
     """A linear map per facet column, our addition: unit embeddings u -> normalize((u - mean) A (I + M)).
 
-    Raw embeddings are anisotropic: for one facet, two captions have a mean cosine of 0.9. A reduces that. It
-    is computed in closed form (data/projection.py) and frozen. It is stored as a multiple of the identity
-    plus a low-rank matrix, rest I + basis diag(gain) basis^T: for Nemo (D = 5120) 0.23 GB instead of 1.15 GB
-    for full matrices. M is a full matrix [D, D], trained from zero with the image tower, for the columns in
-    `mapped` only.
+    LLM embeddings are anisotropic: for one facet, two captions have a mean cosine of 0.9. The matrix A
+    reduces that. It is computed in closed form (data/projection.py) and frozen. It is stored as a multiple of
+    the identity plus a low-rank matrix, `rest * I + basis diag(gain) basis^T`: for Nemo (D = 5120) 0.23 GB
+    instead of 1.15 GB for full matrices. M is a full matrix [D, D], trained from zero with the image tower,
+    for the columns in `mapped` only.
     """
 
     def __init__(self, dim, rank=0, mapped=()):
@@ -482,7 +482,7 @@ class TextProjection(nn.Module):
 
 
 class Flame(nn.Module):
-    """Everything that is trained: image tower (visual.*), projector (mm.*, as in the released checkpoints),
+    """All that a checkpoint holds: image tower (visual.*), projector (mm.*, as in the released checkpoints),
     text projection, logit scale and bias.
 
     config: image_size, patch_size, width, layers, heads, quick_gelu; projector_hidden, text_dim (D),
@@ -750,8 +750,8 @@ def open_weights(llm_dir):
 def llm_fingerprint(llm_dir):
     """Return 16 hexadecimal digits that identify an LLM, from a SHA-256.
 
-    It covers config.json, the tokenizer, and the name, header and first 4 KiB of every tensor of each
-    safetensors file: less than a second for 24 GB, and enough to distinguish a fine-tuned model.
+    It covers config.json, the tokenizer, and each safetensors file's name, header and first 4 KiB of
+    every tensor: less than a second for 24 GB, and enough to distinguish a fine-tuned model.
     """
     tokenizer = tokenizer_file(llm_dir)
     settings = [Path(llm_dir, "config.json"), tokenizer]

@@ -7,7 +7,7 @@
 The LLM is not loaded. A step reads a batch of images and, for each image, a few of its 11 stored embeddings
 as positives. Everything random in a step (images, crops, patches, positives) is a pure function of the seed
 and the step. So, up to rounding, N ranks equal one rank with the whole batch, and micro-batches equal one
-large batch. After a crash the same command resumes exactly.
+large batch. After a crash the same command resumes.
 """
 import argparse
 import atexit
@@ -42,14 +42,14 @@ from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
 # ------------------------------------------------------------------------------------------------------------
 # Losses. image [b, D] are this rank's images x_i, text [B, P, D] the texts u_t of all ranks, P per image. The
 # texts of image i are text[first + i]; all other texts of the global batch are its negatives. All are unit
-# vectors, s is the logit scale, b the bias. Each rank sums over its own images and multiplies by the world
+# vectors, s is the logit scale, c the bias. Each rank sums over its own images and multiplies by the world
 # size; DDP's mean over ranks is then the loss of the whole batch. all_gather stacks the tensors of all ranks,
 # [...] -> [world size, ...], with gradients.
 
 def sigmoid_loss(image, text, scale, bias, first=0):
     """Multi-positive sigmoid loss (paper, section 3.4); with P = 1 it is SigLIP's.
 
-        L = -1 / (B P) sum_i sum_t log sigmoid(y_it (s <x_i, u_t> + b))
+        L = -1 / (B P) sum_i sum_t log sigmoid(y_it (s <x_i, u_t> + c))
 
     y_it is 1 if text t describes image i, otherwise -1. With the logit z, a negative costs softplus(z) and a
     positive softplus(-z) = softplus(z) - z. So we sum softplus(z) over all pairs and subtract z of the
@@ -126,13 +126,13 @@ SETTINGS = {
     "init":             ("clip",    "pytorch", ("clip", "pytorch"),   "ViT initialization (paper: pytorch)"),
     "image_tower":      ("",        "",        str,                   "open_clip weights to start from"),
     "lock_image":       (0,         0,         integer(0, 10**9),     "steps during which the ViT is frozen"),
-    "projector_hidden": (0,         4096,      integer(0, 131_072),   "projector width; at least the LLM's"),
+    "projector_hidden": (0,         4096,      integer(0, 131_072),   "projector width; raised to the LLM's"),
     "pool_first":       (True,      False,     bool,                  "average the patches, then project"),
     "loss":             ("infonce", "sigmoid", tuple(LOSSES),         "multi-positive loss"),
-    "text_projection":  ("agree+linear", "none", str,                 "none|whiten|agree[+linear]"),
+    "text_projection":  ("agree+linear", "none", str,                 "none, whiten or agree [+linear]"),
     "positives":        (6,         6,         integer(1, N_COLUMNS),  "embeddings per image and step"),
     "raw_always":       (True,      False,     bool,                  "raw caption is always a positive"),
-    "columns":          ("",        "",        str,                   "train on raw.0,long.0 ... only"),
+    "columns":          ("",        "",        str,                   "facet columns, such as raw.0,long.0"),
     "batch":            (256,       3072,      integer(1, 10**7),     "global batch size (paper: 8 x 384)"),
     "micro_batch":      (384,       384,       integer(1, 10**7),     "images encoded at once per rank"),
     "epochs":           (78.0,      32.0,      real(0, 1e6, True),    "passes over the images"),
@@ -188,7 +188,7 @@ def train(args, s):
     with common.locked_folder(out) if rank() == 0 else contextlib.nullcontext():
         images = locate_images(store, args.images, out)
         resolve_settings(s, len(images[0]), len(columns), store.meta["D"])
-        s["rows_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed with other images
+        s["images_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed with other images
         if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
             print0("text projection: whiten instead of agree, because each image has only one caption")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
@@ -225,8 +225,9 @@ def locate_images(store, folder, out):
         barrier(out / ".lock")  # rank 0 writes the index of the tars, the others read it
     captions = store.meta["captions"]["path"]
     unpacked = store.path / "images"  # images that embed.py found inside Parquet
-    folder = folder or (unpacked if unpacked.is_dir() else None)
-    images = find_images(store.keys, store.images, captions, folder, out / "tars.npz")
+    folder = folder or (unpacked if unpacked.is_dir() else store.meta["captions"].get("images"))
+    table = store.path / "captions.tsv" if store.meta["captions"].get("numbered") else None
+    images = find_images(store.keys, store.images, captions, folder, store.path / "images.npz", None, table)
     if rank() == 0:
         barrier(out / ".lock")
     return images
@@ -238,8 +239,8 @@ def resolve_settings(s, n_images, n_columns, D):
     if s["batch"] > n_images:
         s["batch"] = n_images // world_size() * world_size()
     if s["batch"] % world_size() or not s["batch"]:
-        raise InputError(f"--batch {s['batch']}: give a multiple of {world_size()} ranks, at most {n_images} "
-                         "(the number of images)")
+        raise InputError(f"--batch {s['batch']}: give a multiple of the {world_size()} ranks, at most "
+                         f"{n_images} images")
     s["positives"] = min(s["positives"], n_columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (n_images // s["batch"])))
@@ -450,7 +451,7 @@ def forward_backward(model, encode, batch, s, device):
 
 
 def learning_rate(step, s, start=0):
-    """Cosine from the end of the warm-up to 0, times a linear warm-up from step `start` on."""
+    """Cosine that falls to 0 after the warm-up, times a linear warm-up from step `start` on."""
     warmup = min(1, (step - start + 1) / max(1, s["warmup"]))
     progress = max(0, step - s["warmup"]) / max(1, s["steps"] - s["warmup"])
     return s["lr"] * warmup * 0.5 * (1 + math.cos(math.pi * progress))
@@ -477,7 +478,7 @@ def kill_loaders():
 #     model.safetensors, config.json    what flame.load reads; config.json is written last
 #     log.jsonl, skipped.txt            a line per step; a line per image that could not be read
 #
-# The first three are written atomically, the last two appended to. The same command resumes after a crash.
+# The first three are written atomically; the last two grow during a run. The same command resumes.
 
 RESUME_FIX = "choose another --name, or start over with --overwrite"
 
@@ -586,12 +587,12 @@ def print_skipped(out):
 # Command line
 
 def parse_arguments(argv):
-    """Return (arguments, settings), checked before anything is read or written."""
+    """Return (arguments, settings), most of them checked before anything is written."""
     usage = "train.py [--embeddings DIR] [--images DIR] [--preset NAME] [--name NAME] [--SETTING VALUE ...]"
     parser = common.Parser(description="Stage 2: images + embedding store -> checkpoint", usage=usage)
     add = parser.add_argument
     add("--embeddings", metavar="DIR", help="the store (default: newest finished one under data/embeddings)")
-    add("--images", metavar="DIR", help="root of images or tars (default: the captions file's folder)")
+    add("--images", metavar="DIR", help="root of images or tars (default: see data/README.md)")
     add("--preset", choices=("demo", "cc3m"), help=f"default: demo below {SMALL_DATASET:,} rows, else cc3m")
     add("--name", help="write the checkpoint to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

@@ -206,10 +206,11 @@ def read_captions(captions, folder, prompts):
     """
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary, "captions.tsv")
-        write_table(table, captions, [])
+        made = write_table(table, captions)
         rows = list(read_table(table))
-    keys, images, *_ = zip(*rows)
-    numbers, files, spans = find_images(keys, images, captions, folder)
+        keys, images, *_ = zip(*rows)
+        numbers, files, spans = find_images(keys, images, captions, folder, "", made.spans,
+                                            table if made.numbered else None)
     location_of = dict(zip(numbers.tolist(), locations_of(files, spans)))
     return group_captions(
         ("", location_of.get(n, ImageLocation(f"no image for {row.key}")), getattr(row, prompts))

@@ -6,7 +6,6 @@ core. Without keys, the key is the row number in nine digits, as img2dataset nam
 skipped, counted and reported. A corrupt JSON list or Parquet file is refused as a whole.
 """
 import csv
-import functools
 import glob
 import gzip
 import hashlib
@@ -17,33 +16,42 @@ import re
 import sys
 import tarfile
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import duckdb
+import numpy as np
 
-from data.common import atomic_save, progress_bar
+from data.common import progress_bar
 from flame import InputError, PROMPTS, describe_error, reading
 
 # Names that data sets use for each of our fields. Per row, the first with a value is used. SV: ShareGPT4V's.
 FIELD_ALIASES = {
     "key": ["key", "__key__", "id"],
+    "uid": ["uid"],
     "image": ["image", "filepath", "file_name", "filename"],
     "url": ["url", "Image Path", "downloadurl"],
     "raw": ["raw", "title", "caption", "txt", "text", "blip_caption", "raw_caption"],
     "short": ["short", "shortSV_captions"],
     "long": ["long", "longSV_captions", "conversations"],
+    "place": ["__place__"], "span": ["__span__"],  # where tar_rows found a sample
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What a folder is searched for. Only files of the first pattern that matches are read.
-FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "**/*.txt", "**/*.parquet")
+FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "*/*.tar", "**/*.txt", "**/*.parquet")
 SOURCE_FIX = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
-NOT_CAPTIONS = {"image_id", "license", ""}.union(*(FIELD_ALIASES[name] for name in ("key", "image", "url")))
+NOT_CAPTIONS = {"image_id", "license", ""}.union(
+    *(FIELD_ALIASES[name] for name in ("key", "uid", "image", "url")))
 MAX_TEXT_BYTES = 1 << 24  # read of a .txt or .json file; more than any LLM's context
 JOIN_SAMPLE = 200         # (own, joined) captions to compare: do both files' keys refer to the same images?
-DUCKDB = {"memory_limit": "4GB", "threads": min(8, os.cpu_count() or 1)}  # above it, spills to disk
+THREADS = 16              # read as many tars at once, because a network disk answers slowly
+DUCKDB = {"memory_limit": "4GB",  # above it, spills to disk
+          "threads": min(8, os.cpu_count() or 1),
+          "autoinstall_known_extensions": False, "autoload_known_extensions": False}
 
 # Whitespace except U+0020. Captions become one line with single spaces; names lose tabs and line breaks.
 WHITESPACE = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -55,34 +63,44 @@ CREATE MACRO caption_in(x) AS nullif(trim(regexp_replace(
     ' *[{WHITESPACE}][ {WHITESPACE}]*|  +', ' ', 'g')), '');
 CREATE MACRO captions_in(x) AS nullif(list_filter(
     [caption_in(t) FOR t IN list_prepend(x, json_extract(x, '$[*]'))], lambda t: t IS NOT NULL), []);
-CREATE MACRO name_in(x) AS
-    nullif(regexp_replace(coalesce(x->>'$.path', x->>'$'), '[\x00\t\r\n]', ' ', 'g'), '');
-CREATE TABLE loaded (field VARCHAR, key VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR[], short VARCHAR[],
-    long VARCHAR[]);
-CREATE VIEW source AS SELECT rowid AS row, coalesce(key, format('{{:09d}}', rowid)) AS key, image, url,
-    raw[1] AS raw, short[1] AS short, long[1] AS long FROM loaded WHERE field = '';
-CREATE VIEW recaption AS SELECT rowid AS id, field, coalesce(key, url) AS join_key,
-    coalesce(raw, short, long)[1] AS text FROM loaded WHERE field <> ''"""
-# Rows are numbered by now, so DuckDB need not keep them in order; 15 million in order would exceed memory.
-JOIN = """SET preserve_insertion_order = false;
-CREATE TABLE pair AS SELECT row, field, min(id) AS id
-FROM (SELECT row, unnest([key, url]) AS join_key FROM source) JOIN recaption USING (join_key)
-WHERE text IS NOT NULL GROUP BY row, field;
+CREATE MACRO name_in(x) AS nullif(regexp_replace(coalesce(x->>'$.path',
+    nullif(regexp_extract(x->>'$', '^\{{''bytes'': .*''path'': ''(.*)''\}}$', 1), ''), -- pandas' to_csv
+    x->>'$'), '[\x00\t\r\n]', ' ', 'g'), '');
+CREATE MACRO span_in(x) AS from_json(x, '["BIGINT"]');
+CREATE TABLE loaded (field VARCHAR, key VARCHAR, uid VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR[],
+    short VARCHAR[], long VARCHAR[], place VARCHAR, span BIGINT[], unpacked BOOLEAN);
+CREATE VIEW source AS SELECT rowid AS row, coalesce(key, format('{{:09d}}', rowid)) AS key, uid, url,
+    if(unpacked, format('{{:09d}}.jpg', rowid), image) AS image, raw[1] AS raw, short[1] AS short,
+    long[1] AS long, span FROM loaded WHERE field = '';
+CREATE VIEW recaption AS SELECT rowid AS id, field, key, uid, url, coalesce(raw, short, long)[1] AS text
+    FROM loaded WHERE field <> '';
+CREATE TABLE pair (row BIGINT, field VARCHAR, id BIGINT);
 CREATE MACRO joined(name) AS TABLE
-    SELECT row, text FROM pair JOIN recaption USING (id) WHERE pair.field = name;
-CREATE TABLE completed AS SELECT row, key, image, coalesce(r.text, raw) AS raw,
-    coalesce(s.text, short) AS short, coalesce(l.text, long) AS long
+    SELECT row, text FROM pair JOIN recaption USING (id) WHERE pair.field = name"""
+# A key that several tars have is preceded by the tar's name in all rows.
+QUALIFY_KEYS = """UPDATE loaded SET key = place || key
+WHERE place IS NOT NULL AND (SELECT count(*) > count(DISTINCT key) FROM loaded)"""
+SOURCE_FACTS = "SELECT count(*), count(key) = 0, bool_or(unpacked) FROM loaded"
+JOIN_MATCHES = """SELECT count(*) FROM recaption
+WHERE field = $1 AND {0} IN (SELECT {0} FROM source WHERE row % $2 = 0)"""
+JOIN = """INSERT INTO pair SELECT row, field, min(id) FROM source JOIN recaption USING ({})
+WHERE field = $1 AND text IS NOT NULL GROUP BY row, field"""
+COMPLETE = """CREATE TABLE completed AS SELECT row, key, image, span, coalesce(r.text, raw) AS raw,
+    coalesce(s.text, short) AS short, coalesce(l.text, long) AS long,
+    coalesce(r.text, raw, s.text, short, l.text, long) IS NULL AS no_caption,
+    image IS NULL AND (SELECT bool_or(unpacked) FROM loaded) IS TRUE AS no_image
     FROM source LEFT JOIN joined('raw') r USING (row)
     LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row);
 CREATE TABLE first_of_key AS
-    SELECT min(row) AS row FROM completed WHERE coalesce(raw, short, long) IS NOT NULL GROUP BY key"""
+    SELECT min(row) AS row FROM completed WHERE NOT (no_caption OR no_image) GROUP BY key"""
 JOIN_COUNTS = """SELECT count(text), (SELECT count(*) FROM pair WHERE field = $1), count(*) - count(text)
 FROM recaption WHERE field = $1"""
 JOIN_EXAMPLES = """SELECT source.key, coalesce(raw, short, long, ''), text
 FROM (SELECT row, id FROM pair WHERE field = $1 ORDER BY row LIMIT $2) JOIN source USING (row)
 JOIN recaption USING (id) ORDER BY row"""
-SKIPPED_ROWS = """SELECT CASE WHEN coalesce(raw, short, long) IS NULL THEN 'no caption, or a broken row'
-    ELSE 'repeated key' END AS reason, count(*), list_transform(min(row + 1, 5), lambda n: 'row ' || n)
+SKIPPED_ROWS = """SELECT CASE WHEN no_caption THEN 'no caption, or a broken row'
+    WHEN no_image THEN 'no image' ELSE 'repeated key' END AS reason,
+    count(*), list_transform(min(row + 1, 5), lambda n: 'row ' || n)
 FROM completed ANTI JOIN first_of_key USING (row) GROUP BY reason ORDER BY reason"""
 TABLE_COUNTS = """SELECT count(*), count(raw), count(short), count(long),
     (SELECT sum(len(list_concat(raw[2:], short[2:], long[2:]))) FROM loaded)
@@ -91,9 +109,16 @@ WRITE_TABLE = """COPY (SELECT key, image, coalesce(raw, long, short) AS raw,
     coalesce(short, long, raw) AS short, coalesce(long, short, raw) AS long
     FROM completed SEMI JOIN first_of_key USING (row) ORDER BY row)
 TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
-PARQUET_COLUMNS = """SELECT column_name, format('to_json("{{}}"{{}})', column_name,
-    if(column_type LIKE '%BLOB%', '.path', ''))
-FROM (DESCRIBE FROM {}) WHERE column_type <> 'BLOB' AND NOT contains(column_name, '"')"""
+SPANS = """SELECT * FROM (SELECT row_number() OVER (ORDER BY row) - 1, span[1], span[2], span[3]
+    FROM completed SEMI JOIN first_of_key USING (row)) WHERE #2 IS NOT NULL ORDER BY #1"""
+# Images in Parquet are structs of bytes and path (Hugging Face), or bytes (img2dataset, column jpg).
+IMAGE_STRUCT = r"regexp_full_match(column_type, 'STRUCT\((\S+ \S+, )*.?bytes.? BLOB(, \S+ \S+)*\)')"
+COLUMNS = """(SELECT *, '"' || replace(column_name, '"', '""') || '"' AS quoted FROM (DESCRIBE FROM {}))"""
+PARQUET_COLUMNS = f"""SELECT column_name, format('to_json({{{{}}}}{{{{}}}})', quoted,
+    if({IMAGE_STRUCT}, '.path', ''))
+FROM {COLUMNS} WHERE NOT contains(column_type, 'BLOB') OR {IMAGE_STRUCT} AND contains(column_type, 'path')"""
+IMAGE_COLUMNS = f"""SELECT quoted || if(column_type = 'BLOB', '', '.bytes') FROM {COLUMNS}
+WHERE {IMAGE_STRUCT} OR column_type = 'BLOB' AND column_name IN ('jpg', 'jpeg', 'png', 'webp', 'image')"""
 JSON_COLUMNS = r"""SELECT name, '(json->''$."' || name || '"'')' FROM (
     SELECT name, row_number() OVER () AS n FROM (SELECT unnest(json_keys(json)) AS name FROM {}))
 WHERE NOT regexp_matches(name, '[''"\\]') GROUP BY name ORDER BY min(n)"""
@@ -118,6 +143,13 @@ class Row(NamedTuple):
     long: str
 
 
+class Written(NamedTuple):
+    """What write_table found out about a source."""
+    numbered: bool     # keys are row numbers
+    unpacked: bool     # images are inside Parquet (see unpack_parquet)
+    spans: np.ndarray  # int64 [n, 4]: row, index into source_files(), offset, size; images inside its tars
+
+
 def read_table(path, start=len("\t".join(Row._fields)) + 1, max_rows=None):
     """Yield the rows of a captions.tsv, from byte `start` on."""
     with reading(path, "make it again with embed.py"), open(path, "rb") as file:
@@ -126,46 +158,67 @@ def read_table(path, start=len("\t".join(Row._fields)) + 1, max_rows=None):
             yield Row(*line.decode()[:-1].split("\t"))
 
 
-def write_table(path, captions, joins):
-    """Write captions.tsv from a source; print the counts, and report skipped rows on stderr.
+def write_table(path, captions, joins=(), chosen={}):
+    """Write captions.tsv from a source; print the counts, and report skipped rows on stderr. Return Written.
 
-    joins: [(prompt set, source or source:column)], captions from other files, joined by key, or by image URL
-    if they have no key. A row without a caption for a set uses its best one (long before short before raw).
-    Raises InputError if a file is missing or has an unknown format, if no row has a caption, if a join's
-    captions belong to other images, or if the disk is full.
+    joins: [(prompt set, source, column or "")], captions from other files, joined by image URL, uid or key. A
+    row without a caption for a set uses its best one (long before short before raw). chosen: {field: column},
+    where FIELD_ALIASES are not right.
+
+    Raises InputError if a file is missing or has an unknown format, if no row has a caption, if many rows
+    have the same key, if a join's captions belong to other images, or if the disk is full.
     """
     skipped = {}
     try:
         with (tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=f"{Path(path).stem}.") as scratch,
               duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database):
             database.execute(SCHEMA)
-            columns = load(database, scratch, captions, skipped)
-            for name, source in joins:
-                load(database, scratch, source, skipped, name)
-            database.execute(JOIN)
-            for name in dict(joins):
-                check_join(database, captions, name)
+            columns = load(database, scratch, captions, skipped, chosen)
+            database.execute(QUALIFY_KEYS)
+            rows, numbered, unpacked = database.execute(SOURCE_FACTS).fetchone()
+            for name, source, column in joins:
+                load(database, scratch, source, skipped, {name: column} if column else {}, name)
+            # Rows are numbered by now. To keep 15 million in order, DuckDB would need more memory.
+            database.execute("SET preserve_insertion_order = false")
+            for name in {name: None for name, *_ in joins}:
+                join(database, captions, name, rows)
+            database.execute(COMPLETE)
             skipped |= {reason: entry for reason, *entry in database.execute(SKIPPED_ROWS).fetchall()}
             report_skipped(captions, skipped)
             total, raw, short, long, others = database.execute(TABLE_COUNTS).fetchone()
             if not total:
                 raise InputError(f"{captions}: no captions found (columns: {[*columns][:20]}). Rename a "
-                                 "column to raw, short or long")
+                                 "column to raw, short or long, or name it: --field raw=COLUMN")
+            repeated = skipped.get("repeated key", (0,))[0]
+            if repeated > (total + repeated) / 100:
+                raise InputError(f"{captions}: {repeated} rows have the key of an earlier row, and would be "
+                                 "lost. Make the keys unique, or remove them: then row numbers are the keys")
             unused = f"; {others} further captions in lists are not used" if others else ""
             print(f"{captions}: {total} rows with {raw} raw, {short} short, {long} long captions; a row "
                   f"without one uses its best other caption{unused}")
             database.execute(WRITE_TABLE, {"path": str(path)})
+            spans = database.execute(SPANS).fetchnumpy().values()
+            numbered &= "raw" not in [name for name, *_ in joins]  # their texts are not those of the images
+            return Written(numbered, bool(unpacked), np.stack(list(spans), axis=1).astype(np.int64))
     except (duckdb.Error, RuntimeError) as error:
         raise InputError(f"{path}: {describe_error(error)}; if the disk is full, free space there") from None
 
 
-def check_join(database, captions, field):
-    """Print how many rows have a joined caption, and five of them beside the rows' own captions.
+def join(database, captions, field, rows):
+    """Join the captions of a prompt set to the source's rows. Print how many rows have one, and five examples
+    beside the rows' own captions.
 
-    Raises InputError if no row has one, or if the joined captions belong to other images.
+    Rows are joined by URL, uid or key, by the first of these that matches about as many rows of a sample as
+    any. Raises InputError if no row matches, or if the joined captions belong to other images.
     """
+    step = 1 + rows // 10_000
+    matches = {by: database.execute(JOIN_MATCHES.format(by), [field, step]).fetchone()[0]
+               for by in ("url", "uid", "key")}
+    by = next(by for by, count in matches.items() if 2 * count >= max(matches.values()))
+    database.execute(JOIN.format(by), [field])
     total, rows, empty = database.execute(JOIN_COUNTS, [field]).fetchone()
-    print(f"--join {field}: {rows} rows match one of {total} captions; empty or broken captions: {empty}")
+    print(f"--join {field}: {rows} rows match one of {total} captions by {by}; empty or broken captions: "
+          f"{empty}")
     pairs = database.execute(JOIN_EXAMPLES, [field, JOIN_SAMPLE]).fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
@@ -190,49 +243,46 @@ def check_join(database, captions, field):
 # ------------------------------------------------------------------------------------------------------------
 # Loading a source into DuckDB
 
-def load(database, scratch, source, skipped, field=""):
+def load(database, scratch, source, skipped, chosen, field=""):
     """Append the rows of a source to the table `loaded`, in order. Return its columns as a dict.
 
-    field: the prompt set that a join fills, or "".
+    chosen: {field: column}. field: the prompt set that a join fills, or "".
     """
-    source, column = split_column(source) if field else (source, "")
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
+    fields = FIELD_ALIASES | {name: [column] for name, column in chosen.items()}
     with reading(files[0], SOURCE_FIX):
         if kind not in DUCKDB_FORMATS:
-            rows = {".tar": tar_rows, ".txt": text_rows}.get(kind, csv_rows)(source, files, skipped)
+            reader = {".tar": tar_rows, ".txt": text_rows}.get(kind, csv_rows)
             kind = ".jsonl"
+            rows = reader(source, files, skipped, fields)
             files = [f"{scratch}/rows.jsonl"]
             with open(files[0], "w") as spool:  # invalid UTF-8 becomes a broken row
                 spool.writelines(json.dumps(row) + "\n" for row in rows)
         relation, column_query = DUCKDB_FORMATS[kind]
-        paths = {"files": [glob.escape(str(file)) for file in files]}
+        paths = {"files": [glob.escape(os.path.abspath(file)) for file in files]}
         columns = dict(database.execute(column_query.format(relation), paths).fetchall())
         if columns.keys() >= {"images", "annotations"}:  # COCO; each annotation is a row
             relation = COCO.format(relation)
             columns = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
-        fields = FIELD_ALIASES
+        for column in chosen.values():
+            if column not in columns:
+                raise InputError(f"{source}: no column {column} (columns: {', '.join(columns)})")
+        values = [f"'{field}' AS field"]
         if field:
-            fields = {name: FIELD_ALIASES[name] for name in ("key", "url", field)}
-            if column:
-                fields[field] = [column]
-            elif columns.keys().isdisjoint(FIELD_ALIASES[field]):
-                others = [name for name, value in columns.items()
-                          if name not in NOT_CAPTIONS and not value.endswith('".path)')][:20]
-                counts = ", ".join(f"count(captions_in({columns[name]}))" for name in others)
-                texts, = database.execute(f"SELECT [{counts}] FROM (FROM {relation} LIMIT 1000)",
-                                          paths).fetchone()
-                fields[field] = [name for name, count in zip(others, texts) if count]
+            fields = {name: fields[name] for name in ("key", "uid", "url", field)}
+            if columns.keys().isdisjoint(fields[field]):
+                fields[field] = text_columns(database, relation, paths, columns)
                 if len(fields[field]) > 1:
                     raise InputError(f"{source}: several columns have text ({', '.join(fields[field])}). "
                                      f"Choose one: --join {field}={source}:COLUMN")
             used = [name for name in fields[field] if name in columns]
-            if column and not used:
-                raise InputError(f"{source}: no column {column} (columns: {', '.join(columns)})")
             print(f"--join {field}: {source}, column {', '.join(used)}")
-        values = [f"'{field}' AS field"]
+        elif kind == ".parquet":
+            images = database.execute(IMAGE_COLUMNS.format(relation), paths).fetchone()
+            values += [f"{image} IS NOT NULL AS unpacked" for image in images or ()]
         for name, aliases in fields.items():
-            macro = "captions_in" if name in PROMPTS else "name_in"
+            macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"
             present = [f"{macro}({columns[alias]})" for alias in aliases if alias in columns]
             if present:
                 values.append(f"coalesce({', '.join(present)}) AS {name}")
@@ -240,9 +290,18 @@ def load(database, scratch, source, skipped, field=""):
         return columns
 
 
+def text_columns(database, relation, paths, columns):
+    """Return the columns, apart from those for keys and images, that have text in the first 1,000 rows."""
+    names = [name for name, value in columns.items()
+             if name not in NOT_CAPTIONS and not value.endswith(".path)")][:20]
+    counts = ", ".join(f"count(captions_in({columns[name]}))" for name in names)
+    texts, = database.execute(f"SELECT [{counts}] FROM (FROM {relation} LIMIT 1000)", paths).fetchone()
+    return [name for name, count in zip(names, texts) if count]
+
+
 # Readers for what DuckDB does not read. They yield a dict {name: value} per row.
 
-def csv_rows(source, files, skipped):
+def csv_rows(source, files, skipped, fields):
     """TSV (without quoting) and CSV. As in img2dataset, empty lines are not rows. A broken row yields {}."""
     for path in files:
         opener = gzip.open if path.suffix == ".gz" else open
@@ -267,27 +326,37 @@ def csv_rows(source, files, skipped):
                     yield {}
 
 
-def tar_rows(source, files, skipped):
-    """webdataset samples. The .txt is the raw caption; the .json may have captions under any known name."""
-    known = {name for field in ("url", *PROMPTS) for name in FIELD_ALIASES[field]}
-    for path in files:
-        with open(path, "rb") as file:
-            for folder, key, parts in tar_samples(path, skipped):
-                row = {"key": key}
-                for suffix in sorted(parts.keys() & {".json", ".txt"}):
+def tar_rows(source, files, skipped, fields):
+    """webdataset samples. The .txt is the raw caption, .long.txt the long one; .json may have any field."""
+    known = set(chain(*(fields[name] for name in ("uid", "url", *PROMPTS))))
+    places = tar_names(files)
+
+    def read(n):
+        rows = []
+        with open(files[n], "rb") as file:
+            for folder, key, parts in tar_samples(files[n], skipped):
+                row = {"key": key, "__place__": places[n] + folder}
+                row |= {"__span__": [n, *span] for suffix, span in parts.items() if is_image(suffix)}
+                for suffix in sorted(parts):
+                    name, _, kind = suffix[1:].rpartition(".")
+                    if kind not in ("json", "txt"):
+                        continue
                     offset, size = parts[suffix]
                     file.seek(offset)
                     try:
                         text = file.read(min(size, MAX_TEXT_BYTES)).decode("utf-8-sig")
-                        entries = {"raw": text} if suffix == ".txt" else json.loads(text)
-                        row |= {name: entries[name] for name in known & entries.keys()}
+                        entries = {name or "raw": text} if kind == "txt" else json.loads(text)
+                        row |= {name: entries[name] for name in entries.keys() & known}
                     except (ValueError, AttributeError, RecursionError):
-                        place = f"{path}:{folder}{key}{suffix}"
+                        place = f"{files[n]}:{folder}{key}{suffix}"
                         count_skipped(skipped, "not UTF-8, or not a JSON object", place)
-                yield row
+                rows.append(row)
+        return rows
+
+    return chain.from_iterable(in_threads(read, range(len(files)), "reading tars"))
 
 
-def text_rows(folder, files, skipped):
+def text_rows(folder, files, skipped, fields):
     """A folder with a.txt beside a.jpg. The image's path is the key and the image."""
     for file in files:
         try:
@@ -320,6 +389,9 @@ def source_files(path):
         with reading(each, SOURCE_FIX) as file:
             files.append(file)
     if not files:
+        deeper = sorted(path.glob("*/metadata.*"))[:1]
+        if deeper:
+            raise InputError(f"{path}: no captions found here, but {deeper[0]}; give the folder of that file")
         raise InputError(f"{path}: no captions found; {SOURCE_FIX}, or a folder with metadata.csv. "
                          "Convert `save_to_disk` output with datasets.load_from_disk(DIR).to_parquet(FILE)")
     return files
@@ -337,11 +409,12 @@ def source_name(path):
 
 
 def hash_sources(sources):
-    """Return a SHA-256 over [(prompt set of a join or "", source)]. Tars are hashed by name and size."""
+    """Return a SHA-256 over [(prompt set of a join or "", source, chosen columns)]. Tars are hashed by name
+    and size.
+    """
     digest = hashlib.sha256()
-    for field, source in sources:
-        source, column = split_column(source) if field else (source, "")
-        digest.update((field + column).encode())
+    for field, source, chosen in sources:
+        digest.update((field + chosen).encode())
         for file in source_files(source):
             if file.suffix == ".txt" and not image_beside(file):
                 continue  # not a caption; train.py may write its own .txt files into this folder
@@ -415,56 +488,36 @@ def tar_samples(path, skipped):
         yield folder, key, {suffix: span for _, _, suffix, *span in files}
 
 
+def is_image(suffix):
+    """Return whether a tar member with this suffix is a sample's image: .jpg, .image.jpg, not .mask.png."""
+    return suffix.removeprefix(".image") in IMAGE_SUFFIXES
+
+
+def tar_names(files):
+    """Return "a/00000/" for a/00000.tar if not all files are in folder a, otherwise "00000/"."""
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    return [os.path.relpath(file, root).removesuffix(".tar") + "/" for file in files]
+
+
+def in_threads(function, items, description):
+    """Yield function(item) for each item, in order, with a progress bar."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        blocks = (items[i:i + THREADS] for i in range(0, len(items), THREADS))  # so few results have to wait
+        yield from progress_bar(chain.from_iterable(threads.map(function, block) for block in blocks),
+                                total=len(items), desc=description, disable=len(items) < THREADS)
+
+
+SKIPPED_LOCK = threading.Lock()
+
+
 def count_skipped(skipped, reason, place):
     """Add one to skipped[reason] = (count, first five places)."""
-    count, places = skipped.get(reason, (0, []))
-    skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may contain line breaks
+    with SKIPPED_LOCK:
+        count, places = skipped.get(reason, (0, []))
+        skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may have line breaks
 
 
 def report_skipped(source, skipped):
     """Print a line per reason on stderr."""
     for reason, (count, places) in skipped.items():
         print(f"{source}: skipped {count}: {reason} ({', '.join(places)})", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Images inside Parquet files
-
-def unpack_parquet(captions, folder):
-    """Write images stored in Parquet (struct<bytes, path>, as on the Hub) as tars, one per Parquet file.
-
-    Members are named by key. Existing tars are kept. Rows without an image, or with a dot or slash in the
-    key, are skipped and counted.
-    """
-    files = [file for file in source_files(captions) if file.suffix == ".parquet"]
-    skipped = {}
-    first = 0  # row number of a file's first row
-    for n, file in enumerate(progress_bar(files, "images", unit=" files", disable=not files)):
-        with reading(file, SOURCE_FIX):
-            table = duckdb.read_parquet(str(file), file_row_number=True)
-            image_type = re.compile(r"STRUCT\(.*bytes BLOB.*\)")  # a list of images has another type
-            types = dict(zip(table.columns, map(str, table.types)))
-            names = [name for name, kind in types.items() if image_type.fullmatch(kind)]
-            if not names:
-                return
-            keys = [f'"{name}"::VARCHAR' for name in FIELD_ALIASES["key"] if name in table.columns]
-            keys.append(f"format('{{:09d}}', {first} + file_row_number)")
-            rows = table.project(f"""coalesce({', '.join(keys)}), "{names[0]}".bytes""")
-            first += len(table)
-            tar = folder / f"{n:05d}.tar"
-            if not tar.exists():
-                folder.mkdir(exist_ok=True)
-                atomic_save(tar, functools.partial(write_tar, rows, skipped))
-    report_skipped(captions, skipped)
-
-
-def write_tar(rows, skipped, path):
-    """rows: a DuckDB relation of (key, image bytes)."""
-    with tarfile.open(path, "w") as tar:
-        for key, content in rows.fetchall():
-            if content is None or split_member_name(key) != ("", key, ""):
-                count_skipped(skipped, "no image, or a key with a dot or slash", key)
-                continue
-            member = tarfile.TarInfo(f"{key}.jpg")  # decoders look at the bytes, not at the suffix
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))

@@ -6,21 +6,27 @@ import io
 import json
 import math
 import os
+import tarfile
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+import duckdb
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image
 
-from data.captions import IMAGE_SUFFIXES, report_skipped, source_files, split_member_name, tar_members
-from data.common import atomic_save
+from data.captions import (
+    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, MAX_TEXT_BYTES, SOURCE_FIX, in_threads, is_image, read_table,
+    report_skipped, source_files, split_member_name, tar_members, tar_names)
+from data.common import atomic_save, progress_bar
 from flame import FACET_COLUMNS, InputError, reading, to_rgb
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
 CACHE_BYTES = 1 << 28      # decoded images that a loader process keeps; the demo's need 70 MB
-EXISTENCE_SAMPLE = 1000    # paths that are tested to find out whether images exist
+SAMPLE = 1000              # rows whose paths or captions are checked
 SHUFFLE_BUFFER = 50_000    # images: mixes several tars, while each is still read nearly in order
 CROP_DRAWS = 22            # random numbers per crop: two for its position, two for each of ten attempts
 EpsImagePlugin.gs_binary = False  # never run Ghostscript on a PostScript file, whatever its suffix
@@ -51,70 +57,187 @@ def images_in(folder):
     return [ImageLocation(path) for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
 
 
-def find_images(keys, images, captions, folder=None, index=""):
+def find_images(keys, images, captions, folder=None, index="", spans=None, table=None):
     """Find the images of a table's rows.
 
     Images are the paths in `images`, relative to `folder` or, without it, to the captions. If none exists,
-    they are found by key, as files or inside tars (which are never unpacked): in `folder`, or in the tars
-    that were the captions, or in the folder with the name of the captions file. Images found by path are
-    returned in the order of the table, others in the order of the files.
+    they are found by these names inside tars (which are never unpacked), or else by key, as files or inside
+    tars: in `folder`, or in the tars that were the captions, or in the folder with the name of the captions
+    file. Images found by path are returned in the order of the table, others in the order of the files.
 
     Args:
         keys, images: of the table made from the source `captions`.
-        index: .npz file that caches the result of a search by key.
+        index: .npz file that caches the result of a search.
+        spans: what write_table found in the tars of the source, which saves the search.
+        table: captions.tsv, if the keys are row numbers. They are then checked against the captions in the
+            tars or beside the images.
 
     Returns:
         rows int64 [n], files list[str], spans int64 [n, 3] (index into files, offset, size at most). A path
         that does not exist counts as an unreadable image in training.
 
-    Raises InputError if no row has an image.
+    Raises InputError if no row has an image, if many images have the same key, or if the check fails.
     """
     captions = Path(captions)
     root = Path(folder or (captions if captions.is_dir() else captions.parent))
     rows = [row for row, image in enumerate(images) if image]
     files = [os.path.join(root, images[row]) for row in rows]
-    if any(map(os.path.isfile, files[::1 + len(files) // EXISTENCE_SAMPLE])):
+    if any(map(os.path.isfile, files[::1 + len(files) // SAMPLE])):
         return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
     example = (files or keys)[0]
-    if not folder and not captions.is_dir():
+    tars = []
+    if not folder and (captions.is_dir() or captions.suffix == ".tar"):
+        tars = [file for file in source_files(captions) if file.suffix == ".tar"]
+    elif not folder:
         root = captions.with_name(captions.name.split(".")[0])
-    tars = source_files(captions) if captions.suffix == ".tar" and not folder else sorted(root.glob("*.tar"))
+    tars = tars or sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
     files = list(map(str, tars)) or [location.path for location in images_in(root)]
-    modified = [os.stat(tar).st_mtime_ns for tar in tars]
-    stamp = hashlib.sha256(json.dumps([keys, files, modified]).encode()).hexdigest()
+    stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, tars)]
+    stamp = hashlib.sha256(json.dumps([keys, images, files, stats]).encode()).hexdigest()
     if os.path.exists(index):
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
                 return saved["rows"], files, saved["spans"]
-    span_of = spans_by_key(keys, files)
-    if not span_of:
+    if folder or spans is None or not len(spans):
+        spans, _ = search(["".join(split_member_name(image)) for image in images], files)
+        if not len(spans):
+            spans, texts = search(keys, files)
+            if table:
+                check_row_numbers(captions, table, texts)
+    if not len(spans):
         raise InputError(f"{root}: no images found for {captions} (first: {example}). Give --images DIR, or "
                          "embed the tars themselves. Without a key column, keys are row numbers, which match "
                          "img2dataset's names only with 10,000 samples per shard")
-    rows, spans = np.array([*span_of]), np.array([*span_of.values()])
+    rows, spans = spans[:, 0].copy(), spans[:, 1:]
     if index:
-        atomic_save(index, functools.partial(np.savez, stamp=stamp, rows=rows, spans=spans))
+        with suppress(InputError):  # the store may be read-only
+            atomic_save(index, functools.partial(np.savez, stamp=stamp, rows=rows, spans=spans))
     return rows, files, spans
 
 
-def spans_by_key(keys, files):
-    """Return {row: span} of the first image with each key. A corrupt tar is used up to the corruption."""
-    row_of = {key: row for row, key in enumerate(keys)}
-    span_of = {}
+def search(names, files):
+    """Find images by name: the path inside a tar, or the key, which may be preceded by the tar's name.
+
+    Returns spans int64 [n, 4] (row, index into files, offset, size) and {row: location of the .txt beside the
+    image} for a sample of rows. A corrupt tar is used up to the corruption. A name that several images have
+    is not used. Raises InputError if that are more than 1% of the names.
+    """
+    row_of = {name: row for row, name in enumerate(names) if name}
+    tars = files[0].endswith(".tar") if files else False
+    places = tar_names(files) if tars else [""] * len(files)
     skipped = {}
-    for n, file in enumerate(files):
-        is_tar = file.endswith(".tar")
-        members = tar_members(file, skipped) if is_tar else [(*split_member_name(file), 0, MAX_IMAGE_BYTES)]
-        for _, key, suffix, offset, size in members:
-            if key in row_of and suffix in IMAGE_SUFFIXES:
-                span_of.setdefault(row_of[key], (n, offset, size))
+
+    def matches(n):
+        members = tar_members(files[n], skipped) if tars else [
+            (*split_member_name(files[n]), 0, MAX_IMAGE_BYTES)]
+        return [(row_of[name], places[n] + folder, suffix, offset, size)
+                for folder, key, suffix, offset, size in members if suffix == ".txt" or is_image(suffix)
+                for name in (places[n] + folder + key, folder + key + suffix, key) if name in row_of]
+
+    numbers = range(len(files))
+    found = in_threads(matches, numbers, "finding images") if tars else map(matches, numbers)
+    spans, place_of, repeated, texts = {}, {}, {}, {}
+    for n, members in enumerate(found):
+        for row, place, suffix, offset, size in members:
+            if suffix == ".txt":
+                if row % (1 + len(names) // SAMPLE) == 0:
+                    texts[row] = ImageLocation(files[n], offset, size)
+            elif row not in spans:
+                spans[row] = row, n, offset, size
+                place_of[row] = place
+            elif place != place_of[row]:
+                repeated[names[row]] = files[n]
     report_skipped("images", skipped)
-    return span_of
+    for row, n, *_ in [] if tars else list(spans.values())[::1 + len(spans) // SAMPLE]:
+        if os.path.isfile(text := os.path.splitext(files[n])[0] + ".txt"):
+            texts[row] = ImageLocation(text)
+    if len(repeated) > len(spans) / 100:
+        name, file = next(iter(repeated.items()))
+        raise InputError(f"{file}: {len(repeated)} keys belong to several images (the first: {name}); embed "
+                         "the tars themselves, or give one folder with --images")
+    spans = [span for span in spans.values() if names[span[0]] not in repeated]
+    return np.array(spans, np.int64).reshape(-1, 4), texts
+
+
+def check_row_numbers(captions, table, texts):
+    """Raise InputError if the captions beside the images are not those of the rows with the same numbers.
+
+    img2dataset numbers the rows that it reads. If it parses quotes in a TSV, it may read other rows than we
+    do. texts: from search().
+    """
+    differ = []
+    for row, entry in enumerate(read_table(table)):
+        if row in texts:
+            path, offset, size = texts[row]
+            with open(path, "rb") as file:
+                file.seek(offset)
+                text = file.read(min(size, MAX_TEXT_BYTES)).decode(errors="replace")
+            if text.split() != entry.raw.split():
+                differ.append(entry.key)
+    if len(differ) > max(1, len(texts) / 100):
+        raise InputError(f"{captions}: {len(differ)} of {len(texts)} captions are not those beside the "
+                         f"images with the same row number (the first: {differ[0]}). Embed the tars "
+                         "themselves; they contain the captions")
+
+
+def report_images(total, images):
+    """Print how many of a table's rows have an image. Raises InputError if none of ten can be opened.
+
+    images: what find_images returns.
+    """
+    rows, files, spans = images
+    locations = locations_of(files, spans[::1 + len(spans) // SAMPLE])
+    existing = [location for location in locations if os.path.isfile(location.path)]
+    print(f"images: {len(rows) * len(existing) // len(locations)} of {total} found ({locations[0].path})")
+    for location in existing[::1 + len(existing) // 10]:
+        with suppress(Exception):  # decoders can raise any exception on corrupt bytes
+            return open_image(location)
+    raise InputError(f"{locations[0].path}: not an image, as ten others; give --images DIR or --no-images")
 
 
 def locations_of(files, spans):
     """Return the ImageLocations of spans int64 [n, 3]."""
     return [ImageLocation(files[file], offset, size) for file, offset, size in spans.tolist()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images inside Parquet files
+
+def unpack_parquet(captions, folder):
+    """Write images that are inside Parquet to tars, one per Parquet file. Return whether there are any.
+
+    Members are named by row number, as write_table sets the column image. Existing tars are kept.
+    """
+    files = [file for file in source_files(captions) if file.suffix == ".parquet"]
+    first = 0  # row number of a file's first row
+    with duckdb.connect(config=DUCKDB) as database:
+        for n, file in enumerate(progress_bar(files, "images", unit=" files", disable=not files)):
+            with reading(file, SOURCE_FIX):
+                table = "read_parquet($file, file_row_number=true)"
+                path = {"file": glob.escape(os.path.abspath(file))}
+                tar = folder / f"{n:05d}.tar"
+                column = database.execute(IMAGE_COLUMNS.format(table), path).fetchone()
+                if column and not tar.exists():
+                    rows = database.execute(f"""SELECT format('{{:09d}}.jpg', {first} + file_row_number),
+                        {column[0]} AS image FROM {table} WHERE image IS NOT NULL""", path)
+                    save_tar(tar, iter(rows.fetchone, None))
+                first += database.execute(f"SELECT count(*) FROM {table}", path).fetchone()[0]
+    return folder.is_dir()
+
+
+def save_tar(path, members):
+    """Write (name, bytes) pairs to a tar; don't write an empty one."""
+    def save(temporary):
+        with tarfile.open(temporary, "w") as tar:
+            for name, content in chain(first, members):
+                member = tarfile.TarInfo(name)  # decoders look at the bytes, not at the suffix
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    first = list(islice(members, 1))
+    if first:
+        path.parent.mkdir(exist_ok=True)
+        atomic_save(path, save)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 import flame
 from data import benchmarks, captions, images as data_images
-from data.captions import hash_sources, read_table, source_name, tar_members, write_table
+from data.captions import hash_sources, read_table, source_name, split_column, tar_members, write_table
 from data.images import ImageLocation, find_images, locations_of, open_image
 
 
@@ -44,12 +44,12 @@ def within(seconds):
 @pytest.fixture
 def table(tmp_path, capsys):
     """table(source, {prompt set: [joined sources]}) -> (rows of captions.tsv, stdout, stderr)"""
-    def make(source, joins={}):
+    def make(source, joins={}, chosen={}):
         capsys.readouterr()
         (tmp_path / "made").mkdir(exist_ok=True)
         try:
-            pairs = [(name, file) for name, files in joins.items() for file in files]
-            write_table(tmp_path / "made/captions.tsv", source, pairs)
+            parts = [(name, *split_column(file)) for name, files in joins.items() for file in files]
+            write_table(tmp_path / "made/captions.tsv", source, parts, chosen)
         finally:
             assert {name for name in os.listdir(tmp_path / "made")} <= {"captions.tsv"}
         out, err = capsys.readouterr()
@@ -188,7 +188,7 @@ def test_parquet_written_by_hugging_face_datasets(tmp_path, table):
                              f"['first {n}', 'second'] AS caption, 1.5 AS long) "
                              f"TO '{tmp_path}/set/data/train-{n}.parquet'")
     rows, out, err = table(tmp_path / "set")
-    assert [tuple(row) for row in rows] == [(f"{n}", f"{n}.jpg", *3 * [f"first {n}"]) for n in range(2)]
+    assert [tuple(row) for row in rows] == [(f"{n}", f"{n:09d}.jpg", *3 * [f"first {n}"]) for n in range(2)]
     assert "2 raw, 0 short, 0 long captions" in out and "; 2 further captions in lists" in out and not err
 
 
@@ -228,9 +228,13 @@ def test_bad_rows_are_skipped_and_reported(tmp_path, table, name):
 
 
 def test_first_row_of_a_repeated_key_is_kept(tmp_path, table):
-    (tmp_path / "twice.tsv").write_text("key\traw\na\t\na\tfirst\nb\tx\na\tsecond\na\tthird\n")
+    others = "".join(f"{n}\tx\n" for n in range(200))
+    (tmp_path / "twice.tsv").write_text(f"key\traw\na\t\na\tfirst\nb\tx\na\tsecond\na\tthird\n{others}")
     rows, _, err = table(tmp_path / "twice.tsv")
-    assert raw_by_key(rows) == {"a": "first", "b": "x"} and "2: repeated key (row 4, row 5)" in err
+    assert raw_by_key(rows[:2]) == {"a": "first", "b": "x"} and "2: repeated key (row 4, row 5)" in err
+    (tmp_path / "twice.tsv").write_text("key\traw\na\tfirst\nb\tx\na\tsecond\n")
+    with pytest.raises(flame.InputError, match="1 rows have the key of an earlier row"):
+        table(tmp_path / "twice.tsv")
 
 
 def test_truncated_gzip_is_refused(tmp_path, table):
@@ -297,7 +301,7 @@ def test_join_by_key(tmp_path, table):
     assert [row[2:] for row in rows] == [
         ("raw 0", "Short 0.", "Long 0."), ("raw 1", "Short 1.", "Short 1."),
         ("raw 2", "Short 2.", "Long 2."), ("raw 3", "Short 3.", "Long 3."), ("raw 4", "old 4", "old 4")]
-    assert "--join long: 3 rows match one of 7 captions; empty or broken captions: 1\n" in out
+    assert "--join long: 3 rows match one of 7 captions by key; empty or broken captions: 1\n" in out
     assert "  0: 'raw 0' | 'Long 0.'\n" in out and "5 short, 3 long captions" in out
 
 
@@ -310,9 +314,9 @@ def test_join_uses_the_only_column_with_text_or_the_named_one(tmp_path, table):
     long.write_text(json.dumps(rows))
     made, out, _ = table(tmp_path / "raw.tsv", {"long": [long]})
     assert [row.long for row in made] == ["Long.", "A dog."] and f"{long}, column minicpm\n" in out
-    long.write_text(json.dumps([row | {"uid": f"{n:032x}", "web": ["A cat.", "A dog."][n]}
+    long.write_text(json.dumps([row | {"hash": f"{n:032x}", "web": ["A cat.", "A dog."][n]}
                                 for n, row in enumerate(rows)]))
-    for column, message in {"": "several columns have text .minicpm, uid, web.", ":uid": "hashes or ids",
+    for column, message in {"": "several columns have text .minicpm, hash, web.", ":hash": "hashes or ids",
                             ":web": "equal the rows' own captions", ":x": "no column x"}.items():
         with pytest.raises(flame.InputError, match=message):
             table(tmp_path / "raw.tsv", {"long": [f"{long}{column}"]})
@@ -330,9 +334,9 @@ def test_field_that_first_appears_in_a_late_row_is_read(tmp_path, table):
 
 
 def test_ctrl_c_during_a_query_is_a_keyboard_interrupt(tmp_path, table, monkeypatch):
-    def check_join(*_):
+    def join(*_):
         raise RuntimeError("Query interrupted")  # DuckDB's error after Ctrl-C
-    monkeypatch.setattr(captions, "check_join", check_join)
+    monkeypatch.setattr(captions, "join", join)
     (tmp_path / "x.tsv").write_text("key\traw\nk\tx\n")
     with pytest.raises(KeyboardInterrupt):
         table(tmp_path / "x.tsv", {"long": [tmp_path / "x.tsv"]})
@@ -361,7 +365,7 @@ def test_join_by_image_url(tmp_path, table):
     expected += [(key, "raw", f'shortSV_captions, "{n}"', f'longSV_captions, "{n}"')
                  for key, n in (("01", 8), ("02", 7), ("10", 6), ("11", 5), ("12", 4))]
     assert [(row.key, *row[2:]) for row in rows] == expected
-    assert "--join long: 5 rows match one of 9 captions; empty or broken captions: 0" in out
+    assert "--join long: 5 rows match one of 9 captions by url; empty or broken captions: 0" in out
     rows, _, _ = table(file)
     assert rows[8][:3:2] == ("000000008", 'raw_caption, "8"') and rows[8].long == 'longSV_captions, "8"'
     file.write_text(file.read_text().replace("//x/", "//y/"))
@@ -404,14 +408,18 @@ def test_ranges_globs_and_folders(tmp_path, table):
     (tmp_path / "empty.tsv").write_text("")
     with pytest.raises(flame.InputError, match=r"no captions found \(columns: \[\]\)\. Rename a column to r"):
         table(tmp_path / "empty.tsv")
-    with pytest.raises(flame.InputError, match="photos: no captions found.*folder with metadata.csv.*to_pa"):
+    with pytest.raises(flame.InputError, match="photos: no captions found here.*photos/train/metadata.csv"):
         table(tmp_path / "photos")
+    (tmp_path / "made").mkdir(exist_ok=True)
+    with pytest.raises(flame.InputError, match="made: no captions found.*folder with metadata.csv.*to_pa"):
+        table(tmp_path / "made")
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a fox\n")
     assert table(tmp_path / "photos")[0][0][:3] == ("000000000", "a.jpg", "a fox")
-    before = hash_sources([("", tmp_path / "photos")])
+    before = hash_sources([("", tmp_path / "photos", "")])
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a cat\n")
-    after = hash_sources([("", tmp_path / "photos")])
-    assert len({before, after, hash_sources([("long", tmp_path / "photos")])}) == 3
+    changed = [hash_sources([(name, tmp_path / "photos", column)])
+               for name, column in (("", ""), ("long", ""), ("", "raw=x"))]
+    assert len({before, *changed}) == 4
     names = {"cc3m.tsv.gz": "cc3m", "cc3m/": "cc3m", "a/cc3m-{0000..0575}.tar": "cc3m", "x-*.parquet": "x"}
     assert {source: source_name(source) for source in names} == names
 

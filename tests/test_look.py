@@ -294,7 +294,7 @@ def captions(tmp_path, monkeypatch):
 
 
 def test_inspect_finds_corrupt_shard_and_other_llm(tiny_llm, captions, capsys, monkeypatch):
-    command = f"embed.py --captions c.tsv --llm {tiny_llm} --out store --shard-size 8"
+    command = f"embed.py --captions c.tsv --no-images --llm {tiny_llm} --out store --shard-size 8"
     monkeypatch.setattr(sys, "argv", command.split())
     embed.main()
     look.inspect(embed_args(tiny_llm, inspect="store"))

@@ -722,7 +722,7 @@ def test_torchrun_equals_one_process_and_resumes_under_slurm(run, copied, tmp_pa
 
 def test_missing_shared_disk_is_reported_on_each_rank(copied, byte_llm, tmp_path):
     """Two folders simulate the disks of two nodes."""
-    for stage, flags in {"embed.py": ["--captions", copied[0] / "captions.tsv", "--llm", byte_llm],
+    for stage, flags in {"embed.py": ["--captions", copied[0] / "captions.tsv", "--no-images", "--llm", byte_llm],
                          "train.py": ["--embeddings", copied[0], *SMALL]}.items():
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -773,7 +773,7 @@ def test_run_is_not_resumed_with_other_images(run, copied, tmp_path):
             (tmp_path / folder / "deeper").mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / f"data/{key}.png", tmp_path / folder / "deeper")
         done = fit(run, copied[0], f"--steps 1 --images {folder}")
-    assert_error(done, "was trained with rows_crc32")
+    assert_error(done, "was trained with images_crc32")
 
 
 def test_concurrent_run_in_same_folder_is_refused(run, copied, tmp_path, monkeypatch):

@@ -1,0 +1,267 @@
+"""Tests that captions meet their images, in every form of data set that data/README.md names.
+
+Each image has one color, which its caption names. embed.py makes a store of each form, and train.py's search
+finds the images. All pairs are right, or embed.py refuses the form before the LLM runs. The sets are written
+by pandas, datasets and webdataset; img2dataset's layouts are written by hand.
+"""
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+import webdataset
+from datasets.table import embed_table_storage
+from PIL import Image
+
+import embed
+import flame
+import train
+from data.captions import read_table
+from data.images import locations_of, open_image
+
+N = 60
+COLORS = np.random.default_rng(0).integers(0, 256, (N, 3)).tolist()
+TEXTS = [f"A square, red {r} green {g} blue {b}." for r, g, b in COLORS]
+NAMES = [f"p{n:04d}" for n in range(N)]
+
+
+def image(n):
+    return Image.new("RGB", (8, 8), tuple(COLORS[n]))
+
+
+def png(n):
+    image(n).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def write_images(folder, names=NAMES):
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(names):
+        (folder / f"{name}.png").write_bytes(png(n))
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def img2dataset_tar(path, rows, keys=None):
+    """Write samples as img2dataset does: key.jpg, key.json, key.txt."""
+    members = []
+    for n, key in zip(rows, keys or [f"{n:09d}" for n in rows]):
+        record = {"caption": TEXTS[n], "url": f"http://x/{n}.jpg", "key": key, "status": "success"}
+        members += [(f"{key}.jpg", png(n)), (f"{key}.json", json.dumps(record).encode()),
+                    (f"{key}.txt", TEXTS[n].encode())]
+    write_tar(path, members)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, byte_llm, capsys):
+    """Return run(source, flags) -> (rows, rows with an image, stdout), which checks all pairs; or embed.py's
+    error.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(source, *flags):
+        shutil.rmtree("store", ignore_errors=True)
+        capsys.readouterr()
+        code = embed.main(["--captions", str(source), "--llm", str(byte_llm), "--device", "cpu", *flags,
+                           "--out", "store", "--shard-size", "99"])
+        printed = capsys.readouterr()
+        if code:
+            assert code == 2 and not list(Path("store").glob("*.npy"))
+            return printed.err.splitlines()[-1]
+        store = flame.open_store("store")
+        texts = [row.long for row in read_table("store/captions.tsv")]
+        for _ in range(2):  # by embed.py's index, then by train.py's own search
+            rows, files, spans = train.locate_images(store, None, tmp_path)
+            for row, location in zip(rows, locations_of(files, spans)):
+                color = [int(number) for number in re.findall(r"\d+", texts[row])]
+                assert list(open_image(location).convert("RGB").getpixel((0, 0))) == color, texts[row]
+            Path("store/images.npz").unlink(missing_ok=True)
+        return len(store), len(rows), printed.out
+    return run
+
+
+# --- pandas: a table with the images' paths
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "json", "jsonl"])
+def test_pandas(run, kind):
+    write_images(Path("photos"))
+    frame = pandas.DataFrame({"image": [f"photos/{name}.png" for name in NAMES], "description": TEXTS})
+    {"csv": lambda file: frame.to_csv(file, index=False),
+     "tsv": lambda file: frame.to_csv(file, index=False, sep="\t"),
+     "parquet": frame.to_parquet, "json": lambda file: frame.to_json(file, orient="records"),
+     "jsonl": lambda file: frame.to_json(file, orient="records", lines=True)}[kind](f"mine.{kind}")
+    rows, found, out = run(f"mine.{kind}", "--field", "long=description")
+    assert (rows, found) == (N, N) and f"images: {N} of {N} found (./photos/p0000.png)" in out
+    os.rename("photos", "moved")
+    error = run(f"mine.{kind}", "--field", "long=description")
+    assert "no images found for mine." in error and "photos/p0000.png" in error
+
+
+# --- Hugging Face datasets
+
+KINDS = {"id": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+
+
+def hub_dataset(missing=()):
+    write_images(Path("photos"))
+    paths = [None if n in missing else os.path.abspath(f"photos/{name}.png") for n, name in enumerate(NAMES)]
+    columns = {"id": [f"{name}.png" for name in NAMES], "text": TEXTS, "image": paths}
+    return datasets.Dataset.from_dict(columns, datasets.Features(KINDS))
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes", "csv", "json"])
+def test_datasets(run, kind):
+    """In Parquet, an image is a struct of bytes and path; either may be null. Ids may contain dots."""
+    made = hub_dataset(missing=[3] if kind == "bytes" else [])
+    if kind == "bytes":
+        embedded = made.with_format("arrow").map(embed_table_storage, batched=True)
+        embedded.with_format(None).to_parquet("hub.parquet")
+    elif kind == "paths":
+        table = pandas.DataFrame({"id": made["id"], "text": TEXTS, "image": [
+            {"bytes": None, "path": f"photos/{name}.png"} for name in NAMES]})
+        table.to_parquet("hub.parquet")
+    else:
+        getattr(made, f"to_{kind}")(f"hub.{kind}")
+    rows, found, out = run(f"hub.{dict(csv='csv', json='json').get(kind, 'parquet')}")
+    assert (rows, found) == ((N - 1, N - 1) if kind == "bytes" else (N, N)), out
+    assert Path("store/images").exists() == (kind == "bytes")
+
+
+def test_several_parquet_files(run):
+    """The first has no images. Another has a row with a repeated key, and an image but no caption. The name
+    of one is a glob that matches another one.
+    """
+    columns = [{"key": f"k{n}", "text": TEXTS[n], "image": {"bytes": png(n), "path": None}} for n in range(N)]
+    Path("set").mkdir()
+    pandas.DataFrame({"key": ["x"], "text": ["no image"]}).to_parquet("set/0.parquet")
+    pandas.DataFrame([{**columns[1], "key": "k0", "text": None}, *columns]).to_parquet("set/1.parquet")
+    assert run("set")[:2] == (N, N)
+    pandas.DataFrame(columns).to_parquet("a[1].parquet")
+    pandas.DataFrame(columns[::-1]).to_parquet("a1.parquet")
+    assert run("a[1].parquet")[:2] == (N, N)
+
+
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_imagefolder(run, folder):
+    write_images(Path("album", folder))
+    rows = [json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in zip(NAMES, TEXTS)]
+    Path("album", folder, "metadata.jsonl").write_text("\n".join(rows))
+    if folder:
+        assert "album/train/metadata.jsonl; give the folder of that file" in run("album")
+    assert run(Path("album", folder))[:2] == (N, N)
+
+
+def test_text_beside_each_image(run):
+    write_images(Path("album/deep"))
+    for name, text in zip(NAMES, TEXTS):
+        Path(f"album/deep/{name}.txt").write_text(text)
+    assert run("album")[:2] == (N, N)
+
+
+def test_coco(run):
+    write_images(Path("coco/train2017"))
+    images = [{"id": 1000 - n, "file_name": f"{name}.png"} for n, name in enumerate(NAMES)]
+    texts = [{"id": n, "image_id": 1000 - n, "caption": text} for n, text in enumerate(TEXTS)]
+    Path("coco/captions.json").write_text(json.dumps({"images": images, "annotations": texts[::-1]}))
+    assert run("coco/captions.json", "--images", "coco/train2017")[:2] == (N, N)
+
+
+# --- tars
+
+def write_shards(sample, restart=False):
+    with webdataset.ShardWriter("wds/%05d.tar", maxcount=20, verbose=0) as writer:
+        for n in range(N):
+            writer.write({"__key__": f"{n % 20 if restart else n:06d}"} | sample(n))
+
+
+@pytest.mark.parametrize("name, sample", [
+    ("txt", lambda n: {"jpg": image(n), "txt": TEXTS[n]}),
+    ("json", lambda n: {"png": png(n), "json": {"long": TEXTS[n]}}),
+    ("parts", lambda n: {"image.png": png(n), "mask.png": png(0), "caption.txt": TEXTS[n]}),
+    ("restart", lambda n: {"png": png(n), "txt": TEXTS[n]})])
+def test_webdataset(run, name, sample):
+    Path("wds").mkdir()
+    write_shards(sample if name != "txt" else lambda n: {"png": png(n), "txt": TEXTS[n]}, name == "restart")
+    rows, found, out = run("wds/{00000..00002}.tar")
+    assert (rows, found) == (N, N) and flame.open_store("store").keys[21] == (
+        "00001/000001" if name == "restart" else "000021")
+
+
+def test_jobs_of_img2dataset_with_the_same_keys(run):
+    keys = [f"{n:09d}" for n in range(N // 2)]
+    for job, rows in {"a": range(N // 2), "b": range(N // 2, N)}.items():
+        img2dataset_tar(Path(f"jobs/{job}/00000.tar"), rows, keys)
+    assert run("jobs")[:2] == (N, N)
+    assert run("jobs/*/00000.tar")[:2] == (N, N)
+    pandas.DataFrame({"key": keys, "text": TEXTS[:N // 2]}).to_csv("mine.csv", index=False)
+    assert "keys belong to several images" in run("mine.csv", "--images", "jobs")
+    # the same number of keys, in one job's tars
+    assert run("mine.csv", "--images", "jobs/a")[:2] == (N // 2, N // 2)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "files"])
+def test_row_numbers_of_img2dataset(run, form):
+    """Two captions begin with a quote. If img2dataset parsed quotes, they swallowed the rows between them."""
+    def write(rows, keys):
+        if form == "webdataset":
+            return img2dataset_tar(Path("cc3m/00000.tar"), rows, keys)
+        for n, key in zip(rows, keys):
+            path = Path(f"cc3m/00000/{key}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(n))
+            path.with_suffix(".txt").write_text(TEXTS[n])
+
+    lines = [f"{text}\thttp://x/{n}.jpg\n" for n, text in enumerate(TEXTS)]
+    Path("cc3m.tsv").write_text("".join(lines))
+    rows = [n for n in range(N) if n % 7]  # others could not be downloaded
+    write(rows, [f"{n:09d}" for n in rows])
+    assert run("cc3m.tsv")[:2] == (N, len(rows))
+    rows = [n for n in range(N) if not 20 <= n < 30]
+    shutil.rmtree("cc3m")
+    write(rows, [f"{n:09d}" for n in range(len(rows))])
+    assert "30 of 50 captions are not those beside the images" in run("cc3m.tsv")
+
+
+def test_parquet_of_img2dataset(run):
+    rows = [{"caption": TEXTS[n], "url": f"http://x/{n}.jpg", "key": f"{n + 5:09d}",
+             "jpg": png(n) if n % 7 else None, "status": "success" if n % 7 else "failed_to_download"}
+            for n in range(N)]
+    Path("out").mkdir()
+    pandas.DataFrame(rows[:30]).to_parquet("out/00000.parquet")
+    pandas.DataFrame(rows[30:]).to_parquet("out/00001.parquet")
+    rows, found, _ = run("out")
+    assert (rows, found) == (N - 9, N - 9)
+
+
+# --- recaptions
+
+@pytest.mark.parametrize("by", ["url", "uid", "key"])
+def test_recaptions_are_joined_by_url_uid_or_key(run, by):
+    """The other fields match rows of other images."""
+    img2dataset_tar(Path("tars/00000.tar"), range(N))
+    if by == "uid":
+        records = [json.dumps({"caption": "x", "uid": f"u{n}"}).encode() for n in range(N)]
+        pairs = [((f"{n:09d}.jpg", png(n)), (f"{n:09d}.json", records[n])) for n in range(N)]
+        write_tar(Path("tars/00000.tar"), chain(*pairs))
+    right = {"url": "http://x/{}.jpg", "uid": "u{}", "key": "{:09d}"}[by]
+    table = {by: [right.format(n) for n in range(N)], "long": [f"{text} Long." for text in TEXTS]}
+    if by != "key":
+        table["key"] = [f"{n:09d}" for n in reversed(range(N))]
+    pandas.DataFrame(table).to_parquet("long.parquet")
+    rows, found, out = run("tars/00000.tar", "--join", "long=long.parquet")
+    assert (rows, found) == (N, N) and f"{N} rows match one of {N} captions by {by}" in out
