@@ -299,18 +299,15 @@ def part(text):
     return i, n
 
 
-def join(text):
-    name, _, source = text.partition("=")
-    if name not in PROMPTS or not source:
-        raise ValueError
-    return name, *split_column(source)
-
-
-def field(text):
-    name, _, column = text.partition("=")
-    if name not in ("key", "image", "url", *PROMPTS) or not column:
-        raise ValueError
-    return name, column
+def assignment(*names):
+    """Return an argparse type for NAME=VALUE."""
+    def parse(text):
+        name, _, value = text.partition("=")
+        if name not in names or not value:
+            raise ValueError
+        return name, value
+    parse.__name__ = f"{'|'.join(names)}=..."  # for argparse
+    return parse
 
 
 def build_parser():
@@ -319,9 +316,10 @@ def build_parser():
     add("--captions", metavar="FILE",
         help="TSV or CSV with columns among `key image raw short long`, Conceptual Captions TSV, JSON(L), "
         "Parquet, tars, or a folder of tars, Parquet or images; several files as x-{000..123}.tar or x-*.tsv")
-    add("--field", metavar="FIELD=COLUMN", type=field, nargs="+", action="extend", default=[],
+    several = {"nargs": "+", "action": "extend", "default": []}
+    add("--field", metavar="FIELD=COLUMN", type=assignment("key", "image", "url", *PROMPTS), **several,
         help="take key, image, url, raw, short or long from this column: long=description")
-    add("--join", metavar="SET=FILE[:COLUMN]", type=join, nargs="+", action="extend", default=[],
+    add("--join", metavar="SET=FILE[:COLUMN]", type=assignment(*PROMPTS), **several,
         help="captions of a prompt set from another file, joined by URL, uid or key: long=long.parquet")
     add("--images", metavar="DIR", help="root of images or tars (default: see data/README.md)")
     add("--no-images", action="store_true", help="don't look for the images of the captions")
@@ -360,6 +358,7 @@ def run(argv):
     if args.overwrite and args.part[1] > 1:
         raise InputError("--overwrite cannot be used with --part: it would delete the other parts' shards. "
                          "To start over, delete the store's folder")
+    args.join = [(name, *split_column(source)) for name, source in args.join]
     args.device = init_distributed(args.device)
     args.dtype = args.dtype or str(common.default_dtype(args.device)).removeprefix("torch.")
     args.layer = args.layer or flame.llm_config(args.llm)["num_hidden_layers"] - 1

@@ -383,14 +383,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, quick_gelu=False):
+    def __init__(self, width, heads):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        gelu = QuickGELU() if quick_gelu else nn.GELU()
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=gelu, c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
@@ -403,7 +402,7 @@ class VisionTransformer(nn.Module):
     The paper's ViT-B/16: image 224, patch 16, width 768, 12 blocks, 12 heads; LayerNorm eps 1e-5, exact GELU.
     """
 
-    def __init__(self, image_size, patch_size, width, layers, heads, quick_gelu=False):
+    def __init__(self, image_size, patch_size, width, layers, heads):
         super().__init__()
         patches = (image_size // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
@@ -411,7 +410,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
+        self.transformer.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
     def forward(self, pixels, kept=None):
         """Return tokens [B, 1 + patches, width], class token first, of normalized pixels [B, 3, H, W].
@@ -485,7 +484,7 @@ class Flame(nn.Module):
     """All that a checkpoint holds: image tower (visual.*), projector (mm.*, as in the released checkpoints),
     text projection, logit scale and bias.
 
-    config: image_size, patch_size, width, layers, heads, quick_gelu; projector_hidden, text_dim (D),
+    config: image_size, patch_size, width, layers, heads; projector_hidden, text_dim (D),
     pool_first; text_rank, text_mapped (text projection); columns (trained on); llm. init: see init_weights.
     """
 
@@ -497,7 +496,7 @@ class Flame(nn.Module):
         if heads < 1 or width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}")
         hidden, D = config["projector_hidden"], config["text_dim"]
-        self.visual = VisionTransformer(*sizes, config.get("quick_gelu", False))
+        self.visual = VisionTransformer(*sizes)
         self.mm = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, D), nn.LayerNorm(D))
         mapped = [FACET_COLUMNS.index(name) for name in config.get("text_mapped", ())]
         self.text_projection = TextProjection(D, config["text_rank"], mapped)
@@ -887,11 +886,6 @@ def tokenize_within_context(encoder, captions, prompts):
 
 # ------------------------------------------------------------------------------------------------------------
 # Pixels
-
-class QuickGELU(nn.Module):  # the activation of OpenAI's CLIP weights
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 import flame
 from data import common
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
-from data.compat import load_image_tower
 from data.images import Batches, find_images, patches_kept
 from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
 from data.show import plots
@@ -122,10 +121,7 @@ SETTINGS = {
     "width":            (192,       768,       integer(1, 16_384),    "ViT width"),
     "layers":           (4,         12,        integer(1, 1024),      "ViT layers"),
     "heads":            (3,         12,        integer(1, 1024),      "ViT attention heads"),
-    "quick_gelu":       (False,     False,     bool,                  "QuickGELU, as OpenAI's weights need"),
     "init":             ("clip",    "pytorch", ("clip", "pytorch"),   "ViT initialization (paper: pytorch)"),
-    "image_tower":      ("",        "",        str,                   "open_clip weights to start from"),
-    "lock_image":       (0,         0,         integer(0, 10**9),     "steps during which the ViT is frozen"),
     "projector_hidden": (0,         4096,      integer(0, 131_072),   "projector width; raised to the LLM's"),
     "pool_first":       (True,      False,     bool,                  "average the patches, then project"),
     "loss":             ("infonce", "sigmoid", tuple(LOSSES),         "multi-positive loss"),
@@ -178,12 +174,6 @@ def train(args, s):
     store = flame.open_store(args.embeddings)
     content_hash(store)  # fail now if meta.json is incomplete, and not at the first checkpoint
     columns = parse_columns(s["columns"])
-    tower = None
-    if s["image_tower"]:
-        sizes, tower = load_image_tower(s["image_tower"])
-        s |= sizes
-        print0(f"image tower: {s['image_tower']} with " + ("QuickGELU" if s["quick_gelu"] else
-               "exact GELU; OpenAI's weights need --quick-gelu"))
     out = Path("out") / (args.name or store.path.resolve().name)
     with common.locked_folder(out) if rank() == 0 else contextlib.nullcontext():
         images = locate_images(store, args.images, out)
@@ -198,7 +188,7 @@ def train(args, s):
             flame.load(out)  # raises InputError if it is damaged
             print0(f"{out}: already finished; use --overwrite to train again")
             return False
-        model, optimizer = build(store, columns, s, device, not earlier, tower, images[0])
+        model, optimizer = build(store, columns, s, device, not earlier, images[0])
         start = load_checkpoint(out, model, optimizer) if earlier else 0
         find_micro_batch(model, s, device)
         encode = distribute(model, s["compile"])
@@ -248,33 +238,27 @@ def resolve_settings(s, n_images, n_columns, D):
     s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def build(store, columns, s, device, fit, tower=None, rows=None):
+def build(store, columns, s, device, fit, rows=None):
     """Return the model and the optimizer as at the start of a run.
 
     Args:
         fit: fit the text projection. A resumed run has it in its checkpoint; other ranks get rank 0's.
-        tower: state dict that the image tower starts from.
         rows: int [n], the rows of the store that are trained on, or None for all.
     """
     torch.manual_seed(s["seed"])
-    sizes = "image_size patch_size width layers heads quick_gelu projector_hidden pool_first"
+    sizes = "image_size patch_size width layers heads projector_hidden pool_first"
     config = {name: s[name] for name in sizes.split()}
     config |= text_config(s["text_projection"], store.meta["D"], [FACET_COLUMNS[c] for c in columns])
     model = flame.Flame(config, s["init"])
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
     if fit and rank() == 0:
         fit_text_projection(model.text_projection, store, s["text_projection"], columns, device, rows)
-    if tower:
-        with reading(s["image_tower"], "give the weights of a CLIP ViT"):
-            model.visual.load_state_dict(tower)
     model.to(device)
-    groups = {}
-    for name, p in model.named_parameters():
-        start = s["lock_image"] if name.startswith("visual.") else 0
-        decay = s["weight_decay"] if p.ndim >= 2 else 0.0  # not on biases, norms and vectors
-        group = groups.setdefault((start, decay), {"params": [], "start": start, "weight_decay": decay})
-        group["params"].append(p)
-    return model, torch.optim.AdamW(list(groups.values()), lr=s["lr"], betas=(0.9, 0.95), fused=True)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]  # biases, norms and vectors are not decayed
+    groups = [{"params": matrices, "weight_decay": s["weight_decay"]},
+              {"params": others, "weight_decay": 0.0}]
+    return model, torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, 0.95), fused=True)
 
 
 def find_micro_batch(model, s, device):
@@ -392,10 +376,7 @@ def train_step(run, step, batch):
         raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept. Lower "
                          "--lr, and check the store with embed.py --inspect")
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, s, group["start"])
-        if step < group["start"]:
-            for p in group["params"]:
-                p.grad = None  # AdamW skips parameters without a gradient
+        group["lr"] = learning_rate(step, s)
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -450,9 +431,9 @@ def forward_backward(model, encode, batch, s, device):
     return loss.detach()
 
 
-def learning_rate(step, s, start=0):
-    """Cosine that falls to 0 after the warm-up, times a linear warm-up from step `start` on."""
-    warmup = min(1, (step - start + 1) / max(1, s["warmup"]))
+def learning_rate(step, s):
+    """Linear warm-up, then a cosine that falls to 0."""
+    warmup = min(1, (step + 1) / max(1, s["warmup"]))
     progress = max(0, step - s["warmup"]) / max(1, s["steps"] - s["warmup"])
     return s["lr"] * warmup * 0.5 * (1 + math.cos(math.pi * progress))
 

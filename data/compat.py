@@ -15,7 +15,6 @@ from itertools import accumulate, count
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import flame
 from flame import InputError, PROMPTS, reading
@@ -105,55 +104,37 @@ def load_released(path):
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# open_clip
-
-def load_image_tower(path):
-    """Return (ViT config, state dict) of open_clip weights (.safetensors or .pt).
-
-    The file does not record which GELU the tower uses. Raises InputError if it has no such tower.
-    """
-    with reading(path, "give open_clip_model.safetensors or a .pt file of a ViT"):
-        weights = read_weights(path)
-        config = vit_config(weights)
-    return config, {name[7:]: x for name, x in weights.items() if name.startswith("visual.")}
-
-
-HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # width: open_clip's ViT-H, g, bigG and e; others 64
-
-
 def vit_config(weights):
-    """Infer the config of an image tower from the shapes of its tensors."""
+    """Infer the config of an image tower from the shapes of its tensors. Heads have 64 dimensions."""
     width, _, patch_size, _ = weights["visual.conv1.weight"].shape
     patches = len(weights["visual.positional_embedding"]) - 1
     layers = {name.split(".")[3] for name in weights if name.startswith("visual.transformer.resblocks.")}
-    head_width = HEAD_WIDTH.get(width, 64)
-    if not layers or width % head_width or not all(x.is_floating_point() for x in weights.values()):
+    if not layers or width % 64 or not all(x.is_floating_point() for x in weights.values()):
         raise ValueError(f"not a floating-point ViT: {len(layers)} layers of width {width}")
     return {
         "image_size": patch_size * round(patches ** 0.5),
         "patch_size": patch_size,
         "width": width,
         "layers": len(layers),
-        "heads": width // head_width,
+        "heads": width // 64,
     }
 
 
 def read_weights(path):
-    """Return {name: tensor} of a .safetensors or .pt file, without those that FLAME does not use."""
-    if str(path).endswith(".safetensors"):
-        file = load_file(path)
-    else:
-        scalar = np.float64(0).__reduce__()[0]  # the optimizer state has a numpy learning rate
-        allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-        try:
-            with torch.serialization.safe_globals([np.dtype, np.dtypes.Float64DType, *allowed]):
-                file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:  # drop torch's advice to trust the file
-            raise ValueError(str(error).split("WeightsUnpickler error: ")[-1]) from None
+    """Return {name: tensor} of a .pt file, without those that FLAME does not use."""
+    scalar = np.float64(0).__reduce__()[0]  # the optimizer state has a numpy learning rate
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals([np.dtype, np.dtypes.Float64DType, *allowed]):
+            file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:  # drop torch's advice to trust the file
+        raise ValueError(str(error).split("WeightsUnpickler error: ")[-1]) from None
     weights = {name.removeprefix("module."): x for name, x in file.get("state_dict", file).items()}
     return {name: x for name, x in weights.items() if not f"{name}=".startswith(UNUSED)}
 
+
+# ------------------------------------------------------------------------------------------------------------
+# open_clip
 
 class OpenClip(torch.nn.Module):
     """An open_clip model with the interface of flame.Flame and flame.TextEncoder that evaluation needs.

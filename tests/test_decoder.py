@@ -563,9 +563,6 @@ def test_released_checkpoint_equals_open_clip_and_projector(released_checkpoint,
     facets = torch.randn(2, 7, 48)
     unit = torch.nn.functional.normalize(facets.mean(1), dim=-1)
     torch.testing.assert_close(model.encode_text(facets, "long").mean(1), unit)
-    sizes, tower = compat.load_image_tower(file)
-    assert sizes == {name: model.config[name] for name in sizes} and len(sizes) == 5
-    assert all(tower[name].equal(x) for name, x in model.visual.state_dict().items())
 
 
 class Executed:
@@ -602,23 +599,6 @@ def test_llm_tensors_of_released_checkpoint_are_not_read(released_checkpoint):
     assert file.stat().st_size > 200e6 and grown < 50e6
 
 
-def test_inferred_number_of_heads_equals_open_clip():
-    """Tensor shapes don't determine it, and a wrong number would silently change the embeddings."""
-    import open_clip
-    compared = 0
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name)["vision_cfg"]
-        if "timm_model_name" in config or not isinstance(config["layers"], int):
-            continue
-        width, patch = config["width"], config["patch_size"]
-        weights = {"visual.conv1.weight": torch.empty(width, 3, patch, patch, device="meta"),
-                   "visual.positional_embedding": torch.empty((config["image_size"] // patch) ** 2 + 1, 1),
-                   "visual.transformer.resblocks.0": torch.empty(1)}
-        assert compat.vit_config(weights)["heads"] == width // config.get("head_width", 64), name
-        compared += 1
-    assert compared > 30
-
-
 # --- image tower, projector, text projection
 
 CONFIG = dict(image_size=32, patch_size=8, width=48, layers=3, heads=4, projector_hidden=40, text_dim=24,
@@ -629,7 +609,7 @@ def test_readme_code_loads_image_tower_into_open_clip(tmp_path, monkeypatch):
     folder = tmp_path / "out/demo"
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    model = flame.Flame(CONFIG | {"quick_gelu": True})
+    model = flame.Flame(CONFIG)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     save_file(model.state_dict(), folder / "model.safetensors")

@@ -23,7 +23,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor
-from safetensors.torch import save_file
 from torchvision.transforms import RandomResizedCrop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed when this file runs as a script
@@ -605,52 +604,6 @@ def test_new_model_has_default_weights_of_pytorch():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_training_starts_from_open_clip_image_tower(run, copied, tmp_path):
-    """Its sizes override the preset's. --lock-image freezes it during the first steps."""
-    theirs = open_clip.transformer.VisionTransformer(24, 8, 128, 2, 2, 4, output_dim=16).state_dict()
-    tensors = {f"visual.{name}": x for name, x in theirs.items()} | {"text_projection": torch.zeros(3)}
-    save_file(tensors, tmp_path / "tower.safetensors")
-
-    def start(flags):
-        flags = f"--preset demo --batch 12 --workers 0 --steps 2 --image-tower tower.safetensors {flags}"
-        return run("train.py", "--embeddings", copied[0], *flags.split())
-
-    train.stop_requested.append(True)  # stops after the first step, without moments of AdamW
-    assert start("--lock-image 2 --name locked").returncode == 143
-    train.stop_requested.clear()
-    assert start("--lock-image 2 --name locked").returncode == 0
-    assert [entry["step"] for entry in log_entries(tmp_path / "out/locked")] == [0, 1]
-    assert "exact GELU; OpenAI's weights need" in start("--lock-image 1 --name free").stdout
-    locked, free = (flame.load(tmp_path / "out" / name) for name in ("locked", "free"))
-    assert locked.config["width"] == 128 and locked.config["heads"] == 2 and locked.config["image_size"] == 24
-    for name, tensor in locked.visual.state_dict().items():
-        assert tensor.equal(theirs[name]), name
-    assert not free.visual.conv1.weight.equal(locked.visual.conv1.weight)
-    done = start("--name quick --quick-gelu")
-    assert "with QuickGELU" in done.stdout
-    mlp = flame.load(tmp_path / "out/quick").visual.transformer.resblocks[0].mlp
-    torch.testing.assert_close(mlp.gelu(free.visual.conv1.weight),
-                               open_clip.transformer.QuickGELU()(free.visual.conv1.weight))
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    assert_error(start("--name pipe --image-tower pipe.safetensors"), "pipe.safetensors: not a regular file")
-    refused = {"int8": {name: x.to(torch.int8) for name, x in tensors.items()},
-               "no blocks": {name: x for name, x in tensors.items() if "resblocks" not in name},
-               "width 40": tensors | {"visual.conv1.weight": torch.zeros(40, 3, 8, 8)}}
-    for name, wrong in refused.items():
-        save_file(wrong, tmp_path / "tower.safetensors")
-        assert_error(start(f"--name {name.split()[-1]}"), "tower.safetensors: not a floating-point ViT")
-
-
-def test_locked_tower_warms_up_when_unlocked(store):
-    s = settings_for(lock_image=10, warmup=4, steps=40, lr=2.0, **TOWER)
-    model, optimizer = train.build(store, ALL_COLUMNS, s, torch.device("cpu"), fit=False)
-    visual = [set(group["params"]) <= set(model.visual.parameters()) for group in optimizer.param_groups]
-    assert [group["start"] for group in optimizer.param_groups] == [10 * locked for locked in visual]
-    assert sorted(visual) == [False, False, True, True]
-    rates = [train.learning_rate(step, s, 10) / train.learning_rate(step, s) for step in (10, 11, 13, 30)]
-    assert rates == pytest.approx([0.25, 0.5, 1, 1])
-
-
 # --- interrupting and resuming
 
 def interrupt(command, folder, name, lines, kill):
@@ -722,7 +675,8 @@ def test_torchrun_equals_one_process_and_resumes_under_slurm(run, copied, tmp_pa
 
 def test_missing_shared_disk_is_reported_on_each_rank(copied, byte_llm, tmp_path):
     """Two folders simulate the disks of two nodes."""
-    for stage, flags in {"embed.py": ["--captions", copied[0] / "captions.tsv", "--no-images", "--llm", byte_llm],
+    captions = ["--captions", copied[0] / "captions.tsv", "--no-images"]
+    for stage, flags in {"embed.py": [*captions, "--llm", byte_llm],
                          "train.py": ["--embeddings", copied[0], *SMALL]}.items():
         with socket.socket() as free:
             free.bind(("localhost", 0))
