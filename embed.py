@@ -95,7 +95,7 @@ def store_settings(args):
     }
 
 
-def check_images(args, table, index, folder, spans=None, numbered=False):
+def check_images(args, table, index, folder, spans=(), numbered=False):
     """Look for the images, unless --no-images is given, because training needs them. Raises InputError if
     there are none. The arguments are those of find_images.
     """

@@ -217,7 +217,7 @@ def locate_images(store, folder, out):
     unpacked = store.path / "images"  # images that embed.py found inside Parquet
     folder = folder or (unpacked if unpacked.is_dir() else store.meta["captions"].get("images"))
     table = store.path / "captions.tsv" if store.meta["captions"].get("numbered") else None
-    images = find_images(store.keys, store.images, captions, folder, store.path / "images.npz", None, table)
+    images = find_images(store.keys, store.images, captions, folder, store.path / "images.npz", table=table)
     if rank() == 0:
         barrier(out / ".lock")
     return images

@@ -187,8 +187,9 @@ def write_table(path, captions, joins=(), chosen={}):
             report_skipped(captions, skipped)
             total, raw, short, long, others = database.execute(TABLE_COUNTS).fetchone()
             if not total:
-                raise InputError(f"{captions}: no captions found (columns: {[*columns][:20]}). Rename a "
-                                 "column to raw, short or long, or name it: --field raw=COLUMN")
+                columns = [name for name in columns if not name.startswith("__")][:20]
+                raise InputError(f"{captions}: no captions found (columns: {columns}). Rename a column to "
+                                 "raw, short or long, or name it: --field raw=COLUMN")
             repeated = skipped.get("repeated key", (0,))[0]
             if repeated > (total + repeated) / 100:
                 raise InputError(f"{captions}: {repeated} rows have the key of an earlier row, and would be "
@@ -204,14 +205,14 @@ def write_table(path, captions, joins=(), chosen={}):
         raise InputError(f"{path}: {describe_error(error)}; if the disk is full, free space there") from None
 
 
-def join(database, captions, field, rows):
+def join(database, captions, field, n_rows):
     """Join the captions of a prompt set to the source's rows. Print how many rows have one, and five examples
     beside the rows' own captions.
 
     Rows are joined by URL, uid or key, by the first of these that matches about as many rows of a sample as
     any. Raises InputError if no row matches, or if the joined captions belong to other images.
     """
-    step = 1 + rows // 10_000
+    step = 1 + n_rows // 10_000
     matches = {by: database.execute(JOIN_MATCHES.format(by), [field, step]).fetchone()[0]
                for by in ("url", "uid", "key")}
     by = next(by for by, count in matches.items() if 2 * count >= max(matches.values()))
@@ -336,17 +337,21 @@ def tar_rows(source, files, skipped, fields):
         with open(files[n], "rb") as file:
             for folder, key, parts in tar_samples(files[n], skipped):
                 row = {"key": key, "__place__": places[n] + folder}
-                row |= {"__span__": [n, *span] for suffix, span in parts.items() if is_image(suffix)}
-                for suffix in sorted(parts):
+                for suffix in sorted(parts, key=lambda suffix: suffix.endswith(".txt")):  # .json, then .txt
+                    offset, size = parts[suffix]
                     name, _, kind = suffix[1:].rpartition(".")
+                    if is_image(suffix):
+                        row.setdefault("__span__", [n, offset, size])
                     if kind not in ("json", "txt"):
                         continue
-                    offset, size = parts[suffix]
                     file.seek(offset)
                     try:
                         text = file.read(min(size, MAX_TEXT_BYTES)).decode("utf-8-sig")
-                        entries = {name or "raw": text} if kind == "txt" else json.loads(text)
-                        row |= {name: entries[name] for name in entries.keys() & known}
+                        if kind == "txt":
+                            row[name or "raw"] = text
+                        else:
+                            entries = json.loads(text)
+                            row |= {name: entries[name] for name in entries.keys() & known}
                     except (ValueError, AttributeError, RecursionError):
                         place = f"{files[n]}:{folder}{key}{suffix}"
                         count_skipped(skipped, "not UTF-8, or not a JSON object", place)

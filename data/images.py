@@ -8,7 +8,7 @@ import math
 import os
 import tarfile
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image
 
 from data.captions import (
-    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, MAX_TEXT_BYTES, SOURCE_FIX, in_threads, is_image, read_table,
+    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, SOURCE_FIX, in_threads, is_image, read_table,
     report_skipped, source_files, split_member_name, tar_members, tar_names)
 from data.common import atomic_save, progress_bar
 from flame import FACET_COLUMNS, InputError, reading, to_rgb
@@ -46,9 +46,13 @@ def open_image(location):
     """Return a PIL image with its header read, not yet decoded. May raise any exception on corrupt bytes."""
     if not os.path.isfile(location.path):  # opening a pipe would block
         raise OSError(0, "not a regular file", location.path)
+    return Image.open(io.BytesIO(read_bytes(location)))
+
+
+def read_bytes(location):
     with open(location.path, "rb", buffering=0) as file:
         file.seek(location.offset)
-        return Image.open(io.BytesIO(file.read(min(location.size, MAX_IMAGE_BYTES))))
+        return file.read(min(location.size, MAX_IMAGE_BYTES))
 
 
 def images_in(folder):
@@ -57,7 +61,7 @@ def images_in(folder):
     return [ImageLocation(path) for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
 
 
-def find_images(keys, images, captions, folder=None, index="", spans=None, table=None):
+def find_images(keys, images, captions, folder=None, index="", spans=(), table=None):
     """Find the images of a table's rows.
 
     Images are the paths in `images`, relative to `folder` or, without it, to the captions. If none exists,
@@ -80,9 +84,9 @@ def find_images(keys, images, captions, folder=None, index="", spans=None, table
     """
     captions = Path(captions)
     root = Path(folder or (captions if captions.is_dir() else captions.parent))
-    rows = [row for row, image in enumerate(images) if image]
-    files = [os.path.join(root, images[row]) for row in rows]
+    files = [os.path.join(root, image) for image in images if image]
     if any(map(os.path.isfile, files[::1 + len(files) // SAMPLE])):
+        rows = [row for row, image in enumerate(images) if image]
         return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
     example = (files or keys)[0]
     tars = []
@@ -98,8 +102,9 @@ def find_images(keys, images, captions, folder=None, index="", spans=None, table
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
                 return saved["rows"], files, saved["spans"]
-    if folder or spans is None or not len(spans):
-        spans, _ = search(["".join(split_member_name(image)) for image in images], files)
+    if folder or not len(spans):
+        paths = ["".join(split_member_name(image)) for image in images]
+        spans, _ = search(paths, files) if any(paths) else ((), None)
         if not len(spans):
             spans, texts = search(keys, files)
             if table:
@@ -168,10 +173,7 @@ def check_row_numbers(captions, table, texts):
     differ = []
     for row, entry in enumerate(read_table(table)):
         if row in texts:
-            path, offset, size = texts[row]
-            with open(path, "rb") as file:
-                file.seek(offset)
-                text = file.read(min(size, MAX_TEXT_BYTES)).decode(errors="replace")
+            text = read_bytes(texts[row]).decode(errors="replace")
             if text.split() != entry.raw.split():
                 differ.append(entry.key)
     if len(differ) > max(1, len(texts) / 100):
@@ -216,28 +218,25 @@ def unpack_parquet(captions, folder):
                 table = "read_parquet($file, file_row_number=true)"
                 path = {"file": glob.escape(os.path.abspath(file))}
                 tar = folder / f"{n:05d}.tar"
-                column = database.execute(IMAGE_COLUMNS.format(table), path).fetchone()
-                if column and not tar.exists():
+                for column, in database.execute(IMAGE_COLUMNS.format(table), path).fetchmany(1):
                     rows = database.execute(f"""SELECT format('{{:09d}}.jpg', {first} + file_row_number),
-                        {column[0]} AS image FROM {table} WHERE image IS NOT NULL""", path)
-                    save_tar(tar, iter(rows.fetchone, None))
+                        {column} AS image FROM {table} WHERE image IS NOT NULL""", path)
+                    member = None if tar.exists() else rows.fetchone()
+                    if member:
+                        folder.mkdir(exist_ok=True)
+                        members = chain([member], iter(rows.fetchone, None))
+                        atomic_save(tar, functools.partial(write_tar, members))
                 first += database.execute(f"SELECT count(*) FROM {table}", path).fetchone()[0]
     return folder.is_dir()
 
 
-def save_tar(path, members):
-    """Write (name, bytes) pairs to a tar; don't write an empty one."""
-    def save(temporary):
-        with tarfile.open(temporary, "w") as tar:
-            for name, content in chain(first, members):
-                member = tarfile.TarInfo(name)  # decoders look at the bytes, not at the suffix
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-    first = list(islice(members, 1))
-    if first:
-        path.parent.mkdir(exist_ok=True)
-        atomic_save(path, save)
+def write_tar(members, path):
+    """Write (name, bytes) pairs to a tar."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)  # decoders look at the bytes, not at the suffix
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 # ------------------------------------------------------------------------------------------------------------
