@@ -220,7 +220,7 @@ def unpack_parquet(captions, folder):
                 tar = folder / f"{n:05d}.tar"
                 for column, in database.execute(IMAGE_COLUMNS.format(table), path).fetchmany(1):
                     rows = database.execute(f"""SELECT format('{{:09d}}.jpg', {first} + file_row_number),
-                        {column} AS image FROM {table} WHERE image IS NOT NULL""", path)
+                        {column} FROM {table} WHERE {column} IS NOT NULL""", path)
                     member = None if tar.exists() else rows.fetchone()
                     if member:
                         folder.mkdir(exist_ok=True)
