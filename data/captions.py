@@ -16,15 +16,14 @@ import re
 import sys
 import tarfile
 import tempfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import duckdb
 import numpy as np
+import torch
 
 from data.common import progress_bar
 from flame import InputError, PROMPTS, describe_error, reading
@@ -48,7 +47,7 @@ NOT_CAPTIONS = {"image_id", "license", ""}.union(
     *(FIELD_ALIASES[name] for name in ("key", "uid", "image", "url")))
 MAX_TEXT_BYTES = 1 << 24  # read of a .txt or .json file; more than any LLM's context
 JOIN_SAMPLE = 200         # (own, joined) captions to compare: do both files' keys refer to the same images?
-THREADS = 16              # read as many tars at once, because a network disk answers slowly
+READERS = min(16, len(os.sched_getaffinity(0)))  # processes that read tars
 DUCKDB = {"memory_limit": "4GB",  # above it, spills to disk
           "threads": min(8, os.cpu_count() or 1),
           "autoinstall_known_extensions": False, "autoload_known_extensions": False}
@@ -259,7 +258,7 @@ def load(database, scratch, source, skipped, chosen, field=""):
             rows = reader(source, files, skipped, fields)
             files = [f"{scratch}/rows.jsonl"]
             with open(files[0], "w") as spool:  # invalid UTF-8 becomes a broken row
-                spool.writelines(json.dumps(row) + "\n" for row in rows)
+                spool.writelines(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
         relation, column_query = DUCKDB_FORMATS[kind]
         paths = {"files": [glob.escape(os.path.abspath(file)) for file in files]}
         columns = dict(database.execute(column_query.format(relation), paths).fetchall())
@@ -300,7 +299,7 @@ def text_columns(database, relation, paths, columns):
     return [name for name, count in zip(names, texts) if count]
 
 
-# Readers for what DuckDB does not read. They yield a dict {name: value} per row.
+# Readers for what DuckDB does not read. They yield rows, dicts {name: value}; tar_rows yields JSON lines.
 
 def csv_rows(source, files, skipped, fields):
     """TSV (without quoting) and CSV. As in img2dataset, empty lines are not rows. A broken row yields {}."""
@@ -332,7 +331,7 @@ def tar_rows(source, files, skipped, fields):
     known = set(chain(*(fields[name] for name in ("uid", "url", *PROMPTS))))
     places = tar_names(files)
 
-    def read(n):
+    def read(n, skipped):
         rows = []
         with open(files[n], "rb") as file:
             for folder, key, parts in tar_samples(files[n], skipped):
@@ -355,10 +354,10 @@ def tar_rows(source, files, skipped, fields):
                     except (ValueError, AttributeError, RecursionError):
                         place = f"{files[n]}:{folder}{key}{suffix}"
                         count_skipped(skipped, "not UTF-8, or not a JSON object", place)
-                rows.append(row)
-        return rows
+                rows.append(json.dumps(row) + "\n")
+        return "".join(rows)
 
-    return chain.from_iterable(in_threads(read, range(len(files)), "reading tars"))
+    return in_processes(read, len(files), skipped, "reading tars")
 
 
 def text_rows(folder, files, skipped, fields):
@@ -504,22 +503,33 @@ def tar_names(files):
     return [os.path.relpath(file, root).removesuffix(".tar") + "/" for file in files]
 
 
-def in_threads(function, items, description):
-    """Yield function(item) for each item, in order, with a progress bar."""
-    with ThreadPoolExecutor(THREADS) as threads:
-        blocks = (items[i:i + THREADS] for i in range(0, len(items), THREADS))  # so few results have to wait
-        yield from progress_bar(chain.from_iterable(threads.map(function, block) for block in blocks),
-                                total=len(items), desc=description, disable=len(items) < THREADS)
+class Calls(NamedTuple):
+    """A data set whose item n is (function(n, counts), counts)."""
+    function: Callable
+
+    def __getitem__(self, n):
+        counts = {}
+        return self.function(n, counts), counts
 
 
-SKIPPED_LOCK = threading.Lock()
+def in_processes(function, n, skipped, description):
+    """Yield function(i, counts) for i in range(n), in order, with a progress bar, computed by processes that
+    torch ends if this one is killed. counts: what each call skips, for count_skipped(); added to `skipped`.
+    """
+    loader = torch.utils.data.DataLoader(
+        Calls(function), batch_size=None, sampler=range(n), collate_fn=lambda item: item,
+        num_workers=READERS if n > 3 else 0, multiprocessing_context="fork" if n > 3 else None)
+    for result, counts in progress_bar(loader, description, unit=" files", disable=n < 100):
+        for reason, (count, places) in counts.items():
+            before, first = skipped.get(reason, (0, []))
+            skipped[reason] = before + count, [*first, *places][:5]
+        yield result
 
 
 def count_skipped(skipped, reason, place):
     """Add one to skipped[reason] = (count, first five places)."""
-    with SKIPPED_LOCK:
-        count, places = skipped.get(reason, (0, []))
-        skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may have line breaks
+    count, places = skipped.get(reason, (0, []))
+    skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may contain line breaks
 
 
 def report_skipped(source, skipped):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image
 
 from data.captions import (
-    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, SOURCE_FIX, in_threads, is_image, read_table,
+    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, SOURCE_FIX, in_processes, is_image, read_table,
     report_skipped, source_files, split_member_name, tar_members, tar_names)
 from data.common import atomic_save, progress_bar
 from flame import FACET_COLUMNS, InputError, reading, to_rgb
@@ -132,18 +132,20 @@ def search(names, files):
     places = tar_names(files) if tars else [""] * len(files)
     skipped = {}
 
-    def matches(n):
+    def members_of(n, skipped):
         members = tar_members(files[n], skipped) if tars else [
             (*split_member_name(files[n]), 0, MAX_IMAGE_BYTES)]
-        return [(row_of[name], places[n] + folder, suffix, offset, size)
-                for folder, key, suffix, offset, size in members if suffix == ".txt" or is_image(suffix)
-                for name in (places[n] + folder + key, folder + key + suffix, key) if name in row_of]
+        return [member for member in members if member[2] == ".txt" or is_image(member[2])]
 
-    numbers = range(len(files))
-    found = in_threads(matches, numbers, "finding images") if tars else map(matches, numbers)
+    found = in_processes(members_of, len(files), skipped, "finding images") if tars else (
+        members_of(n, skipped) for n in range(len(files)))
     spans, place_of, repeated, texts = {}, {}, {}, {}
     for n, members in enumerate(found):
-        for row, place, suffix, offset, size in members:
+        for folder, key, suffix, offset, size in members:
+            place = places[n] + folder
+            row = row_of.get(place + key, row_of.get(folder + key + suffix, row_of.get(key)))
+            if row is None:
+                continue
             if suffix == ".txt":
                 if row % (1 + len(names) // SAMPLE) == 0:
                     texts[row] = ImageLocation(files[n], offset, size)
