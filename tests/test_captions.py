@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image, UnidentifiedImageError
 
 import flame
-from data import benchmarks, captions, images as data_images
+from data import captions, images as data_images
 from data.captions import hash_sources, read_table, source_name, split_column, tar_members, write_table
 from data.images import ImageLocation, find_images, locations_of, open_image
 
@@ -177,19 +177,6 @@ def test_first_caption_of_a_list_is_used_and_others_are_counted(tmp_path, table)
     (tmp_path / "y.tsv").write_text("key\tlong\n" + "".join(f"{n}\tx\n" for n in range(5)))
     assert "not used" not in table(tmp_path / "y.tsv")[1]
     assert "; 3 further captions in lists" in table(tmp_path / "y.tsv", {"raw": [tmp_path / "x.jsonl"]})[1]
-
-
-def test_parquet_written_by_hugging_face_datasets(tmp_path, table):
-    """Image structs with bytes and path, several captions per row, integer ids, a folder of files."""
-    (tmp_path / "set/data").mkdir(parents=True)
-    with duckdb.connect() as database:
-        for n in range(2):
-            database.execute(f"COPY (SELECT {n} AS key, {{'bytes': 'x'::BLOB, 'path': '{n}.jpg'}} AS image, "
-                             f"['first {n}', 'second'] AS caption, 1.5 AS long) "
-                             f"TO '{tmp_path}/set/data/train-{n}.parquet'")
-    rows, out, err = table(tmp_path / "set")
-    assert [tuple(row) for row in rows] == [(f"{n}", f"{n:09d}.jpg", *3 * [f"first {n}"]) for n in range(2)]
-    assert "2 raw, 0 short, 0 long captions" in out and "; 2 further captions in lists" in out and not err
 
 
 # --- skipped rows
@@ -561,19 +548,6 @@ def test_key_ends_at_the_first_dot_of_the_file_name(tmp_path):
     tar(tmp_path / "tars/0.tar", *(member(f"x.y/{name}", data[name]) for name in names))
     for folder in (None, tmp_path / "captions", tmp_path / "tars"):
         assert find_values(tmp_path, ["a", "b", "c", "nowhere"], folder=folder) == {"a": 1, "c": 4}
-
-
-def test_images_are_found_in_the_tars_of_the_captions(tmp_path):
-    """Without --images, train.py and evaluate.py search the tar, range, glob or folder given to embed.py."""
-    (tmp_path / "cc").mkdir()
-    for n in range(3):
-        data = write_image(tmp_path / "x.png", 10 * n)
-        tar(tmp_path / f"cc/{n}.tar", member(f"k{n}.png", data), member(f"k{n}.txt", b"caption"))
-    keys = ["k0", "k1", "k2"]
-    for source in ("cc/{0..2}.tar", "cc/*.tar", "cc"):
-        assert find_values(tmp_path, keys, source=source) == {"k0": 0, "k1": 1, "k2": 2}
-        assert len(benchmarks.read_captions(tmp_path / source, None, "raw")[0]) == 3
-    assert find_values(tmp_path, keys, source="cc/1.tar") == {"k1": 1}
 
 
 @pytest.mark.parametrize("folder", [None, "elsewhere"])

@@ -25,7 +25,7 @@ import embed
 import flame
 import train
 from data.captions import read_table
-from data.images import locations_of, open_image
+from data.images import locations_of, open_image, unpack_parquet
 
 N = 60
 COLORS = np.random.default_rng(0).integers(0, 256, (N, 3)).tolist()
@@ -134,6 +134,10 @@ def test_datasets(run, kind):
     rows, found, out = run(f"hub.{kind}")
     assert (rows, found) == ((N - 1, N - 1) if inside else (N, N)), out
     assert Path("store/images").exists() == inside
+    if inside:
+        written = os.stat("store/images/00000.tar").st_mtime_ns
+        assert unpack_parquet("hub.parquet", Path("store/images"))
+        assert os.stat("store/images/00000.tar").st_mtime_ns == written  # not again
 
 
 def test_several_parquet_files(run):

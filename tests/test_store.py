@@ -4,7 +4,6 @@
 * The same bytes result from several ranks, --part, concurrent runs, and runs that are killed and restarted.
 * A run with other settings is refused with the name of the setting. Files by others are never touched.
 * Corrupt LLM weights are refused before an old store is deleted (test_refusals.py tests a full disk).
-* Images inside Parquet are unpacked once, to tars in the store's folder, where training finds them.
 * Store.read equals a reference implementation. Unfinished stores and stores of other prompts are refused.
 """
 import json
@@ -17,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pytest
 import torch
@@ -312,23 +310,3 @@ def test_corrupt_weights_are_refused_before_the_old_store_is_deleted(run, byte_l
     assert "none.tsv: no such file" in run("--out", "store", "--overwrite", captions="none.tsv", code=2)
     assert "cannot run 9 layers" in run("--out", "store", "--overwrite", "--layer", 9, code=2)
     assert read_files("store") == before
-
-
-def test_images_in_parquet_are_unpacked_once(run):
-    """test_forms.py tests which row gets which image."""
-    import datasets
-    random = np.random.default_rng(0)
-    pixels = [random.integers(0, 256, (9, 9, 3), np.uint8) for _ in range(4)]
-    columns = {"text": [f"Thing {n}." for n in range(4)], "image": [Image.fromarray(x) for x in pixels]}
-    kinds = {"text": datasets.Value("string"), "image": datasets.Image()}
-    datasets.Dataset.from_dict(columns, datasets.Features(kinds)).to_parquet("hub.parquet")
-    run(captions="hub.parquet")
-    tar = Path("data/embeddings/hub/images/00000.tar")
-    written = tar.stat().st_mtime_ns
-    run(captions="hub.parquet")
-    assert tar.stat().st_mtime_ns == written
-    run("--overwrite", captions="hub.parquet")
-    assert tar.stat().st_mtime_ns > written
-    duckdb.sql("SELECT text, [image] AS images FROM 'hub.parquet'").write_parquet("lists.parquet")
-    run("--no-images", captions="lists.parquet")  # lists of images are not unpacked
-    assert not Path("data/embeddings/lists/images").exists()
