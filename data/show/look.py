@@ -19,8 +19,8 @@ from data.show.words import vocabulary
 from flame import FACET_COLUMNS, InputError
 
 SAMPLE = 1000  # rows used for statistics; means are then within a few percent
-PALETTE = ("#64748b", "#2563eb", "#dc2626", "#d97706", "#059669", "#7c3aed",
-           "#db2777", "#0891b2", "#65a30d", "#9333ea", "#ea580c", "#0d9488")
+PALETTE = ("#64748b #2563eb #dc2626 #d97706 #059669 #7c3aed "
+           "#db2777 #0891b2 #65a30d #9333ea #ea580c #0d9488").split()
 
 
 # ------------------------------------------------------------------------------------------------------------

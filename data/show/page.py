@@ -52,9 +52,8 @@ def serve(args, locations, image, encoders, unreadable=0):
     encoders.text_encoder()  # load the LLM now, not at the first query
     by_text, by_image, by_click = callbacks(gradio, args, locations, image, encoders._replace(cache=None))
     summary = f"{len(image):,} images of {args.images}, {unreadable} unreadable"
-    settings = {"title": "FLAME", "fill_width": True, "delete_cache": (1800, 1800),
-                "analytics_enabled": False}
-    with gradio.Blocks(**settings) as blocks:
+    with gradio.Blocks(title="FLAME", fill_width=True, delete_cache=(1800, 1800),
+                       analytics_enabled=False) as blocks:
         gradio.HTML(f"<b>FLAME</b> {escape(printable(summary))}", elem_id="head")
         with gradio.Row(elem_id="query"):
             text = gradio.Textbox(

@@ -4,6 +4,7 @@ line on stderr. pyplot is avoided because its state is global.
 import json
 import math
 import sys
+from operator import itemgetter
 
 from data import common
 
@@ -30,7 +31,7 @@ def draw_curve(out):
     # with the best bias, -log(batch - 1), it is log(batch) + 1 minus about 1 / (2 batch).
     chance = math.log(s["batch"]) + (math.log(s["positives"]) / 2 if s["loss"] == "infonce" else 1)
     axes = figure.add_subplot()
-    axes.plot(*zip(*[(entry["step"], entry["loss"]) for entry in entries]), color=BLUE)
+    axes.plot(*zip(*map(itemgetter("step", "loss"), entries)), color=BLUE)
     axes.axhline(chance, linestyle=":", label=f"chance: {chance:.2f}")
     axes.legend()
     axes.set(xlabel="step", ylabel=f"{s['loss']} loss: {entries[-1]['loss']:.3g}",

@@ -22,8 +22,7 @@ def search(args, locations, encoders):
     if args.vectors:
         name = str(args.vectors).removesuffix(".npy")
         common.write_array(f"{name}.npy", image)
-        paths = (location.path.replace("\n", " ") + "\n" for location in locations)
-        common.write_text(f"{name}.txt", "".join(paths))
+        common.write_text(f"{name}.txt", "".join(one.path.replace("\n", " ") + "\n" for one in locations))
         return print(f"-> {name}.npy: {image.shape}; paths in {name}.txt")
     if not args.search:
         return page.serve(args, locations, image, encoders, unreadable).block_thread()

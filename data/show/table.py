@@ -27,13 +27,13 @@ def row(result):
 
 def table(name, result):
     """Format a result with its parts, languages, benchmarks or facet subsets, one line each."""
+    lines = [heading(name, result)]
     if "parts" in result:
         lines = [line for part in result["parts"].items() for line in table(*part)]
     elif "text_to_image" in result:
-        lines = [f"    {direction}   {cells(result[direction], recalls)}"
-                 for direction, recalls in result["ci95"].items()]
-        lines.insert(0, heading(name, result))
+        lines += [f"    {direction}   {cells(result[direction], recalls)}"
+                  for direction, recalls in result["ci95"].items()]
     else:
-        lines = [heading(name, result), f"    {row(result)}"]
+        lines.append(f"    {row(result)}")
     return lines + [f"    {name:26}{row(each)}" for several in ("languages", "benchmarks", "facets")
                     for name, each in result.get(several, {}).items()]

@@ -25,8 +25,8 @@ def patch_states(model, pixels):
     columns = model.config["columns"]
     c = flame.FACET_COLUMNS.index("long.0" if "long.0" in columns else columns[0])
     projection = model.text_projection
-    low_rank = states @ projection.basis[c] * projection.gain[c] @ projection.basis[c].T
-    return projection.rest[c] * states + low_rank
+    basis = projection.basis[c]
+    return projection.rest[c] * states + states @ basis * projection.gain[c] @ basis.T
 
 
 @functools.lru_cache(1)
@@ -40,10 +40,10 @@ def vocabulary(llm):
     norm = read("model.norm.weight").float() + flame.llm_config(llm)["norm_offset"]
     unembedding = read(head).float()
     tokenizer = flame.load_tokenizer(llm)
-    texts = [tokenizer.decode([token]) for token in range(len(unembedding))]
-    tokens = [token for token, text in enumerate(texts)
-              if len(text) > 3 and text[0] == " " and text[1:].isalpha()]
-    return np.array([texts[token][1:] for token in tokens]), unembedding[tokens] * norm
+    texts = map(tokenizer.decode, zip(range(len(unembedding))))
+    words = {token: text[1:] for token, text in enumerate(texts)
+             if len(text) > 3 and text[0] == " " and text[1:].isalpha()}
+    return np.array([*words.values()]), unembedding[[*words]] * norm
 
 
 def words_of(model, llm, image):
