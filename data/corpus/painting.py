@@ -184,6 +184,5 @@ def draw_scene(scene, rng):
 def draw_object(name, rng):
     """Return one object of random size and place on a random background, an RGB image of SIDE² pixels."""
     image = paint(rng.choice(list(BACKGROUNDS)), rng)
-    center = rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6)
-    place_object(image, name, center, rng.uniform(0.5, 0.75), rng)
+    place_object(image, name, (rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6)), rng.uniform(0.5, 0.75), rng)
     return image.resize((SIDE, SIDE), Image.BOX)

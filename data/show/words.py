@@ -51,8 +51,7 @@ def words_of(model, llm, image):
     [g, g]: the cosine of patch and word, relative to the image's largest.
     """
     words, vectors = vocabulary(llm)
-    device = next(model.parameters()).device
-    states = patch_states(model, model.preprocess(image).to(device)).cpu()
+    states = patch_states(model, model.preprocess(image).to(model.visual.conv1.weight)).cpu()
     nearest = (states @ vectors.T).argmax(-1)
     cosines = F.cosine_similarity(states, vectors[nearest], dim=2)
     return words[nearest], (cosines / cosines.max()).numpy()
