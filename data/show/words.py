@@ -40,7 +40,7 @@ def vocabulary(llm):
     norm = read("model.norm.weight").float() + flame.llm_config(llm)["norm_offset"]
     unembedding = read(head).float()
     tokenizer = flame.load_tokenizer(llm)
-    texts = map(tokenizer.decode, zip(range(len(unembedding))))
+    texts = (tokenizer.decode([token]) for token in range(len(unembedding)))
     words = {token: text[1:] for token, text in enumerate(texts)
              if len(text) > 3 and text[0] == " " and text[1:].isalpha()}
     return np.array([*words.values()]), unembedding[[*words]] * norm
