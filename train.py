@@ -183,13 +183,13 @@ def train(args, s):
             print0("text projection: whiten instead of agree, because each image has only one caption")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
         fixed = {name: value for name, value in s.items() if name not in CHANGEABLE_ON_RESUME}
-        earlier = None if args.overwrite else find_earlier_run(out, store, fixed)
-        if earlier and earlier["step"] == s["steps"]:
+        saved_step = None if args.overwrite else find_earlier_run(out, store, fixed)
+        if saved_step == s["steps"]:
             flame.load(out)  # raises InputError if it is damaged
             print0(f"{out}: already finished; use --overwrite to train again")
             return False
-        model, optimizer = build(store, columns, s, device, not earlier, images[0])
-        start = load_checkpoint(out, model, optimizer) if earlier else 0
+        model, optimizer = build(store, columns, s, device, saved_step is None, images[0])
+        start = 0 if saved_step is None else load_checkpoint(out, model, optimizer)
         find_micro_batch(model, s, device)
         encode = distribute(model, s["compile"])
         print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
@@ -235,7 +235,7 @@ def resolve_settings(s, n_images, n_columns, D):
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (n_images // s["batch"])))
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
-    s["workers"] = min(s["workers"], (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    s["workers"] = min(s["workers"], os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def build(store, columns, s, device, fit, rows=None):
@@ -317,24 +317,22 @@ def training_loop(run, start):
     loaded = enumerate(loader, start)
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    waited, stop, taken, failures = 0.0, False, 0, []
+    waited, stop, failures, listed = 0.0, False, [], None
     begin = clock = time.time()
     with common.progress_bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
                              disable=rank() > 0) as bar:
         for step, (batch, failed) in loaded:
             waited += time.time() - clock
             loss, stop = train_step(run, step, batch)
-            taken += loss is not None
             failures += failed
-            due = stop or step + 1 == s["steps"] or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
-            resumed = start > 0 and step == start
-            first_update = taken == 1 and loss is not None
-            if resumed or first_update:  # an earlier run's files are untouched before this
-                if rank() == 0:
+            last = step + 1 == s["steps"]
+            due = stop or last or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
+            if listed is None and (start or loss is not None):
+                if rank() == 0:  # an earlier run's files are untouched before this
                     begin_log(out, start)
                 barrier()
                 listed = read_skipped(out)
-            if taken or start:
+            if listed is not None:
                 log_skipped(out, failures, listed)
                 failures.clear()
             elif due:
@@ -343,18 +341,21 @@ def training_loop(run, start):
             bar.update()
             if rank() == 0 and loss is not None:
                 elapsed = time.time() - begin
-                rate = (step + 1 - start) * s["batch"] / elapsed
-                log_step(run, {"step": step, "loss": loss, "lr": learning_rate(step, s), "images_per_s": rate,
+                log_step(run, {"step": step, "loss": loss, "lr": learning_rate(step, s),
+                               "images_per_s": (step + 1 - start) * s["batch"] / elapsed,
                                "waited": waited / elapsed}, bar)
             if rank() == 0 and due:
                 save_checkpoint(run, step + 1)
                 plots.draw_curve(out)
-            stop = stop and step + 1 < s["steps"]
+            stop = stop and not last
             if stop:
                 break
             clock = time.time()
     if rank() == 0:
-        print_skipped(out)
+        skipped = [*read_skipped(out).values()]
+        if skipped:
+            print(f"skipped {len(skipped)} unreadable images, listed in {out}/skipped.txt; the first: "
+                  f"{skipped[0].strip()}", file=sys.stderr)
         stopped = "; stopped by SIGTERM, run the same command to resume (without --overwrite)" if stop else ""
         print(f"{out}: {bar.n} steps, {bar.postfix or 'no steps left'}{stopped}")
     return stop
@@ -391,15 +392,14 @@ def forward_backward(model, encode, batch, s, device):
     [b, n] or None (see images.Batches).
     """
     pixels, facets, columns, readable, kept = batch
-    readable_everywhere = all_gather(readable.to(device, torch.uint8)).flatten().bool()
+    facets, columns, readable = (x.to(device, non_blocking=True) for x in (facets, columns, readable))
+    readable_everywhere = all_gather(readable.byte()).flatten().bool()  # gloo has no bool
     if not readable_everywhere.any():
         return None
     # Gather the stored texts in float16; each rank then applies the text projection.
-    facets = all_gather(facets.to(device, non_blocking=True)).flatten(0, 1)
-    columns = all_gather(columns.to(device, non_blocking=True)).flatten(0, 1)
-    text = model.text_projection(facets[readable_everywhere], columns[readable_everywhere])  # [B, P, D]
+    facets, columns = (all_gather(x).flatten(0, 1)[readable_everywhere] for x in (facets, columns))
+    text = model.text_projection(facets, columns)  # [B, P, D]
     first = readable_everywhere[:rank() * len(pixels)].sum().item()  # readable images of earlier ranks
-    readable = readable.to(device)
     micro_batches = [slice(i, i + s["micro_batch"]) for i in range(0, len(pixels), s["micro_batch"])]
 
     def encode_part(part):
@@ -480,7 +480,7 @@ def save_checkpoint(run, step):
 
 
 def find_earlier_run(out, store, fixed):
-    """Return the config.json of the run in this folder, or None if there is none.
+    """Return the step in the config.json of the run in this folder, or None if there is none.
 
     fixed: the settings that must be the same. Raises InputError if it was another run.
     """
@@ -498,7 +498,7 @@ def find_earlier_run(out, store, fixed):
             old = record["training"][name]
             if old != value:
                 raise InputError(f"{out}: was trained with {name} {old}, now it is {value}; {RESUME_FIX}")
-        return record | {"step": int(record["step"])}
+        return int(record["step"])
 
 
 def load_checkpoint(out, model, optimizer):
@@ -530,8 +530,7 @@ def log_step(run, entry, bar):
 
     entry: step, loss, lr, images_per_s, and waited, the fraction of time spent waiting for data.
     """
-    entry["scale"] = run.model.logit_scale.exp().item()
-    entry["bias"] = run.model.logit_bias.item()
+    entry |= {"scale": run.model.logit_scale.exp().item(), "bias": run.model.logit_bias.item()}
     bar.set_postfix_str("loss {loss:.3f}, scale {scale:.1f}, {images_per_s:.0f} images/s, {waited:.1%} of "
                         "the time waiting for data".format(**entry), refresh=False)
     common.append_text(run.out / "log.jsonl", json.dumps(entry) + "\n")
@@ -549,19 +548,12 @@ def read_skipped(out):
 def log_skipped(out, failed, listed):
     """Append [(key, reason)] to skipped.txt, each key once per rank.
 
-    listed: the keys so far, from read_skipped(); updated here, because rereading a long file would be slow.
+    listed: the lines so far, from read_skipped(); updated here, because rereading a long file would be slow.
     """
-    new = {key: f"{key}\t{reason}\n" for key, reason in failed if key not in listed}
-    if new:
-        common.append_text(out / "skipped.txt", "".join(new.values()))
-        listed |= new
-
-
-def print_skipped(out):
-    listed = read_skipped(out)
-    if listed:
-        print(f"skipped {len(listed)} unreadable images, listed in {out}/skipped.txt; the first: "
-              f"{[*listed.values()][0].strip()}", file=sys.stderr)
+    for key, reason in failed:
+        if key not in listed:
+            listed[key] = f"{key}\t{reason}\n"
+            common.append_text(out / "skipped.txt", listed[key])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -613,17 +605,13 @@ def newest_store():
 
 
 def main(argv=None):
-    stopped = False
-
     def body():
-        nonlocal stopped
         args, s = parse_arguments(argv)
         print0(f"store: {args.embeddings}, preset: {args.preset}")
         flame.keep_freed_memory()
-        stopped = train(args, s)
+        return 128 + signal.SIGTERM if train(args, s) else 0  # for schedulers
 
-    code = common.run_stage("train.py", body, "run the same command to resume (without --overwrite)")
-    return 128 + signal.SIGTERM if stopped else code  # for schedulers
+    return common.run_stage("train.py", body, "run the same command to resume (without --overwrite)")
 
 
 def request_stop(*signal_and_frame):

@@ -110,9 +110,9 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
+        out = x.new_empty(world_size(), *x.shape)
+        dist.all_gather(list(out), x.contiguous())
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -169,17 +169,17 @@ def progress_bar(*items, **settings):
 def run_stage(script, body, resume):
     """Run body() and return the exit code.
 
-    0; after one line on stderr, 2 (bad input, full disk, lack of memory) or 130 (Ctrl-C); 141 if stdout was
-    closed. resume: how to continue after Ctrl-C.
+    It is what body() returns, or 0 if that is None; after one line on stderr, 2 (bad input, full disk, lack
+    of memory) or 130 (Ctrl-C); 141 if stdout was closed. resume: how to continue after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8
     warnings.formatwarning = lambda message, *place: f"{script}: {message}\n"  # one line
     code = 2
     try:
-        body()
+        finished = body() or 0
         sys.stdout.flush()
-        return 0
+        return finished
     except BrokenPipeError:  # the reader of stdout (e.g. `head`) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
         return 141
