@@ -187,8 +187,8 @@ def hidden_states(decoder, forest):
     attend = kernels.attention(forest, device, heads // kv_heads)
     tokens, positions, last_tokens = (to_device(x, device) for x in (
         forest.tokens, forest.positions.float(), forest.last_tokens))
-    angles = [torch.outer(positions, inv_freq) for inv_freq in decoder.inv_freq]  # [T, head_dim / 2] per type
-    cos_sin = [(angle.cos(), angle.sin()) for angle in angles]
+    angles = decoder.inv_freq[:, None] * positions[:, None]  # [RoPE types, T, head_dim / 2]
+    cos_sin = torch.stack([angles.cos(), angles.sin()], dim=1)
 
     def post_norm(update, weight):  # Gemma normalizes what a sublayer returns
         return update if weight is None else kernels.add_and_norm(update.float(), None, weight, eps, dtype)
@@ -699,8 +699,8 @@ def check_supported(name, value, *supported):
 def rope_settings(entries, layers, gemma):
     """Return (settings of each RoPE type, type of each layer). Gemma: type 0 is full attention, 1 sliding."""
     settings = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5's, 4's
-    full = {"rope_theta": entries.get("rope_theta", 1e6 if gemma else 1e4)}
-    full |= settings.get("full_attention", settings)
+    theta = entries.get("rope_theta", 1e6 if gemma else 1e4)
+    full = {"rope_theta": theta} | settings.get("full_attention", settings)
     if not gemma:
         return [full], [0] * layers
     local = {"rope_theta": entries.get("rope_local_base_freq", 1e4)} | settings.get("sliding_attention", {})
@@ -783,25 +783,25 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     if not 1 <= layer <= n_layers:
         raise InputError(f"{llm_dir}: cannot run {layer} layers; choose 1 to {n_layers}")
     read, names = open_weights(llm_dir)
-    expected = (LAYER_TENSORS | FAMILIES[config["model_type"]]).values()
-    known = {"self_attn.rotary_emb.inv_freq"}.union(*expected)
+    tensors = LAYER_TENSORS | FAMILIES[config["model_type"]]
+    known = {"self_attn.rotary_emb.inv_freq"}.union(*tensors.values())
     for name in sorted(names):  # ignoring a bias or another norm would silently change the hidden states
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
         if match and int(match[1]) < layer and match[2] not in known:
             raise InputError(f"{llm_dir}: tensor {name} is unknown in a {config['model_type']} layer")
     embedding = read("model.embed_tokens.weight").to(device, dtype)
-    layers = [load_layer(config, read, i, device, dtype) for i in range(layer)]
+    layers = [load_layer(config, tensors, read, i, device, dtype) for i in range(layer)]
     decoder = Decoder(config, embedding, layers, config["inv_freq"].float().to(device), TORCH_KERNELS)
     with reading(Path(llm_dir, "config.json"), LLM_FIX):  # fails if the weights have other sizes
         hidden_states(decoder, build_forest([[0]])).view(config["hidden_size"])
     return decoder._replace(kernels=choose_kernels(decoder))
 
 
-def load_layer(config, read, i, device, dtype):
+def load_layer(config, tensors, read, i, device, dtype):
     """Return layer i: {our name: tensor}, and its RoPE type under "rope_type"."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     layer = {"rope_type": config["rope_types"][i]}
-    for ours, theirs in (LAYER_TENSORS | FAMILIES[config["model_type"]]).items():
+    for ours, theirs in tensors.items():
         tensor = torch.cat([read(f"model.layers.{i}.{name}") for name in theirs])
         if "norm" in ours:
             layer[ours] = tensor.to(device, torch.float32) + config["norm_offset"]
@@ -961,9 +961,10 @@ def choose_kernels(decoder):
     layers, their centered states are within 5% of PyTorch's; otherwise a warning gives the reason.
     """
     weights = decoder.embedding
-    supported = flame_ext and weights.dtype in (torch.float32, torch.bfloat16)
-    if not supported or not weights.is_cuda:
-        return EXT_KERNELS if supported and weights.is_cpu and flame_ext.cpu else TORCH_KERNELS
+    if not flame_ext or weights.dtype not in (torch.float32, torch.bfloat16):
+        return TORCH_KERNELS
+    if not weights.is_cuda:
+        return EXT_KERNELS if weights.is_cpu and flame_ext.cpu else TORCH_KERNELS
     try:
         if not flame_ext.cuda:
             raise RuntimeError("it was built without CUDA")
@@ -1015,10 +1016,10 @@ class Store:
             if min(sizes) < 1 or not isinstance(self.meta["captions"]["path"], str):
                 raise ValueError(f"invalid N, D, shard_size {sizes} or captions {self.meta['captions']}")
             check_prompts(self.meta["llm"]["prompts"], meta)
-        present = set(os.listdir(self.path))
-        for i in range(-(-self.N // self.shard_size)):
-            if f"{i:06d}.npy" not in present:
-                raise InputError(f"{self.path}: {i:06d}.npy is missing; run the same embed.py command again")
+        shards = {f"{i:06d}.npy" for i in range(-(-self.N // self.shard_size))}
+        missing = shards.difference(os.listdir(self.path))
+        if missing:
+            raise InputError(f"{self.path}: {min(missing)} is missing; run the same embed.py command again")
         self.shard = functools.lru_cache(8192)(self.open_shard)  # a process may map 65,000 files
 
     def __len__(self):
@@ -1060,7 +1061,7 @@ class Store:
     def read(self, rows, columns) -> torch.Tensor:
         """Return vectors as float32 [n, m, D], normalized to length 1. Arguments as in read_float16."""
         vectors = self.read_float16(rows, columns).float()
-        return vectors.div_(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12))
+        return F.normalize(vectors, dim=-1, out=vectors)
 
 
 open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta

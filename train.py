@@ -182,8 +182,7 @@ def train(args, s):
         if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
             print0("text projection: whiten instead of agree, because each image has only one caption")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
-        fixed = {name: value for name, value in s.items() if name not in CHANGEABLE_ON_RESUME}
-        saved_step = None if args.overwrite else find_earlier_run(out, store, fixed)
+        saved_step = None if args.overwrite else find_earlier_run(out, store, s)
         if saved_step == s["steps"]:
             flame.load(out)  # raises InputError if it is damaged
             print0(f"{out}: already finished; use --overwrite to train again")
@@ -271,7 +270,7 @@ def find_micro_batch(model, s, device):
     s["micro_batch"] = min(s["micro_batch"], s["batch"] // world_size())
     while device.type == "cuda":
         try:
-            size = s["micro_batch"] + s["micro_batch"] // 4
+            size = s["micro_batch"] * 5 // 4
             pixels = torch.rand(size, 3, s["image_size"], s["image_size"], device=device)
             kept = torch.arange(patches_kept(s), device=device).expand(size, -1)
             with autocast(device):
@@ -479,10 +478,10 @@ def save_checkpoint(run, step):
     common.write_json(run.out / "config.json", record)
 
 
-def find_earlier_run(out, store, fixed):
+def find_earlier_run(out, store, s):
     """Return the step in the config.json of the run in this folder, or None if there is none.
 
-    fixed: the settings that must be the same. Raises InputError if it was another run.
+    Raises InputError if it was another run, with another store or other settings.
     """
     path = out / "config.json"
     if not path.exists():
@@ -494,9 +493,9 @@ def find_earlier_run(out, store, fixed):
         record = read_json(path, RESUME_FIX)
         if record["store"]["content_hash"] != content_hash(store):
             raise InputError(f"{out}: was trained on another store than {store.path}; {RESUME_FIX}")
-        for name, value in fixed.items():
+        for name, value in s.items():
             old = record["training"][name]
-            if old != value:
+            if old != value and name not in CHANGEABLE_ON_RESUME:
                 raise InputError(f"{out}: was trained with {name} {old}, now it is {value}; {RESUME_FIX}")
         return int(record["step"])
 
@@ -614,10 +613,6 @@ def main(argv=None):
     return common.run_stage("train.py", body, "run the same command to resume (without --overwrite)")
 
 
-def request_stop(*signal_and_frame):
-    stop_requested.append(True)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_requested.append(True))
     sys.exit(main())

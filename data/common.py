@@ -71,9 +71,8 @@ def get_device(name):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("not supported")
-        device_with_index = torch.empty(0, device=device).device
         if device.type == "cuda":
-            torch.cuda.set_device(device_with_index)
+            torch.cuda.set_device(torch.empty(0, device=device).device)  # with its index
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; give cpu or cuda") from None
     return device
@@ -236,14 +235,14 @@ def output_folder(path):
 @contextmanager
 def locked_folder(path):
     """An output_folder that one process at a time can hold. Raises InputError if another process holds it."""
-    busy = f"{path}: another process is writing to this folder; wait for it or stop it"
     with output_folder(path), open(Path(path, ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # the last holder deleted it before we got the lock
+                raise BlockingIOError
         except BlockingIOError:
-            raise InputError(busy) from None
-        if not os.fstat(lock.fileno()).st_nlink:  # its last holder deleted the file before we got the lock
-            raise InputError(busy)
+            raise InputError(f"{path}: another process is writing to this folder; wait for it or stop it"
+                             ) from None
         try:
             yield
         finally:
