@@ -670,14 +670,15 @@ def llm_config(llm_dir):
             check_supported(name, entries.get(name) or activation, activation)
         if entries.get("use_bidirectional_attention"):
             raise ValueError("bidirectional attention is not supported")
-        names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-        layers, D, heads, _ = sizes = [int(entries[name]) for name in names]
+        sizes = {name: int(entries[name]) for name in (
+            "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")}
+        layers, D, heads, _ = sizes.values()
         head_dim = int(entries.get("head_dim") or D // heads)
         context_length = int(entries["max_position_embeddings"])
         if entries.get("use_sliding_window", family == "mistral" or gemma):
             context_length = min(context_length, int(entries.get("sliding_window", 4096) or context_length))
         ropes, rope_types = rope_settings(entries, layers, gemma)
-        return dict(zip(names, sizes)) | {
+        return sizes | {
             "model_type": family,
             "num_key_value_heads": int(entries.get("num_key_value_heads") or heads),
             "head_dim": head_dim,
@@ -1042,7 +1043,8 @@ class Store:
                 rows = [line.split("\t", 2)[:2] for line in file][1:]
             if len(rows) != self.N:
                 raise ValueError(f"{len(rows)} rows, but meta.json records {self.N}")
-            return [key for key, _ in rows], [image for _, image in rows]
+            keys, images = map(list, zip(*rows))
+            return keys, images
 
     keys = property(lambda store: store.table[0])
     images = property(lambda store: store.table[1])
@@ -1083,12 +1085,13 @@ def load(checkpoint: str | Path) -> Flame:
     from safetensors.torch import load_file
     fix = "train or download it again"
     checkpoint = resolve_folder(checkpoint)
-    saved = read_json(Path(checkpoint, "config.json"), fix)
-    with reading(Path(checkpoint, "model.safetensors"), fix) as file:
+    config_file = checkpoint / "config.json"
+    saved = read_json(config_file, fix)
+    with reading(checkpoint / "model.safetensors", fix) as file:
         with torch.device("meta"):  # don't allocate: the sizes in config.json may be wrong
             model = Flame({"columns": FACET_COLUMNS} | saved["model"] | {"llm": saved["llm"]})
         model.load_state_dict(load_file(file), assign=True)
-        check_prompts(saved["llm"]["prompts"], Path(checkpoint, "config.json"))
+        check_prompts(saved["llm"]["prompts"], config_file)
         columns = model.config["columns"]
         layer, mask, path = (saved["llm"].get(name) for name in ("layer", "mask", "path"))
         typed = isinstance(layer, int | None) and isinstance(path, str | None)

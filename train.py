@@ -368,10 +368,10 @@ def train_step(run, step, batch):
     s = run.s
     run.optimizer.zero_grad(set_to_none=True)
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
-    signals = torch.tensor(float(len(stop_requested)), device=run.device)
+    stop = all_gather(torch.tensor(len(stop_requested), device=run.device)).any().item()
     if loss is None:
-        return None, all_gather(signals).any().item()
-    loss, stop = all_gather(torch.stack([loss, signals])).mean(0).tolist()
+        return None, stop
+    loss = all_gather(loss).mean().item()
     if not math.isfinite(loss):  # stop before it reaches the weights
         raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept. Lower "
                          "--lr, and check the store with embed.py --inspect")
@@ -380,7 +380,7 @@ def train_step(run, step, batch):
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    return loss, stop > 0
+    return loss, stop
 
 
 def forward_backward(model, encode, batch, s, device):

@@ -51,14 +51,13 @@ def init_distributed(name):
     if several and "RANK" not in os.environ or not valid:
         raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(numbers)}: these processes are not a "
                          "group; start them with torchrun, or with srun --ntasks-per-node 1 torchrun")
-    if world_size() > 1 and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = get_device(name)
-    if world_size() > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # A long timeout: rank 0 may join captions and unpack images for hours while the others wait.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
-        atexit.register(dist.destroy_process_group)  # without it, its threads sometimes crash at exit
+    if world_size() == 1:
+        return get_device(name)
+    device = get_device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # A long timeout: rank 0 may join captions and unpack images for hours while the others wait.
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+    atexit.register(dist.destroy_process_group)  # without it, its threads sometimes crash at exit
     return device
 
 
