@@ -34,7 +34,8 @@ import flame
 from data import benchmarks, common
 from data.captions import read_table, source_name
 from data.common import Parser, number, progress_bar
-from data.encoders import encode_facets, encode_images, encode_texts, open_encoders, trained_facets
+from data.encoders import (
+    encode_facets, encode_images, encode_texts, local_paths, open_encoders, trained_facets)
 from data.show import search, table
 from data.show.sheet import Examples, draw_sheet
 from flame import InputError, content_hash
@@ -514,9 +515,9 @@ def report(args, name, queries, scores, examples=None):
 def count_trained(texts, checkpoint):
     """Return how many of the texts are also training captions, or None without that store."""
     with suppress(Exception):
-        record = flame.read_json(Path(checkpoint, "config.json"))["store"]
-        store = flame.open_store(record["path"])
-        if content_hash(store) == record["content_hash"]:  # otherwise the store was replaced
+        recorded = flame.read_json(Path(checkpoint, "config.json"))["store"]
+        store = flame.open_store(local_paths(checkpoint)["store"])
+        if content_hash(store) == recorded["content_hash"]:  # otherwise the store was replaced
             trained = set(texts).intersection(chain.from_iterable(read_table(store.path / "captions.tsv")))
             return sum(text in trained for text in texts)
 

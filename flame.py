@@ -303,7 +303,7 @@ class TextEncoder:
             specialized in predicting the next token.
         mask: "decoupled" (each facet prompt follows the caption directly) or "causal" (one chain, in which a
             facet prompt also sees the earlier ones).
-        max_tokens: tokens per packed row, counted as if facets shared none. A row exceeds it by at most one
+        max_tokens: tokens per packed row, with all facet prompts in full. A row exceeds it by at most one
             caption. Default: MAX_TOKENS.
     """
 
@@ -959,7 +959,8 @@ def choose_kernels(decoder):
     """Return EXT_KERNELS if flame_ext can run this decoder, otherwise TORCH_KERNELS.
 
     Its CUDA kernels (bfloat16, heads of 64 or 128 dimensions) are used only if, on a small forest and two
-    layers, their centered states are within 5% of PyTorch's; otherwise a warning gives the reason.
+    layers, their states differ from PyTorch's by less than 5% of the centered norm. Otherwise a warning gives
+    the reason.
     """
     weights = decoder.embedding
     if not flame_ext or weights.dtype not in (torch.float32, torch.bfloat16):

@@ -2,6 +2,7 @@
 
     python train.py                              # newest store under data/embeddings -> out/<its name>
     python train.py --embeddings data/embeddings/cc3m --images cc3m-images --preset cc3m
+    python train.py --val data/embeddings/val    # also measure recall on held-out captions, keep the best
     torchrun --nproc_per_node 8 train.py ...     # the same batch and the same result on a whole node
 
 The LLM is not loaded. A step reads a batch of images and, for each image, a few of its 11 stored embeddings
@@ -17,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -33,7 +36,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 import flame
 from data import common
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
-from data.images import Batches, find_images, patches_kept
+from data.encoders import Encoders, compute_images, trained_facets
+from data.images import Batches, find_images, locations_of, patches_kept
 from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
 from data.show import plots
 from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
@@ -141,11 +145,13 @@ SETTINGS = {
     "patch_dropout":    (0.5,       0.0,       real(0, 0.999),        "fraction of patches dropped per step"),
     "compile":          (False,     False,     bool,                  "torch.compile the ViT"),
     "checkpoint_every": (200,       1000,      integer(0, 10**9),     "steps; 0: only at the end"),
+    "val_every":        (0,         0,         integer(0, 10**9),     "steps; 0: an epoch, at least 100"),
     "workers":          (1,         8,         integer(0, 1024),      "loader processes per rank"),
     "seed":             (0,         0,         integer(0, 2**63 - 1), "of weights, order, crops, positives"),
 }
 # These may differ when a run is resumed: they change a gradient in its last bits or not at all.
-CHANGEABLE_ON_RESUME = ("micro_batch", "checkpoint_every", "workers")
+CHANGEABLE_ON_RESUME = ("micro_batch", "checkpoint_every", "val_every", "workers")
+MAX_VAL_IMAGES = 5000  # a larger validation store is sampled
 MAX_LOGIT_SCALE = math.log(100)  # model.logit_scale is a logarithm, as in CLIP
 stop_requested = []  # not empty after SIGTERM: save and exit
 
@@ -157,12 +163,12 @@ class Run(NamedTuple):
     """What all steps of a run share."""
     s: dict                  # settings, resolved
     out: Path                # the checkpoint folder
-    image_dir: str           # --images, or None
     batches: Batches         # of the rows that are trained on
     device: torch.device
     model: flame.Flame
     encode: torch.nn.Module  # the model, or DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
+    validation: tuple        # image locations, their long facets [N, 7, D]; or ()
 
 
 def train(args, s):
@@ -191,11 +197,13 @@ def train(args, s):
         start = 0 if saved_step is None else load_checkpoint(out, model, optimizer)
         find_micro_batch(model, s, device)
         encode = distribute(model, s["compile"])
+        validation = open_validation(args.val, store, out) if args.val else ()
         print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
-               f"{start}")
-        print0("  ".join(f"{name}={value}" for name, value in s.items()))
+               f"{start}\nsettings that differ from --preset {args.preset}:")
+        for name, value in s.items():
+            print0(f"  {name} {value}" * (value != preset_settings(args.preset).get(name)))
         batches = Batches(store, columns, images, s, rank(), world_size())
-        run = Run(s, out, args.images, batches, device, model, encode, optimizer)
+        run = Run(s, out, batches, device, model, encode, optimizer, validation)
         return training_loop(run, start)
 
 
@@ -222,6 +230,20 @@ def locate_images(store, folder, out):
     return images
 
 
+def open_validation(path, store, out):
+    """Return the image locations of a validation store, and their long facets float32 [N, 7, D].
+
+    Raises InputError if the store was made with another LLM than the training store.
+    """
+    val = flame.open_store(path)
+    if any(val.meta["llm"][name] != store.meta["llm"][name] for name in ("fingerprint", "layer", "mask")):
+        raise InputError(f"{path}: made with another LLM than {store.path}; embed both with the same --llm")
+    rows, files, spans = locate_images(val, None, out)
+    step = 1 + len(rows) // MAX_VAL_IMAGES
+    long = [c for c, name in enumerate(FACET_COLUMNS) if name.startswith("long.")]
+    return locations_of(files, spans[::step]), val.read(rows[::step], long)
+
+
 def resolve_settings(s, n_images, n_columns, D):
     """Fill in the settings that depend on the data."""
     s["images"] = n_images
@@ -234,6 +256,7 @@ def resolve_settings(s, n_images, n_columns, D):
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (n_images // s["batch"])))
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
+    s["val_every"] = s["val_every"] or max(100, n_images // s["batch"])
     s["workers"] = min(s["workers"], os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -298,7 +321,7 @@ def distribute(model, compiled):
     if world_size() == 1:
         return model
     encode = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    encode.broadcast_buffers = False  # only the text projection has buffers, and they never change
+    encode.broadcast_buffers = False  # DDP() has sent the text projection's; they never change
     return encode
 
 
@@ -316,19 +339,19 @@ def training_loop(run, start):
     loaded = enumerate(loader, start)
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    waited, stop, failures, listed = 0.0, False, [], None
+    waited, stop, failures, listed, best = 0.0, False, [], None, 0.0
     begin = clock = time.time()
     with common.progress_bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
                              disable=rank() > 0) as bar:
         for step, (batch, failed) in loaded:
             waited += time.time() - clock
-            loss, stop = train_step(run, step, batch)
+            loss, norm, stop = train_step(run, step, batch)
             failures += failed
             last = step + 1 == s["steps"]
             due = stop or last or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
             if listed is None and (start or loss is not None):
                 if rank() == 0:  # an earlier run's files are untouched before this
-                    begin_log(out, start)
+                    best = max((recall(entry) for entry in begin_log(out, start)), default=0.0)
                 barrier()
                 listed = read_skipped(out)
             if listed is not None:
@@ -340,9 +363,15 @@ def training_loop(run, start):
             bar.update()
             if rank() == 0 and loss is not None:
                 elapsed = time.time() - begin
-                log_step(run, {"step": step, "loss": loss, "lr": learning_rate(step, s),
-                               "images_per_s": (step + 1 - start) * s["batch"] / elapsed,
-                               "waited": waited / elapsed}, bar)
+                entry = {"step": step, "loss": loss, "lr": learning_rate(step, s), "gradient_norm": norm,
+                         "images_per_s": (step + 1 - start) * s["batch"] / elapsed,
+                         "waited": waited / elapsed}
+                if run.validation and (last or (step + 1) % s["val_every"] == 0):
+                    entry["val"] = validate(run)
+                log_step(run, entry, bar)
+                if recall(entry) > best:
+                    best = recall(entry)
+                    save_model(run, out / "best", step + 1, describe(entry))
             if rank() == 0 and due:
                 save_checkpoint(run, step + 1)
                 plots.draw_curve(out)
@@ -355,13 +384,19 @@ def training_loop(run, start):
         if skipped:
             print(f"skipped {len(skipped)} unreadable images, listed in {out}/skipped.txt; the first: "
                   f"{skipped[0].strip()}", file=sys.stderr)
+        entries = [entry for entry in read_log(out) if "val" in entry]
+        if entries:
+            top = max(entries, key=recall)
+            print(f"{out}/best: step {top['step'] + 1}, validation R@1 {describe(top)}; the last step has "
+                  f"{describe(entries[-1])}")
         stopped = "; stopped by SIGTERM, run the same command to resume (without --overwrite)" if stop else ""
         print(f"{out}: {bar.n} steps, {bar.postfix or 'no steps left'}{stopped}")
     return stop
 
 
 def train_step(run, step, batch):
-    """Take one step of AdamW. Return (mean loss over ranks, whether SIGTERM reached any rank).
+    """Take one step of AdamW. Return (mean loss over ranks, norm of the gradient, whether SIGTERM reached any
+    rank).
 
     If no rank can read an image of the batch, the weights don't change and the loss is None.
     """
@@ -370,17 +405,18 @@ def train_step(run, step, batch):
     loss = forward_backward(run.model, run.encode, batch, s, run.device)
     stop = all_gather(torch.tensor(len(stop_requested), device=run.device)).any().item()
     if loss is None:
-        return None, stop
+        return None, None, stop
     loss = all_gather(loss).mean().item()
     if not math.isfinite(loss):  # stop before it reaches the weights
         raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept. Lower "
                          "--lr, and check the store with embed.py --inspect")
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item()
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s)
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    return loss, stop
+    return loss, norm, stop
 
 
 def forward_backward(model, encode, batch, s, device):
@@ -430,6 +466,30 @@ def forward_backward(model, encode, batch, s, device):
     return loss.detach()
 
 
+@torch.inference_mode()
+def validate(run):
+    """Return R@1 in percent of the validation store's long captions, as evaluate.py: {direction: R@1}."""
+    locations, facets = run.validation
+    model = run.model.eval()
+    image = compute_images(Encoders(model, None, run.device, None, None, None), locations)
+    text = [model.encode_text(part.to(run.device), "long")[:, trained_facets(model, "long")].mean(1).cpu()
+            for part in facets.split(256)]
+    model.train()
+    scores = torch.cat(text).numpy() @ image.T
+    _, number = np.unique([str(location) for location in locations], return_inverse=True)  # of a text's image
+    return {direction: 100 * np.mean(number[scores.argmax(axis)] == number)
+            for direction, axis in (("text_to_image", 1), ("image_to_text", 0))}
+
+
+def recall(entry):
+    """Return the mean R@1 of a log entry, or 0 without validation."""
+    return sum(entry.get("val", {}).values()) / 2
+
+
+def describe(entry):
+    return "{text_to_image:.1f}% (text to image), {image_to_text:.1f}% (image to text)".format(**entry["val"])
+
+
 def learning_rate(step, s):
     """Linear warm-up, then a cosine that falls to 0."""
     warmup = min(1, (step + 1) / max(1, s["warmup"]))
@@ -456,9 +516,11 @@ def kill_loaders():
 #
 #     training.pt                       weights, AdamW's moments, the step
 #     model.safetensors, config.json    what flame.load reads; config.json is written last
+#     README.md, local.json             model card; paths on this machine, for evaluate.py
 #     log.jsonl, skipped.txt            a line per step; a line per image that could not be read
+#     best/                             the same files for the step with the best validation recall
 #
-# The first three are written atomically; the last two grow during a run. The same command resumes.
+# Files are written atomically, except for the log and skipped.txt, which grow. The same command resumes.
 
 RESUME_FIX = "choose another --name, or start over with --overwrite"
 
@@ -468,14 +530,26 @@ def save_checkpoint(run, step):
     if not all(p.isfinite().all() for p in run.model.parameters()):
         raise InputError(f"{run.out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
                          "last checkpoint is kept")
-    weights, store = run.model.state_dict(), run.batches.store
-    training = {"step": step, "model": weights, "optimizer": run.optimizer.state_dict()}
-    record = {"model": run.model.config, "llm": store.meta["llm"], "training": run.s, "step": step,
-              "store": {"path": os.path.abspath(store.path), "content_hash": content_hash(store)},
-              "images": run.image_dir and os.path.abspath(run.image_dir)}
+    training = {"step": step, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     common.atomic_save(run.out / "training.pt", functools.partial(torch.save, training))
-    common.atomic_save(run.out / "model.safetensors", functools.partial(save_file, weights))
-    common.write_json(run.out / "config.json", record)
+    save_model(run, run.out, step)
+
+
+def save_model(run, folder, step, validation="not measured"):
+    """Write the files that can be shared (config.json is the last), and local.json."""
+    store = run.batches.store
+    llm = dict(store.meta["llm"])
+    paths = {"llm": llm.pop("path"), "store": os.path.abspath(store.path)}
+    record = {"model": run.model.config, "llm": llm, "training": run.s, "step": step,
+              "validation": validation,
+              "store": {"name": store.path.resolve().name, "content_hash": content_hash(store)}}
+    settings = "\n".join(f"| {name} | {value} |" for name, value in run.s.items())
+    card = Path(plots.__file__).with_name("card.md").read_text()
+    folder.mkdir(exist_ok=True)
+    common.atomic_save(folder / "model.safetensors", functools.partial(save_file, run.model.state_dict()))
+    common.write_json(folder / "local.json", paths)
+    common.write_text(folder / "README.md", card.format(name=run.out.name, settings=settings, **record))
+    common.write_json(folder / "config.json", record)
 
 
 def find_earlier_run(out, store, s):
@@ -493,9 +567,12 @@ def find_earlier_run(out, store, s):
         record = read_json(path, RESUME_FIX)
         if record["store"]["content_hash"] != content_hash(store):
             raise InputError(f"{out}: was trained on another store than {store.path}; {RESUME_FIX}")
+        longer = s["steps"] > record["training"]["steps"]
+        if longer:
+            print0(f"{out}: training longer; the learning rate follows the cosine of {s['steps']} steps now")
         for name, value in s.items():
             old = record["training"][name]
-            if old != value and name not in CHANGEABLE_ON_RESUME:
+            if old != value and name not in CHANGEABLE_ON_RESUME + ("steps", "epochs", "warmup") * longer:
                 raise InputError(f"{out}: was trained with {name} {old}, now it is {value}; {RESUME_FIX}")
         return int(record["step"])
 
@@ -510,24 +587,35 @@ def load_checkpoint(out, model, optimizer):
 
 
 def begin_log(out, start):
-    """Truncate log.jsonl to the steps before `start`; delete an earlier run's files if start is 0."""
-    lines = []
-    for line in read_lines(out / "log.jsonl"):
-        with suppress(Exception):  # a damaged line only leaves a gap in the curve
-            entry = json.loads(line)
-            if entry["step"] < start and entry["loss"] < 1e9:  # also drops NaN
-                lines.append(json.dumps(entry) + "\n")
+    """Truncate log.jsonl to the steps before `start`, and return these entries; delete an earlier run's files
+    if start is 0.
+    """
+    entries = [entry for entry in read_log(out) if entry["step"] < start]
     with common.disk_errors(out):
         if not start:
+            shutil.rmtree(out / "best", ignore_errors=True)
             for name in ("config.json", "training.pt", "model.safetensors", "skipped.txt"):
                 (out / name).unlink(missing_ok=True)
-    common.write_text(out / "log.jsonl", "".join(lines))
+    common.write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    return entries
+
+
+def read_log(out):
+    """Return the entries of log.jsonl. A damaged line only leaves a gap in the curve."""
+    entries = []
+    for line in read_lines(out / "log.jsonl"):
+        with suppress(Exception):
+            entry = json.loads(line)
+            if entry["step"] >= 0 and entry["loss"] < 1e9:  # not NaN
+                entries.append(entry)
+    return entries
 
 
 def log_step(run, entry, bar):
     """Append a line to log.jsonl and update the progress bar.
 
-    entry: step, loss, lr, images_per_s, and waited, the fraction of time spent waiting for data.
+    entry: step, loss, lr, gradient_norm, images_per_s, waited (the fraction of time spent waiting for data),
+    and val after a validation.
     """
     entry |= {"scale": run.model.logit_scale.exp().item(), "bias": run.model.logit_bias.item()}
     bar.set_postfix_str("loss {loss:.3f}, scale {scale:.1f}, {images_per_s:.0f} images/s, {waited:.1%} of "
@@ -565,6 +653,7 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--embeddings", metavar="DIR", help="the store (default: newest finished one under data/embeddings)")
     add("--images", metavar="DIR", help="root of images or tars (default: see data/README.md)")
+    add("--val", metavar="STORE", help="store of held-out captions; out/NAME/best has the best R@1 on it")
     add("--preset", choices=("demo", "cc3m"), help=f"default: demo below {SMALL_DATASET:,} rows, else cc3m")
     add("--name", help="write the checkpoint to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -582,13 +671,17 @@ def parse_arguments(argv):
     args.embeddings = args.embeddings or newest_store()
     small = len(flame.open_store(args.embeddings)) < SMALL_DATASET
     args.preset = args.preset or ("demo" if small else "cc3m")
-    s = {name: row[0 if args.preset == "demo" else 1] for name, row in SETTINGS.items()}
+    s = preset_settings(args.preset)
     s |= {name: value for name, value in vars(args).items() if name in s and value is not None}
     for part, size in (("heads", "width"), ("patch_size", "image_size")):
         if s[size] % s[part]:
             raise InputError(f"--{part} {s[part]} must divide --{size} {s[size]}".replace("_", "-"))
     parse_projection(s["text_projection"])
     return args, s
+
+
+def preset_settings(preset):
+    return {name: row[0 if preset == "demo" else 1] for name, row in SETTINGS.items()}
 
 
 def newest_store():

@@ -181,7 +181,7 @@ def open_encoders(args):
     load = compat.load_released if checkpoint.is_file() else flame.load
     model = load(checkpoint).to(args.device)
     recorded = model.config["llm"]
-    path = recorded.get("path") or ""
+    path = local_paths(checkpoint).get("llm", "")
     default = path if os.path.isdir(path) else Path(__file__).parent / "demo/llm"
     llm = flame.resolve_folder(args.llm or os.environ.get("FLAME_LLM") or default)
     fingerprint = flame.llm_fingerprint(llm)
@@ -197,6 +197,13 @@ def open_encoders(args):
     text_key = [fingerprint, settings, dtype]
     print(f"checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
     return Encoders(model, text_encoder, args.device, cache, image_key, text_key), checkpoint
+
+
+def local_paths(checkpoint):
+    """Return the paths that train.py recorded, {"llm", "store"}, or {} for a downloaded checkpoint."""
+    with suppress(InputError):
+        return flame.read_json(Path(checkpoint, "local.json"))
+    return {}
 
 
 def newest_checkpoint():

@@ -260,7 +260,7 @@ def training():
         facets = F.normalize(torch.randn(n, positives, D), dim=-1).half().pin_memory()
         columns = torch.arange(positives).expand(n, -1)
         batch = pixels, facets, columns, torch.ones(n, dtype=torch.bool), None
-        run = train.Run(s, Path("out"), None, None, GPU, model, model, optimizer)
+        run = train.Run(s, Path("out"), None, GPU, model, model, optimizer, ())
         spent = milliseconds(lambda: train.train_step(run, 0, batch))
         yield f"{name}{', --compile' * compiled}: {1e3 * n / spent:.0f} images/s, {n} in {spent:.0f} ms"
 

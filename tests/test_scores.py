@@ -367,8 +367,9 @@ def test_own_captions(score, tmp_path, monkeypatch, capsys):
         "N": 2, "D": 1, "shard_size": 2, "captions": captions, "llm": {"prompts": flame.prompts_to_json()}}))
     common.write_array(tmp_path / "store/000000.npy", np.ones((2, 11, 1), np.float16))
     content_hash = flame.content_hash(flame.open_store(tmp_path / "store"))
-    store = {"path": str(tmp_path / "store"), "content_hash": content_hash}
+    store = {"name": "store", "content_hash": content_hash}
     write_text(tmp_path / "out/run/config.json", json.dumps(FINISHED | {"store": store}))
+    write_text(tmp_path / "out/run/local.json", json.dumps({"store": str(tmp_path / "store")}))
     code, result = score("ours", "--captions", "ours.tsv", "--images", "mine")
     out, err = capsys.readouterr()
     assert code == 0 and result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100

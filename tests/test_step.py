@@ -28,6 +28,7 @@ from torchvision.transforms import RandomResizedCrop
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed when this file runs as a script
 import bench_clip
 import embed
+import evaluate
 import flame
 import train
 from cuda_shim import Gpus, patch_driver, patch_tensors
@@ -527,13 +528,74 @@ def test_training_learns_colors_and_writes_all_files(run, copied, tmp_path):
     best = flame.similarity(image, text).argmax(1)
     names = list(colors.values())
     assert np.mean([names[n] == names[m] for n, m in enumerate(best.tolist())]) > 0.9
-    config = json.loads((tmp_path / "out/colors/config.json").read_text())
-    assert config["store"]["path"] == str(store)  # absolute
+    assert str(tmp_path) not in (tmp_path / "out/colors/config.json").read_text()
+    paths = json.loads((tmp_path / "out/colors/local.json").read_text())
+    assert paths == {"llm": "tiny", "store": str(store)}
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out/colors").iterdir()} == {0o644}
-    files = {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png"}
+    files = {"model.safetensors", "config.json", "log.jsonl", "training.pt", "curve.png", "README.md",
+             "local.json"}
     assert {path.name for path in (tmp_path / "out/colors").iterdir()} == files
     curve = np.array(Image.open(tmp_path / "out/colors/curve.png").convert("RGB")).reshape(-1, 3)
     assert ImageColor.getrgb(plots.BLUE) in set(map(tuple, curve.tolist()))
+
+
+def test_validation_finds_best_checkpoint_and_changes_nothing(run, copied, tmp_path, monkeypatch):
+    """A run that is stopped and resumed has the same best checkpoint, and evaluate.py gives its recall."""
+    monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
+    flags = "--steps 40 --lr 3e-2 --checkpoint-every 7"
+    assert fit(run, copied[0], f"{flags} --name plain").returncode == 0
+    flags += f" --val {copied[0]} --val-every 3"
+    done = fit(run, copied[0], f"{flags} --name whole")
+    out = tmp_path / "out"
+    assert weights(out / "whole") == weights(out / "plain")
+    vals = {entry["step"]: entry["val"] for entry in log_entries(out / "whole") if "val" in entry}
+    assert [*vals] == [*range(2, 40, 3), 39]
+    top = max(vals, key=lambda step: sum(vals[step].values()))
+    config = json.loads((out / "whole/best/config.json").read_text())
+    assert config["step"] == top + 1 and f"out/whole/best: step {top + 1}, validation R@1 " in done.stdout
+    store = flame.open_store(copied[0])
+    model = flame.load(out / "whole/best")
+    rows, files, _ = images_of(store)
+    image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in files]))
+    text = model.encode_text(store.read(rows, range(4, 11)), "long").mean(1)
+    expected = evaluate.retrieval(text.numpy(), image.numpy(), range(24))
+    for direction, recall in vals[top].items():
+        assert recall == pytest.approx(expected[direction]["R@1"])
+    assert f"{vals[top]['text_to_image']:.1f}% (text to image)" in (out / "whole/best/README.md").read_text()
+    log = train.log_step
+    with pytest.MonkeyPatch.context() as patch:  # stop after step 20, whose checkpoint is that of step 21
+        patch.setattr(train, "log_step", lambda run, entry, bar: (
+            log(run, entry, bar), entry["step"] == 20 and train.stop_requested.append(True)))
+        assert fit(run, copied[0], f"{flags} --name part").returncode == 143
+    train.stop_requested.clear()
+    assert fit(run, copied[0], f"{flags} --name part").returncode == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (out / "part/best" / name).read_bytes() == (out / "whole/best" / name).read_bytes()
+    other = make_store(tmp_path / "data" / "other", copied[1], llm="another")
+    assert_error(fit(run, copied[0], f"--val {other} --name other"), "data/other: made with another LLM")
+
+
+def test_finished_run_can_be_trained_longer(run, copied, tmp_path):
+    assert fit(run, copied[0], "--steps 4 --name store").returncode == 0
+    done = fit(run, copied[0], "--steps 12 --name store")
+    assert done.returncode == 0 and "the cosine of 12 steps" in done.stdout and "from step 4" in done.stdout
+    entries = log_entries(tmp_path / "out/store")
+    assert [entry["step"] for entry in entries] == list(range(12))
+    assert entries[4]["lr"] > entries[3]["lr"] and all(entry["gradient_norm"] > 0 for entry in entries)
+
+
+def test_uploaded_checkpoint_is_loaded_in_an_empty_environment(run, copied, tmp_path, monkeypatch):
+    """The files that data/README.md uploads, without the local ones."""
+    assert fit(run, copied[0], "--steps 2 --name mine").returncode == 0
+    hub = tmp_path / "hub"
+    shutil.copytree(tmp_path / "out/mine", hub, ignore=shutil.ignore_patterns("training.pt", "local.json"))
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in hub.iterdir())
+    code = "import flame; print(flame.load('owner/mine').config['llm']['name'])"
+    patch = f"import huggingface_hub as h; h.snapshot_download = lambda *a, **k: {str(hub)!r}\n"
+    root = Path(train.__file__).parent
+    done = subprocess.run([sys.executable, "-c", patch + code], cwd="/", capture_output=True, text=True,
+                          env={"PYTHONPATH": str(root)}, timeout=120)
+    assert done.stdout == "tiny\n", done.stderr
 
 
 @pytest.mark.parametrize("loss, bias", [("infonce", 0.0), ("sigmoid", -math.log(63))])
@@ -541,17 +603,21 @@ def test_loss_curve_shows_chance(tmp_path, monkeypatch, loss, bias):
     """Chance is the loss if all vectors are equal, for sigmoid with the best bias."""
     figures = []
     monkeypatch.setattr(plots.common, "atomic_save", lambda path, save: figures.append(save.__self__))
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 1, "loss": 2.5}\n')
+    entries = [{"step": 0, "loss": 9.0, "lr": 0.1},
+               {"step": 1, "loss": 2.5, "lr": 0.2, "val": {"text_to_image": 30, "image_to_text": 50}}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     settings = {"loss": loss, "batch": 64, "positives": 3, "images": 5000}
     (tmp_path / "config.json").write_text(json.dumps({"training": settings}))
     plots.draw_curve(tmp_path)
-    axes, = figures[0].axes
+    axes, below, *right = figures[0].axes
     chance = train.LOSSES[loss](torch.ones(64, 1), torch.ones(64, 3, 1), 0, bias).item()
     drawn = axes.lines[1].get_ydata()
     assert drawn == pytest.approx([chance] * 2, abs=0.01)
-    assert [text.get_text() for text in axes.get_legend().texts] == [f"chance: {drawn[0]:.2f}"]
-    assert axes.get_title() == f"{tmp_path.name}: 5,000 images"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", f"{loss} loss: 2.5")
+    label, = axes.get_legend().texts
+    assert label.get_text() == f"loss if all pairs had the same score: {drawn[0]:.2f}"
+    assert axes.get_title() == f"{tmp_path.name}: 5,000 images" and axes.get_ylabel().endswith(" loss: 2.5")
+    assert below.lines[0].get_ydata().tolist() == [0.1, 0.2]
+    assert [axes.lines[0].get_xydata().tolist() for axes in right] == [[[1, 40]]]
 
 
 @pytest.mark.parametrize("flags", [
@@ -700,7 +766,7 @@ def test_finished_or_different_run_is_not_overwritten(run, copied, tmp_path):
     trained = weights(folder)
     assert "already finished" in fit(run, store, f"{flags} --workers 1 --micro-batch 3").stdout
     assert_error(fit(run, store, f"{flags} --lr 0.5"), "out/store", "lr 0.001, now it is 0.5", "--overwrite")
-    assert_error(fit(run, store, f"{flags} --steps 3"), "out/store", "steps 2, now it is 3", "--overwrite")
+    assert_error(fit(run, store, f"{flags} --steps 1"), "out/store", "steps 2, now it is 1", "--overwrite")
     other = make_store(tmp_path / "data" / "other", colors, llm="another")
     assert_error(fit(run, other, flags), "out/store", "another store")
     assert weights(folder) == trained
