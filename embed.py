@@ -33,7 +33,7 @@ from data.images import find_images, report_images, unpack_parquet
 from data.show import look
 from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
-# Rows per shard: about a minute of work. A crash loses one or two shards per process.
+# Rows per shard: a minute or two of work. A crash loses one or two shards per process.
 SHARD_SIZE = {"cpu": 256, "cuda": 8192}
 
 
@@ -97,7 +97,7 @@ def store_settings(args):
 
 def check_images(args, table, index, folder, spans=(), numbered=False):
     """Look for the images, unless --no-images is given, because training needs them. Raises InputError if
-    there are none. The arguments are those of find_images.
+    there are none. numbered: whether keys are row numbers; the other arguments are find_images'.
     """
     if not args.no_images:
         keys, images = zip(*((row.key, row.image) for row in read_table(table)))
@@ -347,7 +347,7 @@ def build_parser():
 
 def run(argv):
     args = build_parser().parse_args(argv)
-    args.llm_name = Path(args.llm).resolve().name  # of a folder or a Hub id
+    args.llm_name = Path(args.llm).resolve().name if os.path.exists(args.llm) else args.llm  # or a Hub id
     args.llm = flame.resolve_folder(args.llm)
     if args.draw is not None:
         return look.draw(args)

@@ -319,14 +319,16 @@ def score_demo(encoders, raw, short, long, scenes, captions, objects, names, syn
     n = max(1, len(unseen) // GALLERY)
     galleries = {
         "seen": {"en": names["en"]},
-        "unseen": {str(i): {thing: names["en"][thing] for thing in unseen[i::n]} for i in range(n)},
+        "unseen": {f"gallery {i + 1} of {n}": {thing: names["en"][thing] for thing in unseen[i::n]}
+                   for i in range(n)},
         "multilingual": {language: names[language] for language in names if language != "en"},
         "synonyms": synonyms,
     }
     for part, languages in galleries.items():
         wanted = "unseen" if part == "unseen" else "seen"
         images = [(location, thing) for location, thing, group in objects if group == wanted]
-        parts[part] = score_names(encoders, raw, images, languages)
+        if languages:  # the quick demo has only English
+            parts[part] = score_names(encoders, raw, images, languages)
     return {**parts["long"], "parts": parts}, sheets["long"]  # the headline is that of long captions
 
 
@@ -441,7 +443,7 @@ def main(argv=None):
         if args.compare:
             return compare(*args.compare)
         flame.keep_freed_memory()
-        data = read(args)  # before loading the model: a wrong folder is found at once
+        data = read(args)  # before loading the model, so a wrong folder is found at once
         encoders, args.checkpoint = open_encoders(args)
         with common.output_folder(args.out):
             if not data:

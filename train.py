@@ -200,8 +200,8 @@ def train(args, s):
         validation = open_validation(args.val, store, out) if args.val else ()
         print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
                f"{start}\nsettings that differ from --preset {args.preset}:")
-        for name, value in s.items():
-            print0(f"  {name} {value}" * (value != preset_settings(args.preset).get(name)))
+        preset = preset_settings(args.preset)
+        print0("\n".join(f"  {name:18}{value}" for name, value in s.items() if value != preset.get(name)))
         batches = Batches(store, columns, images, s, rank(), world_size())
         run = Run(s, out, batches, device, model, encode, optimizer, validation)
         return training_loop(run, start)
@@ -335,11 +335,11 @@ def training_loop(run, start):
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=ignore_sigterm, pin_memory=run.device.type == "cuda")
     if start == s["steps"] and rank() == 0:  # was killed between the files of its last checkpoint
-        save_checkpoint(run, start)
+        save_checkpoint(run, start, describe(read_log(out)[-1]))
     loaded = enumerate(loader, start)
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    waited, stop, failures, listed, best = 0.0, False, [], None, 0.0
+    waited, stop, failures, listed, best, entry = 0.0, False, [], None, 0.0, {}
     begin = clock = time.time()
     with common.progress_bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
                              disable=rank() > 0) as bar:
@@ -373,7 +373,7 @@ def training_loop(run, start):
                     best = recall(entry)
                     save_model(run, out / "best", step + 1, describe(entry))
             if rank() == 0 and due:
-                save_checkpoint(run, step + 1)
+                save_checkpoint(run, step + 1, describe(entry))
                 plots.draw_curve(out)
             stop = stop and not last
             if stop:
@@ -487,7 +487,9 @@ def recall(entry):
 
 
 def describe(entry):
-    return "{text_to_image:.1f}% (text to image), {image_to_text:.1f}% (image to text)".format(**entry["val"])
+    """Return a log entry's validation recall as text."""
+    text = "{text_to_image:.1f}% (text to image), {image_to_text:.1f}% (image to text)"
+    return text.format(**entry["val"]) if "val" in entry else "not measured"
 
 
 def learning_rate(step, s):
@@ -525,17 +527,17 @@ def kill_loaders():
 RESUME_FIX = "choose another --name, or start over with --overwrite"
 
 
-def save_checkpoint(run, step):
+def save_checkpoint(run, step, validation):
     """Save the state after `step` steps. Raises InputError if a weight is NaN or infinite."""
     if not all(p.isfinite().all() for p in run.model.parameters()):
         raise InputError(f"{run.out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
                          "last checkpoint is kept")
     training = {"step": step, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     common.atomic_save(run.out / "training.pt", functools.partial(torch.save, training))
-    save_model(run, run.out, step)
+    save_model(run, run.out, step, validation)
 
 
-def save_model(run, folder, step, validation="not measured"):
+def save_model(run, folder, step, validation):
     """Write the files that can be shared (config.json is the last), and local.json."""
     store = run.batches.store
     llm = dict(store.meta["llm"])

@@ -21,6 +21,7 @@ BY-SA 4.0), names of objects in 14 languages from `emoji`. data/corpus makes the
     scenes.tsv               what is in each scene: main and minor object, relation, background
     images/, demo.json       the images, 96 px; the settings, written last
 """
+import json
 import subprocess
 import sys
 import time
@@ -39,8 +40,8 @@ from flame import InputError
 # The quick and the full corpus differ only in these. Half of an object's images are for validation, half for
 # test (data/benchmarks.py).
 SIZES = {
-    "demo": {"train": 2500, "val": 250, "test": 500, "per_object": 6},
-    "demo-quick": {"train": 200, "val": 40, "test": 60, "per_object": 2},
+    "demo": {"train": 2500, "val": 250, "test": 500, "per_object": 6, "languages": 14},
+    "demo-quick": {"train": 200, "val": 40, "test": 60, "per_object": 2, "languages": 1},  # English
 }
 LLM_FOLDERS = {"smollm2": "data/demo/llm", "gemma3": "data/demo/gemma3"}  # the first is every stage's default
 RESUME = "run the same command again to resume"
@@ -68,11 +69,13 @@ def run_stages(root, name, llm):
     other = llm != "smollm2"
     run = name + f"-{llm}" * other
     results = "results" + "/quick" * quick + f"/{llm}" * other
-    small = " --steps 40 --batch 100" * quick
+    small = " --steps 40 --batch 100 --val-every 10" * quick
     llm_flag = f"--llm {LLM_FOLDERS[llm]}"
     for line in (
+        f"embed.py --captions data/{name}/val.tsv {llm_flag} --out data/embeddings/{run}-val",
         f"embed.py --captions data/{name}/demo.tsv {llm_flag} --out data/embeddings/{run}",
-        f"train.py --embeddings data/embeddings/{run} --preset demo --name {run}{small}",
+        f"train.py --embeddings data/embeddings/{run} --val data/embeddings/{run}-val --preset demo "
+        f"--name {run}{small}",
         f"evaluate.py --bench demo --data-root data/{name} --checkpoint out/{run} {llm_flag} --out {results}",
     ):
         print(f"\n$ python {line}", flush=True)
@@ -83,6 +86,9 @@ def run_stages(root, name, llm):
             raise InputError(f"{script} failed with exit code {code}; {RESUME}")
         print(f"{script}: {time.time() - started:.0f} s")
     print(f"\nfigures: {results}/demo.png, out/{run}/curve.png")
+    scores = json.loads((root / results / "demo.json").read_text())
+    print(f"A long caption finds its image among {scores['n_images']} at the first try in "
+          f"{scores['text_to_image']['R@1']:.0f}% of cases (chance {scores['chance']:.1f}%).")
 
 
 def main(argv=None):

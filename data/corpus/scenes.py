@@ -68,6 +68,7 @@ def make_corpus(folder, settings):
     for part in ("train", "val", "test", "objects"):
         (folder / "images" / part).mkdir(parents=True)
     tables = {name: [header.split()] for name, header in HEADERS.items()}
+    del tables["names"][0][1 + settings["languages"]:]
     seed = settings["seed"]
 
     # Scenes. Those of validation and test also get a caption in new words.
@@ -84,7 +85,7 @@ def make_corpus(folder, settings):
         tables["scenes"].append([key, *scene])
 
     # Single objects and their names.
-    _, *languages = HEADERS["names"].split()
+    _, *languages = tables["names"][0]
     for name in [*OBJECTS, *UNSEEN]:
         for number in range(settings["per_object"]):
             image = f"images/objects/{name.replace(' ', '_')}-{number:02d}.png"

@@ -43,6 +43,7 @@ def draw_curve(out):
     if recalls:
         right = axes.twinx()
         right.plot(*zip(*recalls), "o-", color=RED)
+        right.set_ylim(0)
         right.set_ylabel("validation R@1 of long captions, %", color=RED)
     below.plot(*zip(*map(itemgetter("step", "lr"), entries)), color=BLUE)
     below.set(xlabel="step", ylabel="learning rate")

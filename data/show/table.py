@@ -25,15 +25,17 @@ def row(result):
                       for direction, recalls in result["ci95"].items())
 
 
-def table(name, result):
-    """Format a result with its parts, languages, benchmarks or facet subsets, one line each."""
+def table(name, result, details=("languages", "benchmarks", "facets")):
+    """Format a result with its parts, languages, benchmarks or facet subsets, one line each. The languages of
+    a part are only in the JSON file.
+    """
     lines = [heading(name, result)]
     if "parts" in result:
-        lines = [line for part in result["parts"].items() for line in table(*part)]
+        lines = [line for part in result["parts"].items() for line in table(*part, details=())]
     elif "text_to_image" in result:
         lines += [f"    {direction}   {cells(result[direction], recalls)}"
                   for direction, recalls in result["ci95"].items()]
     else:
         lines.append(f"    {row(result)}")
-    return lines + [f"    {name:26}{row(each)}" for several in ("languages", "benchmarks", "facets")
+    return lines + [f"    {name:26}{row(each)}" for several in details
                     for name, each in result.get(several, {}).items()]
