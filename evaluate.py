@@ -50,7 +50,7 @@ GALLERY = 24                       # names per gallery of unseen objects; with m
 # 1. Metrics
 
 def retrieval_ranks(queries, gallery, query_ids, gallery_ids):
-    """Return the rank of the best correct item of each query, int [Q]; 0 is the first place.
+    """Return the rank of the best correct item of each query, int [Q, 1]; 0 is the first place.
 
     queries [Q, D], gallery [G, D], query_ids int [Q], gallery_ids int [G]. An item is correct if the ids are
     equal; a query without a correct item gets rank G. Wrong items with the score of the best correct item
@@ -59,16 +59,15 @@ def retrieval_ranks(queries, gallery, query_ids, gallery_ids):
     if not (np.isfinite(queries).all() and np.isfinite(gallery).all()):
         raise InputError("embeddings are NaN or infinite: the checkpoint is damaged or its training "
                          "diverged; train it again")
-    ranks = np.full(len(queries), len(gallery))
+    ranks = np.zeros((len(queries), 1), int)
     n = max(1, MAX_SIMILARITIES // len(gallery))
     for start in range(0, len(queries), n):
+        rows = slice(start, start + n)
+        scores = queries[rows] @ gallery.T
+        correct = query_ids[rows, None] == gallery_ids
         # Take correct scores from the same matrix product: a separate one could break ties by rounding.
-        scores = queries[start:start + n] @ gallery.T
-        for query, score in enumerate(scores, start):
-            correct = score[gallery_ids == query_ids[query]]
-            if len(correct):
-                best = correct.max()
-                ranks[query] = np.count_nonzero(score >= best) - np.count_nonzero(correct == best)
+        best = np.where(correct, scores, -np.inf).max(1, keepdims=True)
+        ranks[rows] = np.count_nonzero(~correct & (scores >= best), axis=1, keepdims=True)
     return ranks
 
 
@@ -79,10 +78,10 @@ def retrieval_hits(text, image, image_of_text):
     """
     owner = np.asarray(image_of_text)
     with_text = np.unique(owner)  # in image-to-text, an image without a text is not a query
-    ranks = {"text_to_image": (retrieval_ranks(text, image, owner, np.arange(len(image))), owner),
-             "image_to_text": (retrieval_ranks(image[with_text], text, with_text, owner), with_text)}
-    return {direction: (rank[:, None] < np.array(RECALL_AT), group, len(image))
-            for direction, (rank, group) in ranks.items()}
+    image_ranks = retrieval_ranks(text, image, owner, np.arange(len(image)))
+    text_ranks = retrieval_ranks(image[with_text], text, with_text, owner)
+    return {"text_to_image": (image_ranks < RECALL_AT, owner, len(image)),
+            "image_to_text": (text_ranks < RECALL_AT, with_text, len(image))}
 
 
 def retrieval(text, image, image_of_text):
@@ -97,26 +96,16 @@ def retrieval(text, image, image_of_text):
 
 
 def classification_hits(image, classes, labels, names):
-    """Return {"top1": hits [M, 1], "top5": hits [M, 1], "mean_per_class": accuracy per class}.
+    """Return {"top1": hits [M, 1], "top5": hits [M, 1], "mean_per_class": top-1 accuracy of each class}.
 
     image [M, D], classes [C, D], labels int [M], C class names. A class without images can be predicted,
     but does not enter the mean. Classes with the same name have the same embedding. As with argmax, the
     first of them ranks before the others.
     """
     first = np.array([names.index(name) for name in names])  # the first class with the same name
-    ranks = retrieval_ranks(image, classes, first[labels], first) + (first[labels] != labels)
-    per_class = [(ranks[labels == c] < 1).mean() for c in np.unique(labels)]
-    return {"top1": ranks[:, None] < 1, "top5": ranks[:, None] < 5,
-            "mean_per_class": np.array(per_class)[:, None]}
-
-
-def classification(image, classes, labels):
-    """Return zero-shot accuracy in percent: {"top1", "top5", "mean_per_class"}.
-
-    image [M, D], classes [C, D], labels int [M]. "mean_per_class" is top-1 averaged over classes.
-    """
-    hits = classification_hits(image, classes, np.asarray(labels), list(range(len(classes))))
-    return {name: 100 * float(column.mean()) for name, column in hits.items()}
+    ranks = retrieval_ranks(image, classes, first[labels], first) + (first[labels] != labels)[:, None]
+    per_class = [(ranks[labels == c] < 1).mean(0) for c in np.unique(labels)]
+    return {"top1": ranks < 1, "top5": ranks < 5, "mean_per_class": np.array(per_class)}
 
 
 def ablate_facets(facets, trained, examples):
@@ -178,9 +167,9 @@ def average_metrics(results):
     The interval is right if the results are on the same images (they share resamples, which keeps their
     correlation) or on unrelated ones (in arbitrary order: no correlation).
     """
-    results = list(results)
+    first, *_ = results
     return {name: Metric(np.mean([result[name].samples for result in results], axis=0))
-            for name, value in results[0].items() if isinstance(value, Metric)}
+            for name, value in first.items() if isinstance(value, Metric)}
 
 
 def interval(samples):
@@ -220,8 +209,8 @@ def compare(*paths):
     """
     results = []
     for path in paths:
-        with flame.reading(path.with_suffix(".npz"), "evaluate it again") as file, np.load(file) as arrays:
-            results.append(dict(arrays))
+        with flame.reading(path.with_suffix(".npz"), "evaluate it again") as file:
+            results.append(dict(np.load(file)))
     first, second = results
     if first.pop("queries") != second.pop("queries"):
         raise InputError("{} and {}: their queries differ; evaluate both on the same data".format(*paths))
@@ -240,9 +229,8 @@ def compare(*paths):
 
 def merge_languages(results):
     """Return the only result of {language: result}, or the mean of several, and these as "languages"."""
-    if len(results) == 1:
-        return next(iter(results.values()))
-    return average_metrics(results.values()) | {"languages": results}
+    only, *others = results.values()
+    return average_metrics(results.values()) | {"languages": results} if others else only
 
 
 def common_fields(locations, image, prompts, chance):
@@ -315,20 +303,18 @@ def score_demo(encoders, raw, short, long, scenes, captions, objects, names, syn
     for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": all_sets}.items():
         data = {kind: (captions[kind], range(len(scenes)))}
         parts[kind], sheets[kind] = score_captions(encoders, prompts, scenes, data)
-    unseen = list(dict.fromkeys(thing for _, thing, group in objects if group == "unseen"))
-    n = max(1, len(unseen) // GALLERY)
-    galleries = {
-        "seen": {"en": names["en"]},
-        "unseen": {f"gallery {i + 1} of {n}": {thing: names["en"][thing] for thing in unseen[i::n]}
-                   for i in range(n)},
-        "multilingual": {language: names[language] for language in names if language != "en"},
-        "synonyms": synonyms,
-    }
-    for part, languages in galleries.items():
-        wanted = "unseen" if part == "unseen" else "seen"
-        images = [(location, thing) for location, thing, group in objects if group == wanted]
-        if languages:  # the quick demo has only English
-            parts[part] = score_names(encoders, raw, images, languages)
+    seen, unseen = ([(location, thing) for location, thing, group in objects if group == wanted]
+                    for wanted in ("seen", "unseen"))
+    things = list(dict.fromkeys(thing for _, thing in unseen))
+    n = max(1, len(things) // GALLERY)
+    galleries = {f"gallery {i + 1} of {n}": {thing: names["en"][thing] for thing in things[i::n]}
+                 for i in range(n)}
+    translations = {language: names[language] for language in names if language != "en"}
+    parts["seen"] = score_names(encoders, raw, seen, {"en": names["en"]})
+    parts["unseen"] = score_names(encoders, raw, unseen, galleries)
+    if translations:  # the quick demo has none
+        parts["multilingual"] = score_names(encoders, raw, seen, translations)
+    parts["synonyms"] = score_names(encoders, raw, seen, synonyms)
     return {**parts["long"], "parts": parts}, sheets["long"]  # the headline is that of long captions
 
 
@@ -350,7 +336,7 @@ def score_names(encoders, prompts, images, languages):
         choices, labels = np.unique(correct[rows], return_inverse=True)
         classes = np.array([embedding_of[text] for text in choices])
         ranks = retrieval_ranks(image[rows], classes, labels, np.arange(len(choices)))
-        hits = {f"top{k}": (ranks[:, None] < k, groups[rows], len(unique)) for k in (1, 5)}
+        hits = {f"top{k}": (ranks < k, groups[rows], len(unique)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **make_metrics(hits)}
     sizes = np.array([result["n_classes"] for result in results.values()])
     chance = float(np.mean(100 / sizes))
@@ -395,7 +381,8 @@ PAPER_RESULTS = {
 # ------------------------------------------------------------------------------------------------------------
 # 4. Command line
 
-def build_parser():
+def parse_arguments(argv):
+    """Parse the command line and check what can be checked without reading files."""
     parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT | "
                           "--vectors NPY",
                     description="Evaluates a checkpoint; writes <out>/<bench>.json, .npz, .png. "
@@ -420,12 +407,7 @@ def build_parser():
         help="use all captions per image (default: the first 5 of coco and flickr30k, the first of xm3600)")
     add("--facets", action="store_true", help="also score subsets of the facets (retrieval only)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available")
-    return parser
 
-
-def parse_arguments(argv):
-    """Parse the command line and check what can be checked without reading files."""
-    parser = build_parser()
     args = parser.parse_args(argv)
     args.benchmark = BENCHMARKS.get(args.bench, CAPTIONS)
     # The authors' released checkpoint is a file, ours are folders.

@@ -135,8 +135,7 @@ def imagefolder(root, metadata=None):
     """<class>/<image>. Class names and templates are in the folder `metadata`, by default root, in the files
     that webdataset() reads. Without classnames.txt, the folder names are the class names.
     """
-    folders = sorted(path for path in root.iterdir()
-                     if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(filter(Path.is_dir, root.glob("[!.]*")))
     names = [folder.name.replace("_", " ") for folder in folders]
     templates = ["a photo of a {}."]
     metadata = metadata or root
@@ -175,24 +174,26 @@ def webdataset(root, split):
     classes as read() does.
     """
     classes = (root / "classnames.txt").exists()
-    samples = []
+    images = []
+    texts = []
     skipped = {}
     for tar in sorted((root / split).glob("*.tar")):
         with reading(tar, FIX), open(tar, "rb") as file:
             for _, _, parts in tar_samples(tar, skipped):
                 offset, size = parts[".cls" if classes else ".txt"]
                 file.seek(offset)
-                text = file.read(size).decode()
-                image, = (ImageLocation(str(tar), *parts[end]) for end in parts if end in IMAGE_SUFFIXES)
-                samples.append((image, text))
+                texts.append(file.read(size).decode())
+                span, = (parts[suffix] for suffix in parts if suffix in IMAGE_SUFFIXES)
+                images.append(ImageLocation(str(tar), *span))
             if skipped:
                 raise ValueError(*skipped)
     if not classes:
-        return [("", image, caption) for image, text in samples for caption in text.splitlines() or [""]]
+        return [("", image, caption)
+                for image, text in zip(images, texts) for caption in text.splitlines() or [""]]
     names, templates = names_and_templates(root)
     with reading(tar, FIX):  # an index may exceed the number of names
-        labels = [range(len(names))[int(text)] for _, text in samples]
-    return [image for image, _ in samples], labels, names, templates
+        labels = [range(len(names))[int(text)] for text in texts]
+    return images, labels, names, templates
 
 
 # ------------------------------------------------------------------------------------------------------------

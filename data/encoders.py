@@ -11,6 +11,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -59,9 +60,10 @@ def cached(encoders, key, compute):
     return array
 
 
-def hash_weights(weights):
-    """Return a SHA-256 per tensor of a state dict."""
-    return [hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest() for tensor in weights.values()]
+def hash_weights(model):
+    """Return the SHA-256 of each tensor."""
+    return [hashlib.sha256(tensor.float().cpu().numpy().tobytes()).hexdigest()
+            for tensor in model.state_dict().values()]
 
 
 def image_stamp(location):
@@ -82,17 +84,16 @@ def encode_images(encoders, locations):
     """
     key = [encoders.image_key, [image_stamp(location) for location in locations]]
     embeddings = cached(encoders, key, lambda: compute_images(encoders, locations))
-    bad = np.flatnonzero(~embeddings.any(1))
-    if len(bad):  # try once more, in case the disk failed temporarily
+    bad = ~embeddings.any(1)
+    if bad.any():  # try once more, in case the disk failed temporarily
         embeddings = np.array(embeddings)
-        embeddings[bad] = compute_images(encoders, [locations[i] for i in bad])
+        embeddings[bad] = compute_images(encoders, [*compress(locations, bad)])
     readable = embeddings.any(1)
-    bad = np.flatnonzero(~readable)
-    examples = ", ".join(locations[i].path for i in bad[:3])
-    report = f"{len(bad)} of {len(locations)} images cannot be read ({examples} ...)"
+    unreadable = [location.path for location in compress(locations, ~readable)]
+    report = f"{len(unreadable)} of {len(locations)} images cannot be read ({', '.join(unreadable[:3])} ...)"
     if not readable.any():
         raise InputError(f"{report}; see data/README.md for the layout")
-    if len(bad):
+    if unreadable:
         print(f"{report}; skipped", file=sys.stderr)
     return embeddings[readable], np.flatnonzero(readable).tolist()
 
@@ -107,7 +108,7 @@ def compute_images(encoders, locations):
         with suppress(Exception), open_image(location) as image:  # decoders can raise any exception
             return encoders.model.preprocess(image)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(8) as pool:
         upcoming = pool.map(load_pixels, locations[:IMAGE_BATCH])  # starts now, a batch ahead of the model
         starts = range(0, len(locations), IMAGE_BATCH)
         for start in progress_bar(starts, "images", unit=" batches", disable=not encoders.cache):
@@ -155,10 +156,10 @@ def encode_facets(encoders, texts, prompts):
 
 def compute_texts(encoders, texts, prompts):
     """Return hidden states float16 [N, K, D], divided by the largest norm among a text's facets."""
-    shape = len(texts), len(PROMPTS[prompts].facets), encoders.model.config["text_dim"]
-    states = np.empty(shape, np.float16)
-    quiet = not encoders.cache
-    with progress_bar(total=len(texts), desc=f"texts ({prompts})", unit=" texts", disable=quiet) as bar:
+    K, D = len(PROMPTS[prompts].facets), encoders.model.config["text_dim"]
+    states = np.empty((len(texts), K, D), np.float16)
+    with progress_bar(total=len(texts), desc=f"texts ({prompts})", unit=" texts",
+                      disable=not encoders.cache) as bar:
         for rows, batch in encoders.text_encoder().encode_batches(texts, prompts):
             states[rows] = (batch / batch.norm(dim=-1).amax(1)[:, None, None]).half().numpy()
             bar.update(len(rows))
@@ -174,7 +175,7 @@ def open_encoders(args):
     cache = args.out / "cache"
     if args.open_clip:  # needs no LLM
         model = compat.OpenClip(args.open_clip).eval().to(args.device)
-        key = [args.open_clip, dtype, hash_weights(model.state_dict())]
+        key = [args.open_clip, dtype, hash_weights(model)]
         return Encoders(model, lambda: model, args.device, cache, key, key), args.open_clip
 
     checkpoint = args.checkpoint or newest_checkpoint()
@@ -185,15 +186,15 @@ def open_encoders(args):
     default = path if os.path.isdir(path) else Path(__file__).parent / "demo/llm"
     llm = flame.resolve_folder(args.llm or os.environ.get("FLAME_LLM") or default)
     fingerprint = flame.llm_fingerprint(llm)
-    same = recorded.get("fingerprint") in (None, fingerprint)  # released checkpoints have none
-    if not same or flame.llm_config(llm)["hidden_size"] != model.config["text_dim"]:
+    mismatch = recorded.get("fingerprint") not in (None, fingerprint)  # released checkpoints have none
+    if mismatch or flame.llm_config(llm)["hidden_size"] != model.config["text_dim"]:
         raise InputError(f"{checkpoint}: trained with another LLM ({recorded.get('name')}) than {llm}; give "
                          "that one with --llm")
 
     settings = recorded.get("layer"), recorded.get("mask") or "decoupled"
     # loaded only if a text is not in the cache
     text_encoder = functools.cache(lambda: compat.text_encoder(llm, args.device, dtype, *settings))
-    image_key = [model.config, dtype, hash_weights(model.state_dict())]
+    image_key = [model.config, dtype, hash_weights(model)]
     text_key = [fingerprint, settings, dtype]
     print(f"checkpoint {checkpoint}   LLM {llm}   device {args.device}", flush=True)
     return Encoders(model, text_encoder, args.device, cache, image_key, text_key), checkpoint
@@ -210,8 +211,8 @@ def newest_checkpoint():
     """Return the finished checkpoint under out/ that was written last. Raises InputError if there is none."""
     def is_finished(folder):
         fix = "repair it, remove its folder, or give another checkpoint with --checkpoint"
-        with flame.reading(folder / "config.json", fix):
-            record = flame.read_json(folder / "config.json", fix)
+        with flame.reading(folder / "config.json", fix) as path:
+            record = json.loads(path.read_text(encoding="utf-8"))
             return record["step"] == record["training"]["steps"]  # false if it is still training
 
     folder = common.newest_folder("out", "config.json", is_finished)

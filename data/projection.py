@@ -5,12 +5,10 @@ fixed linear map, computed from the store, lets the image tower learn several ti
 "whiten" decorrelates the dimensions, "agree" keeps what captions of the same image have in common. With
 "+linear", a second map is trained together with the image tower.
 """
-import functools
 import math
 from collections import Counter
 from itertools import islice
 
-import numpy as np
 import torch
 
 import flame
@@ -50,7 +48,7 @@ def fit_text_projection(projection, store, spec, columns, device="cpu", rows=Non
     kind, _ = parse_projection(spec)
     if kind == "none":
         return
-    rows = np.arange(len(store)) if rows is None else rows
+    rows = range(len(store)) if rows is None else rows
     units = store.read(rows[::math.ceil(len(rows) / SAMPLE)], columns)  # [n, K, D]
     if not units.isfinite().all():
         raise flame.InputError(f"{store.path}: embeddings are NaN or infinite; make the store again")
@@ -60,15 +58,15 @@ def fit_text_projection(projection, store, spec, columns, device="cpu", rows=Non
     if kind == "agree":
         others = means_of_others(projection, units, columns)
         for k, c in enumerate(columns):
-            fit_column(projection, c, units[:, k], functools.partial(agreement, others=others[set_of(c)]))
+            fit_column(projection, c, units[:, k], agreement, others[set_of(c)])
 
 
-def fit_column(projection, c, u, closed_form):
-    """Set the map of column c from its unit embeddings u [n, D]: closed_form(centered u, rank)."""
+def fit_column(projection, c, u, closed_form, *others):
+    """Set the map of column c from its unit embeddings u [n, D]: closed_form(centered u, rank, *others)."""
     u = u.to(projection.mean.device, torch.float64)
     projection.mean[c] = u.mean(0)
     projection.rest[c], projection.basis[c], projection.gain[c] = closed_form(
-        u - u.mean(0), projection.basis.shape[-1])
+        u - u.mean(0), projection.basis.shape[-1], *others)
 
 
 def whitening(x, rank):
@@ -87,7 +85,7 @@ def whitening(x, rank):
         squares = (variances ** 2).sum()
         spread = (squares - trace ** 2 / D).clamp_min(1e-300)  # 0 if all variances are equal
         shrinkage = (squares + trace ** 2) / ((n + 1) * spread)
-        variances = torch.lerp(variances, trace.expand(D) / D, shrinkage.clamp(max=1))
+        variances = torch.lerp(variances, trace / D, shrinkage.clamp(max=1))
     s = variances.sqrt().flip(0).clamp_min(1e-12)  # positive even if all embeddings are equal
     factors = 1 / (s + RIDGE * s[0])
     factors = factors / factors[-1]  # the result is normalized, so the scale is free; keeps numbers near 1
@@ -130,9 +128,9 @@ def agreement(x, rank, others):
     to generalized canonical correlation analysis (Kettenring 1971).
     """
     covariance = x.T @ x / len(x)
-    eye = torch.eye(len(covariance), dtype=x.dtype, device=x.device)
     largest = torch.linalg.eigvalsh(covariance)[-1].clamp_min(1e-24)
-    regression = torch.linalg.solve(covariance + RIDGE * largest * eye, x.T @ others.double() / len(x))
+    covariance.diagonal().add_(RIDGE * largest)
+    regression = torch.linalg.solve(covariance, x.T @ others.double() / len(x))
     values, vectors = torch.linalg.eigh((regression + regression.T) / 2)  # ascending
     gain = values.flip(0)[:rank].clamp_min(0) / values[-1].clamp_min(1e-24)
     return 0.0, vectors.flip(1)[:, :rank], gain
