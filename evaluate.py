@@ -277,10 +277,9 @@ def score_classes(encoders, prompts, images, labels, names, templates):
     text /= np.linalg.norm(text, axis=-1, keepdims=True)
     classes = text.reshape(len(names), len(templates), -1).mean(1)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
-    metrics = make_metrics({name: (hits, np.arange(len(hits)), len(hits)) for name, hits in
-                            classification_hits(image, classes, labels, names).items()})
-    fields = common_fields(images, image, prompts, 100 / len(names))
-    return {**fields, "n_classes": len(names), **metrics}, None
+    hits = classification_hits(image, classes, labels, names)
+    return {**common_fields(images, image, prompts, 100 / len(names)), "n_classes": len(names),
+            **make_metrics({name: (hit, np.arange(len(hit)), len(hit)) for name, hit in hits.items()})}, None
 
 
 def score_demo(encoders, raw, short, long, scenes, captions, objects, names, synonyms):
@@ -339,9 +338,8 @@ def score_names(encoders, prompts, images, languages):
         hits = {f"top{k}": (ranks < k, groups[rows], len(unique)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **make_metrics(hits)}
     sizes = np.array([result["n_classes"] for result in results.values()])
-    chance = float(np.mean(100 / sizes))
-    return {**common_fields(images, image, prompts, chance), "n_classes": int(sizes.max()),
-            **merge_languages(results)}
+    return {**common_fields(images, image, prompts, float(np.mean(100 / sizes))),
+            "n_classes": int(sizes.max()), **merge_languages(results)}
 
 
 class Benchmark(NamedTuple):
