@@ -108,6 +108,15 @@ def classification_hits(image, classes, labels, names):
     return {"top1": ranks < 1, "top5": ranks < 5, "mean_per_class": np.array(per_class)}
 
 
+def classification(image, classes, labels):
+    """Return zero-shot accuracy in percent: {"top1", "top5", "mean_per_class"}.
+
+    image [M, D], classes [C, D], labels int [M]. "mean_per_class" is top-1 averaged over classes.
+    """
+    hits = classification_hits(image, classes, np.asarray(labels), range(len(classes)))
+    return {name: 100 * float(column.mean()) for name, column in hits.items()}
+
+
 def ablate_facets(facets, trained, examples):
     """Score retrieval of Examples with subsets of the facets [N, K, D]: the first n, all but one, one only.
 

@@ -111,7 +111,7 @@ def compute_images(encoders, locations):
     with ThreadPoolExecutor(8) as pool:
         upcoming = pool.map(load_pixels, locations[:IMAGE_BATCH])  # starts now, a batch ahead of the model
         starts = range(0, len(locations), IMAGE_BATCH)
-        for start in progress_bar(starts, "images", unit=" batches", disable=not encoders.cache):
+        for start in progress_bar(starts, "encoding images", unit=" batches", disable=not encoders.cache):
             good = {i: pixels for i, pixels in enumerate(upcoming, start) if pixels is not None}
             upcoming = pool.map(load_pixels, locations[start + IMAGE_BATCH:start + 2 * IMAGE_BATCH])
             if good:
@@ -158,7 +158,7 @@ def compute_texts(encoders, texts, prompts):
     """Return hidden states float16 [N, K, D], divided by the largest norm among a text's facets."""
     K, D = len(PROMPTS[prompts].facets), encoders.model.config["text_dim"]
     states = np.empty((len(texts), K, D), np.float16)
-    with progress_bar(total=len(texts), desc=f"texts ({prompts})", unit=" texts",
+    with progress_bar(total=len(texts), desc=f"encoding texts ({prompts} prompts)", unit=" texts",
                       disable=not encoders.cache) as bar:
         for rows, batch in encoders.text_encoder().encode_batches(texts, prompts):
             states[rows] = (batch / batch.norm(dim=-1).amax(1)[:, None, None]).half().numpy()

@@ -605,7 +605,7 @@ CONFIG = dict(image_size=32, patch_size=8, width=48, layers=3, heads=4, projecto
               pool_first=False, text_rank=0)
 
 
-def test_readme_code_loads_image_tower_into_open_clip(tmp_path, monkeypatch):
+def test_readme_code_loads_image_tower_into_open_clip_and_timm(tmp_path, monkeypatch):
     folder = tmp_path / "out/demo"
     folder.mkdir(parents=True)
     torch.manual_seed(0)
@@ -615,14 +615,16 @@ def test_readme_code_loads_image_tower_into_open_clip(tmp_path, monkeypatch):
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model": model.config}))
     text = (Path(flame.__file__).parent / "data/README.md").read_text("utf-8")
-    code = text.partition("image tower in open_clip\n\n```python\n")[2].partition("```")[0]
+    code = text.partition("image tower in open_clip or timm\n\n```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        reference, ours = names["features"](pixels), model.eval().visual(pixels)[:, 1:]
-    assert centered_error(reference.flatten(0, 1), ours.flatten(0, 1)) <= 1e-5
+        ours = model.eval().visual(pixels)[:, 1:].flatten(0, 1)
+        in_timm = names["in_timm"].eval().forward_features(pixels)[:, 1:]
+        for reference in names["features"](pixels), in_timm:
+            assert centered_error(reference.flatten(0, 1), ours) <= 1e-5
 
 
 def test_image_tower_equals_open_clip():
