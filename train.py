@@ -367,11 +367,8 @@ def training_loop(run, start):
                          "images_per_s": (step + 1 - start) * s["batch"] / elapsed,
                          "waited": waited / elapsed}
                 if run.validation and (last or (step + 1) % s["val_every"] == 0):
-                    entry["val"] = validate(run)
+                    best = keep_best(run, entry, best)
                 log_step(run, entry, bar)
-                if recall(entry) > best:
-                    best = recall(entry)
-                    save_model(run, out / "best", step + 1, describe(entry))
             if rank() == 0 and due:
                 save_checkpoint(run, step + 1, describe(entry))
                 plots.draw_curve(out)
@@ -380,18 +377,23 @@ def training_loop(run, start):
                 break
             clock = time.time()
     if rank() == 0:
-        skipped = [*read_skipped(out).values()]
-        if skipped:
-            print(f"skipped {len(skipped)} unreadable images, listed in {out}/skipped.txt; the first: "
-                  f"{skipped[0].strip()}", file=sys.stderr)
-        entries = [entry for entry in read_log(out) if "val" in entry]
-        if entries:
-            top = max(entries, key=recall)
-            print(f"{out}/best: step {top['step'] + 1}, validation R@1 {describe(top)}; the last step has "
-                  f"{describe(entries[-1])}")
+        print_summary(out)
         stopped = "; stopped by SIGTERM, run the same command to resume (without --overwrite)" if stop else ""
         print(f"{out}: {bar.n} steps, {bar.postfix or 'no steps left'}{stopped}")
     return stop
+
+
+def print_summary(out):
+    """Print the number of skipped images on stderr, and the best and last validation recall."""
+    skipped = [*read_skipped(out).values()]
+    if skipped:
+        print(f"skipped {len(skipped)} unreadable images, listed in {out}/skipped.txt; the first: "
+              f"{skipped[0].strip()}", file=sys.stderr)
+    entries = [entry for entry in read_log(out) if "val" in entry]
+    if entries:
+        best = max(entries, key=recall)
+        print(f"{out}/best: step {best['step'] + 1}, validation R@1 {describe(best)}; the last step has "
+              f"{describe(entries[-1])}")
 
 
 def train_step(run, step, batch):
@@ -479,6 +481,16 @@ def validate(run):
     _, number = np.unique([str(location) for location in locations], return_inverse=True)  # of a text's image
     return {direction: 100 * np.mean(number[scores.argmax(axis)] == number)
             for direction, axis in (("text_to_image", 1), ("image_to_text", 0))}
+
+
+def keep_best(run, entry, best):
+    """Validate, add the recall to a log entry, and save the model in best/ if it exceeds `best`. Return the
+    best recall.
+    """
+    entry["val"] = validate(run)
+    if recall(entry) > best:
+        save_model(run, run.out / "best", entry["step"] + 1, describe(entry))
+    return max(best, recall(entry))
 
 
 def recall(entry):

@@ -1,20 +1,16 @@
 """Speed of training, against open_clip and torchvision. Prints a table; takes a few minutes on 2 CPU cores.
 
-    python tests/bench_train.py --only loss        # step, images or loss; default: all
+    python tests/bench_train.py --only images      # step or images; default: both
 
     step     forward, loss, backward and AdamW of the cc3m preset: flame.Flame against open_clip's
              VisionTransformer with the same projector, loss, precision and batch
     images   one core: 512-px JPEGs to a normalized batch of 224 px, against torchvision's RandomResizedCrop,
              ToTensor, Normalize; and the rate of a loader process
-    loss     forward and backward of 6 positives, D = 576, with all logits at once and in blocks, each in its
-             own process: CPU seconds of all threads (on a GPU, seconds) and peak memory above the inputs
 """
 import argparse
 import copy
 import io
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -136,47 +132,8 @@ def bench_images(args, synchronize):
         yield f"a loader process, {side}-px {format}", f"{64 / spent:.0f} images/s", "", ""
 
 
-def measure_loss(kind, batch, max_logits, device):
-    """Print the seconds of forward and backward, and the peak bytes above the inputs. Needs a new process."""
-    cuda = torch.device(device).type == "cuda"
-    synchronize = torch.cuda.synchronize if cuda else int
-    image = F.normalize(torch.randn(batch, 576, device=device), dim=-1).requires_grad_()
-    text = F.normalize(torch.randn(batch, 6, 576, device=device), dim=-1)
-    scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (10.0, -10.0))
-    train.MAX_LOGITS = max_logits
-
-    def work(n):
-        train.LOSSES[kind](image[:n], text[:n], scale, bias).backward()
-
-    def peak():
-        if cuda:
-            return torch.cuda.max_memory_allocated()
-        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024  # ru_maxrss would start at the parent's
-
-    work(16)  # loads libraries
-    before = peak()
-    clock = time.perf_counter if cuda else time.process_time
-    spent, = median_times(lambda: work(batch), seconds=1, synchronize=synchronize, clock=clock)
-    print(json.dumps([spent, peak() - before]))
-
-
-def bench_loss(args, synchronize):
-    for batch in (256, 3072, 4096):
-        for kind in train.LOSSES:
-            cells = []
-            for max_logits in (1 << 62, train.MAX_LOGITS, 1 << 22):
-                command = [sys.executable, __file__, "--loss", kind, str(batch), str(max_logits), args.device]
-                spent, peak = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-                cells.append(f"{spent * 1000:.0f} ms, {peak / 1e6:.0f} MB")
-            yield (f"loss, {kind}, {batch} x 6", f"dense {cells[0]}", f"as in training {cells[1]}",
-                   f"blocks of 4 M {cells[2]}")
-
-
 def main():
-    if sys.argv[1:2] == ["--loss"]:
-        return measure_loss(sys.argv[2], *map(int, sys.argv[3:5]), sys.argv[5])
-    benches = {"step": bench_step, "images": bench_images, "loss": bench_loss}
+    benches = {"step": bench_step, "images": bench_images}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=benches, help="run one part only")
     parser.add_argument("--batch", type=int, default=16, help="images per step (default: 16)")
