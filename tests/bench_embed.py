@@ -11,12 +11,9 @@
     (c) pytorch      flame.TextEncoder without the extension (chunked attention in PyTorch)
     (d) extension    flame.TextEncoder as it is by default
 
-It needs the demo's LLM, and its store for the cosines. Captions have half to one and a half times the given
-number of words. transformers gets them in file order and pads them, as in the released code. It runs the same
-29 of 30 layers, without final norm and output layer. Each line is measured in its own process, together with
-the speed of a large matrix product ([2048, width] x [width, 1.5 * inner]). "of product" is the speed of the
-LLM's matrix products relative to that; padding does not count. "whitened" is the mean cosine to float32
-separate passes after whitening: one dimension carries 0.8 of a state's norm, so raw cosines hide all errors.
+It needs the demo's LLM, and its store for the cosines. transformers runs the same layers. "of product" is the
+speed of the LLM's matrix products relative to that of a large one; padding does not count. "whitened" is the
+mean cosine to float32 separate passes after whitening.
 """
 import argparse
 import json

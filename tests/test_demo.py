@@ -1,11 +1,5 @@
-"""Tests of data/demo.py and data/corpus/ (the demo's LLM, scenes, captions and images).
-
-* Without a package index, no partial files are left and another LLM is kept.
-* The same seed gives the same files. Corrupt files are made again.
-* The stages can read the files. Every object has its own name in 14 languages, and two synonyms.
-* No scene of val or test is in training, and every fourth one has a pair of objects that is not. Half of the
-  objects are in no scene. The reworded captions share no content word with the training captions.
-* Every caption, reworded or not, names everything in its scene, and every image shows the relation.
+"""Tests of data/demo.py and data/corpus/ (the demo's LLM, scenes, captions and images). No scene of val or
+test is in training, and reworded captions share no content word with the training captions.
 """
 import functools
 import hashlib

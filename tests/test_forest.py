@@ -1,12 +1,5 @@
-"""Tests of the segment forest.
-
-* captions are cleaned for the template, and the string of each facet is tokenized as a whole;
-* the forest is the trie of the token sequences, without duplicates;
-* attention_mask() is the visibility rule: a last token sees its own sequence and nothing else;
-* separate passes and one forest give the same hidden states, however much is shared;
-* chunked_attention and flame_ext's attention equal attention with the full mask;
-* RoPE positions are correct with the masks "decoupled" and "causal", and for the released code;
-* packed rows are few and about equally long, don't change the embeddings, and need linear memory.
+"""Tests of the segment forest: it is the trie of the token sequences, its mask follows the visibility rule,
+and the hidden states are those of separate passes, however much is shared.
 """
 import functools
 

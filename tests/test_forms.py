@@ -1,8 +1,6 @@
-"""Tests that captions meet their images, in every form of data set that data/README.md names.
-
-Each image has one color, which its caption names. embed.py makes a store of each form, and train.py's search
-finds the images. All pairs are right, or embed.py refuses the form before the LLM runs. The sets are written
-by pandas, datasets and webdataset; img2dataset's layouts are written by hand.
+"""Tests that captions meet their images, in every form of data set that data/README.md names. Each image has
+one color, which its caption names. The sets are written by pandas, datasets and webdataset; img2dataset's
+layouts are written by hand.
 """
 import io
 import json
@@ -162,13 +160,6 @@ def test_imagefolder(run, folder):
     if folder:
         assert "album/train/metadata.jsonl; give the folder of that file" in run("album")
     assert run(Path("album", folder))[:2] == (N, N)
-
-
-def test_text_beside_each_image(run):
-    write_images(Path("album/deep"))
-    for name, text in zip(NAMES, TEXTS):
-        Path(f"album/deep/{name}.txt").write_text(text)
-    assert run("album")[:2] == (N, N)
 
 
 def test_coco(run):

@@ -1,12 +1,5 @@
 """Tests of the kernels in ext/, against slow reference implementations.
 
-* Layout and mask follow the visibility rule, which this file implements a second time, as a dense mask.
-* Attention equals a float64 softmax over the visible keys up to rounding, for random forests (empty segments,
-  single tokens, many branches), heads and strides. It does not depend on the number of threads or on the rest
-  of the batch, and makes no T x T matrix.
-* RoPE, RMSNorm and SwiGLU equal their formulas and write no other memory.
-* Arguments that would be read or written out of bounds raise ValueError or TypeError.
-
 The CPU kernels are tested with each instruction set of this CPU, the CUDA kernels on an emulator (emulator/)
 and on a GPU if there is one. The emulator also finds races, bad addresses and bank conflicts; tests put such
 mistakes into the source. It does not show rounding in tensor cores, the precision of special functions, or

@@ -3,12 +3,9 @@
 * Any corrupt file, with any command that reads it, ends in success or in exit code 2 and one line that starts
   with the script's name. This takes seconds and bounded memory. A refused command changes no file.
 * Code inside a pickle is never executed, and no command waits for a pipe.
-* A corrupt image among good ones is skipped, counted and reported (test_captions.py tests rows).
-* An invalid setting is refused by name in one line, before anything is read or written.
 * A full disk leaves existing files unchanged. The same command succeeds once there is space.
 
-The stages make a small working folder once: an LLM, captions, images, a store, checkpoints and a benchmark.
-Each test breaks something there, then runs a command that worked before, in this process.
+The stages make a small working folder once. Each test breaks something there, then runs a command.
 """
 import contextlib
 import importlib

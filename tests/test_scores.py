@@ -1,11 +1,5 @@
-"""Tests of evaluate.py and data/encoders.py (test_refusals.py tests bad settings).
-
-* Recall@K and accuracy equal a reference that sorts, and clip_benchmark. Ties count against the model, so a
-  constant model scores at most chance. The full similarity matrix is never in memory.
-* Intervals equal a bootstrap over groups written as a loop. --compare gives the paired difference.
-* A cache file's name depends on everything that its content depends on. A corrupt file is computed again.
-* Scores equal flame.similarity of one image and one text at a time. Untrained facets are not used.
-* The parts of the demo, --captions, --facets, open_clip models and released checkpoints are scored correctly.
+"""Tests of evaluate.py and data/encoders.py: scores equal slow references and clip_benchmark, intervals a
+bootstrap written as a loop (test_refusals.py tests bad settings).
 """
 # ruff: noqa: F811  (tests have an argument with the name of the imported fixture)
 import json

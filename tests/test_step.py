@@ -1,8 +1,4 @@
-"""Tests of train.py, data/images.py and data/projection.py: from images and a store to weights.
-
-Losses, crops and the text projection equal their definitions and public references. Several ranks and
-micro-batches equal one large batch. Runs resume to the same bytes. Refusals are one line (test_refusals.py).
-"""
+"""Tests of train.py, data/images.py and data/projection.py: from images and a store to weights."""
 import io
 import itertools
 import json

@@ -1,10 +1,5 @@
-"""Tests of embed.py (stage 1) and of flame.Store.
-
-* The vectors are those of TextEncoder.encode, as unit vectors, in the order of captions.tsv.
-* The same bytes result from several ranks, --part, concurrent runs, and runs that are killed and restarted.
-* A run with other settings is refused with the name of the setting. Files by others are never touched.
-* Corrupt LLM weights are refused before an old store is deleted (test_refusals.py tests a full disk).
-* Store.read equals a reference implementation. Unfinished stores and stores of other prompts are refused.
+"""Tests of embed.py (stage 1) and of flame.Store. The same bytes result from several ranks, --part,
+concurrent runs, and runs that are killed and restarted. test_refusals.py tests a full disk.
 """
 import json
 import os

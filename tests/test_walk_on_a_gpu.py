@@ -1,10 +1,5 @@
-"""Tests of the code paths that only run on a GPU, on two simulated ones (cuda_shim.py).
-
-* The shim refuses what CUDA refuses: tensors on different devices, reading a copy before it has finished.
-* The text tower gives the same states as on the CPU, with PyTorch's kernels and with the extension's.
-* If the extension gives wrong states, raises or lacks CUDA, or the GPU is too old, PyTorch is used, and one
-  warning gives the reason. The default dtype is bfloat16 on GPUs that support it.
-* Store, losses and scores are the same as on the CPU. Running out of GPU memory is reported in one line.
+"""Tests of the code paths that only run on a GPU, on two simulated ones (cuda_shim.py), which refuse what
+CUDA refuses: tensors on different devices, reading a copy before it has finished.
 
 This file must be run last: other libraries remember the simulated GPUs that they have seen.
 """
