@@ -63,9 +63,7 @@ def img2dataset_tar(path, rows, keys=None):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, byte_llm, capsys):
-    """Return run(source, flags) -> (rows, rows with an image, stdout), which checks all pairs; or embed.py's
-    error.
-    """
+    """run(source, flags) -> (rows, rows with an image, stdout), if all pairs are right; or embed.py's error"""
     monkeypatch.chdir(tmp_path)
 
     def run(source, *flags):
@@ -139,9 +137,7 @@ def test_datasets(run, kind):
 
 
 def test_several_parquet_files(run):
-    """The first has no images. Another has a row with a repeated key, and an image but no caption. The name
-    of one is a glob that matches another one.
-    """
+    """One has no images, one an image without a caption, and the name of one is a glob for another."""
     columns = [{"key": f"k{n}", "text": TEXTS[n], "image": {"bytes": png(n), "path": None}} for n in range(N)]
     Path("set").mkdir()
     pandas.DataFrame({"key": ["x"], "text": ["no image"]}).to_parquet("set/0.parquet")
@@ -199,7 +195,6 @@ def test_jobs_of_img2dataset_with_the_same_keys(run):
     assert run("jobs/*/00000.tar")[:2] == (N, N)
     pandas.DataFrame({"key": keys, "text": TEXTS[:N // 2]}).to_csv("mine.csv", index=False)
     assert "keys belong to several images" in run("mine.csv", "--images", "jobs")
-    # the same number of keys, in one job's tars
     assert run("mine.csv", "--images", "jobs/a")[:2] == (N // 2, N // 2)
 
 
