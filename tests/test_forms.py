@@ -63,7 +63,7 @@ def img2dataset_tar(path, rows, keys=None):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, byte_llm, capsys):
-    """run(source, flags) -> (rows, rows with an image, stdout), if all pairs are right; or embed.py's error"""
+    """run(source, flags) -> (rows, rows with an image, stdout) if all pairs are right, or embed.py's error"""
     monkeypatch.chdir(tmp_path)
 
     def run(source, *flags):
