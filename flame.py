@@ -639,11 +639,12 @@ LLM_FIX = ("give --llm or $FLAME_LLM a Hugging Face folder with config.json, *.s
 
 
 def resolve_folder(name):
-    """Return a local folder as it is. For a Hub id (owner/name), download it and return the cache folder.
+    """Return a local path as it is. For a Hub id (owner/name), download it and return the cache folder. If
+    there is a folder `owner`, it is a path.
 
     Raises InputError if the id cannot be downloaded.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if Path(name).exists() or Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
     names = ["config.json", "model*.safetensors", "tokenizer*.json", "tokenizer.model"]
     try:

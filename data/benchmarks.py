@@ -9,6 +9,7 @@ empty caption is returned as "", and evaluate.py counts it as skipped.
 import csv
 import glob
 import json
+import os
 import re
 import tempfile
 from collections import Counter
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import duckdb
 
-from data.captions import IMAGE_SUFFIXES, read_table, tar_samples, write_table
+from data.captions import DUCKDB, IMAGE_SUFFIXES, read_table, tar_samples, write_table
 from data.images import ImageLocation, find_images, images_in, locations_of
 from flame import InputError, read_json, reading
 
@@ -90,8 +91,8 @@ def urban1k(root):
 
 def query_json(path, query):
     """Yield the (image path, caption) rows of a DuckDB query on a JSON file. Newlines become spaces."""
-    with reading(path, FIX):
-        for image, text in duckdb.execute(query, {"path": glob.escape(str(path))}).fetchall():
+    with reading(path, FIX), duckdb.connect(config=DUCKDB) as database:
+        for image, text in database.execute(query, {"path": glob.escape(os.path.abspath(path))}).fetchall():
             yield "", ImageLocation(str(path.parent / image)), text.replace("\n", " ")
 
 
@@ -191,8 +192,8 @@ def webdataset(root, split):
         return [("", image, caption)
                 for image, text in zip(images, texts) for caption in text.splitlines() or [""]]
     names, templates = names_and_templates(root)
-    with reading(tar, FIX):  # an index may exceed the number of names
-        labels = [range(len(names))[int(text)] for text in texts]
+    with reading(tar, FIX):  # an index may be negative or exceed the number of names
+        labels = [range(len(names)).index(int(text)) for text in texts]
     return images, labels, names, templates
 
 

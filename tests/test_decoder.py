@@ -323,7 +323,8 @@ def test_llm_by_hub_id(byte_llm, tmp_path, monkeypatch):
     assert flame.TextEncoder("somebody/Bytes-1.0").llm_dir == snapshot
     Path("somebody/Bytes-1.0").mkdir(parents=True)  # a local folder has priority
     assert flame.resolve_folder("somebody/Bytes-1.0") == Path("somebody/Bytes-1.0")
-    assert flame.resolve_folder("no such folder") == Path("no such folder")
+    for local in ("no such folder", "somebody/nosuch"):  # a misspelt path is not sent to the Hub
+        assert flame.resolve_folder(local) == Path(local)
     with pytest.raises(flame.InputError, match="nobody/Nothing: no such folder, .* Hub id") as error:
         flame.resolve_folder("nobody/Nothing")
     assert "\n" not in str(error.value)

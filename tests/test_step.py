@@ -640,6 +640,7 @@ def test_weight_decay_applies_to_matrices_only(store):
     shapes = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]]
               for group in optimizer.param_groups}
     decayed, others = shapes[0.5], shapes[0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
     assert len(decayed) + len(others) == len(list(model.parameters()))
     assert (5, 32) in decayed  # the position embeddings
     assert all(len(shape) >= 2 for shape in decayed) and all(len(shape) < 2 for shape in others)
