@@ -1,11 +1,7 @@
 """Speed of reading a training batch's texts, 6 of 11 embeddings of random rows: store against .pth files.
 
-    python tests/bench_store.py                # D = 576 and 5120, 4,000 rows, batches of 256
-    python tests/bench_store.py --rows 20000
-
 The released FLAME code keeps one file per row, a float16 [11, D] tensor, and loads it whole. "cold": the
-files are dropped from the page cache before every batch. "warm": they have just been read. The readers take
-turns on the same random rows, which differ from batch to batch. Training uses Store.read_float16.
+files are dropped from the page cache before every batch. Training uses Store.read_float16.
 """
 import argparse
 import os

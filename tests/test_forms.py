@@ -148,6 +148,16 @@ def test_several_parquet_files(run):
     assert run("a[1].parquet")[:2] == (N, N)
 
 
+def test_sql_in_a_column_name_is_not_executed(run):
+    """This name would put a local file into the tar of images."""
+    Path("secret").write_text("password")
+    name = 'key"::BLOB || (SELECT content FROM read_blob(\'secret\')) || "pic'
+    images = [{"bytes": png(n), "path": None} for n in range(N)]
+    pandas.DataFrame({name: images, "pic": [b""] * N, "text": TEXTS}).to_parquet("evil.parquet")
+    assert run("evil.parquet")[:2] == (N, N)
+    assert b"password" not in Path("store/images/00000.tar").read_bytes()
+
+
 @pytest.mark.parametrize("folder", ["", "train"])
 def test_imagefolder(run, folder):
     write_images(Path("album", folder))

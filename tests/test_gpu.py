@@ -1,10 +1,4 @@
-"""Tests of tests/gpu.py on a machine without a GPU.
-
-* Every step runs on a simulated GPU, without times. What needs real hardware is reported as such.
-* A step that raises, crashes or hangs becomes one line. Its children are killed, and the other steps run.
-* FlexAttention's mask is the visibility rule; the verdict follows the threshold.
-* The demo's results on the GPU and on the CPU are compared.
-"""
+"""Tests of tests/gpu.py on a machine without a GPU."""
 import math
 import os
 import re
