@@ -335,7 +335,7 @@ def training_loop(run, start):
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=ignore_sigterm, pin_memory=run.device.type == "cuda")
     if start == s["steps"] and rank() == 0:  # was killed between the files of its last checkpoint
-        save_checkpoint(run, start, describe(read_log(out)[-1]))
+        save_checkpoint(run, start, describe([{}, *read_log(out)][-1]))
     loaded = enumerate(loader, start)
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -397,8 +397,7 @@ def print_summary(out):
 
 
 def train_step(run, step, batch):
-    """Take one step of AdamW. Return (mean loss over ranks, norm of the gradient, whether SIGTERM reached any
-    rank).
+    """Take one step of AdamW. Return (mean loss over ranks, gradient norm, whether SIGTERM reached any rank).
 
     If no rank can read an image of the batch, the weights don't change and the loss is None.
     """
@@ -412,7 +411,9 @@ def train_step(run, step, batch):
     if not math.isfinite(loss):  # stop before it reaches the weights
         raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept. Lower "
                          "--lr, and check the store with embed.py --inspect")
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item()
+    # A batch without any mapped column gives the text projection's map no gradient.
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in run.model.parameters() if p.grad is not None]).item()
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s)
     run.optimizer.step()

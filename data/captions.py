@@ -76,9 +76,9 @@ CREATE VIEW recaption AS SELECT rowid AS id, field, key, uid, url, coalesce(raw,
 CREATE TABLE pair (row BIGINT, field VARCHAR, id BIGINT);
 CREATE MACRO joined(name) AS TABLE
     SELECT row, text FROM pair JOIN recaption USING (id) WHERE pair.field = name"""
-# A key that several tars have is preceded by the tar's name in all rows.
+# If more than 1% of the keys are repeated, each key is preceded by the name of its tar.
 QUALIFY_KEYS = """UPDATE loaded SET key = place || key
-WHERE place IS NOT NULL AND (SELECT count(*) > count(DISTINCT key) FROM loaded)"""
+WHERE place IS NOT NULL AND (SELECT count(*) > 1.01 * count(DISTINCT key) FROM loaded)"""
 SOURCE_FACTS = "SELECT count(*), count(key) = 0, bool_or(unpacked) FROM loaded"
 JOIN_MATCHES = """SELECT count(*) FROM recaption
 WHERE field = $1 AND {0} IN (SELECT {0} FROM source WHERE row % $2 = 0)"""
