@@ -314,8 +314,9 @@ def build_parser():
     parser = Parser(description="Stage 1: captions + frozen LLM -> embedding store")
     add = parser.add_argument
     add("--captions", metavar="FILE",
-        help="TSV or CSV with columns among `key image raw short long`, Conceptual Captions TSV, JSON(L), "
-        "Parquet, tars, or a folder of tars, Parquet or images; several files as x-{000..123}.tar or x-*.tsv")
+        help="TSV or CSV with columns among `key image url raw short long`, Conceptual Captions TSV, "
+        "JSON(L), Parquet, tars, or a folder of tars, Parquet or images; several files as x-{000..123}.tar "
+        "or x-*.tsv")
     several = {"nargs": "+", "action": "extend", "default": []}
     add("--field", metavar="FIELD=COLUMN", type=assignment("key", "image", "url", *PROMPTS), **several,
         help="take key, image, url, raw, short or long from this column: long=description")

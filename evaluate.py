@@ -174,7 +174,7 @@ def average_metrics(results):
     """Return {name: Metric}, the mean over results of each metric, resample by resample.
 
     The interval is right if the results are on the same images (they share resamples, which keeps their
-    correlation) or on unrelated ones (in arbitrary order: no correlation).
+    correlation) or on unrelated ones (then sharing has no effect).
     """
     first, *_ = results
     return {name: Metric(np.mean([result[name].samples for result in results], axis=0))

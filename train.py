@@ -683,7 +683,7 @@ def parse_arguments(argv):
         add("--" + name.replace("_", "-"), help=f"{description} ({demo} / {cc3m})", **options)
     args = parser.parse_args(argv)
     args.device = init_distributed(args.device)
-    args.embeddings = args.embeddings or newest_store()
+    args.embeddings = args.embeddings or newest_store(args.val)
     small = len(flame.open_store(args.embeddings)) < SMALL_DATASET
     args.preset = args.preset or ("demo" if small else "cc3m")
     s = preset_settings(args.preset)
@@ -699,11 +699,13 @@ def preset_settings(preset):
     return {name: row[0 if preset == "demo" else 1] for name, row in SETTINGS.items()}
 
 
-def newest_store():
-    """Return the finished store under data/embeddings that was begun last. Raises InputError if none."""
+def newest_store(val=None):
+    """Return the finished store under data/embeddings that was begun last, except `val`. Raises InputError if
+    there is none.
+    """
     def is_finished(folder):
         with suppress(InputError):
-            return flame.open_store(folder)
+            return folder.resolve() != Path(val or "").resolve() and flame.open_store(folder)
 
     folder = common.newest_folder("data/embeddings", "meta.json", is_finished)
     if not folder:
