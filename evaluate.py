@@ -396,7 +396,7 @@ def parse_arguments(argv):
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     mode = parser.add_mutually_exclusive_group(required=True).add_argument
     mode("--bench", choices=BENCHMARKS, metavar="NAME", help="benchmark to evaluate on")
-    mode("--captions", type=Path, metavar="FILE", help="your own images and captions, as embed.py reads them")
+    mode("--captions", type=Path, metavar="FILE", help="your own images and captions, as for embed.py")
     mode("--compare", type=Path, nargs=2, metavar="JSON", help="paired difference of two results")
     mode("--search", metavar="TEXT", nargs="*", help="rank images by TEXT or an image; no TEXT: a web page")
     mode("--vectors", type=Path, metavar="NPY", help="write the embeddings of the images in --images DIR")
