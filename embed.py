@@ -29,7 +29,7 @@ import flame
 from data import common
 from data.captions import hash_sources, read_table, source_name, split_column, write_table
 from data.common import Parser, barrier, init_distributed, number, print0, progress_bar, rank, world_size
-from data.images import find_images, report_images, unpack_parquet
+from data.images import UNPACKED, find_images, report_images, unpack_parquet
 from data.show import look
 from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
@@ -56,8 +56,8 @@ def embed(args):
     with common.output_folder(out):
         if rank() == 0:
             begin_store(out, store_settings(args), make_table, args.overwrite)
-            if not args.no_images and unpack_parquet(args.captions, out / "images"):
-                check_images(args, out / "captions.tsv", out / "images.npz", out / "images")
+            if not args.no_images and unpack_parquet(args.captions, out / UNPACKED):
+                check_images(args, out / "captions.tsv", out / "images.npz", out / UNPACKED)
         barrier(out / "meta.json")  # all ranks must see it
         part, parts = args.part
         meta = read_json(out / "meta.json")
@@ -247,7 +247,7 @@ def begin_store(out, settings, make_table, overwrite):
         made = make_table(temporary)
         N, starts = shard_offsets(temporary, settings["shard_size"])
         if begun and overwrite:
-            shutil.rmtree(out / "images", ignore_errors=True)
+            shutil.rmtree(out / UNPACKED, ignore_errors=True)
             for path in (table, *out.glob(SHARD_PATTERN)):
                 path.unlink(missing_ok=True)
         elif meta.exists():  # written by another run since
@@ -337,7 +337,7 @@ def build_parser():
         help="dtype of the LLM's matrix products (default: bfloat16 if it is fast on the device)")
     add("--shard-size", metavar="ROWS", type=number(int, 1, 1 << 16),
         help="rows per shard; a crash loses one or two shards (default: 256 on a CPU, 8192 on a GPU)")
-    add("--overwrite", action="store_true", help="delete the store at --out and its images/, and start over")
+    add("--overwrite", action="store_true", help="delete the store at --out and start over")
     add("--part", metavar="i/n", type=part, default=(0, 1),
         help="embed only every n-th shard, starting at i (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; into one "
         "shared folder, or into folders that you then copy together")

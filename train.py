@@ -37,7 +37,7 @@ import flame
 from data import common
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
 from data.encoders import Encoders, compute_images, trained_facets
-from data.images import Batches, find_images, locations_of, patches_kept
+from data.images import UNPACKED, Batches, find_images, locations_of, patches_kept
 from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
 from data.show import plots
 from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
@@ -221,7 +221,7 @@ def locate_images(store, folder, out):
     if rank() > 0:
         barrier(out / ".lock")  # rank 0 writes the index of the tars, the others read it
     captions = store.meta["captions"]["path"]
-    unpacked = store.path / "images"  # images that embed.py found inside Parquet
+    unpacked = store.path / UNPACKED  # images that embed.py found inside Parquet
     folder = folder or (unpacked if unpacked.is_dir() else store.meta["captions"].get("images"))
     table = store.path / "captions.tsv" if store.meta["captions"].get("numbered") else None
     images = find_images(store.keys, store.images, captions, folder, store.path / "images.npz", table=table)
@@ -237,9 +237,9 @@ def open_validation(path, store, out):
     """
     val = flame.open_store(path)
     if any(val.meta["llm"][name] != store.meta["llm"][name] for name in ("fingerprint", "layer", "mask")):
-        raise InputError(f"{path}: made with another LLM than {store.path}; embed both with the same --llm")
+        raise InputError(f"{path}: made with another LLM, layer or mask than {store.path}; embed both alike")
     rows, files, spans = locate_images(val, None, out)
-    step = 1 + len(rows) // MAX_VAL_IMAGES
+    step = math.ceil(len(rows) / MAX_VAL_IMAGES)
     long = [c for c, name in enumerate(FACET_COLUMNS) if name.startswith("long.")]
     return locations_of(files, spans[::step]), val.read(rows[::step], long)
 
@@ -533,7 +533,7 @@ def kill_loaders():
 #     model.safetensors, config.json    what flame.load reads; config.json is written last
 #     README.md, local.json             model card; paths on this machine, for evaluate.py
 #     log.jsonl, skipped.txt            a line per step; a line per image that could not be read
-#     best/                             the same files for the step with the best validation recall
+#     best/                             rows 2 and 3 again, for the step with the best validation recall
 #
 # Files are written atomically, except for the log and skipped.txt, which grow. The same command resumes.
 

@@ -263,6 +263,8 @@ def load(database, scratch, source, skipped, chosen, field=""):
         paths = {"files": [glob.escape(os.path.abspath(file)) for file in files]}
         columns = dict(database.execute(column_query.format(relation), paths).fetchall())
         if columns.keys() >= {"images", "annotations"}:  # COCO; each annotation is a row
+            if len(files) > 1:  # ids are unique within one file only
+                raise InputError(f"{source}: give one COCO file at a time")
             relation = COCO.format(relation)
             columns = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
         for column in chosen.values():
@@ -279,8 +281,10 @@ def load(database, scratch, source, skipped, chosen, field=""):
             used = [name for name in fields[field] if name in columns]
             print(f"--join {field}: {source}, column {', '.join(used)}")
         elif kind == ".parquet":
-            images = database.execute(IMAGE_COLUMNS.format(relation), paths).fetchone()
-            values += [f"{image} IS NOT NULL AS unpacked" for image in images or ()]
+            images = database.execute(IMAGE_COLUMNS.format(relation), paths).fetchall()
+            if len(images) > 1:  # whose captions would they be?
+                raise InputError(f"{source}: several columns have images ({images}); keep one of them")
+            values += [f"{image} IS NOT NULL AS unpacked" for image, in images]
         for name, aliases in fields.items():
             macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"
             present = [f"{macro}({columns[alias]})" for alias in aliases if alias in columns]

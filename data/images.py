@@ -26,6 +26,7 @@ from flame import FACET_COLUMNS, InputError, reading, to_rgb
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
 CACHE_BYTES = 1 << 28      # decoded images that a loader process keeps; the demo's need 70 MB
+UNPACKED = "parquet-images"  # folder of a store, which --overwrite deletes; not "images", users have that
 SAMPLE = 1000              # rows whose paths or captions are checked
 SHUFFLE_BUFFER = 50_000    # images: mixes several tars, while each is still read nearly in order
 CROP_DRAWS = 22            # random numbers per crop: two for its position, two for each of ten attempts

@@ -129,11 +129,11 @@ def test_datasets(run, kind):
         getattr(made, f"to_{kind}")(f"hub.{kind}")
     rows, found, out = run(f"hub.{kind}")
     assert (rows, found) == ((N - 1, N - 1) if inside else (N, N)), out
-    assert Path("store/images").exists() == inside
+    assert Path("store/parquet-images").exists() == inside
     if inside:
-        written = os.stat("store/images/00000.tar").st_mtime_ns
-        assert unpack_parquet("hub.parquet", Path("store/images"))
-        assert os.stat("store/images/00000.tar").st_mtime_ns == written  # not again
+        written = os.stat("store/parquet-images/00000.tar").st_mtime_ns
+        assert unpack_parquet("hub.parquet", Path("store/parquet-images"))
+        assert os.stat("store/parquet-images/00000.tar").st_mtime_ns == written  # not again
 
 
 def test_several_parquet_files(run):
@@ -155,7 +155,7 @@ def test_sql_in_a_column_name_is_not_executed(run):
     images = [{"bytes": png(n), "path": None} for n in range(N)]
     pandas.DataFrame({name: images, "pic": [b""] * N, "text": TEXTS}).to_parquet("evil.parquet")
     assert run("evil.parquet")[:2] == (N, N)
-    assert b"password" not in Path("store/images/00000.tar").read_bytes()
+    assert b"password" not in Path("store/parquet-images/00000.tar").read_bytes()
 
 
 @pytest.mark.parametrize("folder", ["", "train"])
