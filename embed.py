@@ -47,6 +47,7 @@ def embed(args):
     encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.mask))
 
     def make_table(path):
+        (out / "images.npz").unlink(missing_ok=True)  # of another table: with row numbers its keys are equal
         made = write_table(path, args.captions, args.join, dict(args.field))
         if not made.unpacked:
             check_images(args, path, out / "images.npz", args.images, made.spans, made.numbered)

@@ -68,7 +68,7 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     Images are the paths in `images`, relative to `folder` or, without it, to the captions. If none exists,
     they are found by these names inside tars (which are never unpacked), or else by key, as files or inside
     tars: in `folder`, or in the tars that were the captions, or in the folder with the name of the captions
-    file. Images found by path are returned in the order of the table, others in the order of the files.
+    file. Images are returned in the order of the table.
 
     Args:
         keys, images: of the table made from the source `captions`.
@@ -91,8 +91,8 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
     example = (files or keys)[0]
     tars = []
-    if not folder and (captions.is_dir() or captions.suffix == ".tar"):
-        tars = [file for file in source_files(captions) if file.suffix == ".tar"]
+    if not folder and (len(spans) or captions.is_dir() or captions.suffix == ".tar"):
+        tars = [file for file in source_files(captions) if len(spans) or file.suffix == ".tar"]
     elif not folder:
         root = captions.with_name(captions.name.split(".")[0])
     tars = tars or sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
@@ -106,7 +106,10 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     if folder or not len(spans):
         paths = ["".join(split_member_name(image)) for image in images]
         spans, _ = search(paths, files) if any(paths) else ((), None)
-        if not len(spans):
+        # Never take an image of another name than the row gives.
+        same = all(split_member_name(image)[1] in ("", split_member_name(key)[1])
+                   for key, image in zip(keys, images))
+        if not len(spans) and same:
             spans, texts = search(keys, files)
             if table:
                 check_row_numbers(captions, table, texts)
@@ -163,7 +166,9 @@ def search(names, files):
         name, file = next(iter(repeated.items()))
         raise InputError(f"{file}: {len(repeated)} keys belong to several images (the first: {name}); embed "
                          "the tars themselves, or give one folder with --images")
-    spans = [span for span in spans.values() if names[span[0]] not in repeated]
+    found = {names[span[0]]: span[1:] for span in spans.values() if names[span[0]] not in repeated}
+    # Several rows may have the same image.
+    spans = [(row, *found[name]) for row, name in enumerate(names) if name in found]
     return np.array(spans, np.int64).reshape(-1, 4), texts
 
 
