@@ -282,8 +282,10 @@ def load(database, scratch, source, skipped, chosen, field=""):
             print(f"--join {field}: {source}, column {', '.join(used)}")
         elif kind == ".parquet":
             images = database.execute(IMAGE_COLUMNS.format(relation), paths).fetchall()
-            if len(images) > 1:  # whose captions would they be?
-                raise InputError(f"{source}: several columns have images ({images}); keep one of them")
+            if len(images) > 1:
+                names = ", ".join(image for image, in images)
+                raise InputError(f"{source}: several columns have images ({names}); keep the one that the "
+                                 "captions describe")
             values += [f"{image} IS NOT NULL AS unpacked" for image, in images]
         for name, aliases in fields.items():
             macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"

@@ -91,7 +91,8 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
     example = (files or keys)[0]
     tars = []
-    if not folder and (len(spans) or captions.is_dir() or captions.suffix == ".tar"):
+    pattern = not captions.is_file() and not {*"*?[{"}.isdisjoint(captions.name)
+    if not folder and (pattern or captions.is_dir() or captions.suffix == ".tar"):
         tars = [file for file in source_files(captions) if len(spans) or file.suffix == ".tar"]
     elif not folder:
         root = captions.with_name(captions.name.split(".")[0])

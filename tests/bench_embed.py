@@ -5,12 +5,6 @@
     python tests/bench_embed.py --nemo            # random weights with Mistral-Nemo's sizes, for a GPU
     python tests/bench_embed.py --count           # computed time of an H100 on Mistral-Nemo
 
-    (a) separate     K strings per caption, one causal pass each, transformers, padded batches of 8
-    (b) dense        one pass per caption, a dense facet-decoupled mask, transformers, padded batches of 16,
-                     as in the released code
-    (c) pytorch      flame.TextEncoder without the extension (chunked attention in PyTorch)
-    (d) extension    flame.TextEncoder as it is by default
-
 It needs the demo's LLM, and its store for the cosines. transformers runs the same layers. "of product" is the
 speed of the LLM's matrix products relative to that of a large one; padding does not count. "whitened" is the
 mean cosine to float32 separate passes after whitening.

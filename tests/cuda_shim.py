@@ -1,9 +1,6 @@
-"""Simulates two GPUs, for tests on a machine without one.
-
-A GpuTensor claims to be on cuda:0 or cuda:1. Operations are computed with the CPU tensor that it holds, and
-raise if CUDA would refuse the tensors' devices. A non-blocking copy to the CPU is NaN until the program waits
-for an event or another copy of that GPU. So tests find wrong devices and missing synchronization. Not
-simulated: numerics of kernels, several ranks with NCCL, torch.compile, autocast beyond what the ViT needs.
+"""Simulates two GPUs, for tests on a machine without one. Operations are computed on the CPU, and raise if
+CUDA would refuse the tensors' devices. A non-blocking copy to the CPU is NaN until the program waits for an
+event or another copy of that GPU. So tests find wrong devices and missing synchronization.
 """
 import os
 from types import SimpleNamespace

@@ -4,10 +4,8 @@
     python tests/gpu.py --only attention layer    # some of the steps; --help lists them
     python tests/gpu.py --dry-run                 # without a GPU: tiny steps on a simulated one, no times
 
-It needs `pip install -e ".[test]"` on a machine with nvcc. Each step is a process with a time limit. If it
-fails, crashes or hangs, a line reports that, and the other steps run. Times are medians of ten. cuda.cu keeps
-its attention kernel if a Nemo layer of 16,384 tokens would take at least 5% longer with FlexAttention
-(MIN_SAVING; computed: half an hour of CC3M). Otherwise FlexAttention should replace it in flame.EXT_KERNELS.
+It needs `pip install -e ".[test]"` on a machine with nvcc. cuda.cu keeps its attention kernel if a Nemo layer
+of 16,384 tokens would take at least 5% longer with FlexAttention (MIN_SAVING).
 """
 import argparse
 import math

@@ -1,11 +1,4 @@
-"""Tests of data/benchmarks.py, on small folders in the layout that each benchmark's authors document.
-
-* Readers return the images, texts and labels in the files. A model that knows colors scores 100 on each.
-* CLIP_benchmark's tars are read as its own reader does. max_captions limits the captions per image.
-* Class names and templates of an imagefolder come from files, or from the names of the folders.
-* Images and captions that are missing, corrupt or empty are counted, and shift no other pair.
-* A folder with another layout is refused in one line. A group has its members' results and their average.
-"""
+"""Tests of data/benchmarks.py, on small folders in the layout that each benchmark's authors document."""
 import io
 import json
 import os

@@ -1,6 +1,5 @@
-"""Tests that captions meet their images, in every form of data set that data/README.md names. Each image has
-one color, which its caption names. The sets are written by pandas, datasets and webdataset; img2dataset's
-layouts are written by hand.
+"""Tests that captions meet their images, in every form that data/README.md names. Each image has one color,
+which its caption names. pandas, datasets and webdataset write the sets; img2dataset's layouts are copied.
 """
 import io
 import json
@@ -238,8 +237,46 @@ def test_parquet_of_img2dataset(run):
     Path("out").mkdir()
     pandas.DataFrame(rows[:30]).to_parquet("out/00000.parquet")
     pandas.DataFrame(rows[30:]).to_parquet("out/00001.parquet")
-    rows, found, _ = run("out")
-    assert (rows, found) == (N - 9, N - 9)
+    assert run("out")[:2] == (N - 9, N - 9)
+
+
+# --- what went wrong once
+
+def test_images_of_the_user_survive_overwrite(run, byte_llm):
+    write_images(Path("mine/images"))
+    frame = pandas.DataFrame({"image": [f"images/{name}.png" for name in NAMES], "text": TEXTS})
+    frame.to_csv("mine/c.csv", index=False)
+    command = ["--captions", "mine/c.csv", "--out", "mine", "--llm", str(byte_llm), "--device", "cpu"]
+    assert embed.main(command) == embed.main([*command, "--overwrite"]) == 0
+    assert len(os.listdir("mine/images")) == N
+
+
+def test_index_of_an_earlier_table_is_not_used(run, byte_llm):
+    """The keys of both are row numbers, so only the captions show that the images are others."""
+    img2dataset_tar(Path("cc3m/0.tar"), range(N))
+    command = ["--captions", "cc3m.tsv", "--out", "new", "--llm", str(byte_llm), "--overwrite"]
+    for texts, code in ((TEXTS, 0), (TEXTS[::-1], 2)):
+        Path("cc3m.tsv").write_text("raw\n" + "\n".join(texts))
+        assert embed.main([*command, "--device", "cpu"]) == code
+
+
+def test_ambiguous_sources_are_refused(run):
+    images = [{"bytes": png(n), "path": None} for n in range(N)]
+    pandas.DataFrame({"before": images, "after": images, "text": TEXTS}).to_parquet("two.parquet")
+    assert 'several columns have images ("before".bytes, "after".bytes)' in run("two.parquet")
+    for n in range(2):
+        Path(f"coco{n}.json").write_text('{"images": [], "annotations": []}')
+    assert "one COCO file at a time" in run("coco*.json")
+    write_images(Path("other"), [f"{n:09d}" for n in range(N)])
+    pandas.DataFrame({"image": [f"x/{n:09d}.png" for n in range(N)][::-1], "text": TEXTS}).to_csv("mine.csv")
+    assert "no images found" in run("mine.csv", "--images", "other")  # not by row number
+
+
+def test_rows_that_share_an_image_in_tars_named_by_a_pattern(run):
+    img2dataset_tar(Path("cc/0.tar"), range(N))
+    assert run("cc/0*")[:2] == (N, N)
+    pandas.DataFrame({"image": [f"{n:09d}.jpg" for n in range(N)] * 2, "text": TEXTS * 2}).to_csv("mine.csv")
+    assert run("mine.csv", "--images", "cc")[:2] == (2 * N, 2 * N)
 
 
 # --- recaptions

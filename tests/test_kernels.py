@@ -1,9 +1,6 @@
-"""Tests of the kernels in ext/, against slow reference implementations.
-
-The CPU kernels are tested with each instruction set of this CPU, the CUDA kernels on an emulator (emulator/)
-and on a GPU if there is one. The emulator also finds races, bad addresses and bank conflicts; tests put such
-mistakes into the source. It does not show rounding in tensor cores, the precision of special functions, or
-speed. nvcc must compile the CUDA kernels for capability 8.0 and up without register spills.
+"""Tests of the kernels in ext/, against slow reference implementations: the CPU kernels with each instruction
+set of this CPU, the CUDA kernels on an emulator (emulator/) and on a GPU if there is one. The emulator also
+finds races, bad addresses and bank conflicts, but not rounding in tensor cores.
 """
 import ctypes
 import os

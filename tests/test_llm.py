@@ -1,9 +1,4 @@
-"""Compares the demo's converted LLMs with those that transformers' GGUF loader reads from the same files.
-
-* the weights equal the loader's, rounded to float16, and the model has a low perplexity on English text;
-* the tokens equal the loader's, for any text;
-* the hidden states of our decoder equal transformers', with the real weights.
-"""
+"""Compares the demo's converted LLMs with those that transformers' GGUF loader reads from the same files."""
 import functools
 import math
 import re

@@ -1,8 +1,4 @@
-"""Tests of data/show: search, the search page, words of patches, contact sheets, --inspect and --draw.
-
-Search ranks as sorting all similarities does. The page reports corrupt images, stores nothing and requests
-nothing from other hosts. Contact sheets mark the correct image, --inspect finds errors in a store.
-"""
+"""Tests of data/show: search, the search page, words of patches, contact sheets, --inspect and --draw."""
 import json
 import re
 import shutil

@@ -1,8 +1,4 @@
-"""Tests the wheel: it has flame and flame_ext only, because train, evaluate and data are common names.
-
-The wheel is built from a copy of the checkout and unpacked into a folder on PYTHONPATH. A script in an empty
-folder then uses it to encode a caption and an image.
-"""
+"""Tests the wheel: it has flame and flame_ext only, because train, evaluate and data are common names."""
 import json
 import os
 import pkgutil
