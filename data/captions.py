@@ -16,7 +16,7 @@ import re
 import sys
 import tarfile
 import tempfile
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -40,8 +40,8 @@ FIELD_ALIASES = {
     "place": ["__place__"], "span": ["__span__"],  # where tar_rows found a sample
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# What a folder is searched for. Only files of the first pattern that matches are read.
-FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "*/*.tar", "**/*.txt", "**/*.parquet")
+# What a folder is searched for, then .txt beside images, then Parquet. Only the first that matches is read.
+FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "*/*.tar")
 SOURCE_FIX = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 NOT_CAPTIONS = {"image_id", "license", ""}.union(
     *(FIELD_ALIASES[name] for name in ("key", "uid", "image", "url")))
@@ -208,22 +208,24 @@ def join(database, captions, field, n_rows):
     """Join the captions of a prompt set to the source's rows. Print how many rows have one, and five examples
     beside the rows' own captions.
 
-    Rows are joined by URL, uid or key, by the first of these that matches about as many rows of a sample as
-    any. Raises InputError if no row matches, or if the joined captions belong to other images.
+    Rows are joined by URL, uid or key: the one that matches most rows of a sample (the first of those within
+    10%). Raises InputError if no row matches, or if the joined captions belong to other images.
     """
     step = 1 + n_rows // 10_000
     matches = {by: database.execute(JOIN_MATCHES.format(by), [field, step]).fetchone()[0]
                for by in ("url", "uid", "key")}
-    by = next(by for by, count in matches.items() if 2 * count >= max(matches.values()))
+    by = next(by for by, count in matches.items() if count >= 0.9 * max(matches.values()))
     database.execute(JOIN.format(by), [field])
     total, rows, empty = database.execute(JOIN_COUNTS, [field]).fetchone()
     print(f"--join {field}: {rows} rows match one of {total} captions by {by}; empty or broken captions: "
           f"{empty}")
+    if not rows:
+        raise InputError(f"--join {field}: none of its captions has a URL, uid or key of {captions}")
     pairs = database.execute(JOIN_EXAMPLES, [field, JOIN_SAMPLE]).fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
     fix = f"choose another column: --join {field}=FILE:COLUMN"
-    if pairs and sum(raw == text for _, raw, text in pairs) >= 0.95 * len(pairs):
+    if sum(raw == text for _, raw, text in pairs) >= 0.95 * len(pairs):
         raise InputError(f"--join {field}: its captions equal the rows' own captions; {fix}")
     ids = [text for *_, text in pairs if re.fullmatch(r"[\w-]{16,}", text, re.ASCII)]
     if len(ids) > len(pairs) / 2:
@@ -233,11 +235,11 @@ def join(database, captions, field, n_rows):
     words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair] for _, *pair in pairs]
     shared = sum(len(raw & text) for raw, text in words)
     chance = sum(len(raw & text) for (raw, _), (_, text) in zip(words, words[1:] + words[:1]))
-    if not pairs or len(pairs) == JOIN_SAMPLE and chance > JOIN_SAMPLE / 10 and shared < 1.2 * chance:
+    if len(pairs) == JOIN_SAMPLE and chance > JOIN_SAMPLE / 10 and shared < 1.2 * chance:
         raise InputError(
-            f"--join {field}: its keys belong to other images: {rows} rows of {captions} have a match, and "
-            "matches share no more words than random pairs. Use the tars that the recaptions were made from "
-            "(for FLAME's CC3M recaptions: pixparse/cc3m-wds)")
+            f"--join {field}: its keys belong to other images than those of {captions}: the matches share no "
+            "more words than random pairs. Use the tars that the recaptions were made from (for FLAME's CC3M "
+            "recaptions: pixparse/cc3m-wds)")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,17 +277,18 @@ def load(database, scratch, source, skipped, chosen, field=""):
             fields = {name: fields[name] for name in ("key", "uid", "url", field)}
             if columns.keys().isdisjoint(fields[field]):
                 fields[field] = text_columns(database, relation, paths, columns)
-                if len(fields[field]) > 1:
-                    raise InputError(f"{source}: several columns have text ({', '.join(fields[field])}). "
-                                     f"Choose one: --join {field}={source}:COLUMN")
+                if len(fields[field]) != 1:
+                    raise InputError(f"{source}: {len(fields[field])} columns have text "
+                                     f"({', '.join(fields[field])}). Choose one: "
+                                     f"--join {field}={source}:COLUMN")
             used = [name for name in fields[field] if name in columns]
             print(f"--join {field}: {source}, column {', '.join(used)}")
         elif kind == ".parquet":
             images = database.execute(IMAGE_COLUMNS.format(relation), paths).fetchall()
             if len(images) > 1:
                 names = ", ".join(image for image, in images)
-                raise InputError(f"{source}: several columns have images ({names}); keep the one that the "
-                                 "captions describe")
+                raise InputError(f"{source}: several columns have images ({names}). Remove those that the "
+                                 "captions don't describe")
             values += [f"{image} IS NOT NULL AS unpacked" for image, in images]
         for name, aliases in fields.items():
             macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"
@@ -308,10 +311,13 @@ def text_columns(database, relation, paths, columns):
 # Readers for what DuckDB does not read. They yield rows, dicts {name: value}; tar_rows yields JSON lines.
 
 def csv_rows(source, files, skipped, fields):
-    """TSV (without quoting) and CSV. As in img2dataset, empty lines are not rows. A broken row yields {}."""
+    """TSV (without quoting) and CSV. As in img2dataset, empty lines are not rows. A broken row yields {} for
+    each of its lines, as it may have swallowed other rows.
+    """
     for path in files:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        with (reading(path, SOURCE_FIX),
+              opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file):
             header = file.readline()
             form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             if ".csv" in path.name.lower():
@@ -322,14 +328,17 @@ def csv_rows(source, files, skipped, fields):
                 names = ["url" if "://" in name else "raw" for name in names]
                 lines = chain([header], file)
             reader = csv.reader(lines, **form)
-            row = []
+            first, row = 0, []
             while row is not None:
+                if len(row) == len(names):
+                    yield dict(zip(names, row))
+                elif row:
+                    yield from repeat({}, reader.line_num - first)
+                first = reader.line_num
                 try:
                     row = next(reader, None)
-                    if row:
-                        yield dict(zip(names, row)) if len(row) == len(names) else {}
                 except csv.Error:
-                    yield {}
+                    row = ["broken"] * (len(names) + 1)
 
 
 def tar_rows(source, files, skipped, fields):
@@ -352,11 +361,8 @@ def tar_rows(source, files, skipped, fields):
                     file.seek(offset)
                     try:
                         text = file.read(min(size, MAX_TEXT_BYTES)).decode("utf-8-sig")
-                        if kind == "txt":
-                            row[name or "raw"] = text
-                        else:
-                            entries = json.loads(text)
-                            row |= {name: entries[name] for name in entries.keys() & known}
+                        entries = {name or "raw": text} if kind == "txt" else json.loads(text)
+                        row |= {name: entries[name] for name in entries.keys() & known}
                     except (ValueError, AttributeError, RecursionError):
                         place = f"{files[n]}:{folder}{key}{suffix}"
                         count_skipped(skipped, "not UTF-8, or not a JSON object", place)
@@ -368,6 +374,8 @@ def tar_rows(source, files, skipped, fields):
 
 def text_rows(folder, files, skipped, fields):
     """A folder with a.txt beside a.jpg. The image's path is the key and the image."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: give the folder that has the images, each with its .txt")
     for file in files:
         try:
             image = image_beside(file).relative_to(folder)
@@ -387,7 +395,9 @@ def source_files(path):
     span = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if path.is_dir():
         here = glob.escape(str(path))
-        kinds = (sorted(glob.iglob(f"{here}/{pattern}", recursive=True)) for pattern in FOLDER_PATTERNS)
+        texts, tables = (files_below(path, suffix) for suffix in (".txt", ".parquet"))
+        kinds = [*(sorted(glob.iglob(f"{here}/{pattern}")) for pattern in FOLDER_PATTERNS),
+                 texts if any(image_beside(Path(text)) for text in texts) else [], tables]
         paths = next(filter(None, kinds), [])
     elif span:
         before, first, last, after = span.groups()
@@ -405,6 +415,23 @@ def source_files(path):
         raise InputError(f"{path}: no captions found; {SOURCE_FIX}, or a folder with metadata.csv. "
                          "Convert `save_to_disk` output with datasets.load_from_disk(DIR).to_parquet(FILE)")
     return files
+
+
+def files_below(folder, suffixes):
+    """Return the sorted paths of the files in a folder and its subfolders, except hidden ones, whose names
+    have one of the suffixes. Follows links, but visits no folder twice.
+    """
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        stat = os.stat(here)
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [os.path.join(here, name) for name in names
+                  if name.lower().endswith(suffixes) and name[0] != "."]
+    return sorted(found)
 
 
 def split_column(source):
@@ -451,7 +478,7 @@ MAX_HEADER_BYTES = 1 << 14  # a tar header has a name and a few numbers
 
 def split_member_name(path):
     """Return (folder, key, suffix): "a/", "b", ".c.jpg" for "a/b.c.JPG". A key ends at its first dot."""
-    folder, slash, name = path.rpartition("/")
+    folder, slash, name = path.removeprefix("./").rpartition("/")
     key, dot, suffix = name.partition(".")
     return folder + slash, key, dot + suffix.lower()
 

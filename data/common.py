@@ -189,7 +189,7 @@ def run_stage(script, body, resume):
     except torch.OutOfMemoryError:
         line = ("out of GPU memory; free memory, lower train.py's --micro-batch or --batch, or use "
                 "--device cpu")
-    except (ConnectionError, RuntimeError) as error:  # raised if another process has exited
+    except (ConnectionError, EOFError, RuntimeError) as error:  # raised if another process has exited
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
         line = "a loader process was killed, probably for lack of memory; lower --workers"

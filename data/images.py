@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image
 
 from data.captions import (
-    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, SOURCE_FIX, in_processes, is_image, read_table,
+    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, SOURCE_FIX, files_below, in_processes, is_image, read_table,
     report_skipped, source_files, split_member_name, tar_members, tar_names)
 from data.common import atomic_save, progress_bar
 from flame import FACET_COLUMNS, InputError, reading, to_rgb
@@ -58,8 +58,7 @@ def read_bytes(location):
 
 def images_in(folder):
     """Return an ImageLocation for each file with an image suffix in a folder and its subfolders."""
-    paths = sorted(glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
-    return [ImageLocation(path) for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+    return [ImageLocation(path) for path in files_below(folder, IMAGE_SUFFIXES)]
 
 
 def find_images(keys, images, captions, folder=None, index="", spans=(), table=None):
@@ -95,7 +94,7 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     if not folder and (pattern or captions.is_dir() or captions.suffix == ".tar"):
         tars = [file for file in source_files(captions) if len(spans) or file.suffix == ".tar"]
     elif not folder:
-        root = captions.with_name(captions.name.split(".")[0])
+        root = captions.parent / captions.name.split(".")[0]
     tars = tars or sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
     files = list(map(str, tars)) or [location.path for location in images_in(root)]
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, tars)]
@@ -104,7 +103,7 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
                 return saved["rows"], files, saved["spans"]
-    if folder or not len(spans):
+    if folder or len(spans) < len(keys):  # fewer if a sample's files are not neighbors in the tar
         paths = ["".join(split_member_name(image)) for image in images]
         spans, _ = search(paths, files) if any(paths) else ((), None)
         # Never take an image of another name than the row gives.
@@ -115,9 +114,10 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
             if table:
                 check_row_numbers(captions, table, texts)
     if not len(spans):
-        raise InputError(f"{root}: no images found for {captions} (first: {example}). Give --images DIR, or "
-                         "embed the tars themselves. Without a key column, keys are row numbers, which match "
-                         "img2dataset's names only with 10,000 samples per shard")
+        raise InputError(f"{root}: no images found for {captions} (first: {example}; in the folder: "
+                         f"{(files or ['none'])[0]}). Give --images DIR, or embed the tars themselves. "
+                         "Without a key column, keys are row numbers, which match img2dataset's names only "
+                         "with 10,000 samples per shard")
     rows, spans = spans[:, 0].copy(), spans[:, 1:]
     if index:
         with suppress(InputError):  # the store may be read-only
@@ -197,13 +197,17 @@ def report_images(total, images):
     images: what find_images returns.
     """
     rows, files, spans = images
-    locations = locations_of(files, spans[::1 + len(spans) // SAMPLE])
+    step = 1 + len(spans) // SAMPLE
+    locations = locations_of(files, spans[::step])
     existing = [location for location in locations if os.path.isfile(location.path)]
-    print(f"images: {len(rows) * len(existing) // len(locations)} of {total} found ({locations[0].path})")
-    for location in existing[::1 + len(existing) // 10]:
+    print(f"images: {'about ' if step > 1 else ''}{len(rows) * len(existing) // len(locations)} of {total} "
+          f"found ({locations[0].path})")
+    tried = existing[::1 + len(existing) // 10]
+    for location in tried:
         with suppress(Exception):  # decoders can raise any exception on corrupt bytes
             return open_image(location)
-    raise InputError(f"{locations[0].path}: not an image, as ten others; give --images DIR or --no-images")
+    raise InputError(f"{tried[0].path}: not an image, nor are {len(tried) - 1} others; give --images DIR or "
+                     "--no-images")
 
 
 def locations_of(files, spans):

@@ -178,7 +178,7 @@ BROKEN_FILES = {  # file name: (content, expected raw captions by key, numbers o
     "quotes.tsv": (b'key\traw\na\t"x\nb\ty "z"\n', {"a": '"x', "b": 'y "z"'}, []),
     "columns.tsv": (b"key\traw\tlong\na\tx\ty\tz\nb\tx\nc\tx\ty\n\n", {"c": "x"}, [1, 2]),
     "columns.csv": (b"key,raw\na,x,y\nb\nc,x\n", {"c": "x"}, [1, 2]),
-    "end.csv": (b'key,raw\na,"x, y\nz"\nb,"unfinished\nc,d\n', {"a": "x, y z"}, [2]),
+    "end.csv": (b'key,raw\na,"x, y\nz"\nb,"unfinished\nc,d\n', {"a": "x, y z"}, [2, 3]),
     "quoted.csv": (b'key,raw\na,"x ""y"""\nb,"z" w\nc,v\n', {"a": 'x "y"', "c": "v"}, [2]),
     "bom.tsv": (b"\xef\xbb\xbfkey\traw\r\na\tx\r\nb\ty\n", {"a": "x", "b": "y"}, []),
     "bom.jsonl": (b'\xef\xbb\xbf{"key": "a", "raw": "x"}\r\n', {"a": "x"}, []),
@@ -296,13 +296,13 @@ def test_join_uses_the_only_column_with_text_or_the_named_one(tmp_path, table):
     assert [row.long for row in made] == ["Long.", "A dog."] and f"{long}, column minicpm\n" in out
     long.write_text(json.dumps([row | {"hash": f"{n:032x}", "web": ["A cat.", "A dog."][n]}
                                 for n, row in enumerate(rows)]))
-    for column, message in {"": "several columns have text .minicpm, hash, web.", ":hash": "hashes or ids",
+    for column, message in {"": "3 columns have text .minicpm, hash, web.", ":hash": "hashes or ids",
                             ":web": "equal the rows' own captions", ":x": "no column x"}.items():
         with pytest.raises(flame.InputError, match=message):
             table(tmp_path / "raw.tsv", {"long": [f"{long}{column}"]})
     assert table(tmp_path / "raw.tsv", {"long": [f"{long}:minicpm"]})[0] == made
     long.write_text(json.dumps({f"{n:09d}": "Long." for n in range(3000)}))
-    with within(20), pytest.raises(flame.InputError, match="several columns have text"):
+    with within(20), pytest.raises(flame.InputError, match="columns have text"):
         table(tmp_path / "raw.tsv", {"long": [long]})
     with pytest.raises(flame.InputError, match=r"no captions found \(columns: .{,400}\)\. Rename"):
         table(long)
@@ -343,7 +343,7 @@ def test_join_by_image_url(tmp_path, table):
     rows, _, _ = table(file)
     assert rows[8][:3:2] == ("000000008", 'raw_caption, "8"') and rows[8].long == 'longSV_captions, "8"'
     file.write_text(file.read_text().replace("//x/", "//y/"))
-    with pytest.raises(flame.InputError, match="--join short: its keys belong to other images: 0 rows of "):
+    with pytest.raises(flame.InputError, match="--join short: none of its captions has a URL"):
         table(tmp_path / "0.tar", {"short": [file]})
 
 
@@ -547,7 +547,7 @@ def test_missing_images_are_reported_with_path_and_fix(tmp_path, folder):
     write_image(root / "x/b.png", 20)
     write_image(root / "x/c.png", 30)
     assert find_values(tmp_path, keys, images, folder=folder and root) == {"b": 2, "c": 3}
-    with pytest.raises(flame.InputError, match=r"captions: no images found for .*first: a\)\. Give --images"):
+    with pytest.raises(flame.InputError, match="captions: no images found for .*first: a; in .*: none"):
         find_values(tmp_path, keys)
 
 

@@ -279,6 +279,29 @@ def test_rows_that_share_an_image_in_tars_named_by_a_pattern(run):
     assert run("mine.csv", "--images", "cc")[:2] == (2 * N, 2 * N)
 
 
+def test_tar_in_no_order(run):
+    """As `tar cf 0.tar .` may write it. Its .key.txt is not the key of the row."""
+    texts = [(f"./{n:03d}.txt", TEXTS[n].encode()) for n in range(N)]
+    images = [(f"./{n:03d}.png", png(n)) for n in reversed(range(N))]
+    first = [("x.png", png(0)), ("x.key.txt", b"003"), ("x.txt", TEXTS[0].encode())]
+    write_tar(Path("set/0.tar"), [*first, *texts, *images])
+    assert run("set")[:2] == (N + 1, N + 1)
+
+
+def test_folders_with_links_and_other_texts(run):
+    write_images(Path("album/a"))
+    for name, text in zip(NAMES, TEXTS):
+        Path(f"album/a/{name}.txt").write_text(text)
+    for name in "bc":
+        os.symlink("..", f"album/a/{name}")
+    assert run("album")[:2] == (N, N)
+    assert "album/a/*.txt: give the folder" in run("album/a/*.txt")
+    Path("hub").mkdir()
+    Path("hub/LICENSE.txt").write_text("MIT")
+    hub_dataset().to_parquet("hub/0.parquet")
+    assert run("hub")[:2] == (N, N)
+
+
 # --- recaptions
 
 @pytest.mark.parametrize("by", ["url", "uid", "key"])
