@@ -303,8 +303,8 @@ class TextEncoder:
             specialized in predicting the next token.
         mask: "decoupled" (each facet prompt follows the caption directly) or "causal" (one chain, in which a
             facet prompt also sees the earlier ones).
-        max_tokens: tokens per packed row, with all facet prompts in full. A row exceeds it by at most one
-            caption. Default: MAX_TOKENS.
+        max_tokens: tokens per packed row, counted before equal beginnings are shared. A row exceeds it by at
+            most one caption. Default: MAX_TOKENS.
     """
 
     def __init__(self, llm_dir: str | Path, device="cpu", dtype=torch.bfloat16, layer: int | None = None,

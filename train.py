@@ -126,7 +126,7 @@ SETTINGS = {
     "layers":           (4,         12,        integer(1, 1024),      "ViT layers"),
     "heads":            (3,         12,        integer(1, 1024),      "ViT attention heads"),
     "init":             ("clip",    "pytorch", ("clip", "pytorch"),   "ViT initialization (paper: pytorch)"),
-    "projector_hidden": (0,         4096,      integer(0, 131_072),   "projector width; raised to the LLM's"),
+    "projector_hidden": (0,         4096,      integer(0, 131_072),   "projector width; at least the LLM's"),
     "pool_first":       (True,      False,     bool,                  "average the patches, then project"),
     "loss":             ("infonce", "sigmoid", tuple(LOSSES),         "multi-positive loss"),
     "text_projection":  ("agree+linear", "none", str,                 "none, whiten or agree [+linear]"),
@@ -149,7 +149,8 @@ SETTINGS = {
     "workers":          (1,         8,         integer(0, 1024),      "loader processes per rank"),
     "seed":             (0,         0,         integer(0, 2**63 - 1), "of weights, order, crops, positives"),
 }
-# These may differ when a run is resumed: they change a gradient in its last bits or not at all.
+# These may differ when a run is resumed: they change a gradient in its last bits or not at all. The steps of
+# a run may also be increased (see find_earlier_run).
 CHANGEABLE_ON_RESUME = ("micro_batch", "checkpoint_every", "val_every", "workers")
 MAX_VAL_IMAGES = 5000  # a larger validation store is sampled
 MAX_LOGIT_SCALE = math.log(100)  # model.logit_scale is a logarithm, as in CLIP
@@ -191,7 +192,7 @@ def train(args, s):
         saved_step = None if args.overwrite else find_earlier_run(out, store, s)
         if saved_step == s["steps"]:
             flame.load(out)  # raises InputError if it is damaged
-            print0(f"{out}: already finished; use --overwrite to train again")
+            print0(f"{out}: already finished; give more --steps to continue, or --overwrite to train again")
             return False
         model, optimizer = build(store, columns, s, device, saved_step is None, images[0])
         start = 0 if saved_step is None else load_checkpoint(out, model, optimizer)
@@ -570,7 +571,8 @@ def save_model(run, folder, step, validation):
 def find_earlier_run(out, store, s):
     """Return the step in the config.json of the run in this folder, or None if there is none.
 
-    Raises InputError if it was another run, with another store or other settings.
+    A run may be continued with more steps; warm-up and cosine are then those of the new total. Raises
+    InputError if it was another run, with another store or other settings.
     """
     path = out / "config.json"
     if not path.exists():
