@@ -47,9 +47,9 @@ def embed(args):
     encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.mask))
 
     def make_table(path):
-        (out / "images.npz").unlink(missing_ok=True)  # of another table: with row numbers its keys are equal
+        (out / "images.npz").unlink(missing_ok=True)  # may belong to an earlier table with the same keys
         made = write_table(path, args.captions, args.join, dict(args.field))
-        if not made.unpacked:
+        if not made.unpacked:  # otherwise below, after unpacking
             check_images(args, path, out / "images.npz", args.images, made.spans, made.numbered)
         check_encoder(encoder(), [row.long for row in read_table(path, max_rows=1000)])
         return {"images": args.images and os.path.abspath(args.images), "numbered": made.numbered}
@@ -97,8 +97,8 @@ def store_settings(args):
 
 
 def check_images(args, table, index, folder, spans=(), numbered=False):
-    """Look for the images, unless --no-images is given, because training needs them. Raises InputError if
-    there are none. numbered: whether keys are row numbers; the other arguments are find_images'.
+    """Look for the images, which training needs, unless --no-images is given. Raises InputError if there are
+    none. numbered: whether keys are row numbers; the other arguments are find_images'.
     """
     if not args.no_images:
         keys, images = zip(*((row.key, row.image) for row in read_table(table)))
@@ -154,7 +154,7 @@ def shard_batches(out, meta, shards, encoder):
     """Pack the captions of the shards for the encoder. Equal captions are encoded once per shard.
 
     Yields (forest, rows_by_caption, view, finished):
-        forest: a pack, several captions with one prompt set.
+        forest: a pack, several captions with one prompt set, as a forest of token segments (see flame.py).
         rows_by_caption: for each caption of the pack, the rows of the shard that have it.
         view: the slice [rows, K, D] of the shard's array for their embeddings.
         finished: (shard, array float16 [rows, 11, D]) with the last pack of a shard, or None.
@@ -190,7 +190,7 @@ def launch(encoder, forest, n):
     def wait():
         if copied:
             copied.synchronize()
-        if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # also true for NaN
+        if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # NaN is not < 0.01
             raise InputError(f"{encoder.llm_dir}: embeddings are zero, NaN or infinite; use --dtype bfloat16 "
                              "or float32, or download the weights again")
         return units
@@ -226,9 +226,9 @@ def begin_store(out, settings, make_table, overwrite):
     """Write captions.tsv and meta.json if they don't exist yet.
 
     make_table(path) writes the table, checks everything that can be checked before the LLM runs, and returns
-    what meta.json records about the captions. With overwrite, an old store is deleted only after that. Raises
-    InputError if an old store was made with other settings (without overwrite), or if there is a captions.tsv
-    or a shard without meta.json.
+    what meta.json records about the captions. With overwrite, old embeddings are deleted only after that.
+    Raises InputError if an old store was made with other settings (without overwrite), or if there is a
+    captions.tsv or a shard without meta.json.
     """
     meta = out / "meta.json"
     table = out / "captions.tsv"

@@ -3,7 +3,7 @@
     python evaluate.py --bench demo                       # all parts of the demo -> results/demo.json, .png
     python evaluate.py --bench urban1k                    # data/urban1k, with the newest checkpoint
     python evaluate.py --bench long                       # urban1k sharegpt4v dci docci, and their average
-    python evaluate.py --bench demo --facets              # also the value of each facet
+    python evaluate.py --bench demo --facets              # also with subsets of the facets
     python evaluate.py --captions mine.tsv                # your own images and captions -> results/mine.json
     python evaluate.py --compare a/urban1k.json b/urban1k.json
     python evaluate.py --search "a red kite" --images DIR # rank the images of a folder -> results/search.png
@@ -11,10 +11,10 @@
     python evaluate.py --vectors out.npy --images DIR     # image embeddings; their paths in out.txt
 
 data/README.md lists the benchmarks, their sources and layouts. Captions use the seven facets of the *long*
-prompt set, class names and XM3600 the single *raw* prompt, the demo's captions the set that they were trained
-with (reworded ones all sets). Facets that the checkpoint was not trained on are left out. A text embedding is
-the mean over facets of unit vectors, so a dot product with a unit image embedding is the mean over facets of
-the cosine.
+prompt set, class names and XM3600 the single *raw* prompt. The demo's raw, short and long captions use the
+set of that name, reworded captions all three. Facets that the checkpoint was not trained on are left out. A
+text embedding is the mean over facets of unit vectors, so a dot product with a unit image embedding is the
+mean over facets of the cosine.
 
 Every percentage has a 95% bootstrap interval. Ties count against the model: a constant model scores
 at most chance. Beside each JSON, an .npz has every query's hits and the bootstrap samples, for --compare.
@@ -74,7 +74,7 @@ def retrieval_ranks(queries, gallery, query_ids, gallery_ids):
 def retrieval_hits(text, image, image_of_text):
     """Return {direction: (hits bool [Q, 3] within the first 1, 5, 10; groups int [Q]; n_groups)}.
 
-    A query's group is its image. Arguments as for retrieval().
+    groups: the image of each query, for the bootstrap (section 2). Arguments as for retrieval().
     """
     owner = np.asarray(image_of_text)
     with_text = np.unique(owner)  # in image-to-text, an image without a text is not a query
@@ -96,7 +96,7 @@ def retrieval(text, image, image_of_text):
 
 
 def classification_hits(image, classes, labels, names):
-    """Return {"top1": hits [M, 1], "top5": hits [M, 1], "mean_per_class": top-1 accuracy of each class}.
+    """Return {"top1": hits [M, 1], "top5": hits [M, 1], "mean_per_class": top-1 of each class [c, 1]}.
 
     image [M, D], classes [C, D], labels int [M], C class names. A class without images can be predicted,
     but does not enter the mean. Classes with the same name have the same embedding. As with argmax, the
@@ -237,7 +237,7 @@ def compare(*paths):
 # score_demo.
 
 def merge_languages(results):
-    """Return the only result of {language: result}, or the mean of several, and these as "languages"."""
+    """Return the only result of {language: result}; of several the mean, with all of them in "languages"."""
     only, *others = results.values()
     return average_metrics(results.values()) | {"languages": results} if others else only
 
@@ -248,14 +248,14 @@ def common_fields(locations, image, prompts, chance):
             "chance": chance}
 
 
-def score_captions(encoders, prompts, images, languages):
+def score_captions(encoders, prompts, locations, languages):
     """Score retrieval for {language: (texts, image_of_text)}, and their average if there are several.
 
     Empty texts and texts of unreadable images are skipped. Images without a text stay in the gallery.
     """
-    image, readable = encode_images(encoders, images)
+    image, readable = encode_images(encoders, locations)
     row_of = {i: row for row, i in enumerate(readable)}
-    gallery = [images[i] for i in readable]
+    gallery = [locations[i] for i in readable]
     results = {}
     examples = None
     for language, (texts, image_of_text) in languages.items():
@@ -270,16 +270,16 @@ def score_captions(encoders, prompts, images, languages):
             examples = Examples(queries, text, gallery, image, np.array(rows), prompts)
     n_texts = sum(result["n_texts"] for result in results.values())
     skipped = sum(len(texts) for texts, _ in languages.values()) - n_texts
-    return {**common_fields(images, image, prompts, 100 / len(image)), "n_texts": n_texts,
+    return {**common_fields(locations, image, prompts, 100 / len(image)), "n_texts": n_texts,
             "skipped_texts": skipped, **merge_languages(results)}, examples
 
 
-def score_classes(encoders, prompts, images, labels, names, templates):
+def score_classes(encoders, prompts, locations, labels, names, templates):
     """Score zero-shot classification. A class embedding is the normalized mean over templates.
 
     templates: with {} for the name (benchmarks.py has converted CLIP_benchmark's {c}).
     """
-    image, readable = encode_images(encoders, images)
+    image, readable = encode_images(encoders, locations)
     labels = np.array(labels)[readable]
     texts = [template.replace("{}", name) for name in names for template in templates]
     text = encode_texts(encoders, texts, prompts)
@@ -287,13 +287,13 @@ def score_classes(encoders, prompts, images, labels, names, templates):
     classes = text.reshape(len(names), len(templates), -1).mean(1)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     hits = classification_hits(image, classes, labels, names)
-    return {**common_fields(images, image, prompts, 100 / len(names)), "n_classes": len(names),
+    return {**common_fields(locations, image, prompts, 100 / len(names)), "n_classes": len(names),
             **make_metrics({name: (hit, np.arange(len(hit)), len(hit)) for name, hit in hits.items()})}, None
 
 
 def score_demo(encoders, raw, short, long, scenes, captions, objects, names, synonyms):
-    """Score all parts of the demo. raw, short, long: the prompt sets for such captions, raw also for names;
-    the other arguments are described in benchmarks.demo. The parts are
+    """Score all parts of the demo. raw, short, long: the prompt sets for captions of these kinds; names use
+    raw. The other arguments are described in benchmarks.demo. The parts are
 
     long, short, raw   retrieval of scenes by their captions. Raw captions are often equal or fit several
                        scenes; only the scene that they were written for is correct.
@@ -327,7 +327,8 @@ def score_demo(encoders, raw, short, long, scenes, captions, objects, names, syn
 
 
 def score_names(encoders, prompts, images, languages):
-    """Score images [(location, object)] among the names of {language: {object: name}}, and the average.
+    """Score images [(location, object)] among the names of {language: {object: name}}, and the average. The
+    key may also be another label of a set of names, such as a gallery.
 
     Names are put into DEMO_TEMPLATE. Resampling is by object, because images of one object fail together.
     """
@@ -504,7 +505,7 @@ def report(args, name, queries, scores, examples=None):
 
 
 def count_trained(texts, checkpoint):
-    """Return how many of the texts are also training captions, or None without that store."""
+    """Return how many of the texts are also training captions, or None if that store is not found."""
     with suppress(Exception):
         recorded = flame.read_json(Path(checkpoint, "config.json"))["store"]
         store = flame.open_store(local_paths(checkpoint)["store"])

@@ -160,7 +160,7 @@ class Decoder(NamedTuple):
     config: dict               # config.json as llm_config() returns it
     embedding: torch.Tensor    # [vocabulary, D]
     layers: list[dict]         # weights by name, of the layers that are kept
-    inv_freq: torch.Tensor     # [RoPE types, head_dim / 2] float32, angular frequencies
+    inv_freq: torch.Tensor     # [RoPE variants, head_dim / 2] float32, angular frequencies
     kernels: "Kernels"         # TORCH_KERNELS or EXT_KERNELS
 
 
@@ -177,8 +177,9 @@ class Kernels(NamedTuple):
 def hidden_states(decoder, forest):
     """Run the decoder over a packed row; return the states of the sequences' last tokens, float32 [N, D].
 
-    A state is the residual stream, without a final norm. It and the norms are always float32: bfloat16 would
-    lose small updates of large values, and in SmolLM2 one dimension has 0.8 of a state's norm.
+    A state is the residual stream, without a final norm. It is always float32, and norms are computed in
+    float32: bfloat16 would lose small updates of large values, and in SmolLM2 one dimension has 0.8 of a
+    state's norm.
     """
     heads, kv_heads, head_dim, eps = (decoder.config[name] for name in (
         "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"))
@@ -187,7 +188,7 @@ def hidden_states(decoder, forest):
     attend = kernels.attention(forest, device, heads // kv_heads)
     tokens, positions, last_tokens = (to_device(x, device) for x in (
         forest.tokens, forest.positions.float(), forest.last_tokens))
-    angles = decoder.inv_freq[:, None] * positions[:, None]  # [RoPE types, T, head_dim / 2]
+    angles = decoder.inv_freq[:, None] * positions[:, None]  # [RoPE variants, T, head_dim / 2]
     cos_sin = torch.stack([angles.cos(), angles.sin()], dim=1)
 
     def post_norm(update, weight):  # Gemma normalizes what a sublayer returns
@@ -201,7 +202,7 @@ def hidden_states(decoder, forest):
         qkv = F.linear(h, layer["wqkv"], layer.get("bqkv")).view(len(x), heads + 2 * kv_heads, head_dim)
         if "qk_norm" in layer:
             norm_heads(qkv, layer["qk_norm"], eps)
-        kernels.rope(qkv, *cos_sin[layer["rope_type"]], heads + kv_heads)
+        kernels.rope(qkv, *cos_sin[layer["rope_index"]], heads + kv_heads)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views
         attended = attend(q, k, v).flatten(1)
         if layer is decoder.layers[-1]:  # only the last tokens are needed from here on
@@ -303,8 +304,8 @@ class TextEncoder:
             specialized in predicting the next token.
         mask: "decoupled" (each facet prompt follows the caption directly) or "causal" (one chain, in which a
             facet prompt also sees the earlier ones).
-        max_tokens: tokens per packed row, counted before equal beginnings are shared. A row exceeds it by at
-            most one caption. Default: MAX_TOKENS.
+        max_tokens: tokens per packed row, counting each caption's prefix once and its facet prompts in full.
+            A row exceeds it by at most one caption. Default: MAX_TOKENS.
     """
 
     def __init__(self, llm_dir: str | Path, device="cpu", dtype=torch.bfloat16, layer: int | None = None,
@@ -331,14 +332,14 @@ class TextEncoder:
         if isinstance(captions, str):
             raise ValueError("captions must be a list of str, not one str")
         out = torch.empty(len(captions), len(PROMPTS[prompts].facets), self.dim)
-        for rows, facets in self.encode_batches(captions, prompts):
-            out[rows] = facets
+        for indices, facets in self.encode_batches(captions, prompts):
+            out[indices] = facets
         return out
 
     def encode_batches(self, captions, prompts="long"):
         """Yield (indices of n captions, their facet embeddings float32 [n, K, D]) for each packed row."""
-        for rows, forest in self.pack(captions, prompts):
-            yield rows, hidden_states(self.decoder, forest).cpu().view(len(rows), -1, self.dim)
+        for indices, forest in self.pack(captions, prompts):
+            yield indices, hidden_states(self.decoder, forest).cpu().view(len(indices), -1, self.dim)
 
     def pack(self, captions, prompts="long"):
         """Yield (indices of captions, Forest of their strings) for each packed row.
@@ -471,7 +472,7 @@ class TextProjection(nn.Module):
         columns = torch.as_tensor(columns, device=self.mean.device).expand(facets.shape[:2])
         x = F.normalize(facets.float(), dim=-1) - self.mean[columns]
         out = torch.empty_like(x)
-        for c in columns.unique().tolist():  # one large matrix product per column
+        for c in range(len(FACET_COLUMNS)):  # one large matrix product per column; DDP needs even empty ones
             u = x[columns == c]
             u = self.rest[c] * u + (u @ self.basis[c] * self.gain[c]) @ self.basis[c].T
             if c in self.mapped:
@@ -484,8 +485,8 @@ class Flame(nn.Module):
     """All that a checkpoint holds: image tower (visual.*), projector (mm.*, as in the released checkpoints),
     text projection, logit scale and bias.
 
-    config: image_size, patch_size, width, layers, heads; projector_hidden, text_dim (D),
-    pool_first; text_rank, text_mapped (text projection); columns (trained on); llm. init: see init_weights.
+    config: image_size, patch_size, width, layers, heads; projector_hidden, text_dim (D), pool_first;
+    text_rank, text_mapped (text projection); columns (those trained on). init: see init_weights.
     """
 
     def __init__(self, config, init="pytorch"):
@@ -607,7 +608,8 @@ def prompts_to_json():
 def check_prompts(recorded, path):
     """Raise InputError if a file records other prompts than PROMPTS."""
     if json.dumps(recorded) != json.dumps(prompts_to_json()):  # the order matters: it is that of the columns
-        raise InputError(f"{path}: made with prompts other than flame.PROMPTS; restore them or make it again")
+        raise InputError(f"{path}: made with prompts other than flame.PROMPTS; restore the old prompts in "
+                         "flame.py, or make the store or checkpoint again")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -640,7 +642,7 @@ LLM_FIX = ("give --llm or $FLAME_LLM a Hugging Face folder with config.json, *.s
 
 def resolve_folder(name):
     """Return a local path as it is. For a Hub id (owner/name), download it and return the cache folder. If
-    there is a folder `owner`, it is a path.
+    a folder `owner` exists, the name is taken as a path.
 
     Raises InputError if the id cannot be downloaded.
     """
@@ -659,8 +661,9 @@ def llm_config(llm_dir):
     """Return the entries of config.json that the hidden states depend on, defaults filled in, as a dict.
 
     Added entries: gelu, embedding_scale, norm_offset (added to norm weights) and query_scale, for Gemma;
-    inv_freq, float64 [RoPE types, head_dim / 2], and rope_types, the type of each layer; context_length, the
-    maximum string length in tokens, at most the sliding window, which therefore need not be implemented.
+    inv_freq, float64 [RoPE variants, head_dim / 2], and rope_indices, the variant of each layer;
+    context_length, the maximum string length in tokens, at most the sliding window, which therefore need not
+    be implemented.
     """
     with reading(Path(llm_dir, "config.json"), LLM_FIX) as path:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -678,7 +681,7 @@ def llm_config(llm_dir):
         context_length = int(entries["max_position_embeddings"])
         if entries.get("use_sliding_window", family == "mistral" or gemma):
             context_length = min(context_length, int(entries.get("sliding_window", 4096) or context_length))
-        ropes, rope_types = rope_settings(entries, layers, gemma)
+        ropes, rope_indices = rope_settings(entries, layers, gemma)
         return sizes | {
             "model_type": family,
             "num_key_value_heads": int(entries.get("num_key_value_heads") or heads),
@@ -687,7 +690,7 @@ def llm_config(llm_dir):
             "gelu": gemma, "norm_offset": float(gemma), "embedding_scale": D ** 0.5 if gemma else 1.0,
             "query_scale": (head_dim / entries.get("query_pre_attn_scalar", head_dim)) ** 0.5,
             "inv_freq": torch.stack([rope_frequencies(rope, head_dim) for rope in ropes]),
-            "rope_types": rope_types, "context_length": context_length,
+            "rope_indices": rope_indices, "context_length": context_length,
         }
 
 
@@ -699,7 +702,7 @@ def check_supported(name, value, *supported):
 
 
 def rope_settings(entries, layers, gemma):
-    """Return (settings of each RoPE type, type of each layer). Gemma: type 0 is full attention, 1 sliding."""
+    """Return (settings of each RoPE variant, each layer's index). Gemma: 0 is full attention, 1 sliding."""
     settings = entries.get("rope_parameters") or entries.get("rope_scaling") or {}  # transformers 5's, 4's
     theta = entries.get("rope_theta", 1e6 if gemma else 1e4)
     full = {"rope_theta": theta} | settings.get("full_attention", settings)
@@ -800,9 +803,9 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
 
 
 def load_layer(config, tensors, read, i, device, dtype):
-    """Return layer i: {our name: tensor}, and its RoPE type under "rope_type"."""
+    """Return layer i: {our name: tensor}, and the index of its RoPE variant under "rope_index"."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    layer = {"rope_type": config["rope_types"][i]}
+    layer = {"rope_index": config["rope_indices"][i]}
     for ours, theirs in tensors.items():
         tensor = torch.cat([read(f"model.layers.{i}.{name}") for name in theirs])
         if "norm" in ours:
@@ -960,8 +963,8 @@ def choose_kernels(decoder):
     """Return EXT_KERNELS if flame_ext can run this decoder, otherwise TORCH_KERNELS.
 
     Its CUDA kernels (bfloat16, heads of 64 or 128 dimensions) are used only if, on a small forest and two
-    layers, their states differ from PyTorch's by less than 5% of the centered norm. Otherwise a warning gives
-    the reason.
+    layers, their states differ from PyTorch's by less than 5% of the norm of the state minus the mean state.
+    Otherwise a warning gives the reason.
     """
     weights = decoder.embedding
     if not flame_ext or weights.dtype not in (torch.float32, torch.bfloat16):
@@ -1023,7 +1026,7 @@ class Store:
         missing = shards.difference(os.listdir(self.path))
         if missing:
             raise InputError(f"{self.path}: {min(missing)} is missing; run the same embed.py command again")
-        self.shard = functools.lru_cache(8192)(self.open_shard)  # a process may map 65,000 files
+        self.shard = functools.lru_cache(8192)(self.open_shard)  # Linux allows a process 65,000 of them
 
     def __len__(self):
         return self.N

@@ -126,7 +126,7 @@ SETTINGS = {
     "layers":           (4,         12,        integer(1, 1024),      "ViT layers"),
     "heads":            (3,         12,        integer(1, 1024),      "ViT attention heads"),
     "init":             ("clip",    "pytorch", ("clip", "pytorch"),   "ViT initialization (paper: pytorch)"),
-    "projector_hidden": (0,         4096,      integer(0, 131_072),   "projector width; at least the LLM's"),
+    "projector_hidden": (0,         4096,      integer(0, 131_072),   "hidden width; at least the LLM's"),
     "pool_first":       (True,      False,     bool,                  "average the patches, then project"),
     "loss":             ("infonce", "sigmoid", tuple(LOSSES),         "multi-positive loss"),
     "text_projection":  ("agree+linear", "none", str,                 "none, whiten or agree [+linear]"),
@@ -412,9 +412,7 @@ def train_step(run, step, batch):
     if not math.isfinite(loss):  # stop before it reaches the weights
         raise InputError(f"{run.out}: the loss is {loss} at step {step}; the last checkpoint is kept. Lower "
                          "--lr, and check the store with embed.py --inspect")
-    # A batch without any mapped column gives the text projection's map no gradient.
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in run.model.parameters() if p.grad is not None]).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item()
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, s)
     run.optimizer.step()
@@ -472,7 +470,9 @@ def forward_backward(model, encode, batch, s, device):
 
 @torch.inference_mode()
 def validate(run):
-    """Return R@1 in percent of the validation store's long captions, as evaluate.py: {direction: R@1}."""
+    """Return the validation store's Recall@1 with long captions, in percent: {direction: R@1}. Equals
+    evaluate.py's.
+    """
     locations, facets = run.validation
     model = run.model.eval()
     image = compute_images(Encoders(model, None, run.device, None, None, None), locations)
@@ -480,8 +480,8 @@ def validate(run):
             for part in facets.split(256)]
     model.train()
     scores = torch.cat(text).numpy() @ image.T
-    _, number = np.unique([str(location) for location in locations], return_inverse=True)  # of a text's image
-    return {direction: 100 * np.mean(number[scores.argmax(axis)] == number)
+    _, image_of = np.unique([str(location) for location in locations], return_inverse=True)  # may repeat
+    return {direction: 100 * np.mean(image_of[scores.argmax(axis)] == image_of)
             for direction, axis in (("text_to_image", 1), ("image_to_text", 0))}
 
 
@@ -544,7 +544,7 @@ RESUME_FIX = "choose another --name, or start over with --overwrite"
 def save_checkpoint(run, step, validation):
     """Save the state after `step` steps. Raises InputError if a weight is NaN or infinite."""
     if not all(p.isfinite().all() for p in run.model.parameters()):
-        raise InputError(f"{run.out}: weights are NaN or infinite after step {step - 1}; lower --lr; the "
+        raise InputError(f"{run.out}: weights are NaN or infinite after {step} steps; lower --lr; the "
                          "last checkpoint is kept")
     training = {"step": step, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     common.atomic_save(run.out / "training.pt", functools.partial(torch.save, training))
