@@ -962,9 +962,9 @@ EXT_KERNELS = Kernels("flame_ext", ext_attention, ext_add_and_norm, functools.pa
 def choose_kernels(decoder):
     """Return EXT_KERNELS if flame_ext can run this decoder, otherwise TORCH_KERNELS.
 
-    Its CUDA kernels (bfloat16, heads of 64 or 128 dimensions) are used only if, on a small forest and two
-    layers, their states differ from PyTorch's by less than 5% of the norm of the state minus the mean state.
-    Otherwise a warning gives the reason.
+    flame_ext's CUDA kernels (bfloat16, heads of 64 or 128 dimensions) are used only if, on a small forest and
+    two layers, |difference from PyTorch's state| < 5% of |state - mean state|. Otherwise a warning gives the
+    reason.
     """
     weights = decoder.embedding
     if not flame_ext or weights.dtype not in (torch.float32, torch.bfloat16):
@@ -998,7 +998,7 @@ def to_device(x, device):
 
 def keep_freed_memory():
     """Let glibc keep freed memory. Otherwise each layer's buffers are returned to the system and zeroed
-    again, a sixth of the time on a CPU.
+    again, which costs a sixth of the time on a CPU.
     """
     with suppress(Exception):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -1026,7 +1026,7 @@ class Store:
         missing = shards.difference(os.listdir(self.path))
         if missing:
             raise InputError(f"{self.path}: {min(missing)} is missing; run the same embed.py command again")
-        self.shard = functools.lru_cache(8192)(self.open_shard)  # Linux allows a process 65,000 of them
+        self.shard = functools.lru_cache(8192)(self.open_shard)  # memory maps; Linux allows a process 65,000
 
     def __len__(self):
         return self.N

@@ -126,7 +126,7 @@ SETTINGS = {
     "layers":           (4,         12,        integer(1, 1024),      "ViT layers"),
     "heads":            (3,         12,        integer(1, 1024),      "ViT attention heads"),
     "init":             ("clip",    "pytorch", ("clip", "pytorch"),   "ViT initialization (paper: pytorch)"),
-    "projector_hidden": (0,         4096,      integer(0, 131_072),   "hidden width; at least the LLM's"),
+    "projector_hidden": (0,         4096,      integer(0, 131_072),   "hidden width; raised to the LLM's D"),
     "pool_first":       (True,      False,     bool,                  "average the patches, then project"),
     "loss":             ("infonce", "sigmoid", tuple(LOSSES),         "multi-positive loss"),
     "text_projection":  ("agree+linear", "none", str,                 "none, whiten or agree [+linear]"),
@@ -185,7 +185,7 @@ def train(args, s):
     with common.locked_folder(out) if rank() == 0 else contextlib.nullcontext():
         images = locate_images(store, args.images, out)
         resolve_settings(s, len(images[0]), len(columns), store.meta["D"])
-        s["images_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed with other images
+        s["images_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed if other rows have images
         if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
             print0("text projection: whiten instead of agree, because each image has only one caption")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
