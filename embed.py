@@ -27,9 +27,9 @@ from torch.nn.functional import normalize
 
 import flame
 from data import common
-from data.captions import hash_sources, read_table, source_name, split_column, write_table
+from data.captions import UNPACKED, hash_sources, read_table, source_name, split_column, write_table
 from data.common import Parser, barrier, init_distributed, number, print0, progress_bar, rank, world_size
-from data.images import UNPACKED, find_images, report_images, unpack_parquet
+from data.images import find_images, report_images, unpack_parquet
 from data.show import look
 from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
@@ -49,10 +49,10 @@ def embed(args):
     def make_table(path):
         (out / "images.npz").unlink(missing_ok=True)  # may belong to an earlier table with the same keys
         made = write_table(path, args.captions, args.join, dict(args.field))
-        if not made.unpacked:  # otherwise below, after unpacking
-            check_images(args, path, out / "images.npz", args.images, made.spans, made.numbered)
+        if not made.inside:  # otherwise they are checked once they are unpacked
+            check_images(args, path, out / "images.npz", args.images, made.spans, made.comparable)
         check_encoder(encoder(), [row.long for row in read_table(path, max_rows=1000)])
-        return {"images": args.images and os.path.abspath(args.images), "numbered": made.numbered}
+        return {"images": args.images and os.path.abspath(args.images), "comparable": made.comparable}
 
     with common.output_folder(out):
         if rank() == 0:
@@ -62,6 +62,9 @@ def embed(args):
         barrier(out / "meta.json")  # all ranks must see it
         part, parts = args.part
         meta = read_json(out / "meta.json")
+        if args.images and os.path.abspath(args.images) != meta["captions"]["images"]:
+            raise InputError(f"{out}: made with --images {meta['captions']['images']}; give the new folder "
+                             "to train.py instead")
         shards = [i for i in missing_shards(out, meta) if i % parts == part]
         barrier()  # no rank may write a shard while another one still makes its list
         if shards:
@@ -96,13 +99,13 @@ def store_settings(args):
     }
 
 
-def check_images(args, table, index, folder, spans=(), numbered=False):
+def check_images(args, table, index, folder, spans=(), comparable=False):
     """Look for the images, which training needs, unless --no-images is given. Raises InputError if there are
-    none. numbered: whether keys are row numbers; the other arguments are find_images'.
+    none. comparable: see captions.Written; the other arguments are find_images'.
     """
     if not args.no_images:
         keys, images = zip(*((row.key, row.image) for row in read_table(table)))
-        found = find_images(keys, images, args.captions, folder, index, spans, table if numbered else None)
+        found = find_images(keys, images, args.captions, folder, index, spans, table if comparable else None)
         report_images(len(keys), found)
 
 
@@ -223,10 +226,10 @@ def shard_file(out, i):
 
 
 def begin_store(out, settings, make_table, overwrite):
-    """Write captions.tsv and meta.json if they don't exist yet.
+    """Write captions.tsv and meta.json, unless both exist.
 
-    make_table(path) writes the table, checks everything that can be checked before the LLM runs, and returns
-    what meta.json records about the captions. With overwrite, old embeddings are deleted only after that.
+    make_table(path) writes the table, checks its images and the LLM, and returns what meta.json records about
+    the captions. With overwrite, old embeddings are deleted only after that.
     Raises InputError if an old store was made with other settings (without overwrite), or if there is a
     captions.tsv or a shard without meta.json.
     """
@@ -247,11 +250,12 @@ def begin_store(out, settings, make_table, overwrite):
     with common.atomic_write(table) as temporary:
         made = make_table(temporary)
         N, starts = shard_offsets(temporary, settings["shard_size"])
-        if begun and overwrite:
+        if begun and overwrite or not meta.exists():
             shutil.rmtree(out / UNPACKED, ignore_errors=True)
+        if begun and overwrite:
             for path in (table, *out.glob(SHARD_PATTERN)):
                 path.unlink(missing_ok=True)
-        elif meta.exists():  # written by another run since
+        elif meta.exists():  # by a run that was killed before it had a table, or by another one meanwhile
             check_settings(out, settings)
         captions = settings["captions"] | made
         common.write_json(meta, settings | {"captions": captions, "N": N, "shard_starts": starts})

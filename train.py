@@ -35,9 +35,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import flame
 from data import common
+from data.captions import UNPACKED
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
 from data.encoders import Encoders, compute_images, trained_facets
-from data.images import UNPACKED, Batches, find_images, locations_of, patches_kept
+from data.images import Batches, find_images, locations_of, patches_kept
 from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
 from data.show import plots
 from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
@@ -185,7 +186,7 @@ def train(args, s):
     with common.locked_folder(out) if rank() == 0 else contextlib.nullcontext():
         images = locate_images(store, args.images, out)
         resolve_settings(s, len(images[0]), len(columns), store.meta["D"])
-        s["images_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed if other rows have images
+        s["images_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed if not the same rows have images
         if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
             print0("text projection: whiten instead of agree, because each image has only one caption")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
@@ -224,7 +225,7 @@ def locate_images(store, folder, out):
     captions = store.meta["captions"]["path"]
     unpacked = store.path / UNPACKED  # images that embed.py found inside Parquet
     folder = folder or (unpacked if unpacked.is_dir() else store.meta["captions"].get("images"))
-    table = store.path / "captions.tsv" if store.meta["captions"].get("numbered") else None
+    table = store.path / "captions.tsv" if store.meta["captions"].get("comparable") else None
     images = find_images(store.keys, store.images, captions, folder, store.path / "images.npz", table=table)
     if rank() == 0:
         barrier(out / ".lock")
@@ -335,7 +336,7 @@ def training_loop(run, start):
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=ignore_sigterm, pin_memory=run.device.type == "cuda")
-    if start == s["steps"] and rank() == 0:  # was killed between the files of its last checkpoint
+    if start == s["steps"] and rank() == 0:  # was killed after it wrote training.pt, before config.json
         save_checkpoint(run, start, describe([{}, *read_log(out)][-1]))
     loaded = enumerate(loader, start)
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
@@ -350,8 +351,9 @@ def training_loop(run, start):
             failures += failed
             last = step + 1 == s["steps"]
             due = stop or last or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
+            # Until a step could read an image, an earlier run's files are untouched, and `listed` is None.
             if listed is None and (start or loss is not None):
-                if rank() == 0:  # an earlier run's files are untouched before this
+                if rank() == 0:
                     best = max((recall(entry) for entry in begin_log(out, start)), default=0.0)
                 barrier()
                 listed = read_skipped(out)

@@ -212,7 +212,7 @@ def read_captions(captions, folder, prompts):
         rows = list(read_table(table))
         keys, images, *_ = zip(*rows)
         numbers, files, spans = find_images(keys, images, captions, folder, "", made.spans,
-                                            table if made.numbered else None)
+                                            table if made.comparable else None)
     location_of = dict(zip(numbers.tolist(), locations_of(files, spans)))
     return group_captions(
         ("", location_of.get(n, ImageLocation(f"no image for {row.key}")), getattr(row, prompts))

@@ -16,6 +16,7 @@ import re
 import sys
 import tarfile
 import tempfile
+from collections import Counter, defaultdict
 from itertools import chain, groupby, islice, repeat
 from operator import itemgetter
 from pathlib import Path
@@ -42,6 +43,7 @@ FIELD_ALIASES = {
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What a folder is searched for, then .txt beside images, then Parquet. Only the first that matches is read.
 FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "*/*.tar")
+UNPACKED = "parquet-images"  # folder of a store, which --overwrite deletes; not "images", users have that
 SOURCE_FIX = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 NOT_CAPTIONS = {"image_id", "license", ""}.union(
     *(FIELD_ALIASES[name] for name in ("key", "uid", "image", "url")))
@@ -68,8 +70,10 @@ CREATE MACRO name_in(x) AS nullif(regexp_replace(coalesce(x->>'$.path',
 CREATE MACRO span_in(x) AS from_json(x, '["BIGINT"]');
 CREATE TABLE loaded (field VARCHAR, key VARCHAR, uid VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR[],
     short VARCHAR[], long VARCHAR[], place VARCHAR, span BIGINT[], unpacked BOOLEAN);
-CREATE VIEW source AS SELECT rowid AS row, coalesce(key, format('{{:09d}}', rowid)) AS key, uid, url,
-    if(unpacked, format('{{:09d}}.jpg', rowid), image) AS image, raw[1] AS raw, short[1] AS short,
+CREATE VIEW source AS SELECT rowid AS row,
+    coalesce(key, format(if((SELECT count(key) = 0 FROM loaded WHERE field = ''), '{{:09d}}',
+        'row {{}}'), rowid)) AS key, -- among other keys, a number could be the key of another row or image
+    uid, url, if(unpacked, format('{{:09d}}.jpg', rowid), image) AS image, raw[1] AS raw, short[1] AS short,
     long[1] AS long, span FROM loaded WHERE field = '';
 CREATE VIEW recaption AS SELECT rowid AS id, field, key, uid, url, coalesce(raw, short, long)[1] AS text
     FROM loaded WHERE field <> '';
@@ -79,7 +83,7 @@ CREATE MACRO joined(name) AS TABLE
 # If more than 1% of the keys are repeated, each key is preceded by the name of its tar.
 QUALIFY_KEYS = """UPDATE loaded SET key = place || key
 WHERE place IS NOT NULL AND (SELECT count(*) > 1.01 * count(DISTINCT key) FROM loaded)"""
-SOURCE_FACTS = "SELECT count(*), count(key) = 0, bool_or(unpacked) FROM loaded"
+SOURCE_FACTS = "SELECT count(*), count(key) = 0 OR count(place) > 0, bool_or(unpacked) FROM loaded"
 JOIN_MATCHES = """SELECT count(*) FROM recaption
 WHERE field = $1 AND {0} IN (SELECT {0} FROM source WHERE row % $2 = 0)"""
 JOIN = """INSERT INTO pair SELECT row, field, min(id) FROM source JOIN recaption USING ({})
@@ -95,7 +99,7 @@ CREATE TABLE first_of_key AS
 JOIN_COUNTS = """SELECT count(text), (SELECT count(*) FROM pair WHERE field = $1), count(*) - count(text)
 FROM recaption WHERE field = $1"""
 JOIN_EXAMPLES = """SELECT source.key, coalesce(raw, short, long, ''), text
-FROM (SELECT row, id FROM pair WHERE field = $1 ORDER BY row LIMIT $2) JOIN source USING (row)
+FROM (SELECT row, id FROM pair WHERE field = $1 ORDER BY hash(row) LIMIT $2) JOIN source USING (row)
 JOIN recaption USING (id) ORDER BY row"""
 SKIPPED_ROWS = """SELECT CASE WHEN no_caption THEN 'no caption, or a broken row'
     WHEN no_image THEN 'no image' ELSE 'repeated key' END AS reason,
@@ -144,8 +148,8 @@ class Row(NamedTuple):
 
 class Written(NamedTuple):
     """What write_table found out about a source."""
-    numbered: bool     # keys are row numbers
-    unpacked: bool     # images are inside Parquet (see unpack_parquet)
+    comparable: bool   # raw captions should equal the .txt beside the images with the same keys
+    inside: bool       # images are inside Parquet (see unpack_parquet)
     spans: np.ndarray  # int64 [n, 4]: row, index into source_files(), offset, size; images inside its tars
 
 
@@ -174,7 +178,7 @@ def write_table(path, captions, joins=(), chosen={}):
             database.execute(SCHEMA)
             columns = load(database, scratch, captions, skipped, chosen)
             database.execute(QUALIFY_KEYS)
-            rows, numbered, unpacked = database.execute(SOURCE_FACTS).fetchone()
+            rows, comparable, unpacked = database.execute(SOURCE_FACTS).fetchone()
             for name, source, column in joins:
                 load(database, scratch, source, skipped, {name: column} if column else {}, name)
             # Rows are numbered by now. To keep 15 million in order, DuckDB would need more memory.
@@ -188,7 +192,9 @@ def write_table(path, captions, joins=(), chosen={}):
             if not total:
                 columns = [name for name in columns if not name.startswith("__")][:20]
                 raise InputError(f"{captions}: no captions found (columns: {columns}). Rename a column to "
-                                 "raw, short or long, or name it: --field raw=COLUMN")
+                                 "raw, short or long, or name it: --field raw=COLUMN. If there are no "
+                                 "columns, it is compressed, not UTF-8, or no line has as many fields as the "
+                                 "first one")
             repeated = skipped.get("repeated key", (0,))[0]
             if repeated > (total + repeated) / 100:
                 raise InputError(f"{captions}: {repeated} rows have the key of an earlier row, and would be "
@@ -198,8 +204,8 @@ def write_table(path, captions, joins=(), chosen={}):
                   f"without one uses its best other caption{unused}")
             database.execute(WRITE_TABLE, {"path": str(path)})
             spans = database.execute(SPANS).fetchnumpy().values()
-            numbered &= "raw" not in [name for name, *_ in joins]  # their texts are not those of the images
-            return Written(numbered, bool(unpacked), np.stack(list(spans), axis=1).astype(np.int64))
+            comparable &= 2 * raw > total and "raw" not in [*chosen, *(name for name, *_ in joins)]
+            return Written(comparable, bool(unpacked), np.stack(list(spans), axis=1).astype(np.int64))
     except (duckdb.Error, RuntimeError) as error:
         raise InputError(f"{path}: {describe_error(error)}; if the disk is full, free space there") from None
 
@@ -230,12 +236,15 @@ def join(database, captions, field, n_rows):
     ids = [text for *_, text in pairs if re.fullmatch(r"[\w-]{16,}", text, re.ASCII)]
     if len(ids) > len(pairs) / 2:
         raise InputError(f"--join {field}: its values are hashes or ids, not captions; {fix}")
-    # A recaption shares more words (of four letters and more) with its own image's caption than with the next
+    # A recaption shares more words (except frequent ones) with its own image's caption than with the next
     # image's. The check has no effect if the languages differ.
-    words = [[set(re.findall(r"\w{4,}", text.lower())) for text in pair] for _, *pair in pairs]
+    words = [[set(re.findall(r"\w+", text.lower())) for text in pair] for _, *pair in pairs]
+    counts = Counter(chain(*(raw for raw, _ in words)))
+    frequent = {word for word, count in counts.items() if count > len(pairs) / 5}
+    words = [(raw - frequent, text) for raw, text in words]
     shared = sum(len(raw & text) for raw, text in words)
     chance = sum(len(raw & text) for (raw, _), (_, text) in zip(words, words[1:] + words[:1]))
-    if len(pairs) == JOIN_SAMPLE and chance > JOIN_SAMPLE / 10 and shared < 1.2 * chance:
+    if len(pairs) >= 20 and chance > len(pairs) / 10 and shared < 1.2 * chance:
         raise InputError(
             f"--join {field}: its keys belong to other images than those of {captions}: the matches share no "
             "more words than random pairs. Use the tars that the recaptions were made from (for FLAME's CC3M "
@@ -281,8 +290,6 @@ def load(database, scratch, source, skipped, chosen, field=""):
                     raise InputError(f"{source}: {len(fields[field])} columns have text "
                                      f"({', '.join(fields[field])}). Choose one: "
                                      f"--join {field}={source}:COLUMN")
-            used = [name for name in fields[field] if name in columns]
-            print(f"--join {field}: {source}, column {', '.join(used)}")
         elif kind == ".parquet":
             images = database.execute(IMAGE_COLUMNS.format(relation), paths).fetchall()
             if len(images) > 1:
@@ -290,11 +297,15 @@ def load(database, scratch, source, skipped, chosen, field=""):
                 raise InputError(f"{source}: several columns have images ({names}). Remove those that the "
                                  "captions don't describe")
             values += [f"{image} IS NOT NULL AS unpacked" for image, in images]
-        for name, aliases in fields.items():
+        used = {name: [alias for alias in aliases if alias in columns] for name, aliases in fields.items()}
+        for name, aliases in used.items():
             macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"
-            present = [f"{macro}({columns[alias]})" for alias in aliases if alias in columns]
-            if present:
-                values.append(f"coalesce({', '.join(present)}) AS {name}")
+            if aliases:
+                present = ", ".join(f"{macro}({columns[alias]})" for alias in aliases)
+                values.append(f"coalesce({present}) AS {name}")
+        print(f"--join {field}: " * bool(field) + f"{source}, columns " + "; ".join(
+            f"{name}: {', '.join(aliases)}" for name, aliases in used.items()
+            if aliases and name not in ("place", "span")))
         database.execute(f"INSERT INTO loaded BY NAME SELECT {', '.join(values)} FROM {relation}", paths)
         return columns
 
@@ -323,6 +334,8 @@ def csv_rows(source, files, skipped, fields):
             if ".csv" in path.name.lower():
                 form = {"delimiter": max("\t,;", key=header.count), "strict": True}
             names = next(csv.reader([header], **form))
+            if len(set(names)) < len(names):
+                raise InputError(f"{path}: two columns have the same name ({', '.join(names)}); rename one")
             lines = file
             if len(names) == 2 and "://" in header:  # no header, as CC3M and CC12M are distributed
                 names = ["url" if "://" in name else "raw" for name in names]
@@ -345,17 +358,22 @@ def tar_rows(source, files, skipped, fields):
     """webdataset samples. The .txt is the raw caption, .long.txt the long one; .json may have any field."""
     known = set(chain(*(fields[name] for name in ("uid", "url", *PROMPTS))))
     places = tar_names(files)
+    if any(fields[name] != FIELD_ALIASES[name] for name in ("key", "image")):
+        raise InputError(f"{source}: --field cannot set key or image in tars; they are the members' names")
 
     def read(n, skipped):
         rows = []
         with open(files[n], "rb") as file:
             for folder, key, parts in tar_samples(files[n], skipped):
                 row = {"key": key, "__place__": places[n] + folder}
+                images = [suffix for suffix in parts if is_image(suffix)]
+                if len(images) == 1:
+                    row["__span__"] = [n, *parts[images[0]]]
+                elif images:
+                    count_skipped(skipped, "images of samples with several", f"{files[n]}:{folder}{key}")
                 for suffix in sorted(parts, key=lambda suffix: suffix.endswith(".txt")):  # .json, then .txt
                     offset, size = parts[suffix]
                     name, _, kind = suffix[1:].rpartition(".")
-                    if is_image(suffix):
-                        row.setdefault("__span__", [n, offset, size])
                     if kind not in ("json", "txt"):
                         continue
                     file.seek(offset)
@@ -376,14 +394,17 @@ def text_rows(folder, files, skipped, fields):
     """A folder with a.txt beside a.jpg. The image's path is the key and the image."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: give the folder that has the images, each with its .txt")
+    images = defaultdict(list)
+    for path in files_below(folder, IMAGE_SUFFIXES):
+        images[os.path.splitext(path)[0]].append(os.path.relpath(path, folder))
     for file in files:
         try:
-            image = image_beside(file).relative_to(folder)
+            image, = images[str(file.with_suffix(""))]
             with open(file, encoding="utf-8-sig") as opened:
                 text = opened.read(MAX_TEXT_BYTES)
-            yield {"key": str(image.with_suffix("")), "image": str(image), "raw": text}
-        except (AttributeError, UnicodeDecodeError):
-            count_skipped(skipped, "text without an image beside it, or not UTF-8", str(file))
+            yield {"key": os.path.splitext(image)[0], "image": image, "raw": text}
+        except ValueError:  # UnicodeDecodeError included
+            count_skipped(skipped, "text without an image beside it, with several, or not UTF-8", str(file))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -398,6 +419,7 @@ def source_files(path):
         texts, tables = (files_below(path, suffix) for suffix in (".txt", ".parquet"))
         kinds = [*(sorted(glob.iglob(f"{here}/{pattern}")) for pattern in FOLDER_PATTERNS),
                  texts if any(image_beside(Path(text)) for text in texts) else [], tables]
+        kinds = [[path for path in kind if Path(path).parent.name != UNPACKED] for kind in kinds]
         paths = next(filter(None, kinds), [])
     elif span:
         before, first, last, after = span.groups()
@@ -421,8 +443,12 @@ def files_below(folder, suffixes):
     """Return the sorted paths of the files in a folder and its subfolders, except hidden ones, whose names
     have one of the suffixes. Follows links, but visits no folder twice.
     """
+    def stop(error):
+        if os.path.isdir(folder):
+            raise error
+
     found, seen = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         stat = os.stat(here)
         if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()

@@ -26,7 +26,6 @@ from flame import FACET_COLUMNS, InputError, reading, to_rgb
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
 CACHE_BYTES = 1 << 28      # decoded images that a loader process keeps; the demo's need 70 MB
-UNPACKED = "parquet-images"  # folder of a store, which --overwrite deletes; not "images", users have that
 SAMPLE = 1000              # rows whose paths or captions are checked
 SHUFFLE_BUFFER = 50_000    # images: mixes several tars, while each is still read nearly in order
 CROP_DRAWS = 22            # random numbers per crop: two for its position, two for each of ten attempts
@@ -73,8 +72,8 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         keys, images: of the table made from the source `captions`.
         index: .npz file that caches the result of a search.
         spans: what write_table found in the tars of the source, which saves the search.
-        table: captions.tsv, if the keys are row numbers. They are then checked against the captions in the
-            tars or beside the images.
+        table: captions.tsv, if its raw captions should equal those in the tars or beside the images. If the
+            search is by key, a sample is compared.
 
     Returns:
         rows int64 [n], files list[str], spans int64 [n, 3] (index into files, offset, size at most). A path
@@ -91,14 +90,15 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     example = (files or keys)[0]
     tars = []
     pattern = not captions.is_file() and not {*"*?[{"}.isdisjoint(captions.name)
-    if not folder and (pattern or captions.is_dir() or captions.suffix == ".tar"):
-        tars = [file for file in source_files(captions) if len(spans) or file.suffix == ".tar"]
+    if not folder and (pattern or captions.is_dir() or captions.suffix.lower() == ".tar"):
+        tars = [file for file in source_files(captions) if len(spans) or file.suffix.lower() == ".tar"]
     elif not folder:
         root = captions.parent / captions.name.split(".")[0]
     tars = tars or sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
     files = list(map(str, tars)) or [location.path for location in images_in(root)]
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, tars)]
-    stamp = hashlib.sha256(json.dumps([keys, images, files, stats]).encode()).hexdigest()
+    absolute = list(map(os.path.abspath, files))
+    stamp = hashlib.sha256(json.dumps([keys, images, absolute, stats]).encode()).hexdigest()
     if os.path.exists(index):
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
@@ -106,13 +106,13 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     if folder or len(spans) < len(keys):  # fewer if a sample's files are not neighbors in the tar
         paths = ["".join(split_member_name(image)) for image in images]
         spans, _ = search(paths, files) if any(paths) else ((), None)
-        # Never take an image of another name than the row gives.
-        same = all(split_member_name(image)[1] in ("", split_member_name(key)[1])
+        # Never take an image of another name or folder than the row gives.
+        same = all(split_member_name(image)[:2] in (("", ""), ("", split_member_name(key)[1]))
                    for key, image in zip(keys, images))
         if not len(spans) and same:
             spans, texts = search(keys, files)
             if table:
-                check_row_numbers(captions, table, texts)
+                check_captions(captions, table, texts)
     if not len(spans):
         raise InputError(f"{root}: no images found for {captions} (first: {example}; in the folder: "
                          f"{(files or ['none'])[0]}). Give --images DIR, or embed the tars themselves. "
@@ -133,7 +133,7 @@ def search(names, files):
     is not used. Raises InputError if that are more than 1% of the names.
     """
     row_of = {name: row for row, name in enumerate(names) if name}
-    tars = files[0].endswith(".tar") if files else False
+    tars = files[0].lower().endswith(".tar") if files else False
     places = tar_names(files) if tars else [""] * len(files)
     skipped = {}
 
@@ -144,7 +144,7 @@ def search(names, files):
 
     found = in_processes(members_of, len(files), skipped, "finding images") if tars else (
         members_of(n, skipped) for n in range(len(files)))
-    spans, place_of, repeated, texts = {}, {}, {}, {}
+    spans, repeated, texts = {}, {}, {}
     for n, members in enumerate(found):
         for folder, key, suffix, offset, size in members:
             place = places[n] + folder
@@ -156,8 +156,7 @@ def search(names, files):
                     texts[row] = ImageLocation(files[n], offset, size)
             elif row not in spans:
                 spans[row] = row, n, offset, size
-                place_of[row] = place
-            elif place != place_of[row]:
+            else:
                 repeated[names[row]] = files[n]
     report_skipped("images", skipped)
     for row, n, *_ in [] if tars else list(spans.values())[::1 + len(spans) // SAMPLE]:
@@ -173,11 +172,11 @@ def search(names, files):
     return np.array(spans, np.int64).reshape(-1, 4), texts
 
 
-def check_row_numbers(captions, table, texts):
-    """Raise InputError if the captions beside the images are not those of the rows with the same numbers.
+def check_captions(captions, table, texts):
+    """Raise InputError if the captions beside the images are not those of the rows with the same keys.
 
     img2dataset numbers the rows that it reads. If it parses quotes in a TSV, it may read other rows than we
-    do. texts: from search().
+    do. Tars may have changed since they were embedded. texts: from search().
     """
     differ = []
     for row, entry in enumerate(read_table(table)):
@@ -187,8 +186,8 @@ def check_row_numbers(captions, table, texts):
                 differ.append(entry.key)
     if len(differ) > max(1, len(texts) / 100):
         raise InputError(f"{captions}: {len(differ)} of {len(texts)} captions are not those beside the "
-                         f"images with the same row number (the first: {differ[0]}). Embed the tars "
-                         "themselves; they contain the captions")
+                         f"images with the same keys (the first: {differ[0]}). Embed the tars themselves (if "
+                         "they have changed, again); they contain the captions")
 
 
 def report_images(total, images):
@@ -206,8 +205,8 @@ def report_images(total, images):
     for location in tried:
         with suppress(Exception):  # decoders can raise any exception on corrupt bytes
             return open_image(location)
-    raise InputError(f"{tried[0].path}: not an image, nor are {len(tried) - 1} others; give --images DIR or "
-                     "--no-images")
+    raise InputError(f"{(tried or locations)[0].path}: no such file, or not an image; all of ten were tried. "
+                     "Give --images DIR or --no-images")
 
 
 def locations_of(files, spans):
@@ -223,7 +222,7 @@ def unpack_parquet(captions, folder):
 
     Members are named by row number, as write_table sets the column image. Existing tars are kept.
     """
-    files = [file for file in source_files(captions) if file.suffix == ".parquet"]
+    files = [file for file in source_files(captions) if file.suffix.lower() == ".parquet"]
     first = 0  # row number of a file's first row
     with duckdb.connect(config=DUCKDB) as database:
         for n, file in enumerate(progress_bar(files, "images", unit=" files", disable=not files)):

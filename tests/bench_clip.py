@@ -16,8 +16,7 @@ Run `python data/demo.py` first, and again with --llm gemma3. They make the corp
                      scratch with the ViT and InfoNCE, on one caption per image and step (--shares)
     clip-seconds     the same with as many steps as fit into the training seconds of `smollm2`
 
-Times are CPU seconds. They cover the whole train.py command for FLAME and the training loop for CLIP, and
-exclude the embedding of the captions. The same command resumes after an interruption.
+Times are CPU seconds of training, without the embedding of the captions. An interrupted command resumes.
 """
 import argparse
 import functools

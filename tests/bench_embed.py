@@ -31,20 +31,12 @@ sys.path.insert(0, str(ROOT))
 import flame  # noqa: E402
 
 METHODS = {
-    "separate": "(a) K separate passes, transformers",
-    "dense": "(b) one pass, dense mask, transformers",
-    "pytorch": "(c) TextEncoder, no extension",
-    "extension": "(d) TextEncoder",
-}
+    "separate": "(a) K separate passes, transformers", "dense": "(b) one pass, dense mask, transformers",
+    "pytorch": "(c) TextEncoder, no extension", "extension": "(d) TextEncoder"}
 ABLATIONS = {
-    "full": "unchanged",
-    "no pruning": "whole last layer",
-    "no root": "captions share no tokens",
-    "no trie": "facets share no tokens",
-    "no packing": "one caption per row",
-    "no extension": "PyTorch, chunked attention",
-    "no chunks": "PyTorch, full mask",
-}
+    "full": "unchanged", "no pruning": "whole last layer", "no root": "captions share no tokens",
+    "no trie": "facets share no tokens", "no packing": "one caption per row",
+    "no extension": "PyTorch, chunked attention", "no chunks": "PyTorch, full mask"}
 
 
 def make_captions(n, words):

@@ -171,8 +171,9 @@ def test_coco(run):
     write_images(Path("coco/train2017"))
     images = [{"id": 1000 - n, "file_name": f"{name}.png"} for n, name in enumerate(NAMES)]
     texts = [{"id": n, "image_id": 1000 - n, "caption": text} for n, text in enumerate(TEXTS)]
+    texts += [{"id": N, "image_id": 1, "caption": "No image."}, {"id": N + 1, "image_id": 1000, "caption": 5}]
     Path("coco/captions.json").write_text(json.dumps({"images": images, "annotations": texts[::-1]}))
-    assert run("coco/captions.json", "--images", "coco/train2017")[:2] == (N, N)
+    assert run("coco/captions.json", "--images", "coco/train2017")[:2] == (N + 1, N)
 
 
 # --- tars
@@ -191,8 +192,7 @@ def write_shards(sample, restart=False):
 def test_webdataset(run, name, sample):
     Path("wds").mkdir()
     write_shards(sample, name == "restart")
-    rows, found, out = run("wds/{00000..00002}.tar")
-    assert (rows, found) == (N, N) and flame.open_store("store").keys[21] == (
+    assert run("wds/{00000..00002}.tar")[:2] == (N, N) and flame.open_store("store").keys[21] == (
         "00001/000001" if name == "restart" else "000021")
 
 
@@ -264,8 +264,8 @@ def test_ambiguous_sources_are_refused(run):
     images = [{"bytes": png(n), "path": None} for n in range(N)]
     pandas.DataFrame({"before": images, "after": images, "text": TEXTS}).to_parquet("two.parquet")
     assert 'several columns have images ("before".bytes, "after".bytes)' in run("two.parquet")
-    for n in range(2):
-        Path(f"coco{n}.json").write_text('{"images": [], "annotations": []}')
+    Path("coco0.json").write_text('{"images": [], "annotations": []}')
+    shutil.copy("coco0.json", "coco1.json")
     assert "one COCO file at a time" in run("coco*.json")
     write_images(Path("other"), [f"{n:09d}" for n in range(N)])
     pandas.DataFrame({"image": [f"x/{n:09d}.png" for n in range(N)][::-1], "text": TEXTS}).to_csv("mine.csv")
@@ -289,17 +289,63 @@ def test_tar_in_no_order(run):
 
 
 def test_folders_with_links_and_other_texts(run):
-    write_images(Path("album/a"))
+    write_images(Path("elsewhere"))
+    Path("album").mkdir()
+    os.symlink("../elsewhere", "album/a")
     for name, text in zip(NAMES, TEXTS):
         Path(f"album/a/{name}.txt").write_text(text)
+    os.rename("album/a/p0007.png", "album/a/p0007.PNG")
+    Path("album/a/p0008.txt").write_bytes(b"\xff")
+    Path("album/a/x.txt").write_text("no image")
     for name in "bc":
         os.symlink("..", f"album/a/{name}")
-    assert run("album")[:2] == (N, N)
+    assert run("album")[:2] == (N - 1, N - 1) and flame.open_store("store").images[0] == "a/p0000.png"
     assert "album/a/*.txt: give the folder" in run("album/a/*.txt")
     Path("hub").mkdir()
     Path("hub/LICENSE.txt").write_text("MIT")
     hub_dataset().to_parquet("hub/0.parquet")
     assert run("hub")[:2] == (N, N)
+
+
+def test_several_images_with_the_same_key_are_not_used(run):
+    write_images(Path("img"))
+    for n, name in enumerate(NAMES):
+        Path(f"img/{name}.jpg").write_bytes(png(N - 1 - n))
+        Path(f"img/{name}.txt").write_text(TEXTS[n])
+    assert "img: no captions found" in run("img")
+    pandas.DataFrame({"key": NAMES, "text": TEXTS}).to_csv("mine.csv", index=False)
+    assert "keys belong to several images" in run("mine.csv", "--images", "img")
+    write_tar(Path("0.tar"), [(path.name, path.read_bytes()) for path in sorted(Path("img").iterdir())])
+    assert "keys belong to several images" in run("0.tar")
+    write_images(Path("val"), NAMES[::-1])
+    table = {"key": NAMES, "image": [f"train/{name}.png" for name in NAMES], "text": TEXTS}
+    pandas.DataFrame(table).to_csv("mine.csv", index=False)
+    assert "no images found" in run("mine.csv", "--images", "val")  # of another folder than the row says
+
+
+def test_row_without_a_key_among_others_has_no_image_by_key(run):
+    img2dataset_tar(Path("t/0.tar"), range(N))
+    table = {"key": [f"{n:09d}" if n % 9 else None for n in range(30, N)], "text": TEXTS[30:]}
+    pandas.DataFrame(table).to_csv("mine.csv", index=False)
+    assert run("mine.csv", "--images", "t")[:2] == (30, 27)
+
+
+def test_images_that_change_after_embedding(run, byte_llm, tmp_path):
+    img2dataset_tar(Path("t/0.tar"), range(N))
+    assert run("t")[:2] == (N, N)
+    img2dataset_tar(Path("t/0.tar"), range(N)[::-1], [f"{n:09d}" for n in range(N)])
+    with pytest.raises(flame.InputError, match="60 of 60 captions are not those beside the images"):
+        train.locate_images(flame.open_store("store"), None, tmp_path)
+    command = ["--captions", "t", "--llm", str(byte_llm), "--device", "cpu", "--out", "store", "--shard-size"]
+    assert embed.main([*command, "99", "--images", "elsewhere"]) == 2  # would be ignored
+    for order in (1, -1):
+        for file in Path("store").glob("*.*"):  # leaves the folder
+            file.unlink()
+        images = [{"bytes": png(n), "path": None} for n in range(N)][::order]
+        pandas.DataFrame({"image": images, "text": TEXTS[::order]}).to_parquet("hub.parquet")
+        assert embed.main([*command, "99", "--captions", "hub.parquet"]) == 0
+        _, files, spans = train.locate_images(flame.open_store("store"), None, tmp_path)
+        assert list(open_image(locations_of(files, spans)[0]).getpixel((0, 0))) == COLORS[::order][0]
 
 
 # --- recaptions
