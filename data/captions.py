@@ -43,7 +43,7 @@ FIELD_ALIASES = {
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What a folder is searched for, then .txt beside images, then Parquet. Only the first that matches is read.
 FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "*/*.tar")
-UNPACKED = "parquet-images"  # folder of a store, which --overwrite deletes; not "images", users have that
+UNPACKED = "parquet-images"  # in a store; --overwrite deletes it, so it is not called "images" as users' own
 SOURCE_FIX = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 NOT_CAPTIONS = {"image_id", "license", ""}.union(
     *(FIELD_ALIASES[name] for name in ("key", "uid", "image", "url")))
@@ -69,21 +69,23 @@ CREATE MACRO name_in(x) AS nullif(regexp_replace(coalesce(x->>'$.path',
     x->>'$'), '[\x00\t\r\n]', ' ', 'g'), '');
 CREATE MACRO span_in(x) AS from_json(x, '["BIGINT"]');
 CREATE TABLE loaded (field VARCHAR, key VARCHAR, uid VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR[],
-    short VARCHAR[], long VARCHAR[], place VARCHAR, span BIGINT[], unpacked BOOLEAN);
+    short VARCHAR[], long VARCHAR[], place VARCHAR, span BIGINT[],
+    inside BOOLEAN); -- the image is inside Parquet
 CREATE VIEW source AS SELECT rowid AS row,
     coalesce(key, format(if((SELECT count(key) = 0 FROM loaded WHERE field = ''), '{{:09d}}',
-        'row {{}}'), rowid)) AS key, -- among other keys, a number could be the key of another row or image
-    uid, url, if(unpacked, format('{{:09d}}.jpg', rowid), image) AS image, raw[1] AS raw, short[1] AS short,
+        'no key {{}}'), rowid)) AS key, -- among other keys, a number could be the key of another row or image
+    uid, url, if(inside, format('{{:09d}}.jpg', rowid), image) AS image, raw[1] AS raw, short[1] AS short,
     long[1] AS long, span FROM loaded WHERE field = '';
 CREATE VIEW recaption AS SELECT rowid AS id, field, key, uid, url, coalesce(raw, short, long)[1] AS text
     FROM loaded WHERE field <> '';
 CREATE TABLE pair (row BIGINT, field VARCHAR, id BIGINT);
 CREATE MACRO joined(name) AS TABLE
     SELECT row, text FROM pair JOIN recaption USING (id) WHERE pair.field = name"""
-# If more than 1% of the keys are repeated, each key is preceded by the name of its tar.
+# If more than 1% of the keys are repeated, each is preceded by its place: the tar's name and a folder in it.
 QUALIFY_KEYS = """UPDATE loaded SET key = place || key
 WHERE place IS NOT NULL AND (SELECT count(*) > 1.01 * count(DISTINCT key) FROM loaded)"""
-SOURCE_FACTS = "SELECT count(*), count(key) = 0 OR count(place) > 0, bool_or(unpacked) FROM loaded"
+SOURCE_FACTS = """SELECT count(*), count(key) = 0 OR count(place) > 0 AS comparable, bool_or(inside)
+FROM loaded"""
 JOIN_MATCHES = """SELECT count(*) FROM recaption
 WHERE field = $1 AND {0} IN (SELECT {0} FROM source WHERE row % $2 = 0)"""
 JOIN = """INSERT INTO pair SELECT row, field, min(id) FROM source JOIN recaption USING ({})
@@ -91,7 +93,7 @@ WHERE field = $1 AND text IS NOT NULL GROUP BY row, field"""
 COMPLETE = """CREATE TABLE completed AS SELECT row, key, image, span, coalesce(r.text, raw) AS raw,
     coalesce(s.text, short) AS short, coalesce(l.text, long) AS long,
     coalesce(r.text, raw, s.text, short, l.text, long) IS NULL AS no_caption,
-    image IS NULL AND (SELECT bool_or(unpacked) FROM loaded) IS TRUE AS no_image
+    image IS NULL AND (SELECT bool_or(inside) FROM loaded) IS TRUE AS no_image
     FROM source LEFT JOIN joined('raw') r USING (row)
     LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row);
 CREATE TABLE first_of_key AS
@@ -140,7 +142,7 @@ COCO = """(SELECT text, image->'file_name' AS path
 
 class Row(NamedTuple):
     key: str
-    image: str  # the image's path as the source gives it, or ""
+    image: str  # the image's path as the source gives it (its name in our tars if it was in Parquet), or ""
     raw: str    # the caption for each prompt set
     short: str
     long: str
@@ -148,9 +150,9 @@ class Row(NamedTuple):
 
 class Written(NamedTuple):
     """What write_table found out about a source."""
-    comparable: bool   # raw captions should equal the .txt beside the images with the same keys
+    comparable: bool   # keys are row numbers or from tars, so the .txt beside an image is its raw caption
     inside: bool       # images are inside Parquet (see unpack_parquet)
-    spans: np.ndarray  # int64 [n, 4]: row, index into source_files(), offset, size; images inside its tars
+    spans: np.ndarray  # int64 [n, 4], images in tars: row of the table, index of source_files(), offset, size
 
 
 def read_table(path, start=len("\t".join(Row._fields)) + 1, max_rows=None):
@@ -178,7 +180,7 @@ def write_table(path, captions, joins=(), chosen={}):
             database.execute(SCHEMA)
             columns = load(database, scratch, captions, skipped, chosen)
             database.execute(QUALIFY_KEYS)
-            rows, comparable, unpacked = database.execute(SOURCE_FACTS).fetchone()
+            rows, comparable, inside = database.execute(SOURCE_FACTS).fetchone()
             for name, source, column in joins:
                 load(database, scratch, source, skipped, {name: column} if column else {}, name)
             # Rows are numbered by now. To keep 15 million in order, DuckDB would need more memory.
@@ -205,7 +207,7 @@ def write_table(path, captions, joins=(), chosen={}):
             database.execute(WRITE_TABLE, {"path": str(path)})
             spans = database.execute(SPANS).fetchnumpy().values()
             comparable &= 2 * raw > total and "raw" not in [*chosen, *(name for name, *_ in joins)]
-            return Written(comparable, bool(unpacked), np.stack(list(spans), axis=1).astype(np.int64))
+            return Written(comparable, bool(inside), np.stack(list(spans), axis=1).astype(np.int64))
     except (duckdb.Error, RuntimeError) as error:
         raise InputError(f"{path}: {describe_error(error)}; if the disk is full, free space there") from None
 
@@ -214,8 +216,9 @@ def join(database, captions, field, n_rows):
     """Join the captions of a prompt set to the source's rows. Print how many rows have one, and five examples
     beside the rows' own captions.
 
-    Rows are joined by URL, uid or key: the one that matches most rows of a sample (the first of those within
-    10%). Raises InputError if no row matches, or if the joined captions belong to other images.
+    Rows are joined by the first of URL, uid and key that has, in a sample of rows, at least 90% as many
+    matches as the best of them. Raises InputError if no row matches, or if the joined captions belong to
+    other images.
     """
     step = 1 + n_rows // 10_000
     matches = {by: database.execute(JOIN_MATCHES.format(by), [field, step]).fetchone()[0]
@@ -257,7 +260,7 @@ def join(database, captions, field, n_rows):
 def load(database, scratch, source, skipped, chosen, field=""):
     """Append the rows of a source to the table `loaded`, in order. Return its columns as a dict.
 
-    chosen: {field: column}. field: the prompt set that a join fills, or "".
+    chosen: {field: column} for any field of FIELD_ALIASES. field: the prompt set that a join fills, or "".
     """
     files = source_files(source)
     kind = Path(files[0].name.removesuffix(".gz")).suffix.lower()
@@ -296,7 +299,7 @@ def load(database, scratch, source, skipped, chosen, field=""):
                 names = ", ".join(image for image, in images)
                 raise InputError(f"{source}: several columns have images ({names}). Remove those that the "
                                  "captions don't describe")
-            values += [f"{image} IS NOT NULL AS unpacked" for image, in images]
+            values += [f"{image} IS NOT NULL AS inside" for image, in images]
         used = {name: [alias for alias in aliases if alias in columns] for name, aliases in fields.items()}
         for name, aliases in used.items():
             macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"
@@ -355,7 +358,7 @@ def csv_rows(source, files, skipped, fields):
 
 
 def tar_rows(source, files, skipped, fields):
-    """webdataset samples. The .txt is the raw caption, .long.txt the long one; .json may have any field."""
+    """webdataset samples. .txt is the raw caption, .long.txt the long one; .json has captions, url or uid."""
     known = set(chain(*(fields[name] for name in ("uid", "url", *PROMPTS))))
     places = tar_names(files)
     if any(fields[name] != FIELD_ALIASES[name] for name in ("key", "image")):
@@ -391,15 +394,15 @@ def tar_rows(source, files, skipped, fields):
 
 
 def text_rows(folder, files, skipped, fields):
-    """A folder with a.txt beside a.jpg. The image's path is the key and the image."""
+    """A folder with a.txt beside a.jpg. `image` is the path in the folder, `key` the same without suffix."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: give the folder that has the images, each with its .txt")
     images = defaultdict(list)
     for path in files_below(folder, IMAGE_SUFFIXES):
-        images[os.path.splitext(path)[0]].append(os.path.relpath(path, folder))
+        images[os.path.splitext(os.path.normpath(path))[0]].append(os.path.relpath(path, folder))
     for file in files:
         try:
-            image, = images[str(file.with_suffix(""))]
+            image, = images[os.path.normpath(file.with_suffix(""))]
             with open(file, encoding="utf-8-sig") as opened:
                 text = opened.read(MAX_TEXT_BYTES)
             yield {"key": os.path.splitext(image)[0], "image": image, "raw": text}
@@ -440,8 +443,8 @@ def source_files(path):
 
 
 def files_below(folder, suffixes):
-    """Return the sorted paths of the files in a folder and its subfolders, except hidden ones, whose names
-    have one of the suffixes. Follows links, but visits no folder twice.
+    """Return the sorted paths of the files with one of the suffixes in a folder and its subfolders. Hidden
+    files and folders are left out. Follows links, but visits no folder twice.
     """
     def stop(error):
         if os.path.isdir(folder):

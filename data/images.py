@@ -63,15 +63,16 @@ def images_in(folder):
 def find_images(keys, images, captions, folder=None, index="", spans=(), table=None):
     """Find the images of a table's rows.
 
-    Images are the paths in `images`, relative to `folder` or, without it, to the captions. If none exists,
-    they are found by these names inside tars (which are never unpacked), or else by key, as files or inside
-    tars: in `folder`, or in the tars that were the captions, or in the folder with the name of the captions
-    file. Images are returned in the order of the table.
+    The paths in `images`, relative to `folder` or, without it, to the captions, are used if a sample shows
+    that some exist. Otherwise one place is searched: `folder`, or else the captions if they are tars or a
+    folder, or else the folder with the name of the captions file. Its tars, which are never unpacked, or
+    without tars its image files, are matched by path, or if that finds nothing by key. Images are returned in
+    the order of the table.
 
     Args:
         keys, images: of the table made from the source `captions`.
         index: .npz file that caches the result of a search.
-        spans: what write_table found in the tars of the source, which saves the search.
+        spans: what write_table found in the tars of the source. If every row has one, there is no search.
         table: captions.tsv, if its raw captions should equal those in the tars or beside the images. If the
             search is by key, a sample is compared.
 
@@ -103,21 +104,21 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
                 return saved["rows"], files, saved["spans"]
-    if folder or len(spans) < len(keys):  # fewer if a sample's files are not neighbors in the tar
+    if folder or len(spans) < len(keys):  # e.g. if a sample's files are not neighbors in the tar
         paths = ["".join(split_member_name(image)) for image in images]
         spans, _ = search(paths, files) if any(paths) else ((), None)
-        # Never take an image of another name or folder than the row gives.
-        same = all(split_member_name(image)[:2] in (("", ""), ("", split_member_name(key)[1]))
-                   for key, image in zip(keys, images))
-        if not len(spans) and same:
+        # Search by key only if no row's path says otherwise: each is empty, or the key with a suffix.
+        paths_agree = all(split_member_name(image)[:2] in (("", ""), ("", split_member_name(key)[1]))
+                          for key, image in zip(keys, images))
+        if not len(spans) and paths_agree:
             spans, texts = search(keys, files)
             if table:
                 check_captions(captions, table, texts)
     if not len(spans):
-        raise InputError(f"{root}: no images found for {captions} (first: {example}; in the folder: "
-                         f"{(files or ['none'])[0]}). Give --images DIR, or embed the tars themselves. "
-                         "Without a key column, keys are row numbers, which match img2dataset's names only "
-                         "with 10,000 samples per shard")
+        raise InputError(f"{root}: no images found for {captions} (looked for {example} ...; in the "
+                         f"folder: {(files or ['none'])[0]} ...). Give --images DIR, or embed the tars "
+                         "themselves. Without a key column, keys are row numbers, which match img2dataset's "
+                         "names only with 10,000 samples per shard")
     rows, spans = spans[:, 0].copy(), spans[:, 1:]
     if index:
         with suppress(InputError):  # the store may be read-only
@@ -126,11 +127,12 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
 
 
 def search(names, files):
-    """Find images by name: the path inside a tar, or the key, which may be preceded by the tar's name.
+    """Find images by name: the path in a tar or on disk, or the key, which the tar's name may precede.
 
+    files: tars, or else images.
     Returns spans int64 [n, 4] (row, index into files, offset, size) and {row: location of the .txt beside the
     image} for a sample of rows. A corrupt tar is used up to the corruption. A name that several images have
-    is not used. Raises InputError if that are more than 1% of the names.
+    is not used. Raises InputError if there are more than 1% such names among those found.
     """
     row_of = {name: row for row, name in enumerate(names) if name}
     tars = files[0].lower().endswith(".tar") if files else False
@@ -186,12 +188,12 @@ def check_captions(captions, table, texts):
                 differ.append(entry.key)
     if len(differ) > max(1, len(texts) / 100):
         raise InputError(f"{captions}: {len(differ)} of {len(texts)} captions are not those beside the "
-                         f"images with the same keys (the first: {differ[0]}). Embed the tars themselves (if "
-                         "they have changed, again); they contain the captions")
+                         f"images with the same keys (the first: {differ[0]}). Embed the tars or the folder "
+                         "of the images; they have the captions, too. If they have changed, embed them again")
 
 
 def report_images(total, images):
-    """Print how many of a table's rows have an image. Raises InputError if none of ten can be opened.
+    """Print how many of a table's rows have an image. Raises InputError if none of up to ten can be opened.
 
     images: what find_images returns.
     """
@@ -201,12 +203,12 @@ def report_images(total, images):
     existing = [location for location in locations if os.path.isfile(location.path)]
     print(f"images: {'about ' if step > 1 else ''}{len(rows) * len(existing) // len(locations)} of {total} "
           f"found ({locations[0].path})")
-    tried = existing[::1 + len(existing) // 10]
-    for location in tried:
+    for location in existing[::1 + len(existing) // 10]:
         with suppress(Exception):  # decoders can raise any exception on corrupt bytes
-            return open_image(location)
-    raise InputError(f"{(tried or locations)[0].path}: no such file, or not an image; all of ten were tried. "
-                     "Give --images DIR or --no-images")
+            open_image(location)
+            return
+    raise InputError(f"{(existing or locations)[0].path}: no such file, or not an image, and no other one "
+                     "could be opened; give --images DIR or --no-images")
 
 
 def locations_of(files, spans):
@@ -332,7 +334,8 @@ class Batches:
         size = s["image_size"]
         rng = np.random.default_rng([s["seed"], 2, step])  # draws for the whole batch, of which we use a part
         draws = rng.random((self.batch, CROP_DRAWS))[self.own]
-        # Class names are encoded with raw.0. Random columns would train it on only about half of the images.
+        # In evaluation, class names use the column raw.0. If columns were drawn at random, it would be
+        # trained on only about half of the images.
         raw = []
         if s["raw_always"] and s["positives"] > 1:  # with one positive, no other column would be trained
             raw = np.flatnonzero(self.columns == FACET_COLUMNS.index("raw.0"))
@@ -354,8 +357,8 @@ class Batches:
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 
     def open(self, location):
-        """Return a PIL image. If all images fit into CACHE_BYTES, decode each only once. The pixels are the
-        same, because random_crop's reduced decoding does not apply to such small images.
+        """Return a PIL image. Decode it only once if it is small and as many images of its size as there are
+        rows fit into CACHE_BYTES. The pixels are the same, because random_crop never reduces a small image.
         """
         if location in self.decoded:
             return self.decoded[location]

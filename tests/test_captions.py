@@ -518,11 +518,11 @@ def test_missing_images_are_reported_with_path_and_fix(tmp_path, folder):
     keys, images = ["a", "b", "c"], ["", "x/b.png", "x/c.png"]
     with pytest.raises(flame.InputError) as error:
         find_values(tmp_path, keys, images, folder=folder and root)
-    assert re.search(f"no images found for .*first: {root}/x/b.png.*Give --images", str(error.value))
+    assert re.search(f"no images found for .*looked for {root}/x/b.png .*Give --images", str(error.value))
     write_image(root / "x/b.png", 20)
     write_image(root / "x/c.png", 30)
     assert find_values(tmp_path, keys, images, folder=folder and root) == {"b": 2, "c": 3}
-    with pytest.raises(flame.InputError, match="captions: no images found for .*first: a; in .*: none"):
+    with pytest.raises(flame.InputError, match="captions: no images found for .*looked for a .*: none"):
         find_values(tmp_path, keys)
 
 
