@@ -49,7 +49,7 @@ def embed(args):
     def make_table(path):
         (out / "images.npz").unlink(missing_ok=True)  # may belong to an earlier table with the same keys
         made = write_table(path, args.captions, args.join, dict(args.field))
-        if not made.inside:  # otherwise they are checked once they are unpacked
+        if not made.inside:  # images inside Parquet are checked below, after unpack_parquet()
             check_images(args, path, out / "images.npz", args.images, made.spans, made.comparable)
         check_encoder(encoder(), [row.long for row in read_table(path, max_rows=1000)])
         return {"images": args.images and os.path.abspath(args.images), "comparable": made.comparable}
@@ -255,7 +255,7 @@ def begin_store(out, settings, make_table, overwrite):
         if begun and overwrite:
             for path in (table, *out.glob(SHARD_PATTERN)):
                 path.unlink(missing_ok=True)
-        elif meta.exists():  # by a run that was killed before it had a table, or by another one meanwhile
+        elif meta.exists():  # by a run that was killed before it renamed its table, or by a concurrent run
             check_settings(out, settings)
         captions = settings["captions"] | made
         common.write_json(meta, settings | {"captions": captions, "N": N, "shard_starts": starts})

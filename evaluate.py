@@ -232,12 +232,13 @@ def compare(*paths):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Scorers. Each takes the encoders, prompt sets, and what the benchmark's reader returns. It returns a
-# pair: a result (a dict with Metrics), and Examples for the contact sheet or None. score_names helps
-# score_demo.
+# 3. Scorers. Each takes the encoders, one or more `prompts`, and what the benchmark's reader returns. An
+# argument `prompts` is the name of a prompt set, or several names with spaces between them, whose facets are
+# then used together. A scorer returns a pair: a result (a dict with Metrics), and Examples for the contact
+# sheet or None. score_names helps score_demo.
 
 def merge_languages(results):
-    """Return the only result of {language: result}; of several the mean, with all of them in "languages"."""
+    """Return the mean of {language: result}, with the results as "languages"; or the only result."""
     only, *others = results.values()
     return average_metrics(results.values()) | {"languages": results} if others else only
 
@@ -327,9 +328,9 @@ def score_demo(encoders, raw, short, long, scenes, captions, objects, names, syn
 
 
 def score_names(encoders, prompts, images, languages):
-    """Score images [(location, object)] among the names of {language: {object: name}}, and the average. The
-    key may also be another label of a set of names, such as a gallery.
+    """Score images [(location, object)] among the names of each language, and return the average over them.
 
+    languages: {language: {object: name}}; any other label of a set of names will do, such as a gallery.
     Names are put into DEMO_TEMPLATE. Resampling is by object, because images of one object fail together.
     """
     image, readable = encode_images(encoders, [location for location, _ in images])
@@ -355,7 +356,7 @@ def score_names(encoders, prompts, images, languages):
 class Benchmark(NamedTuple):
     """How --bench NAME is scored. Its files are read by data/benchmarks.py."""
     score: Callable           # one of the scorers above
-    prompts: str = "long"     # prompt sets, unless --prompts is given
+    prompts: str = "long"     # an argument of `score` for each word, unless --prompts is given
     max_captions: int = None  # only an image's first captions, unless --all-captions is given
     members: tuple = ()       # of a group
 
