@@ -250,12 +250,12 @@ def begin_store(out, settings, make_table, overwrite):
     with common.atomic_write(table) as temporary:
         made = make_table(temporary)
         N, starts = shard_offsets(temporary, settings["shard_size"])
-        if begun and overwrite or not meta.exists():
+        if begun and overwrite or not meta.exists():  # unpacked images are those of an older store
             shutil.rmtree(out / UNPACKED, ignore_errors=True)
         if begun and overwrite:
             for path in (table, *out.glob(SHARD_PATTERN)):
                 path.unlink(missing_ok=True)
-        elif meta.exists():  # by a run that was killed before it renamed its table, or by a concurrent run
+        elif meta.exists():  # written by a run that was killed before it renamed its table, or meanwhile
             check_settings(out, settings)
         captions = settings["captions"] | made
         common.write_json(meta, settings | {"captions": captions, "N": N, "shard_starts": starts})

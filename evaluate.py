@@ -356,7 +356,7 @@ def score_names(encoders, prompts, images, languages):
 class Benchmark(NamedTuple):
     """How --bench NAME is scored. Its files are read by data/benchmarks.py."""
     score: Callable           # one of the scorers above
-    prompts: str = "long"     # an argument of `score` for each word, unless --prompts is given
+    prompts: str = "long"     # each word is an argument of `score`; --prompts replaces every word
     max_captions: int = None  # only an image's first captions, unless --all-captions is given
     members: tuple = ()       # of a group
 
@@ -411,8 +411,7 @@ def parse_arguments(argv):
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>; for a group: data")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     add("--split", choices=("test", "val"), default="test", help="default: test; choose settings on val")
-    add("--prompts", choices=flame.PROMPTS, help="prompt set; with --captions also choose these captions"
-        " (default: see data/README.md)")
+    add("--prompts", choices=flame.PROMPTS, help="prompt set, with --captions also which captions are scored (default: see data/README.md)")
     add("--all-captions", action="store_true",
         help="use all captions per image (default: the first 5 of coco and flickr30k, the first of xm3600)")
     add("--facets", action="store_true", help="also score subsets of the facets (retrieval only)")
