@@ -411,7 +411,8 @@ def parse_arguments(argv):
     add("--data-root", type=Path, metavar="DIR", help="default: data/<bench>; for a group: data")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     add("--split", choices=("test", "val"), default="test", help="default: test; choose settings on val")
-    add("--prompts", choices=flame.PROMPTS, help="prompt set, with --captions also which captions are scored (default: see data/README.md)")
+    add("--prompts", choices=flame.PROMPTS,
+        help="prompt set; with --captions, also which captions are scored (default: see data/README.md)")
     add("--all-captions", action="store_true",
         help="use all captions per image (default: the first 5 of coco and flickr30k, the first of xm3600)")
     add("--facets", action="store_true", help="also score subsets of the facets (retrieval only)")
