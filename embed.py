@@ -11,13 +11,14 @@ captions and the recorded settings (up to rounding, if other kernels run the LLM
 among processes (torchrun) and machines (--part). After a crash or kill -9, the same command computes the
 missing shards and ends with the same bytes.
 """
+import hashlib
 import math
 import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial, reduce
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from operator import getitem
 from pathlib import Path
 
@@ -244,12 +245,13 @@ def begin_store(out, settings, make_table, overwrite):
         recorded = check_settings(out, settings)
         if table.exists():
             with reading(table, STORE_FIX):
-                if shard_offsets(table, settings["shard_size"]) != (recorded["N"], recorded["shard_starts"]):
+                found = scan_table(table, settings["shard_size"])
+                if any(recorded[name] != value for name, value in found.items()):
                     raise ValueError("not the table that meta.json records")
             return
     with common.atomic_write(table) as temporary:
         made = make_table(temporary)
-        N, starts = shard_offsets(temporary, settings["shard_size"])
+        found = scan_table(temporary, settings["shard_size"])
         if begun and overwrite or not meta.exists():  # unpacked images are those of an older store
             shutil.rmtree(out / UNPACKED, ignore_errors=True)
         if begun and overwrite:
@@ -258,7 +260,7 @@ def begin_store(out, settings, make_table, overwrite):
         elif meta.exists():  # written by a run that was killed before it renamed its table, or meanwhile
             check_settings(out, settings)
         captions = settings["captions"] | made
-        common.write_json(meta, settings | {"captions": captions, "N": N, "shard_starts": starts})
+        common.write_json(meta, settings | {"captions": captions} | found)
 
 
 def check_settings(out, settings):
@@ -277,15 +279,17 @@ def missing_shards(out, meta):
     return [i for i in range(len(meta["shard_starts"])) if not shard_file(out, i).exists()]
 
 
-def shard_offsets(table, shard_size):
-    """Return (number of rows in the table, byte offset of the first row of each shard)."""
-    starts = []
+def scan_table(table, shard_size):
+    """Return {"N": number of rows, "shard_starts": byte offset of each shard's first row, "table_sha256"}."""
+    starts, offset, digest = [], 0, hashlib.sha256()
     with open(table, "rb") as file:
-        for N, offset in enumerate(accumulate(map(len, file))):  # the end of line N is the start of row N
+        for N, line in enumerate(file):  # the end of line N is the start of row N
+            digest.update(line)
+            offset += len(line)
             if N % shard_size == 0:
                 starts.append(offset)
     n_shards = math.ceil(N / shard_size)
-    return N, starts[:n_shards]
+    return {"N": N, "shard_starts": starts[:n_shards], "table_sha256": digest.hexdigest()}
 
 
 def write_shard(out, meta, i, array):

@@ -1038,17 +1038,23 @@ class Store:
         """Return shard i, float16 [rows, 11, D], memory-mapped."""
         with reading(self.path / f"{i:06d}.npy", "delete it and run the same embed.py command again") as path:
             shape = min(self.shard_size, self.N - i * self.shard_size), len(FACET_COLUMNS), self.D
-            return np.asarray(np.load(path, mmap_mode="r"), np.float16).reshape(shape)
+            array = np.load(path, mmap_mode="r")
+            if array.dtype != np.float16:
+                raise ValueError(f"{array.dtype} instead of float16")
+            return np.asarray(array).reshape(shape)
 
     @functools.cached_property
     def table(self):
         """(N keys, N image paths as the source gives them, or "")"""
-        with reading(self.path / "captions.tsv", "make the store again") as path:
-            with open(path, encoding="utf-8", newline="\n") as file:
-                rows = [line.split("\t", 2)[:2] for line in file][1:]
-            if len(rows) != self.N:
-                raise ValueError(f"{len(rows)} rows, but meta.json records {self.N}")
-            keys, images = map(list, zip(*rows))
+        digest = hashlib.sha256()
+        with reading(self.path / "captions.tsv", "make the store again") as path, open(path, "rb") as file:
+            rows = []
+            for line in file:
+                digest.update(line)
+                rows.append(line.decode().split("\t", 2)[:2])
+            if digest.hexdigest() != self.meta["table_sha256"]:
+                raise ValueError("not the table that the embeddings were made from")
+            keys, images = map(list, zip(*rows[1:]))
             return keys, images
 
     keys = property(lambda store: store.table[0])

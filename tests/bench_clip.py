@@ -3,7 +3,6 @@
 Run `python data/demo.py` first, and again with --llm gemma3. They make the corpus and the stores.
 
     python tests/bench_clip.py                            # 3 seeds x 7 runs of 300 steps: hours on 2 cores
-    python tests/bench_clip.py --seeds 1 --runs smollm2 clip clip-seconds
     python tests/bench_clip.py --pairs 625                # train on the first 625 of 2,500 pairs
     python tests/bench_clip.py --lr 1e-3 --runs clip; ... --table --split val    # choose a learning rate
     python tests/bench_clip.py --table                    # print the finished runs, on the test split
@@ -40,7 +39,7 @@ from data import benchmarks, common  # noqa: E402
 from data.captions import read_table  # noqa: E402
 from data.encoders import Encoders  # noqa: E402
 from data.images import Batches, find_images  # noqa: E402
-from embed import shard_file  # noqa: E402
+from embed import scan_table, shard_file  # noqa: E402
 
 PROMPT_SETS = ("raw", "short", "long")
 # Peak learning rates, chosen on the validation split (tests/RESULTS.md).
@@ -147,7 +146,8 @@ def derive_store(path, folder, vectors, pairs=None):
         for i, first in enumerate(tqdm(range(0, pairs, store.shard_size), desc=path.name)):
             rows = np.arange(first, min(pairs, first + store.shard_size))
             common.write_array(shard_file(path, i), vectors(store, rows))
-        common.write_json(path / "meta.json", store.meta | {"N": pairs})
+        meta = store.meta | scan_table(path / "captions.tsv", store.shard_size)
+        common.write_json(path / "meta.json", meta)
     return path
 
 
@@ -210,11 +210,7 @@ class ClipTexts:
         self.causal = self.tower.attn_mask  # [77, 77]
 
     def encode(self, tokens):
-        """Return float32 [n, D] unit vectors of tokens int64 [n, 77].
-
-        Texts of similar length are batched and truncated to the longest. With causal attention, tokens after
-        the end of a text have no effect.
-        """
+        """Return float32 [n, D] unit vectors of tokens int64 [n, 77]; tokens after the end have no effect."""
         lengths = tokens.argmax(1) + 1  # the end of text has the largest id
         order = lengths.argsort()
         fast = common.default_dtype("cpu") == torch.bfloat16

@@ -1,7 +1,6 @@
 """Speed of the text tower, against transformers, and where its time goes. Prints tables.
 
-    python tests/bench_embed.py                   # about 15 minutes on 2 CPU cores
-    python tests/bench_embed.py --words 100 --dtypes bfloat16
+    python tests/bench_embed.py --words 100       # about 15 minutes on 2 CPU cores
     python tests/bench_embed.py --nemo            # random weights with Mistral-Nemo's sizes, for a GPU
     python tests/bench_embed.py --count           # computed time of an H100 on Mistral-Nemo
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import flame  # noqa: E402
 from data import common  # noqa: E402
-from embed import shard_file  # noqa: E402
+from embed import scan_table, shard_file  # noqa: E402
 
 COLUMNS, PICKED, BATCH, SHARD_SIZE = 11, 6, 256, 256
 LABELS = {"pth": ".pth file per row, float32", "float32": "Store.read", "float16": "Store.read_float16"}
@@ -32,8 +32,9 @@ def make_files(folder, rows, D):
         (folder / name).mkdir()
     table = "".join(f"{i}\t\tA\tA\tA\n" for i in range(rows))
     (folder / "store/captions.tsv").write_text(f"key\timage\traw\tshort\tlong\n{table}")
-    meta = {"N": rows, "D": D, "shard_size": SHARD_SIZE, "captions": {"path": ""},
-            "llm": {"prompts": flame.prompts_to_json()}}
+    meta = scan_table(folder / "store/captions.tsv", SHARD_SIZE)
+    meta |= {"D": D, "shard_size": SHARD_SIZE, "captions": {"path": ""},
+             "llm": {"prompts": flame.prompts_to_json()}}
     common.write_json(folder / "store/meta.json", meta)
     for i, first in enumerate(range(0, rows, SHARD_SIZE)):
         common.write_array(shard_file(folder / "store", i), vectors[first:first + SHARD_SIZE])

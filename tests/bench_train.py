@@ -1,11 +1,7 @@
 """Speed of training, against open_clip and torchvision. Prints a table; takes a few minutes on 2 CPU cores.
 
-    python tests/bench_train.py --only images      # step or images; default: both
-
-    step     forward, loss, backward and AdamW of the cc3m preset: flame.Flame against open_clip's
-             VisionTransformer with the same projector, loss, precision and batch
-    images   one core: 512-px JPEGs to a normalized batch of 224 px, against torchvision's RandomResizedCrop,
-             ToTensor, Normalize; and the rate of a loader process
+    python tests/bench_train.py --only step      # a training step of the cc3m preset, against open_clip's ViT
+    python tests/bench_train.py --only images    # JPEGs to a batch, against torchvision's transforms
 """
 import argparse
 import copy

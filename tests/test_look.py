@@ -279,7 +279,7 @@ def test_sheet_marks_correct_image(tmp_path, monkeypatch):
 
 
 def embed_args(llm, **options):
-    return SimpleNamespace(llm=llm, captions="c.tsv", layer=3, mask="decoupled", join={}, **options)
+    return SimpleNamespace(llm=llm, captions="c.tsv", layer=3, mask="decoupled", device="cpu", **options)
 
 
 @pytest.fixture
@@ -295,14 +295,19 @@ def test_inspect_finds_corrupt_shard_and_other_llm(tiny_llm, captions, capsys, m
     embed.main()
     look.inspect(embed_args(tiny_llm, inspect="store"))
     out = capsys.readouterr().out
-    assert re.search("all 23 rows are complete\n(.*\n)*k0: There is a thing, number 0.", out)
-    shard = Path("store/000001.npy")
-    content = shard.read_bytes()
-    shard.write_bytes(content[:1000])
-    with pytest.raises(InputError, match="000001.npy: .*delete it and run"):
+    assert re.search("all 23 rows are complete; 23 were.*\n(.*\n)*k0: There is a thing, number 0.", out)
+    shard, table, meta = Path("store/000001.npy"), Path("store/captions.tsv"), Path("store/meta.json")
+    content, lines, x = shard.read_bytes(), table.read_text().splitlines(True), np.load(shard)
+    table.write_text("".join([lines[0], *lines[:0:-1]]))
+    with pytest.raises(InputError, match="captions.tsv: not the table that the embeddings were made from"):
         look.inspect(embed_args(tiny_llm, inspect="store"))
+    table.write_text("".join(lines))
+    for damage, message in ((x[::-1], "row 8 has other embeddings"), (x * 0, "not unit"), (3 * x, "not unit"),
+                            (x * np.nan, "not unit"), (x.astype(np.int16), "int16 instead of"), (x[1:], "")):
+        np.save(shard, damage)
+        with pytest.raises(InputError, match=f"000001.npy: .*{message}.*delete it and run"):
+            look.inspect(embed_args(tiny_llm, inspect="store"))
     shard.write_bytes(content)
-    meta = Path("store/meta.json")
     meta.write_text(meta.read_text().replace(flame.llm_fingerprint(tiny_llm), "another"))
     with pytest.raises(InputError, match="another LLM"):
         look.inspect(embed_args(tiny_llm, inspect="store"))

@@ -24,6 +24,7 @@ import flame
 from data import common, compat, encoders
 from data.images import open_image
 from data.show import sheet
+from embed import scan_table
 from test_benchmarks import (
     FINISHED, NAMES, TREES, ColorEncoder, ColorModel, error_line, score, tree_demo, tree_urban1k,  # noqa: F401
     tree_xm3600, write_image, write_text)
@@ -358,7 +359,8 @@ def test_own_captions(score, tmp_path, monkeypatch, capsys):
     write_text(tmp_path / "store/captions.tsv", f"key\timage\traw\tshort\tlong\n{trained}")
     captions = {"path": "", "sha256": ""}
     write_text(tmp_path / "store/meta.json", json.dumps({
-        "N": 2, "D": 1, "shard_size": 2, "captions": captions, "llm": {"prompts": flame.prompts_to_json()}}))
+        **scan_table(tmp_path / "store/captions.tsv", 2), "D": 1, "shard_size": 2, "captions": captions,
+        "llm": {"prompts": flame.prompts_to_json()}}))
     common.write_array(tmp_path / "store/000000.npy", np.ones((2, 11, 1), np.float16))
     content_hash = flame.content_hash(flame.open_store(tmp_path / "store"))
     store = {"name": "store", "content_hash": content_hash}

@@ -75,8 +75,16 @@ def write_store(folder, keys, x, llm="tiny"):
     captions = {"path": str(folder.parent / "captions.tsv"), "sha256": ""}
     meta = {"llm": llm | {"prompts": flame.prompts_to_json()}, "captions": captions, "N": len(keys),
             "D": x.shape[-1], "columns": flame.FACET_COLUMNS, "shard_size": 16}
+    meta |= embed.scan_table(folder / "captions.tsv", 16)
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
+
+
+def edit_table(store, *edits):
+    table, meta = store / "captions.tsv", store / "meta.json"
+    for old, new in edits:
+        table.write_text(table.read_text().replace(old, new))
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | embed.scan_table(table, 16)))
 
 
 def normalized(x):
@@ -822,16 +830,14 @@ def test_agreement_of_single_captions_falls_back_to_whitening(run, copied, tmp_p
     assert "text projection: whiten" in done.stdout
     config = json.loads((tmp_path / "out/store/config.json").read_text())
     assert config["training"]["text_projection"] == "whiten+linear"
-    table = copied[0] / "captions.tsv"
-    table.write_text(table.read_text().replace("A thing.\tA thing.\tA", "A thing.\tIt.\tA long"))
+    edit_table(copied[0], ("A thing.\tA thing.\tA", "A thing.\tIt.\tA long"))
     flags = "--steps 1 --text-projection agree --name"
     assert "whiten" not in fit(run, copied[0], f"{flags} agree").stdout
     assert "whiten instead of agree" in fit(run, copied[0], f"{flags} one --columns long.0,long.1").stdout
 
 
 def test_text_projection_is_fitted_on_rows_with_images(run, copied, tmp_path):
-    table = copied[0] / "captions.tsv"
-    table.write_text(table.read_text().replace("p022.png", "").replace("p023.png", ""))
+    edit_table(copied[0], ("p022.png", ""), ("p023.png", ""))
     assert fit(run, copied[0], "--steps 1 --text-projection whiten").returncode == 0
     units = flame.open_store(copied[0]).read(range(22), ALL_COLUMNS)
     torch.testing.assert_close(flame.load(tmp_path / "out/store").text_projection.mean, units.mean(0))

@@ -1,7 +1,5 @@
-"""Tests of the code paths that only run on a GPU, on two simulated ones (cuda_shim.py), which refuse what
-CUDA refuses: tensors on different devices, reading a copy before it has finished.
-
-This file must be run last: other libraries remember the simulated GPUs that they have seen.
+"""Tests of the code paths that only run on a GPU, on two simulated ones (cuda_shim.py). This file must be run
+last: other libraries remember the simulated GPUs that they have seen.
 """
 # ruff: noqa: F811  (the fixture imported from test_refusals.py is also a parameter)
 import functools

@@ -5,7 +5,6 @@
 import functools
 import json
 import textwrap
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,9 @@ from data.show.plots import new_figure
 from data.show.words import vocabulary
 from flame import FACET_COLUMNS, InputError
 
-SAMPLE = 1000  # rows used for statistics; means are then within a few percent
+SAMPLE = 1000    # rows used for statistics; means are then within a few percent
+AGAIN_ROWS = 30  # rows that are encoded again
+AGAIN = "delete it and run the same embed.py command again"
 PALETTE = ("#64748b #2563eb #dc2626 #d97706 #059669 #7c3aed "
            "#db2777 #0891b2 #65a30d #9333ea #ea580c #0d9488").split()
 
@@ -27,20 +28,36 @@ PALETTE = ("#64748b #2563eb #dc2626 #d97706 #059669 #7c3aed "
 # --inspect
 
 def inspect(args):
-    """Check that a store is complete; print the similarity of its facets and the words nearest to them.
+    """Check a store; print the similarity of its facets and the words nearest to them.
 
-    Raises InputError if it is not a finished store, or if --llm is not the LLM that it was made with.
+    Raises InputError if it is not a finished store, if --llm is not the LLM that it was made with, if its
+    table was changed, if a vector is not a unit vector, or if captions encoded again have other embeddings.
     """
     store = flame.open_store(args.inspect)
     print(f"{args.inspect}: {json.dumps(store.meta, indent=1)}")
     if store.meta["llm"]["fingerprint"] != flame.llm_fingerprint(args.llm):
         raise InputError(f"{args.llm}: the store was made with another LLM; give that one with --llm")
-    for i in range(-(-store.N // store.shard_size)):
-        store.shard(i)  # raises InputError if it is incomplete
-    print(f"all {store.N} rows are complete")
+    table = list(captions.read_table(Path(args.inspect, "captions.tsv"), max_rows=len(store.keys)))
+    columns = range(len(FACET_COLUMNS))
+    for i in common.progress_bar(range(-(-store.N // store.shard_size)), "checking"):
+        squares = np.square(store.shard(i), dtype=np.float32).sum(-1)
+        if not (abs(squares - 1) < 0.02).all():  # NaN is not < 0.02
+            raise InputError(f"{args.inspect}/{i:06d}.npy: not unit vectors; {AGAIN}")
+    sample = range(0, store.N, store.N // AGAIN_ROWS + 1)
+    llm = store.meta["llm"]
+    dtype = getattr(torch, store.meta["dtype"])
+    encoder = flame.TextEncoder(args.llm, args.device, dtype, llm["layer"], llm["mask"])
+    facets = torch.cat([encoder.encode([getattr(table[n], prompts) for n in sample], prompts)
+                        for prompts in flame.PROMPTS], dim=1)
+    cosines = (normalize(facets, dim=-1) * store.read(sample, columns)).sum(-1).amin(1)
+    for n, cosine in zip(sample, cosines.tolist()):
+        if cosine < 0.99:
+            raise InputError(f"{args.inspect}/{n // store.shard_size:06d}.npy: row {n} has other embeddings "
+                             f"than its captions (cosine {cosine:.3f}); {AGAIN}")
+    print(f"all {store.N} rows are complete; {len(sample)} were encoded again and are equal")
 
     step = store.N // SAMPLE + 1
-    states = store.read(range(0, store.N, step), range(len(FACET_COLUMNS)))  # [n, 11, D]
+    states = store.read(range(0, store.N, step), columns)  # [n, 11, D]
     states -= states.mean(0)
     units = normalize(states, dim=-1)
 
@@ -50,8 +67,7 @@ def inspect(args):
 
     print("\nwords with the highest logits for each facet, after subtracting the mean")
     words, vectors = vocabulary(args.llm)
-    table = captions.read_table(Path(args.inspect, "captions.tsv"))
-    for facets, row in zip(states[:3], islice(table, 0, None, step)):
+    for facets, row in zip(states[:3], table[::step]):
         print(f"{row.key}: {row.long[:150]}")
         nearest = (facets @ vectors.T).topk(min(4, len(words))).indices  # [11, 4]
         for column, several in zip(FACET_COLUMNS, words[nearest]):
