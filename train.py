@@ -196,7 +196,7 @@ def train(args, s):
             print0(f"{out}: already finished; give more --steps to continue, or --overwrite to train again")
             return False
         model, optimizer = build(store, columns, s, device, saved_step is None, images[0])
-        start = 0 if saved_step is None else load_checkpoint(out, model, optimizer)
+        start = 0 if saved_step is None else load_checkpoint(out, model, optimizer, s["steps"])
         find_micro_batch(model, s, device)
         encode = distribute(model, s["compile"])
         validation = open_validation(args.val, store, out) if args.val else ()
@@ -596,12 +596,17 @@ def find_earlier_run(out, store, s):
         return int(record["step"])
 
 
-def load_checkpoint(out, model, optimizer):
-    """Load training.pt. Return the step to resume from."""
+def load_checkpoint(out, model, optimizer, steps):
+    """Load training.pt of a run of `steps` steps. Return the step to resume from."""
     with reading(out / "training.pt", RESUME_FIX) as path:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        # The fused AdamW does not check the shapes of its moments.
+        shapes = all(state[name].shape == p.shape for p, state in optimizer.state.items()
+                     for name in ("exp_avg", "exp_avg_sq"))
+        if not shapes or not 0 < saved["step"] <= steps:
+            raise ValueError(f"step {saved['step']} of {steps}, or moments of another model")
         return int(saved["step"])
 
 

@@ -274,6 +274,8 @@ def load(database, scratch, source, skipped, chosen, field=""):
             with open(files[0], "w") as spool:  # invalid UTF-8 becomes a broken row
                 spool.writelines(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
         relation, column_query = DUCKDB_FORMATS[kind]
+        for file in files if kind == ".json" else ():
+            check_json_end(file)
         paths = {"files": [glob.escape(os.path.abspath(file)) for file in files]}
         columns = dict(database.execute(column_query.format(relation), paths).fetchall())
         if columns.keys() >= {"images", "annotations"}:  # COCO; each annotation is a row
@@ -313,6 +315,15 @@ def load(database, scratch, source, skipped, chosen, field=""):
         return columns
 
 
+def check_json_end(path):
+    """Raise InputError if a JSON list is cut off, which DuckDB does not notice after a comma."""
+    with reading(path, "get the whole file"), open(path, "rb") as file:
+        if file.read(1 << 10).lstrip()[:1] == b"[":
+            file.seek(-min(1 << 10, os.path.getsize(path)), os.SEEK_END)
+            if not file.read().rstrip().endswith(b"]"):
+                raise ValueError("the list does not end with ]")
+
+
 def text_columns(database, relation, paths, columns):
     """Return the columns, apart from those for keys and images, that have text in the first 1,000 rows."""
     names = [name for name, value in columns.items()
@@ -328,6 +339,7 @@ def csv_rows(source, files, skipped, fields):
     """TSV (without quoting) and CSV. As in img2dataset, empty lines are not rows. A broken row yields {} for
     each of its lines, as it may have swallowed other rows.
     """
+    csv.field_size_limit(MAX_TEXT_BYTES)  # beyond it, csv would read on inside the field
     for path in files:
         opener = gzip.open if path.suffix == ".gz" else open
         with (reading(path, SOURCE_FIX),
@@ -503,6 +515,7 @@ def image_beside(file):
 
 CORRUPT_TAR = "not a tar file, or corrupt from this point"
 MAX_HEADER_BYTES = 1 << 14  # a tar header has a name and a few numbers
+MAX_PADDING = 1 << 20       # zeros at the end of a tar
 
 
 def split_member_name(path):
@@ -539,10 +552,11 @@ def tar_members(path, skipped):
                 folder, key, suffix = split_member_name(member.name)
                 if member.isfile() and key and suffix:
                     yield folder, key, suffix, member.offset_data, member.size
-            # tarfile stops at any block of zeros. It is the end only if everything after it is zero too.
+            # tarfile stops at any block of zeros. It is the end only if everything after it is zero too, and
+            # not more than padding: a tar of reserved size that was not written to its end has many zeros.
             file.seek(tar.offset)
             blocks = iter(lambda: file.read(MAX_HEADER_BYTES), b"")
-            if size < tar.offset + 512 or any(block.strip(b"\0") for block in blocks):
+            if not 512 <= size - tar.offset <= MAX_PADDING or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError(f"neither a file nor the end of the tar at byte {tar.offset}")
     except Exception as error:  # tarfile can raise any exception on corrupt bytes, MemoryError included
         count_skipped(skipped, CORRUPT_TAR, f"{os.path.basename(path)}: {describe_error(error)}")

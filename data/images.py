@@ -22,7 +22,7 @@ from data.captions import (
     DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, SOURCE_FIX, files_below, in_processes, is_image, read_table,
     report_skipped, source_files, split_member_name, tar_members, tar_names)
 from data.common import atomic_save, progress_bar
-from flame import FACET_COLUMNS, InputError, reading, to_rgb
+from flame import FACET_COLUMNS, InputError, describe_error, reading, to_rgb
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
 CACHE_BYTES = 1 << 28      # decoded images that a loader process keeps; the demo's need 70 MB
@@ -352,7 +352,7 @@ class Batches:
                 readable[i] = True
             except Exception as error:  # decoders can raise any exception on corrupt bytes
                 key = self.store.keys[self.rows[batch[i]]]
-                failed.append((key, f"{type(error).__name__}: {location.path}"))
+                failed.append((key, f"{type(error).__name__} {describe_error(error)}: {location.path}"))
         facets = self.store.read_float16(self.rows[batch], columns)
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 

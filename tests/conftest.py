@@ -132,11 +132,10 @@ def released_checkpoint(tmp_path):
                     "text.lm_head.weight": torch.randn(8, 8).half()}
         weights = {prefix + name: x for name, x in weights.items()} | tensors
         group = {"lr": np.float64(5e-4), "betas": (0.9, 0.95), "params": [0]}  # as cosine_lr sets it
-        torch.save({
-            "epoch": 32, "name": "flame", "scaler": {"scale": 65536.0},
-            "state_dict": {name: x for name, x in weights.items() if x is not None},
-            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [group]},
-        }, tmp_path / "epoch_32.pt")
+        optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [group]}
+        weights = {name: x for name, x in weights.items() if x is not None}
+        torch.save({"epoch": 32, "name": "flame", "scaler": {"scale": 65536.0}, "state_dict": weights,
+                    "optimizer": optimizer}, tmp_path / "epoch_32.pt")
         visual.ln_post = torch.nn.Identity()  # in the file, but FLAME does not use it
         return tmp_path / "epoch_32.pt", visual, mm
     return make

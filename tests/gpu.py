@@ -1,11 +1,8 @@
-"""Runs everything that needs a GPU, in about ten minutes, and prints one page.
+"""Runs everything that needs a GPU (and nvcc), in about ten minutes, and prints one page.
 
     python tests/gpu.py                           # ends with a table to paste into tests/RESULTS.md
     python tests/gpu.py --only attention layer    # some of the steps; --help lists them
     python tests/gpu.py --dry-run                 # without a GPU: tiny steps on a simulated one, no times
-
-It needs `pip install -e ".[test]"` on a machine with nvcc. cuda.cu keeps its attention kernel if a Nemo layer
-of 16,384 tokens would take at least 5% longer with FlexAttention (MIN_SAVING).
 """
 import argparse
 import math
@@ -42,7 +39,7 @@ from evaluate import compare  # noqa: E402
 from flame import EXT_KERNELS, TORCH_KERNELS  # noqa: E402
 
 GPU = torch.device("cuda")
-MIN_SAVING = 0.05  # fraction of a Nemo layer's time, see above
+MIN_SAVING = 0.05  # of a Nemo layer's time, or FlexAttention should replace our attention kernel
 REPEATS = 12       # per measurement; the first two warm up
 CAPTIONS = 74      # per packed row: 16,394 tokens
 SIDE = 8192        # of the square matrices that are multiplied

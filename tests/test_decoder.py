@@ -57,9 +57,8 @@ def kernels(request, monkeypatch):
     return flame.EXT_KERNELS if request.param == "flame_ext" else flame.TORCH_KERNELS
 
 
-LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=64, rope_theta=500000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64, rope_theta=500000.0)
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
 UNSCALED = dict(rope_type="default", rope_theta=1e6)
 SHARDED = dict(max_shard_size="2MB")
@@ -67,16 +66,13 @@ LLAMA, QWEN2, QWEN3 = "Llama 2 (no GQA)", "Qwen2 (bias)", "Qwen3 (QK norm)"
 GEMMA = "Gemma 3 (two RoPEs)"
 DECODERS = {
     LLAMA: dict(num_key_value_heads=4),
-    "Llama 3.1 (scaled RoPE)": dict(
-        num_attention_heads=6, num_key_value_heads=2, head_dim=8, rope_parameters=LLAMA3),
+    "Llama 3.1": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=8, rope_parameters=LLAMA3),
     "Llama, linear RoPE, tied": dict(rope_parameters=LINEAR, tie_word_embeddings=True),
     "Mistral-7B v0.1 (sliding window)": dict(family="Mistral", sliding_window=600),
-    "Mistral-Nemo (head_dim, sharded)": dict(
-        family="Mistral", head_dim=20, num_key_value_heads=1, sliding_window=None,
-        rope_parameters=UNSCALED, **SHARDED),
+    "Mistral-Nemo": dict(family="Mistral", head_dim=20, num_key_value_heads=1, sliding_window=None,
+                         rope_parameters=UNSCALED, **SHARDED),
     QWEN2: dict(family="Qwen2", num_key_value_heads=2),
-    "Qwen2.5 (tied, sharded)": dict(
-        family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True, **SHARDED),
+    "Qwen2.5": dict(family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True, **SHARDED),
     QWEN3: dict(family="Qwen3", head_dim=20),
     GEMMA: dict(
         family="Gemma3", head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=25, sliding_window=600,
@@ -351,6 +347,7 @@ def test_fingerprint_depends_on_every_file_that_is_read(copy_llm, make_random_ll
             edit_config(num_key_value_heads=2), edit_config(rope_parameters=UNSCALED),
             edit_config(model_type="mistral"),
             edit_tensors(lambda name, x: x + (name == BIAS.replace("bias", "weight"))),  # one tensor
+            edit_tensors(lambda name, x: torch.cat([x[:-1], x[-1:] + (x.dim() > 1)])),  # ends of matrices
             lambda llm_dir: edit_json(llm_dir / "tokenizer.json", normalizer={"type": "Lowercase"}),
             use_sentencepiece, set_file("tokenizer_config.json", '{"add_bos_token": false}')):
         change(llm_dir)
@@ -358,7 +355,7 @@ def test_fingerprint_depends_on_every_file_that_is_read(copy_llm, make_random_ll
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-@pytest.mark.parametrize("name", [LLAMA, "Qwen2.5 (tied, sharded)"])
+@pytest.mark.parametrize("name", [LLAMA, "Qwen2.5"])
 def test_fingerprint_ignores_files_that_are_not_read(make_llm, copy_llm, name):
     llm_dir = copy_llm(name)
     (llm_dir / "tokenizer.model").write_bytes(b"not read if there is a tokenizer.json")
@@ -428,12 +425,10 @@ def test_nemo_tokenizer_equals_mistral_common(nemo_tokenizer):
 
 # --- the released code's text path, reimplemented from the description of the paper and the code
 
+THINGS = ("the category of the {} object in this image",
+          "the prominent characteristic or pattern of the {} object in this image")
 RELEASED_FACETS = [f'{words} means in just one word:"' for words in (
-    "this image description",
-    "the category of the main object in this image",
-    "the prominent characteristic or pattern of the main object in this image",
-    "the category of the minor object in this image",
-    "the prominent characteristic or pattern of the minor object in this image",
+    "this image description", *(thing.format(kind) for kind in ("main", "minor") for thing in THINGS),
     "the primary action or event taking place in this image",
     "the overall atmosphere or emotion of this image")]
 RELEASED_PREFIX = 'Image description : "CAPTION" . After thinking step by step , '

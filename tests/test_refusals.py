@@ -284,6 +284,16 @@ def test_corrupt_checkpoint_is_refused_until_overwrite(folder, name, number):
     assert run_command(f"{RESUME_TRAINING} --overwrite")[0] == 0
 
 
+def test_training_state_of_another_run_is_refused(folder):
+    saved = torch.load("out/half/training.pt", weights_only=True)
+    moments = saved["optimizer"]["state"][0]
+    for change in (lambda: saved.update(step=10**9), lambda: saved.update(step=-5),
+                   lambda: (saved.update(step=1), moments.update(exp_avg=moments["exp_avg"][:1]))):
+        change()
+        torch.save(saved, "out/half/training.pt")
+        assert_refused(RESUME_TRAINING, "out/half/training.pt")
+
+
 def test_store_without_caption_hash_is_refused(folder):
     meta = json.loads(Path("store/meta.json").read_text())
     del meta["captions"]["sha256"]
