@@ -1,6 +1,6 @@
 """Speed of the text tower, against transformers, and where its time goes. Prints tables.
 
-    python tests/bench_embed.py --words 100       # about 15 minutes on 2 CPU cores
+    python tests/bench_embed.py                   # about 15 minutes on 2 CPU cores
     python tests/bench_embed.py --nemo            # random weights with Mistral-Nemo's sizes, for a GPU
     python tests/bench_embed.py --count           # computed time of an H100 on Mistral-Nemo
 
@@ -18,7 +18,6 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -32,10 +31,6 @@ import flame  # noqa: E402
 METHODS = {
     "separate": "(a) K separate passes, transformers", "dense": "(b) one pass, dense mask, transformers",
     "pytorch": "(c) TextEncoder, no extension", "extension": "(d) TextEncoder"}
-ABLATIONS = {
-    "full": "unchanged", "no pruning": "whole last layer", "no root": "captions share no tokens",
-    "no trie": "facets share no tokens", "no packing": "one caption per row",
-    "no extension": "PyTorch, chunked attention", "no chunks": "PyTorch, full mask"}
 
 
 def make_captions(n, words):
@@ -130,44 +125,6 @@ def flat_forest(prefix, facets):
     return flame.Forest(torch.tensor(prefix + sum(facets, [])), depths, lengths, parents, last_tokens)
 
 
-# ---------------------------------------------------------------- ablations
-
-def unshared_forest(prefixes, suffixes, captions, facets):
-    """Build the forest without sharing between captions or between the facets of a caption.
-
-    captions, facets: 0 to share, 1 not to. Numbers attached to first tokens make them differ.
-    """
-    sequences = []
-    for n, (prefix, caption_facets) in enumerate(zip(prefixes, suffixes)):
-        for k, facet in enumerate(caption_facets):
-            sequences.append([(token, 0) for token in prefix + facet])
-            sequences[-1][0] = prefix[0], n * captions
-            sequences[-1][len(prefix)] = facet[0], k * facets
-    forest = flame.build_forest(sequences)
-    return forest._replace(tokens=forest.tokens[:, 0])
-
-
-def ablate(variant, encoder):
-    hidden_states = flame.hidden_states
-
-    def without_pruning(decoder, forest):
-        states = hidden_states(decoder, forest._replace(last_tokens=torch.arange(len(forest.tokens))))
-        return states[forest.last_tokens.to(states.device)]
-
-    if variant in ("pytorch", "no extension", "no chunks"):
-        encoder.decoder = encoder.decoder._replace(kernels=flame.TORCH_KERNELS)
-    if variant == "no chunks":
-        flame.QUERY_CHUNK[encoder.decoder.embedding.device.type] = 1 << 30  # one chunk per row
-    if variant == "no packing":
-        encoder.max_tokens = 1
-    if variant == "no root":
-        encoder.caption_forest = partial(unshared_forest, captions=1, facets=0)
-    if variant == "no trie":
-        encoder.caption_forest = partial(unshared_forest, captions=0, facets=1)
-    if variant == "no pruning":
-        flame.hidden_states = without_pruning
-
-
 # ---------------------------------------------------------------- one line of a table, in its own process
 
 def transformers_work(args, method, prefixes, suffixes, layer):
@@ -200,7 +157,7 @@ def peak_gib(device):
 
 
 def measure(args):
-    method = args.one if args.one in METHODS else "extension"
+    method = args.one
     config = json.loads(Path(args.llm, "config.json").read_text()) | flame.llm_config(args.llm)
     layer = config["num_hidden_layers"] - 1
     captions = make_captions(args.captions, args.words)
@@ -210,7 +167,8 @@ def measure(args):
         work, tokens = transformers_work(args, method, prefixes, suffixes, layer)
     else:
         encoder = flame.TextEncoder(args.llm, args.device, getattr(torch, args.dtypes))
-        ablate(args.one, encoder)
+        if args.one == "pytorch":
+            encoder.decoder = encoder.decoder._replace(kernels=flame.TORCH_KERNELS)
         tokens = sum(len(forest.tokens) for _, forest in encoder.pack(captions, "long"))
 
         def work(n):
@@ -220,8 +178,7 @@ def measure(args):
     profile = {}
     if args.one == "extension" and torch.device(args.device).type == "cpu":
         profile = profile_encoder(encoder, captions)
-    pruned = method in ("pytorch", "extension") and args.one != "no pruning"
-    flops = flops_per_token(config, layer, pruned) * tokens
+    flops = flops_per_token(config, layer, method in ("pytorch", "extension")) * tokens
     torch.save(states, args.states)
     print(json.dumps(dict(
         captions_per_s=len(captions) / seconds, tokens_per_s=tokens / seconds, tokens=tokens / len(captions),
@@ -405,16 +362,6 @@ def compare_methods(args, dtype, words, captions, reference, states):
     print(f"large matrix product: {r['peak_flops'] / 1e9:.0f} GFLOP/s; time of (d): {shares}")
 
 
-def compare_ablations(args, dtype, words, captions, states):
-    print("ablations of (d):")
-    rates = []
-    for variant, label in ABLATIONS.items():
-        r = measure_one(args, variant, dtype, words, captions, states)
-        rates.append(r["captions_per_s"])
-        print(f"    {label:34} {rates[-1]:10.2f} captions/s   {rates[-1] / rates[0]:6.2f} x   "
-              f"{r['tokens']:6.0f} tokens/caption", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -452,8 +399,6 @@ def main():
                 reference = torch.load(states, weights_only=True)
             for dtype in dtypes:
                 compare_methods(args, dtype, words, captions, reference, states)
-                if words == 100 and dtype == dtypes[0]:
-                    compare_ablations(args, dtype, words, captions, states)
 
 
 if __name__ == "__main__":
