@@ -89,13 +89,7 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         rows = [row for row, image in enumerate(images) if image]
         return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
     example = (files or keys)[0]
-    tars = []
-    pattern = not captions.is_file() and not {*"*?[{"}.isdisjoint(captions.name)
-    if not folder and (pattern or captions.is_dir() or captions.suffix.lower() == ".tar"):
-        tars = [file for file in source_files(captions) if len(spans) or file.suffix.lower() == ".tar"]
-    elif not folder:
-        root = captions.parent / captions.name.split(".")[0]
-    tars = tars or sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
+    root, tars = place_to_search(captions, folder, spans)
     files = list(map(str, tars)) or [location.path for location in images_in(root)]
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, tars)]
     absolute = list(map(os.path.abspath, files))
@@ -124,6 +118,18 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         with suppress(InputError):  # the store may be read-only
             atomic_save(index, functools.partial(np.savez, stamp=stamp, rows=rows, spans=spans))
     return rows, files, spans
+
+
+def place_to_search(captions, folder, spans):
+    """Return (folder, tars): where find_images looks for images."""
+    root = Path(folder or (captions if captions.is_dir() else captions.parent))
+    tars = []
+    pattern = not captions.is_file() and not {*"*?[{"}.isdisjoint(captions.name)
+    if not folder and (pattern or captions.is_dir() or captions.suffix.lower() == ".tar"):
+        tars = [file for file in source_files(captions) if len(spans) or file.suffix.lower() == ".tar"]
+    elif not folder:
+        root = captions.parent / captions.name.split(".")[0]
+    return root, tars or sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
 
 
 def search(names, files):
