@@ -308,9 +308,9 @@ def load(database, scratch, source, skipped, chosen, field=""):
             if aliases:
                 present = ", ".join(f"{macro}({columns[alias]})" for alias in aliases)
                 values.append(f"coalesce({present}) AS {name}")
-        print(f"--join {field}: " * bool(field) + f"{source}, columns " + "; ".join(
-            f"{name}: {', '.join(aliases)}" for name, aliases in used.items()
-            if aliases and name not in ("place", "span")))
+        named = "; ".join(f"{name}: {', '.join(aliases)}" for name, aliases in used.items()
+                          if aliases and name not in ("place", "span"))
+        print(f"{f'--join {field}: ' if field else ''}{source}, columns {named}")
         database.execute(f"INSERT INTO loaded BY NAME SELECT {', '.join(values)} FROM {relation}", paths)
         return columns
 
@@ -366,7 +366,7 @@ def csv_rows(source, files, skipped, fields):
                 try:
                     row = next(reader, None)
                 except csv.Error:
-                    row = ["broken"] * (len(names) + 1)
+                    row = ["broken"] * (len(names) + 1)  # not the length of a row
 
 
 def tar_rows(source, files, skipped, fields):
