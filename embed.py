@@ -230,8 +230,8 @@ def begin_store(out, settings, make_table, overwrite):
     """Write captions.tsv and meta.json, unless both exist.
 
     make_table(path) writes the table, checks its images and the LLM, and returns what meta.json records about
-    the captions. With overwrite, old embeddings are deleted only after that. Raises InputError if an old store
-    was made with other settings (without overwrite), or if there is a captions.tsv or a shard without
+    the captions. With overwrite, old embeddings are deleted only after that. Raises InputError if an old
+    store was made with other settings (without overwrite), or if there is a captions.tsv or a shard without
     meta.json.
     """
     meta = out / "meta.json"
