@@ -189,7 +189,7 @@ def check_captions(captions, table, texts):
     differ = []
     for row, entry in enumerate(read_table(table)):
         if row in texts:
-            text = read_bytes(texts[row]).decode(errors="replace")
+            text = read_bytes(texts[row]).decode("utf-8-sig", errors="replace")
             if text.split() != entry.raw.split():
                 differ.append(entry.key)
     if len(differ) > max(1, len(texts) / 100):

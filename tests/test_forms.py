@@ -284,7 +284,7 @@ def test_rows_that_share_an_image_in_tars_named_by_a_pattern(run):
 
 def test_tar_in_no_order(run):
     """As `tar cf 0.tar .` may write it. Its .key.txt is not the key of the row."""
-    texts = [(f"./{n:03d}.txt", TEXTS[n].encode()) for n in range(N)]
+    texts = [(f"./{n:03d}.txt", TEXTS[n].encode("utf-8-sig")) for n in range(N)]
     images = [(f"./{n:03d}.png", png(n)) for n in reversed(range(N))]
     first = [("x.png", png(0)), ("x.key.txt", b"003"), ("x.txt", TEXTS[0].encode())]
     write_tar(Path("set/0.tar"), [*first, *texts, *images])

@@ -54,7 +54,7 @@ def inspect(args):
         if cosine < 0.99:
             raise InputError(f"{args.inspect}/{n // store.shard_size:06d}.npy: row {n} has other embeddings "
                              f"than its captions (cosine {cosine:.3f}); {AGAIN}")
-    print(f"all {store.N} rows are complete; {len(sample)} were encoded again and are equal")
+    print(f"all {store.N} rows are complete; {len(sample)} were encoded again and agree")
 
     step = store.N // SAMPLE + 1
     states = store.read(range(0, store.N, step), columns)  # [n, 11, D]
