@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import sys
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,6 +159,17 @@ def test_page_labels_an_added_facet_prompt(gallery, monkeypatch):
     assert len(set(labels)) == 8 and labels[-1] == "the season:"
 
 
+def test_page_shows_more_images_and_their_names(gallery, monkeypatch):
+    args, locations, encoders = gallery
+    monkeypatch.setattr(page, "TILES", 5)
+    monkeypatch.setattr(page, "MORE", 4)
+    args = SimpleNamespace(**vars(args) | {"top": 1})
+    by_text, *_ = page.callbacks(gradio, args, locations, encode_images(encoders, locations)[0], encoders)
+    html, more = by_text("red")[0].split("<details>")
+    assert "5 of 12 images shown; show 4 more" in more and len(tiles(html)) == 5 and len(tiles(more)) == 4
+    assert re.findall('alt="(.*?)"', unescape(html)) == [Path(locations[i].path).name for i, _ in tiles(html)]
+
+
 def test_page_of_open_clip_model_has_no_facets_or_words(gallery, small_clip):
     args, locations, _ = gallery
     model = OpenClip(small_clip).eval()
@@ -208,6 +220,7 @@ def test_page_reports_corrupt_image_and_keeps_working(gallery, client, tmp_path)
 
 def test_page_is_local_and_escapes_file_names(client):
     assert client.src.startswith("http://127.0.0.1:")
+    assert httpx.get(client.src, headers={"Host": "evil.com:7860"}).status_code == 400
     style = httpx.get(f"{client.src}theme.css").text
     assert "system-ui" in style
     hosts = re.findall(r"""(?:src=|<link[^>]*href=|@import\s+|url\()["']?(https?://[^/"')]+)""",

@@ -19,7 +19,8 @@ from data.show.words import words_of
 from flame import InputError, PROMPTS
 
 LONG = 15   # words; a longer text is encoded with the long prompt set
-TILES = 24  # images shown at once, unless --top is larger
+TILES = 24  # images shown at first, unless --top is larger
+MORE = 72   # further images, behind a button
 SIDE = 240  # thumbnail side, pixels
 
 # A click reports its image. If the words are out of sight, the page scrolls to them.
@@ -47,6 +48,8 @@ def serve(args, locations, image, encoders, unreadable=0):
     """
     try:
         import gradio
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError:
         raise InputError("--search without a text opens a page: pip install gradio") from None
     encoders.text_encoder()  # load the LLM now, not at the first query
@@ -75,18 +78,20 @@ def serve(args, locations, image, encoders, unreadable=0):
         dropped.upload(by_image, dropped, [gallery, facets, text], api_name="image", **event)
         if hasattr(encoders.model, "mm"):  # open_clip models have no LLM to find words in
             gallery.click(by_click, None, words, api_name="words", **event).then(None, js=SCROLL)
+    # Without it, a web page whose host name resolves to 127.0.0.1 could read this one.
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(server_name="127.0.0.1", inbrowser=sys.stdout.isatty(), prevent_thread_lock=True,
                   quiet=True, share=False, show_error=True, ssr_mode=False, run_history=False,
                   footer_links=[], max_file_size="50mb", theme=theme,
-                  css_paths=Path(__file__).with_name("page.css"))
+                  css_paths=Path(__file__).with_name("page.css"), app_kwargs={"middleware": [hosts]})
     print(f"{len(image)} images to search: {blocks.local_url}   (Ctrl-C to stop)", flush=True)
     return blocks
 
 
 def callbacks(gradio, args, locations, image, encoders):
     """Return the functions that answer a text, an image, and a click on an image of the gallery."""
-    html_of = functools.lru_cache(4096)(lambda i: image_html(thumbnail(locations[i], SIDE)))
+    html_of = functools.lru_cache(4096)(lambda i: image_html(locations[i], SIDE))
 
     @functools.lru_cache(256)
     def encode_query(text):
@@ -97,11 +102,17 @@ def callbacks(gradio, args, locations, image, encoders):
 
     def gallery_html(vector):
         """Return the best images for a vector [D]; for zeros, the first images without scores."""
-        scores, best = best_of(image, vector, max(TILES, args.top))
+        shown = max(TILES, args.top)
+        scores, best = best_of(image, vector, shown + MORE)
         shares = scores / max(1e-6, scores.max())
         tiles = [f'<button data-image="{i}">{html_of(i)}<hr style="width: {shares[i]:.0%}">'
                  f"<p><b>{scores[i]:.3f}</b>{file_name(locations[i])}</p></button>" for i in best]
-        return f'<div class="tiles{"" if vector.any() else " plain"}">{"".join(tiles)}</div>'
+        start, end = f'<div class="tiles{"" if vector.any() else " plain"}">', "</div>"
+        html = "".join([start, *tiles[:shown], end])
+        if tiles[shown:]:
+            summary = f"{shown} of {len(image)} images shown; show {len(tiles) - shown} more"
+            html += "".join(["<details><summary>", summary, "</summary>", start, *tiles[shown:], end])
+        return html
 
     def by_text(text, chosen=None):
         """chosen: labels of the facets to use (default: all)."""
@@ -124,17 +135,20 @@ def callbacks(gradio, args, locations, image, encoders):
             words, strengths = words_of(encoders.model, encoders.text_encoder().llm_dir, opened)
         cells = [f'<span style="--letters: {max(4, len(word))}; opacity: {share:.2f}">{escape(word)}</span>'
                  for word, share in zip(words.flat, strengths.flat)]
-        return (f'<div class="patches" style="--side: {len(words)}">{image_html(thumbnail(location, 720))}'
+        return (f'<div class="patches" style="--side: {len(words)}">{image_html(location, 720)}'
                 f"{''.join(cells)}</div>{file_name(location)}"
-                "<small>The LLM's nearest word for each patch; fainter means a lower cosine</small>")
+                "<small>The LLM's nearest word for each patch; fainter means a lower cosine. The words come "
+                "with training: after a short one, most of them make no sense.</small>")
     return by_text, by_image, by_click
 
 
-def image_html(image):
-    """Return an <img> element that contains a PIL image (RGB)."""
+def image_html(location, side):
+    """Return an <img> element that contains a thumbnail; its alternative text is the file's name."""
     out = io.BytesIO()
-    image.save(out, format="jpeg", quality=82)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}" alt="">'
+    thumbnail(location, side).save(out, format="jpeg", quality=82)
+    data = base64.b64encode(out.getvalue()).decode()
+    name = escape(printable(os.path.basename(location.path)))
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{name}">'
 
 
 def file_name(location):
