@@ -11,12 +11,14 @@ captions and the recorded settings (up to rounding, if other kernels run the LLM
 among processes (torchrun) and machines (--part). After a crash or kill -9, the same command computes the
 missing shards and ends with the same bytes.
 """
+import fcntl
 import hashlib
 import math
 import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial, reduce
 from itertools import chain, pairwise
 from operator import getitem
@@ -55,7 +57,7 @@ def embed(args):
         check_encoder(encoder(), [row.long for row in read_table(path, max_rows=1000)])
         return {"images": args.images and os.path.abspath(args.images), "comparable": made.comparable}
 
-    with common.output_folder(out):
+    with common.output_folder(out), locked_store(out, args.overwrite) if rank() == 0 else nullcontext():
         if rank() == 0:
             begin_store(out, store_settings(args), make_table, args.overwrite)
             if not args.no_images and unpack_parquet(args.captions, out / UNPACKED):
@@ -220,6 +222,25 @@ FIXED = ("llm: fingerprint", "llm: layer", "llm: mask", "llm: prompts", "caption
          "dtype", "device", "max_tokens", "shard_size")
 STORE_FIX = "choose another --out, or use --overwrite"
 SHARD_PATTERN = "[0-9][0-9][0-9][0-9][0-9][0-9].npy"
+
+
+@contextmanager
+def locked_store(out, overwrite):
+    """Lock a store's folder. Several runs may write shards at the same time, but not during --overwrite.
+    Raises InputError if another run on this machine prevents that.
+    """
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, (fcntl.LOCK_EX if overwrite else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another embed.py is writing to this store, and one of the two has "
+                             "--overwrite; wait for the other one, or stop it") from None
+        except OSError:
+            pass  # this file system has no locks
+        yield
+    finally:
+        os.close(folder)
 
 
 def shard_file(out, i):

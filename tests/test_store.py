@@ -242,6 +242,16 @@ def test_run_stops_if_another_run_has_begun_another_store(run, monkeypatch, name
     assert not list(Path("store").glob("*.npy"))
 
 
+def test_overwrite_needs_the_store_alone(run):
+    run("--out", "store")
+    with embed.locked_store("store", overwrite=False):
+        assert "finished" in run("--out", "store")
+        assert "another embed.py" in run("--out", "store", "--overwrite", code=2)
+    with embed.locked_store("store", overwrite=True):
+        assert "another embed.py" in run("--out", "store", code=2)
+    assert "finished" in run("--out", "store", "--overwrite")
+
+
 def test_captions_and_llm_may_be_moved_but_not_changed(run, byte_llm, monkeypatch):
     run("--out", "store")
     shutil.copytree(byte_llm, "llm")
