@@ -2,7 +2,6 @@
 
     python tests/bench_embed.py                   # about 15 minutes on 2 CPU cores
     python tests/bench_embed.py --nemo            # random weights with Mistral-Nemo's sizes, for a GPU
-    python tests/bench_embed.py --count           # computed time of an H100 on Mistral-Nemo
 
 It needs the demo's LLM, and its store for the cosines. transformers runs the same layers. "of product" is the
 speed of the LLM's matrix products relative to that of a large one; padding does not count. "whitened" is the
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -218,68 +216,6 @@ def profile_encoder(encoder, captions):
     return shares | {"rest": 1 - sum(shares.values())}
 
 
-# ---------------------------------------------------------------- an estimate for an H100
-
-PEAK = 989e12           # FLOP/s of an H100 SXM in bfloat16 without sparsity, from its data sheet
-PRODUCTS = 650e12       # FLOP/s that cuBLAS reaches at these sizes
-ATTENTION = 150e12      # FLOP/s of our kernel; its reads of K and V from shared memory allow 380e12
-BYTES = 0.85 * 3.35e12  # bytes/s of memory, 85% of the data sheet's
-
-
-def attention_flops(layout, T, config):
-    """Return what the CUDA kernel executes in one layer: whole tiles of 64 rows times blocks of 64 keys."""
-    rest = layout.plan[3 * T:]  # the tiles, and a last one that marks their end; then the key ranges
-    tiles = int(np.argmax(rest[::3] == T)) + 1
-    first_range = rest[1:3 * tiles:3]
-    start, stop, offset = rest[3 * tiles:].reshape(-1, 3).T
-    last = first_range[1:] - 1
-    keys = offset[last] + stop[last] - start[last]
-    return int(np.ceil(keys / 64).sum()) * 64 * 64 * 4 * config["head_dim"] * config["num_key_value_heads"]
-
-
-def packed_row(llm, max_tokens=16384):
-    """Return (forest of as many captions of 100 words as fit, their number, ms to tokenize, ms to build)."""
-    captions = make_captions(256, 100)
-    tokenizer = flame.load_tokenizer(llm)
-    start = time.perf_counter()
-    prefixes, suffixes = flame.tokenize(tokenizer, captions, "long")
-    tokenizing = (time.perf_counter() - start) / len(captions)
-    n = bisect_right(range(1, len(captions) + 1), max_tokens, key=lambda n: len(
-        flame.caption_forest(prefixes[:n], suffixes[:n]).tokens))
-    start = time.perf_counter()
-    forest = flame.caption_forest(prefixes[:n], suffixes[:n])
-    return forest, n, 1e3 * n * tokenizing, 1e3 * (time.perf_counter() - start)
-
-
-def estimate(llm, layers=39):
-    """Print the computed time of a packed row on an H100, and the measured time of its preparation."""
-    config = nemo_config(layers)
-    forest, n, tokenizing, building = packed_row(llm)
-    T = len(forest.tokens)
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    start = time.perf_counter()
-    layout = flame.flame_ext.layout(forest.lengths, forest.parents, 64 * kv_heads // heads)
-    laying_out = 1e3 * (time.perf_counter() - start)
-    executed = layers * attention_flops(layout, T, config)
-    pairs = int((flame.token_depths(forest.lengths, forest.parents) + 1).sum())  # (query, visible key)
-    useful = layers * 4 * heads * config["head_dim"] * pairs
-    products = flops_per_token(config, layers, pruned=True) * T
-    # Bytes per token: two norms read and write x and read an update, RoPE rotates queries and keys, SwiGLU.
-    row = 2 * (4 + 4 + 2 + 2) * config["hidden_size"] + 3 * 2 * config["intermediate_size"]
-    moved = layers * T * (row + 2 * 2 * (heads + kv_heads) * config["head_dim"])
-    parts = {"matrix products": (products, products / PRODUCTS),
-             f"attention, {executed / useful:.1f} x executed": (useful, executed / ATTENTION),
-             f"element-wise, {moved / 1e9:.1f} GB": (0, moved / BYTES)}
-    seconds = sum(spent for _, spent in parts.values())
-    print(f"Mistral-Nemo, {layers} layers, a packed row of {T} tokens ({n} captions, 7 facets). Estimate for "
-          f"an H100: products {PRODUCTS / 1e12:.0f} TFLOP/s, attention {ATTENTION / 1e12:.0f}, memory "
-          f"{BYTES / 1e12:.2f} TB/s")
-    for label, (flops, spent) in (parts | {"total": (products + useful, seconds)}).items():
-        print(f" {label:32}{flops / 1e12:9.2f} TFLOP{1e3 * spent:9.1f} ms{flops / spent / PEAK:7.1%} of peak")
-    print(f"CPU time to prepare a row, ms on one core of this machine: tokenizing {tokenizing:.0f}, forest "
-          f"{building:.0f}, layout {laying_out:.0f} (the first two in a thread)")
-
-
 # ---------------------------------------------------------------- tables
 
 def measure_one(args, method, dtype, words, captions, states):
@@ -371,13 +307,10 @@ def main():
     add("--dtypes", default="bfloat16,float32", help="default: bfloat16,float32")
     add("--seconds", type=float, default=8, help="minimum duration of a measurement (default: 8)")
     add("--nemo", action="store_true", help="use random weights with Mistral-Nemo's sizes")
-    add("--count", action="store_true", help="print the computed time of an H100 on Mistral-Nemo instead")
     add("--captions", type=int, default=0, help=argparse.SUPPRESS)
     add("--one", help=argparse.SUPPRESS)
     add("--states", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.count:
-        return estimate(args.llm)
     if args.one:
         args.words = int(args.words)
         return measure(args)
