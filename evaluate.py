@@ -219,7 +219,13 @@ def compare(*paths):
     results = []
     for path in paths:
         with flame.reading(path.with_suffix(".npz"), "evaluate it again") as file:
-            results.append(dict(np.load(file)))
+            result = dict(np.load(file))
+            for name, samples in result.items():
+                if name == "queries":
+                    result[name] = str(samples)
+                elif "hits of" not in name and samples.astype(float).shape[0] != 1 + RESAMPLES:
+                    raise ValueError(f"{name} has the shape {samples.shape}")
+            results.append(result)
     first, second = results
     if first.pop("queries") != second.pop("queries"):
         raise InputError("{} and {}: their queries differ; evaluate both on the same data".format(*paths))

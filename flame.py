@@ -1101,9 +1101,13 @@ def load(checkpoint: str | Path) -> Flame:
     config_file = checkpoint / "config.json"
     saved = read_json(config_file, fix)
     with reading(checkpoint / "model.safetensors", fix) as file:
-        with torch.device("meta"):  # don't allocate: the sizes in config.json may be wrong
+        tensors = load_file(file)
+        # The sizes in config.json may be wrong, so allocate nothing, and not any number of layers.
+        if not saved["model"]["layers"] <= len(tensors):
+            raise ValueError(f"config.json has {saved['model']['layers']} layers")
+        with torch.device("meta"):
             model = Flame({"columns": FACET_COLUMNS} | saved["model"] | {"llm": saved["llm"]})
-        model.load_state_dict(load_file(file), assign=True)
+        model.load_state_dict(tensors, assign=True)
         check_prompts(saved["llm"]["prompts"], config_file)
         columns = model.config["columns"]
         layer, mask, path = (saved["llm"].get(name) for name in ("layer", "mask", "path"))

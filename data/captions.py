@@ -5,6 +5,7 @@ reads TSV, CSV, tars and text files row by row. DuckDB reads JSON and Parquet, j
 core. Without keys, the key is the row number in nine digits, as img2dataset names its samples. A bad row is
 skipped, counted and reported. A corrupt JSON list or Parquet file is refused as a whole.
 """
+import codecs
 import csv
 import glob
 import gzip
@@ -275,7 +276,7 @@ def load(database, scratch, source, skipped, chosen, field=""):
                 spool.writelines(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
         relation, column_query = DUCKDB_FORMATS[kind]
         for file in files if kind == ".json" else ():
-            check_json_end(file)
+            check_json_list(file)
         paths = {"files": [glob.escape(os.path.abspath(file)) for file in files]}
         columns = dict(database.execute(column_query.format(relation), paths).fetchall())
         if columns.keys() >= {"images", "annotations"}:  # COCO; each annotation is a row
@@ -315,10 +316,15 @@ def load(database, scratch, source, skipped, chosen, field=""):
         return columns
 
 
-def check_json_end(path):
-    """Raise InputError if a JSON list is cut off, which DuckDB does not notice after a comma."""
-    with reading(path, "get the whole file"), open(path, "rb") as file:
-        if file.read(1 << 10).lstrip()[:1] == b"[":
+def check_json_list(path):
+    """Raise InputError if a JSON list is cut off (after a comma, DuckDB does not notice it) or begins with a
+    byte order mark (DuckDB would take the whole list for a broken row).
+    """
+    with reading(path, "get the whole file, in UTF-8 without a byte order mark"), open(path, "rb") as file:
+        start = file.read(1 << 10)
+        if start.startswith(codecs.BOM_UTF8):
+            raise ValueError("begins with a byte order mark")
+        if start.lstrip()[:1] == b"[":
             file.seek(-min(1 << 10, os.path.getsize(path)), os.SEEK_END)
             if not file.read().rstrip().endswith(b"]"):
                 raise ValueError("the list does not end with ]")

@@ -45,18 +45,24 @@ def init_distributed(name):
 
     Raises InputError if several processes were started that do not know of each other.
     """
-    numbers = [os.environ.get(variable, "0") for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1 or "WORLD_SIZE" in os.environ
-    valid = all(map(str.isdecimal, numbers)) and rank() < world_size()
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    numbers = [os.environ.get(name, "0") for name in names]
+    group_fix = ("these processes are not a group; start them with torchrun, or with "
+                 "srun --ntasks-per-node 1 torchrun")
+    several = os.environ.get("SLURM_NTASKS", "1") != "1" or "WORLD_SIZE" in os.environ
+    valid = (all(map(str.isdecimal, numbers)) and rank() < world_size()
+             and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 0)
     if several and "RANK" not in os.environ or not valid:
-        raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(numbers)}: these processes are not a "
-                         "group; start them with torchrun, or with srun --ntasks-per-node 1 torchrun")
+        raise InputError(f"{', '.join(names)} are {', '.join(numbers)}: {group_fix}")
     if world_size() == 1:
         return get_device(name)
-    device = get_device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name)
+    device = get_device(f"cuda:{numbers[2]}" if name == "cuda" else name)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # A long timeout: rank 0 may join captions and unpack images for hours while the others wait.
-    dist.init_process_group(backend, timeout=timedelta(days=7))
+    try:
+        # A long timeout: rank 0 may join captions and unpack images for hours while the others wait.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    except ValueError as error:  # MASTER_ADDR or MASTER_PORT
+        raise InputError(f"{describe_error(error)}: {group_fix}") from None
     atexit.register(dist.destroy_process_group)  # without it, its threads sometimes crash at exit
     return device
 
@@ -170,6 +176,8 @@ def run_stage(script, body, resume):
     It is what body() returns, or 0 if that is None; after one line on stderr, 2 (bad input, full disk, lack
     of memory) or 130 (Ctrl-C); 141 if stdout was closed. resume: how to continue after Ctrl-C.
     """
+    sys.stdout, sys.stderr = (  # None if the shell closed it
+        stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may not be valid UTF-8
     warnings.formatwarning = lambda message, *place: f"{script}: {message}\n"  # one line

@@ -41,10 +41,11 @@ class Encoders(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------
 # The cache
 
-def cached(encoders, key, compute):
+def cached(encoders, key, shape, compute):
     """Return the array that compute() returned for the same key; compute it if it is missing or corrupt.
 
-    The file name is a hash of the key and of the code.
+    The file name is a hash of the key and of the code. The shape is [M, D] for images and [N, K, D] for
+    texts, which are never zero.
     """
     if not encoders.cache:
         return compute()
@@ -53,7 +54,9 @@ def cached(encoders, key, compute):
         digest.update(Path(code).read_bytes())
     path = encoders.cache / f"{digest.hexdigest()[:32]}.npy"
     with suppress(Exception):  # numpy can raise any exception on a corrupt file
-        return np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
+        if array.shape == shape and np.isfinite(array).all() and (len(shape) == 2 or array.any(-1).all()):
+            return array
     array = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     common.write_array(path, array)
@@ -83,7 +86,8 @@ def encode_images(encoders, locations):
     Uses bfloat16 if it is fast. Raises InputError if no image can be read.
     """
     key = [encoders.image_key, [image_stamp(location) for location in locations]]
-    embeddings = cached(encoders, key, lambda: compute_images(encoders, locations))
+    shape = len(locations), encoders.model.config["text_dim"]
+    embeddings = cached(encoders, key, shape, lambda: compute_images(encoders, locations))
     bad = ~embeddings.any(1)
     if bad.any():  # try once more, in case the disk failed temporarily
         embeddings = np.array(embeddings)
@@ -148,7 +152,8 @@ def encode_facets(encoders, texts, prompts):
     for start in range(0, len(unique), TEXTS_PER_FILE):
         part = unique[start:start + TEXTS_PER_FILE]
         key = [encoders.text_key, PROMPTS[prompts], part]
-        states = cached(encoders, key, lambda: compute_texts(encoders, part, prompts))
+        shape = len(part), len(PROMPTS[prompts].facets), encoders.model.config["text_dim"]
+        states = cached(encoders, key, shape, lambda: compute_texts(encoders, part, prompts))
         facets = encoders.model.encode_text(torch.from_numpy(states.astype(np.float32)), prompts)
         embeddings |= zip(part, facets.float().cpu().numpy()[:, trained])
     return np.array([embeddings[text] for text in texts])

@@ -97,7 +97,12 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     if os.path.exists(index):
         with reading(index, "delete it") as path, np.load(path) as saved:
             if str(saved["stamp"]) == stamp:
-                return saved["rows"], files, saved["spans"]
+                rows, spans = (saved[name].astype(np.int64, casting="same_kind")
+                               for name in ("rows", "spans"))
+                spans = spans.reshape(len(rows), 3)
+                if not 0 <= rows.min() <= rows.max() < len(keys) or spans[:, 0].max() >= len(files):
+                    raise ValueError("not the images of these captions")
+                return rows, files, spans
     if folder or len(spans) < len(keys):  # e.g. if a sample's files are not neighbors in the tar
         paths = ["".join(split_member_name(image)) for image in images]
         spans, _ = search(paths, files) if any(paths) else ((), None)

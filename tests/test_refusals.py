@@ -12,6 +12,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ RESUME_TRAINING = TRAIN.replace("--name new", "--name half")
 EVALUATE = "evaluate.py --checkpoint out/done --llm llm --out scores --device cpu"
 SCORE = f"{EVALUATE} --bench urban1k --data-root urban"
 SEARCH = f"{EVALUATE} --search kite --images images"
+COMPARE = "evaluate.py --compare first.json second.json"
 INSPECT = "embed.py --inspect store --llm llm --device cpu"
 
 
@@ -112,6 +114,9 @@ def world(byte_llm, tmp_path_factory):
         run_command(RESUME_TRAINING)
         patch.undo()
         assert json.loads(Path("out/half/config.json").read_text())["step"] == 1
+        assert run_command(SCORE)[0] == 0
+        for name in ("first.npz", "second.npz"):
+            shutil.copy("scores/urban1k.npz", name)
         return folder, contents()
 
 
@@ -217,6 +222,12 @@ def corrupt(content, rng, suffix):
         array = np.load(io.BytesIO(content))
         arrays = array[:1], array.astype(np.float64), np.full_like(array, np.nan), array.T
         variants += [*map(npy_bytes, arrays), npy_bytes(np.array([MaliciousPickle()], object))]
+    if suffix == ".npz":
+        arrays = dict(np.load(io.BytesIO(content)))
+        name = rng.choice(list(arrays))
+        value = rng.choice([[], "x", [["x"]], 1j, [1, 2], arrays[name].T, np.repeat(arrays[name], 2)])
+        np.savez(file := io.BytesIO(), **arrays | {name: value})
+        variants += 12 * [file.getvalue()]
     if suffix == ".json" and rng.random() < 0.7:
         return change_json_entry(content, rng)
     return rng.choice(variants)
@@ -241,6 +252,7 @@ READERS = {  # file: the commands that read it
     "urban/caption/1.txt": (SCORE,),
     "urban/image/1.png": (SCORE,),
     "images/03.png": (TRAIN, SEARCH),
+    "second.npz": (COMPARE,),
 }
 
 
@@ -292,6 +304,20 @@ def test_training_state_of_another_run_is_refused(folder):
         change()
         torch.save(saved, "out/half/training.pt")
         assert_refused(RESUME_TRAINING, "out/half/training.pt")
+
+
+def test_checkpoint_of_many_layers_is_refused(folder):
+    config = json.loads(Path("out/done/config.json").read_text())
+    config["model"]["layers"] = 10**7
+    Path("out/done/config.json").write_text(json.dumps(config))
+    assert_refused(SCORE, "10000000 layers")
+
+
+def test_closed_stdout_is_no_error(folder):
+    script = Path(__file__).parent.parent / "embed.py"
+    command = f"exec {sys.executable} {script} --captions nowhere.tsv --llm llm >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("embed.py: nowhere.tsv: no such file")
 
 
 def test_store_without_caption_hash_is_refused(folder):

@@ -276,9 +276,12 @@ def test_corrupt_cache_file_is_computed_again(score, encoded, tmp_path):
     tree_urban1k(tmp_path / "data/urban1k")
     first = score("urban1k")[1]
     encoded()
-    for content in (b"not an array, and longer than its header" * 9, None):
+    for damage in (lambda path: path.write_bytes(b"not an array, and longer than its header" * 9),
+                   lambda path: path.write_bytes(path.read_bytes()[:-1]),
+                   lambda path: np.save(path, np.load(path)[:-1]),
+                   lambda path: np.save(path, np.load(path) * np.nan)):
         for path in (tmp_path / "results/cache").iterdir():
-            path.write_bytes(content or path.read_bytes()[:-1])
+            damage(path)
         assert score("urban1k") == (0, first) and encoded() == (5, 5)
 
 

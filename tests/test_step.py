@@ -815,11 +815,13 @@ def test_concurrent_run_in_same_folder_is_refused(run, copied, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("environment", [
-    "SLURM_NTASKS=8", "WORLD_SIZE=2", "RANK=x WORLD_SIZE=2", "RANK=-1", "RANK=1", "WORLD_SIZE=x"])
+    "SLURM_NTASKS=8", "WORLD_SIZE=2", "RANK=x WORLD_SIZE=2", "RANK=-1", "RANK=1", "WORLD_SIZE=x",
+    "SLURM_NTASKS=x", "LOCAL_WORLD_SIZE=0", "RANK=0 WORLD_SIZE=2",
+    "RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x"])
 def test_processes_without_group_are_refused(run, copied, tmp_path, monkeypatch, capfd, environment):
     for setting in environment.split():
         monkeypatch.setenv(*setting.split("="))
-    assert_error(fit(run, copied[0], "--steps 2"), "RANK, WORLD_SIZE", "torchrun")
+    assert_error(fit(run, copied[0], "--steps 2"), "these processes are not a group", "torchrun")
     assert embed.main(["--captions", "c.tsv"]) == 2 and "torchrun" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 

