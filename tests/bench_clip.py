@@ -12,13 +12,13 @@ Run `python data/demo.py` first, and again with --llm gemma3. They make the corp
                      plain caption, or the mean over its tokens
     paper            the paper's text side with SmolLM2: no text projection, sigmoid loss, initial scale 10
     clip             open_clip's text transformer (77 tokens, width 192, 4 layers, 3 heads), trained from
-                     scratch with the ViT and InfoNCE, on one caption per image and step (--shares)
-    clip-seconds     the same with as many steps as fit into the training seconds of `smollm2`
+                     scratch with the ViT and InfoNCE, on one caption per image and step
 
 Times are CPU seconds of training, without the embedding of the captions. An interrupted command resumes.
 """
 import argparse
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -38,21 +38,26 @@ import train  # noqa: E402
 from data import benchmarks, common  # noqa: E402
 from data.captions import read_table  # noqa: E402
 from data.encoders import Encoders  # noqa: E402
-from data.images import Batches, find_images  # noqa: E402
+from data.images import Batches, find_images, ImageLocation  # noqa: E402
 from embed import scan_table, shard_file  # noqa: E402
 
 PROMPT_SETS = ("raw", "short", "long")
 # Peak learning rates, chosen on the validation split (tests/RESULTS.md).
-LR = {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 2e-3, "paper": 4e-3, "clip": 2e-3,
-      "clip-seconds": 5e-4}
-RUNS = list(LR)
+LR = {"demo": {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 2e-3, "paper": 4e-3,
+               "clip": 2e-3},
+      "clipart": {"smollm2": 1e-3, "gemma3": 1e-3, "last": 1e-3, "mean": 2e-3, "paper": 4e-3, "minilm": 2e-3,
+                  "clip": 1e-3}}
+RUNS = ["smollm2", "gemma3", "last", "mean", "paper", "minilm", "clip"]
+PAIRS = {"demo": 2500, "clipart": 2225}
+PLAIN = ("last", "mean", "minilm")  # one text embedding per caption, without facet prompts
 FLAGS = {
     "paper": ["--text-projection", "none", "--loss", "sigmoid", "--init-scale", "10", "--no-raw-always"],
-    "last": ["--columns", "raw.0,short.0,long.0", "--positives", "3"],
-    "mean": ["--columns", "raw.0,short.0,long.0", "--positives", "3"],
+    **dict.fromkeys(PLAIN, ["--columns", "raw.0,short.0,long.0", "--positives", "3"]),
 }
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+CLIP_SHARES = (1 / 11, 3 / 11, 7 / 11)  # of raw, short and long captions, as FLAME's facets
 CLIP = {"weight_decay": 0.2, "beta2": 0.98}  # from the CLIP paper; the rest is the demo preset
-ROWS = {  # table row: (part of evaluate.py's result, metric)
+ROWS = {"demo": {  # table row: (part of evaluate.py's result, metric)
     "long captions R@1": ("long", "R@1"),
     "long captions R@10": ("long", "R@10"),
     "short captions R@1": ("short", "R@1"),
@@ -64,6 +69,15 @@ ROWS = {  # table row: (part of evaluate.py's result, metric)
     "objects by synonym top-1": ("synonyms", "top1"),
     "objects by synonym top-5": ("synonyms", "top5"),
     "objects in 13 languages top-1": ("multilingual", "top1"),
+}, "clipart": {
+    **{f"clip art, {kind} R@{k}": (kind, f"R@{k}") for k in (10, 1) for kind in PROMPT_SETS},
+    "stamps in English R@10": ("stamps", "R@10"),
+    "stamps in 29 languages R@10": ("languages", "R@10"),
+}}
+FIGURE_ROWS = {
+    "demo": ("long captions R@1", "captions in new words R@10", "objects by synonym top-1",
+             "objects in 13 languages top-1"),
+    "clipart": ("clip art, long R@10", "stamps in English R@10", "stamps in 29 languages R@10"),
 }
 
 
@@ -74,9 +88,16 @@ def cpu_seconds():
     return sum(os.times()[:4])
 
 
-def result_file(args, run, seed, lr=None):
-    lr = lr or args.lr or LR[run]
-    return args.out / f"{run}-{args.pairs}-{args.steps}-{lr:g}-{seed}.json"
+def result_file(args, run, seed, steps=None):
+    lr = args.lr or LR[args.corpus][run]
+    return args.out / f"{run}-{args.pairs}-{steps or args.steps}-{lr:g}-{seed}.json"
+
+
+def seconds_file(args, run):
+    """Return the file with the CPU seconds of the embedding that a run trains on, for --corpus clipart."""
+    if run in PLAIN:
+        return args.out / f"stores/{run}/seconds.json"
+    return args.out / ("embed-gemma3.json" if run == "gemma3" else "embed.json")
 
 
 def llm_folder(args, run):
@@ -89,14 +110,15 @@ def train_flame(args, run, seed):
     store = training_store(args, run)
     start = cpu_seconds()
     command = [sys.executable, ROOT / "train.py", "--embeddings", store.path, "--preset", "demo", "--steps",
-               args.steps, "--seed", seed, "--lr", args.lr or LR[run], "--name", name, *FLAGS.get(run, [])]
+               args.steps, "--seed", seed, "--lr", args.lr or LR[args.corpus][run], "--name", name,
+               *FLAGS.get(run, []), *args.flags.split()]
     subprocess.run(list(map(str, command)), cwd=args.out, check=True)
     seconds = cpu_seconds() - start
     model = flame.load(args.out / "out" / name)
 
     def text_encoder():
-        if run in ("last", "mean"):
-            return PlainTexts(llm_folder(args, run), run)
+        if run in PLAIN:
+            return plain_texts(args, run)
         return flame.TextEncoder(llm_folder(args, run), dtype=common.default_dtype("cpu"))
     return seconds, args.steps, score(args, model, text_encoder, "smollm2" if run == "paper" else run)
 
@@ -107,18 +129,47 @@ def score(args, model, text_encoder, text_key):
     encoders = Encoders(model, functools.cache(text_encoder), "cpu", cache, os.urandom(8).hex(), text_key)
     parts = {}
     for split in ("val", "test"):
-        data = benchmarks.read("demo", args.root / "data/demo", split)
-        scores, _ = evaluate.score_demo(encoders, *PROMPT_SETS, *data)
-        parts[split] = evaluate.with_intervals(scores, {})["parts"]
+        if args.corpus == "demo":
+            data = benchmarks.read("demo", args.root / "data/demo", split)
+            scores = evaluate.score_demo(encoders, *PROMPT_SETS, *data)[0]["parts"]
+        else:
+            scores = score_clipart(encoders, args.root / "data/clipart", split)
+        parts[split] = evaluate.with_intervals(scores, {})
     return parts
+
+
+def score_clipart(encoders, folder, split):
+    """Score the files that data/corpus/clipart.py made. Each kind of caption uses the prompt set of its name,
+    stamps use raw.
+    """
+    def score_files(prompts, gallery, files):
+        numbers = {row["image"]: n for n, row in enumerate(benchmarks.read_tsv(gallery))}
+        locations = [ImageLocation(str(folder / image)) for image in numbers]
+        texts = {}
+        for path in files:
+            rows = benchmarks.read_tsv(path)
+            texts[path.stem] = [row[prompts] for row in rows], [numbers[row["image"]] for row in rows]
+        return evaluate.score_captions(encoders, prompts, locations, texts)[0]
+
+    clipart, english = folder / f"{split}.tsv", folder / f"{split}-en.tsv"
+    translations = sorted({*folder.glob(f"{split}-*.tsv")} - {english})
+    return {**{prompts: score_files(prompts, clipart, [clipart]) for prompts in PROMPT_SETS},
+            "stamps": score_files("raw", english, [english]),
+            "languages": score_files("raw", english, translations)}
 
 
 # Stores: the demo's, its first pairs, and one of plain captions
 
 def training_store(args, run):
     """Return the flame.Store to train on."""
-    folder = args.root / "data/embeddings" / ("demo-gemma3" if run == "gemma3" else "demo")
-    if run in ("last", "mean"):
+    base = "gemma3" if run == "gemma3" else "smollm2"
+    folder = args.root / "data/embeddings" / (args.corpus + "-gemma3" * (run == "gemma3"))
+    if args.corpus == "clipart" and not seconds_file(args, base).exists():
+        start = cpu_seconds()
+        subprocess.run([sys.executable, ROOT / "embed.py", "--captions", "data/clipart/train.tsv", "--llm",
+                        llm_folder(args, run), "--out", folder], cwd=args.root, check=True)
+        common.write_json(seconds_file(args, base), cpu_seconds() - start)
+    if run in PLAIN:
         vectors = functools.partial(plain_vectors, args, run)
         folder = derive_store(args.out / f"stores/{run}", folder, vectors)
     store = flame.open_store(folder)
@@ -140,13 +191,16 @@ def derive_store(path, folder, vectors, pairs=None):
     store = flame.open_store(folder)
     pairs = pairs or len(store)
     if not (path / "meta.json").exists():
+        start = cpu_seconds()
         path.mkdir(parents=True, exist_ok=True)
         lines = (folder / "captions.tsv").read_text("utf-8").split("\n")
         common.write_text(path / "captions.tsv", "\n".join(lines[:pairs + 1]) + "\n")
         for i, first in enumerate(tqdm(range(0, pairs, store.shard_size), desc=path.name)):
             rows = np.arange(first, min(pairs, first + store.shard_size))
-            common.write_array(shard_file(path, i), vectors(store, rows))
-        meta = store.meta | scan_table(path / "captions.tsv", store.shard_size)
+            array = vectors(store, rows)
+            common.write_array(shard_file(path, i), array)
+        meta = store.meta | scan_table(path / "captions.tsv", store.shard_size) | {"D": array.shape[-1]}
+        common.write_json(path / "seconds.json", cpu_seconds() - start)
         common.write_json(path / "meta.json", meta)
     return path
 
@@ -154,8 +208,8 @@ def derive_store(path, folder, vectors, pairs=None):
 def plain_vectors(args, run, store, rows):
     """Return the store's embeddings with each caption's plain state in its prompt set's first column."""
     captions = list(read_table(store.path / "captions.tsv"))[rows[0]:rows[-1] + 1]
-    texts = PlainTexts(llm_folder(args, run), run)
-    array = np.zeros((len(rows), len(flame.FACET_COLUMNS), store.D), np.float16)
+    texts = plain_texts(args, run)
+    array = np.zeros((len(rows), len(flame.FACET_COLUMNS), texts.D), np.float16)
     for name in PROMPT_SETS:
         column = flame.FACET_COLUMNS.index(f"{name}.0")
         for indices, states in texts.encode_batches([getattr(row, name) for row in captions], name):
@@ -163,11 +217,16 @@ def plain_vectors(args, run, store, rows):
     return array
 
 
+def plain_texts(args, run):
+    return MiniLM(args.minilm) if run == "minilm" else PlainTexts(llm_folder(args, run), run)
+
+
 class PlainTexts:
     """A frozen LLM without facet prompts: its state at the last token of a caption, or the mean state."""
 
     def __init__(self, llm, pooling):
         self.encoder = flame.TextEncoder(llm, dtype=common.default_dtype("cpu"))
+        self.D = flame.llm_config(llm)["hidden_size"]
         self.pooling = pooling  # "last" or "mean"
 
     def encode_batches(self, texts, prompts):
@@ -178,6 +237,29 @@ class PlainTexts:
             forest = flame.build_forest([ids[i][:n] for i, prefixes in zip(rows, lengths) for n in prefixes])
             states = flame.hidden_states(self.encoder.decoder, forest).split(list(map(len, lengths)))
             vectors = torch.stack([of_text.mean(0) for of_text in states])
+            yield rows.tolist(), vectors[:, None].expand(-1, facets, -1)
+
+
+class MiniLM:
+    """The sentence embedder all-MiniLM-L6-v2: the mean over the tokens' states, at most 256 tokens."""
+    D = 384
+
+    def __init__(self, folder):
+        from transformers import AutoModel, AutoTokenizer
+        weights = Path(folder, "model.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == MINILM_SHA256, f"{folder}: not the published weights"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).eval()
+
+    @torch.inference_mode()
+    def encode_batches(self, texts, prompts):
+        facets = len(flame.PROMPTS[prompts].facets)
+        for rows in np.array_split(np.argsort([len(text) for text in texts]), -(-len(texts) // 32)):
+            batch = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=256,
+                                   return_tensors="pt")
+            mask = batch["attention_mask"][..., None]
+            states = self.model(**batch).last_hidden_state
+            vectors = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
             yield rows.tolist(), vectors[:, None].expand(-1, facets, -1)
 
 
@@ -227,19 +309,11 @@ class ClipTexts:
         yield range(len(texts)), self.encode(self.tokenizer(texts))[:, None].expand(-1, facets, -1)
 
 
-def clip_steps(args, run, seed):
-    """Return --steps, or for clip-seconds as many as fit into the seconds of `smollm2`."""
-    if run == "clip":
-        return args.steps
-    flame_run, clip_run = (json.loads(result_file(args, other, seed, LR[other]).read_text())
-                           for other in ("smollm2", "clip"))
-    return int(flame_run["seconds"] / clip_run["seconds"] * clip_run["steps"])
-
-
 def train_clip(args, run, seed):
     """Train on the same batches of images with CLIP's text tower. Return the same as train_flame()."""
     s = {name: values[0] for name, values in train.SETTINGS.items()} | CLIP
-    s |= {"seed": seed, "steps": clip_steps(args, run, seed), "positives": 1, "lr": args.lr or LR[run]}
+    s |= {"seed": seed, "steps": args.steps, "positives": 1,
+          "lr": args.lr or LR[args.corpus][run]}
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
     store = training_store(args, run)
     s["batch"] = min(s["batch"], len(store))
@@ -269,8 +343,7 @@ def train_clip(args, run, seed):
     for step, ((pixels, _, _, _, kept), _) in enumerate(tqdm(loader, desc=run, unit=" steps")):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, s)
-        shares = np.array(args.shares) / sum(args.shares)
-        caption = np.random.default_rng([seed, 4, step]).choice(3, len(pixels), p=shares)
+        caption = np.random.default_rng([seed, 4, step]).choice(3, len(pixels), p=CLIP_SHARES)
         text = text_encoder.encode(tokens[images[0][batches.indices(step)], caption])
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             image = model(flame.normalize_pixels(pixels), kept)
@@ -288,8 +361,11 @@ def train_clip(args, run, seed):
 
 
 def run_one(args, run, seed):
-    seconds, steps, parts = (train_clip if run.startswith("clip") else train_flame)(args, run, seed)
+    seconds, steps, parts = (train_clip if run == "clip" else train_flame)(args, run, seed)
     result = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), **parts}
+    if args.corpus == "clipart":
+        embedding = 0 if run == "clip" else json.loads(seconds_file(args, run).read_text())
+        result["embedding"] = embedding * args.pairs / PAIRS["clipart"]
     common.write_text(result_file(args, run, seed), json.dumps(result))
 
 
@@ -297,7 +373,7 @@ def run_one(args, run, seed):
 
 def value_and_interval(args, result, row):
     """Return (percent, [low, high]) of a row of the table."""
-    part, metric = ROWS[row]
+    part, metric = ROWS[args.corpus][row]
     part = result[args.split][part]
     if metric.startswith("R@"):
         return part["text_to_image"][metric], part["ci95"]["text_to_image"][metric]
@@ -306,89 +382,116 @@ def value_and_interval(args, result, row):
 
 def format_cell(args, results, row):
     """Return the mean over seeds, the mean interval over captions or images, and the seeds' deviation."""
-    values = [value_and_interval(args, result, row)[0] for result in results]
+    mean, deviation = mean_and_deviation(args, results, row)
     low, high = np.mean([value_and_interval(args, result, row)[1] for result in results], axis=0)
-    deviation = f" ±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]{deviation}"
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" + f" ±{deviation:.1f}" * (len(results) > 1)
 
 
-def finished(args, run):
+def finished(args, run, steps=None):
     """Return the results of all seeds."""
-    paths = sorted(args.out.glob(result_file(args, run, "*").name))
+    paths = sorted(args.out.glob(result_file(args, run, "*", steps).name))
     return [json.loads(path.read_text()) for path in paths]
 
 
 def print_table(args):
-    by_run = {run: results for run in RUNS if (results := finished(args, run))}
+    by_run = {run: results for run in LR[args.corpus] if (results := finished(args, run))}
     print(f"{args.split} split, percent: mean over seeds [95% interval over captions or images] "
           "±standard deviation over seeds\n")
     print("| | " + " | ".join(by_run) + " |")
     print("|---|" + "---|" * len(by_run))
-    for row in ROWS:
+    for row in ROWS[args.corpus]:
         print(f"| {row} | " + " | ".join(format_cell(args, runs, row) for runs in by_run.values()) + " |")
-    for key in ("steps", "seconds"):
-        means = [f"{np.mean([result[key] for result in results]):.0f}" for results in by_run.values()]
+    for key in ("steps", "seconds", "embedding"):
+        means = [f"{np.mean([result.get(key, np.nan) for result in results]):.0f}"
+                 for results in by_run.values()]
         print(f"| {key} | " + " | ".join(means) + " |")
     print("| seeds | " + " | ".join(str(len(results)) for results in by_run.values()) + " |")
 
 
-def draw_figure(args):
-    """Plot the scores over the number of training pairs, at the same number of steps -> pairs.png"""
+def draw_figure(args, name, rows, xlabel, points_of):
+    """Plot each row of the table for the two LLMs and CLIP -> <name>.png
+
+    points_of(run, row) returns [(x, mean, standard deviation)].
+    """
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
-    rows = {"long captions R@1": "long captions R@1", "captions in new words R@10": "new words R@10",
-            "objects by synonym top-1": "by a synonym", "objects in 13 languages top-1": "13 languages"}
-    sizes = (250, 625, 1250, 2500)
     fig, axes = pyplot.subplots(1, len(rows), figsize=(11, 3), layout="constrained")
     runs = {"gemma3": ("FLAME, Gemma 3", "tab:orange"), "smollm2": ("FLAME, SmolLM2", "tab:red"),
             "clip": ("CLIP, from scratch", "tab:blue")}
-    for ax, (row, title) in zip(axes, rows.items()):
+    for ax, row in zip(axes, rows):
         for run, (label, color) in runs.items():
-            points = []
-            for args.pairs in sizes:
-                values = [value_and_interval(args, result, row)[0] for result in finished(args, run)]
-                if values:
-                    deviation = np.std(values, ddof=1) if len(values) > 1 else 0
-                    points.append((args.pairs, np.mean(values), deviation))
+            points = points_of(run, row)
             if points:
                 ax.errorbar(*zip(*points), fmt="o-", color=color, label=label, capsize=3)
-        ax.set(title=title, xlabel="pairs", xscale="log", ylim=(0, None), xticks=sizes, xticklabels=sizes)
-        ax.minorticks_off()
+        ax.set(title=row.removesuffix(" top-1"), xlabel=xlabel, ylim=(0, None))
     axes[0].set_ylabel("test split, %")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    fig.savefig(args.out / "pairs.png", dpi=120)
-    print(f"-> {args.out / 'pairs.png'}")
+    fig.savefig(args.out / f"{name}.png", dpi=120)
+    print(f"-> {args.out / name}.png")
+
+
+def mean_and_deviation(args, results, row):
+    values = [value_and_interval(args, result, row)[0] for result in results]
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
+
+
+def draw_figures(args):
+    """Draw the scores over the training pairs, at the same number of steps, and over all CPU seconds."""
+    def by_pairs(run, row):
+        points = []
+        for args.pairs in sizes:
+            results = finished(args, run)
+            points += [(args.pairs, *mean_and_deviation(args, results, row))] if results else []
+        return points
+
+    def by_seconds(run, row):
+        by_steps = {steps: finished(args, run, steps) for steps in (300, 702)}
+        cost = {steps: [result["embedding"] + result["seconds"] for result in results]
+                for steps, results in by_steps.items()}
+        start = [(results[0]["embedding"], 0, 0) for results in by_steps.values() if results][:1]
+        return start + [(np.mean(cost[steps]), *mean_and_deviation(args, results, row))
+                        for steps, results in by_steps.items() if results]
+
+    demo = args.corpus == "demo"
+    whole = args.pairs
+    if not demo:
+        draw_figure(args, "seconds", FIGURE_ROWS["clipart"], "CPU seconds, embedding included", by_seconds)
+    sizes = (250, 625, 1250, 2500) if demo else (600, 1200, 2225)
+    draw_figure(args, "pairs", FIGURE_ROWS[args.corpus], "pairs", by_pairs)
+    args.pairs = whole
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
+    add("--corpus", choices=LR, default="demo", help="default: demo; clipart: see data/corpus/clipart.py")
+    add("--minilm", type=Path, metavar="DIR", help="folder of all-MiniLM-L6-v2, for the run minilm")
+    add("--flags", default="", help="more flags for train.py, such as '--seed 1'; needs its own --out")
     add("--root", type=Path, default=ROOT, help="the --root of data/demo.py (default: the repository)")
     add("--out", type=Path, default=Path("results/bench_clip"), help="default: results/bench_clip")
     add("--steps", type=int, default=300, help="training steps (default: 300)")
-    add("--pairs", type=int, default=2500, help="train on the first PAIRS pairs (default: all 2,500)")
+    add("--pairs", type=int, help="train on the first PAIRS pairs (default: all)")
     add("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    add("--runs", nargs="+", choices=RUNS, default=RUNS, help="default: all")
+    add("--runs", nargs="+", choices=RUNS, help="default: all")
     add("--split", choices=("test", "val"), default="test", help="split in the table (default: test)")
     add("--lr", type=float, help="peak learning rate (default: the one chosen on the validation split)")
-    add("--shares", type=float, nargs=3, default=(1, 3, 7), metavar=("RAW", "SHORT", "LONG"),
-        help="ratio of CLIP's training captions (default: 1 3 7, as FLAME's facets); needs its own --out")
     add("--table", action="store_true", help="only print the table and draw the figure")
     add("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out = args.out.resolve()
+    args.pairs = args.pairs or PAIRS[args.corpus]
     args.root = args.root.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.one:
         return run_one(args, args.one[0], int(args.one[1]))
     for seed in range(args.seeds) if not args.table else ():
-        for run in args.runs:
+        for run in args.runs or LR[args.corpus]:
             if not result_file(args, run, seed).exists():
                 print(f"\n{run}, seed {seed}", flush=True)
                 subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", run, str(seed)], check=True)
     print_table(args)
-    draw_figure(args)
+    draw_figures(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Speed of the text tower, against transformers, and where its time goes. Prints tables.
+"""Speed of the text tower, against transformers. Prints tables.
 
     python tests/bench_embed.py                   # about 15 minutes on 2 CPU cores
     python tests/bench_embed.py --nemo            # random weights with Mistral-Nemo's sizes, for a GPU
@@ -15,9 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -173,47 +171,11 @@ def measure(args):
             return encoder.encode(captions[:n], "long")
     work(min(4, len(captions)))
     seconds, states = best_time(lambda: work(len(captions)), args.device, args.seconds)
-    profile = {}
-    if args.one == "extension" and torch.device(args.device).type == "cpu":
-        profile = profile_encoder(encoder, captions)
     flops = flops_per_token(config, layer, method in ("pytorch", "extension")) * tokens
     torch.save(states, args.states)
     print(json.dumps(dict(
         captions_per_s=len(captions) / seconds, tokens_per_s=tokens / seconds, tokens=tokens / len(captions),
-        peak_flops=peak_flops, of_product=flops / seconds / peak_flops, peak_gib=peak_gib(args.device),
-        profile=profile)))
-
-
-def profile_encoder(encoder, captions):
-    """Return {operation: fraction of the time of one run}."""
-    spent = Counter()
-
-    def timed(kind, function):
-        def wrapper(*args, **kwargs):
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[kind] += time.perf_counter() - start
-            return result
-        return wrapper
-
-    def attention(*args):
-        return timed("attention", layout(*args))
-
-    kernels = encoder.decoder.kernels
-    layout = timed("layout and trie", kernels.attention)
-    names = ("add_and_norm", "rope", "swiglu")
-    element_wise = {name: timed("element-wise", getattr(kernels, name)) for name in names}
-    kernels = kernels._replace(attention=attention, **element_wise)
-    encoder.decoder = encoder.decoder._replace(kernels=kernels)
-    encoder.tokenize = timed("tokenizing", encoder.tokenize)
-    linear = timed("matrix products", torch.nn.functional.linear)
-    encoder.caption_forest = timed("layout and trie", encoder.caption_forest)
-    with mock.patch.object(torch.nn.functional, "linear", linear):
-        start = time.perf_counter()
-        encoder.encode(captions, "long")
-        total = time.perf_counter() - start
-    shares = {kind: seconds / total for kind, seconds in spent.items()}
-    return shares | {"rest": 1 - sum(shares.values())}
+        peak_flops=peak_flops, of_product=flops / seconds / peak_flops, peak_gib=peak_gib(args.device))))
 
 
 # ---------------------------------------------------------------- tables
@@ -294,8 +256,7 @@ def compare_methods(args, dtype, words, captions, reference, states):
         print(f"{label:38} {r['captions_per_s']:10.2f} {a:7.2f} {b:7.2f} {r['tokens']:18.0f} "
               f"{r['tokens_per_s']:10.0f} {r['of_product']:11.0%} {r['peak_gib']:10.2f} {cosine:10.4f}",
               flush=True)
-    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in r["profile"].items())
-    print(f"large matrix product: {r['peak_flops'] / 1e9:.0f} GFLOP/s; time of (d): {shares}")
+    print(f"large matrix product: {r['peak_flops'] / 1e9:.0f} GFLOP/s")
 
 
 def main():
