@@ -214,8 +214,9 @@ def prefetch(items):
 
 # ------------------------------------------------------------------------------------------------------------
 # The files of a store (flame.Store reads them): captions.tsv is the table, meta.json records the settings,
-# 000000.npy, 000001.npy ... are the shards, float16 [rows, 11, D]. An existing shard is done. Two runs with
-# the same settings at the same time write the same bytes.
+# 000000.npy, 000001.npy ... are the shards, float16 [rows, 11, D], each with a digest at its end, which
+# --inspect checks. An existing shard is done. Two runs with the same settings at the same time write the same
+# bytes.
 
 # Settings that must not change. Captions and LLM may be moved, since their hashes are compared.
 FIXED = ("llm: fingerprint", "llm: layer", "llm: mask", "llm: prompts", "captions: sha256", "columns", "D",
@@ -314,9 +315,9 @@ def scan_table(table, shard_size):
 
 
 def write_shard(out, meta, i, array):
-    """Write shard i, float16 [rows, 11, D]."""
+    """Write shard i, float16 [rows, 11, D], and its digest after it."""
     check_settings(out, meta)  # another run may have overwritten the store since
-    common.write_array(shard_file(out, i), array)
+    common.write_array(shard_file(out, i), array, flame.shard_digest(meta["table_sha256"], i, array))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1079,6 +1079,13 @@ class Store:
         return F.normalize(vectors, dim=-1, out=vectors)
 
 
+def shard_digest(table_sha256, i, array):
+    """Return the SHA-256, 32 bytes, that embed.py writes after shard i and --inspect checks."""
+    digest = hashlib.sha256(f"{table_sha256} {i} ".encode())
+    digest.update(np.ascontiguousarray(array))
+    return digest.digest()
+
+
 open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys, .images, .meta
 
 

@@ -294,8 +294,10 @@ def atomic_save(path, save):
             raise OSError(None, describe_error(error)) from None
 
 
-def write_array(path, array):
-    """Write a .npy file. numpy.save does not notice if the disk is full at the last bytes."""
+def write_array(path, array, end=b""):
+    """Write a .npy file, then the bytes `end`, which numpy.load ignores. numpy.save does not notice if the
+    disk is full at the last bytes.
+    """
     array = np.ascontiguousarray(array)
 
     def save(temporary):
@@ -303,6 +305,7 @@ def write_array(path, array):
             header = np.lib.format.header_data_from_array_1_0(array)
             np.lib.format.write_array_header_1_0(file, header)
             file.write(array)
+            file.write(end)
 
     atomic_save(path, save)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import embed
 import flame
+from data import common
 from data.images import ImageLocation, open_image, images_in
 from data.show import look, page, search, sheet, words
 from data.compat import OpenClip
@@ -315,9 +316,14 @@ def test_inspect_finds_corrupt_shard_and_other_llm(tiny_llm, captions, capsys, m
     with pytest.raises(InputError, match="captions.tsv: not the table that the embeddings were made from"):
         look.inspect(embed_args(tiny_llm, inspect="store"))
     table.write_text("".join(lines))
-    for damage, message in ((x[::-1], "row 8 has other embeddings"), (x * 0, "not unit"), (3 * x, "not unit"),
-                            (x * np.nan, "not unit"), (x.astype(np.int16), "int16 instead of"), (x[1:], "")):
-        np.save(shard, damage)
+    digest = flame.shard_digest(json.loads(meta.read_text())["table_sha256"], 1, x[::-1])
+    changed, swapped = "not the embeddings that embed.py wrote", x[[0, 1, 3, 2, *range(4, 8)]]
+    for damage, end, message in (
+            (x[::-1], digest, "row 8 has other embeddings"), (swapped, content[-32:], changed),
+            (np.load("store/000000.npy"), Path("store/000000.npy").read_bytes()[-32:], changed),
+            (x * 0, b"", changed), (3 * x, b"", changed), (x * np.nan, b"", changed),
+            (x.astype(np.int16), b"", "int16 instead of"), (x[1:], b"", "")):
+        common.write_array(shard, damage, end)
         with pytest.raises(InputError, match=f"000001.npy: .*{message}.*delete it and run"):
             look.inspect(embed_args(tiny_llm, inspect="store"))
     shard.write_bytes(content)
