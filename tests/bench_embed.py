@@ -3,9 +3,8 @@
     python tests/bench_embed.py                   # about 15 minutes on 2 CPU cores
     python tests/bench_embed.py --nemo            # random weights with Mistral-Nemo's sizes, for a GPU
 
-It needs the demo's LLM, and its store for the cosines. transformers runs the same layers. "of product" is the
-speed of the LLM's matrix products relative to that of a large one; padding does not count. "whitened" is the
-mean cosine to float32 separate passes after whitening.
+It needs the demo's LLM. transformers runs the same layers. "of product" is the speed of the LLM's matrix
+products relative to that of a large one; padding does not count.
 """
 import argparse
 import json
@@ -48,18 +47,18 @@ def matmul_flops(device, dtype, config):
     a = torch.randn(2048, config["hidden_size"], device=device).to(dtype)
     b = torch.randn(int(1.5 * config["intermediate_size"]), config["hidden_size"], device=device).to(dtype)
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[0]
-    return flops / best_time(lambda: torch.nn.functional.linear(a, b), device, 0.5)[0]
+    return flops / best_time(lambda: torch.nn.functional.linear(a, b), device, 0.5)
 
 
 def best_time(work, device, seconds):
-    """Run work() for `seconds`, at least three times. Return (seconds of the fastest run, its result)."""
+    """Run work() for `seconds`, at least three times. Return the seconds of the fastest run."""
     times = []
     while len(times) < 3 or sum(times) < seconds:
         start = time.perf_counter()
-        result = work()
+        work()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times), result
+    return min(times)
 
 
 # ---------------------------------------------------------------- transformers
@@ -170,9 +169,8 @@ def measure(args):
         def work(n):
             return encoder.encode(captions[:n], "long")
     work(min(4, len(captions)))
-    seconds, states = best_time(lambda: work(len(captions)), args.device, args.seconds)
+    seconds = best_time(lambda: work(len(captions)), args.device, args.seconds)
     flops = flops_per_token(config, layer, method in ("pytorch", "extension")) * tokens
-    torch.save(states, args.states)
     print(json.dumps(dict(
         captions_per_s=len(captions) / seconds, tokens_per_s=tokens / seconds, tokens=tokens / len(captions),
         peak_flops=peak_flops, of_product=flops / seconds / peak_flops, peak_gib=peak_gib(args.device))))
@@ -180,30 +178,14 @@ def measure(args):
 
 # ---------------------------------------------------------------- tables
 
-def measure_one(args, method, dtype, words, captions, states):
+def measure_one(args, method, dtype, words, captions):
     """Return the result of measure() in a new process."""
     command = [sys.executable, __file__, "--one", method, "--dtypes", dtype, "--words", words, "--captions",
-               captions, "--states", states, "--llm", args.llm, "--device", args.device, "--seconds",
-               args.seconds]
+               captions, "--llm", args.llm, "--device", args.device, "--seconds", args.seconds]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"{method} {dtype} {words}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def whitened_cosine(states, reference):
-    """Return the mean cosine after whitening each column by V diag(1 / (s + 0.01 s1)), s singular values."""
-    folder = ROOT / "data/embeddings/demo"
-    store = flame.open_store(folder) if (folder / "meta.json").exists() else None
-    if store is None or store.meta["D"] != states.shape[-1]:
-        return float("nan")
-    cosines = []
-    for k in range(7):
-        unit = store.read(np.arange(store.meta["N"]), [4 + k])[:, 0]
-        pair = torch.nn.functional.normalize(torch.stack([states[:, k], reference[:len(states), k]]), dim=-1)
-        _, s, V = torch.linalg.svd((unit - unit.mean(0)) / len(unit) ** 0.5, full_matrices=False)
-        cosines.append(torch.cosine_similarity(*((pair - unit.mean(0)) @ V.T / (s + 0.01 * s[0])), dim=-1))
-    return torch.cat(cosines).mean().item()
 
 
 def nemo_config(layers):
@@ -240,22 +222,18 @@ def make_llm(folder, config):
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def compare_methods(args, dtype, words, captions, reference, states):
-    """Print a table with a line per method. reference: states of float32 separate passes, or None."""
+def compare_methods(args, dtype, words, captions):
+    """Print a table with a line per method."""
     print(f"\n{dtype}, captions of {words} words\n{'':38} captions/s   x (a)   x (b)     tokens/caption   "
-          "tokens/s  of product   peak GiB   whitened")
+          "tokens/s  of product   peak GiB")
     results = {}
     for method, label in METHODS.items():
-        r = measure_one(args, method, dtype, words, captions, states)
+        r = measure_one(args, method, dtype, words, captions)
         results[method] = r
-        cosine = float("nan")
-        if reference is not None:
-            cosine = whitened_cosine(torch.load(states, weights_only=True), reference)
         a, b = (r["captions_per_s"] / results[base]["captions_per_s"] if base in results else float("nan")
                 for base in ("separate", "dense"))
         print(f"{label:38} {r['captions_per_s']:10.2f} {a:7.2f} {b:7.2f} {r['tokens']:18.0f} "
-              f"{r['tokens_per_s']:10.0f} {r['of_product']:11.0%} {r['peak_gib']:10.2f} {cosine:10.4f}",
-              flush=True)
+              f"{r['tokens_per_s']:10.0f} {r['of_product']:11.0%} {r['peak_gib']:10.2f}", flush=True)
     print(f"large matrix product: {r['peak_flops'] / 1e9:.0f} GFLOP/s")
 
 
@@ -270,7 +248,6 @@ def main():
     add("--nemo", action="store_true", help="use random weights with Mistral-Nemo's sizes")
     add("--captions", type=int, default=0, help=argparse.SUPPRESS)
     add("--one", help=argparse.SUPPRESS)
-    add("--states", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         args.words = int(args.words)
@@ -283,16 +260,10 @@ def main():
         llm = "with Mistral-Nemo's sizes, 12 layers, random" if args.nemo else args.llm
         print(f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {args.device}, "
               f"torch {torch.__version__}, long prompts (7 facets), LLM {llm}")
-        states = Path(folder) / "states.pt"
-        dtypes = args.dtypes.split(",")
         for words in map(int, args.words.split(",")):
             captions = max(8, 2400 // max(words, 60))
-            reference = None
-            if not args.nemo:
-                measure_one(args, "separate", "float32", words, captions, states)
-                reference = torch.load(states, weights_only=True)
-            for dtype in dtypes:
-                compare_methods(args, dtype, words, captions, reference, states)
+            for dtype in args.dtypes.split(","):
+                compare_methods(args, dtype, words, captions)
 
 
 if __name__ == "__main__":

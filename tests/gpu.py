@@ -45,7 +45,6 @@ CAPTIONS = 74      # per packed row: 16,394 tokens
 SIDE = 8192        # of the square matrices that are multiplied
 IMAGES = 384       # per training step, as in the paper; fewer if they don't fit
 SECONDS = 2        # duration of the decoding benchmark
-STORE = "--rows 2000 --dims 5120 --batches 10"
 NEMO = nemo_config(0) | {"vocab_size": 1000}  # one layer
 SMOLLM2 = NEMO | dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
                       head_dim=64, rope_theta=1e5)
@@ -97,7 +96,6 @@ def packed_row(captions):
     """Return the Forest of captions of 65 to 195 random tokens with 7 facets; a prompt's words are tokens."""
     def ids(text):
         return [sum(word.encode()) % 1000 for word in text.split()]
-
     start, end = map(ids, flame.PROMPTS["long"].prefix.split("{}"))
     rng = np.random.default_rng(0)
     lengths = np.linspace(65, 195, captions).astype(int)
@@ -125,7 +123,6 @@ def flex_attention(forest, device, group_size):
 
     def visible(batch, head, q, k):
         return (segment[k] <= segment[q]) & (segment[q] <= last[k]) & (depth[k] <= depth[q])
-
     mask = flex.create_block_mask(visible, None, None, T, T, device=device)
     run = torch.compile(flex.flex_attention) if device.type == "cuda" else flex.flex_attention
 
@@ -190,9 +187,8 @@ def sanitizer():
 
 def matmul():
     """the largest matrix product in bfloat16"""
-    n = SIDE
-    a = torch.randn(n, n, device=GPU, dtype=torch.bfloat16)
-    yield f"{2e-9 * n**3 / milliseconds(lambda: F.linear(a, a)):.0f} TFLOP/s, {n} x {n} x {n}"
+    a = torch.randn(SIDE, SIDE, device=GPU, dtype=torch.bfloat16)
+    yield f"{2e-9 * SIDE**3 / milliseconds(lambda: F.linear(a, a)):.0f} TFLOP/s, {SIDE} x {SIDE} x {SIDE}"
 
 
 def layer_ms(decoder, forest, kernels):
@@ -225,13 +221,11 @@ def attention():
     qkv = torch.randn(shape, device=GPU, dtype=torch.bfloat16).split((heads, kv_heads, kv_heads), dim=1)
     variants = {"chunked_attention": flame.chunked_attention, "cuda.cu": flame.ext_attention,
                 "FlexAttention": flex_attention}
+    expected = flame.chunked_attention(forest, GPU, heads // kv_heads)(*qkv).float()
     spent = {}
-    expected = None
     for name, prepare in variants.items():
         attend = prepare(forest, GPU, heads // kv_heads)
-        out = attend(*qkv).float()
-        expected = out if expected is None else expected
-        error = (out - expected).norm() / expected.norm()
+        error = (attend(*qkv).float() - expected).norm() / expected.norm()
         if not error < 0.02:  # bfloat16 rounds by half a percent
             raise RuntimeError(f"{name} differs from chunked_attention by {error:.1%}")
         preparation = milliseconds(lambda: prepare(forest, GPU, heads // kv_heads))
@@ -265,14 +259,6 @@ def images():
     yield ", ".join(next(bench_train.bench_images(SimpleNamespace(seconds=SECONDS), int)))
 
 
-def store():
-    """store reads, on the CPU"""
-    lines = output_of(sys.executable, TESTS / "bench_store.py", *STORE.split()).splitlines()
-    for line in lines[2:]:
-        D, cache, *reader, rate, ratio = line.split()
-        yield f"D {D}, {cache}, {' '.join(reader)}: {rate} rows/s, {ratio} x"
-
-
 def demo():
     """the quick demo on the GPU and on the CPU"""
     llm = ROOT / "data/demo/llm"
@@ -301,32 +287,29 @@ def compare_demos(*roots):
             yield " ".join(line.removeprefix("parts/").split())
 
 
-# In this order, with their time limits in seconds; less than 13 minutes in total.
+# The steps, in this order, yield lines. Their time limits in seconds: less than 13 minutes in total.
 STEPS = {device: 30, tests: 80, kernels: 40, sanitizer: 80, matmul: 20, layer: 50, attention: 80,
-         training: 180, images: 20, store: 30, demo: 150}
+         training: 180, images: 20, demo: 150}
 
 
 # ---------------------------------------------------------------- processes, and the page
 
-def step_process(step, context, pipe):
-    """Run a step inside a context manager. Send its lines, then None."""
-    os.setsid()  # a process group, to kill its children with it
-    try:
-        with context():
-            torch.zeros(1, device=GPU)  # raises without a GPU
-            for line in step():
-                pipe.send(line)
-    except (Exception, SystemExit) as error:
-        kind = "needs hardware" if isinstance(error, NeedsHardware) else "FAILED"
-        pipe.send(f"{kind}: {flame.describe_error(error)}")
-    pipe.send(None)
-
-
 def run_step(step, limit, context=nullcontext):
     """Yield a step's lines, for at most `limit` seconds. Only the forked process initializes CUDA."""
+    def send_lines():
+        os.setsid()  # a process group, to kill its children with it
+        try:
+            with context():
+                torch.zeros(1, device=GPU)  # raises without a GPU
+                for line in step():
+                    writer.send(line)
+        except (Exception, SystemExit) as error:
+            kind = "needs hardware" if isinstance(error, NeedsHardware) else "FAILED"
+            writer.send(f"{kind}: {flame.describe_error(error)}")
+        writer.send(None)
     fork = multiprocessing.get_context("fork")
     pipe, writer = fork.Pipe(duplex=False)
-    process = fork.Process(target=step_process, args=(step, context, writer))
+    process = fork.Process(target=send_lines)
     process.start()
     writer.close()
     end = time.monotonic() + limit

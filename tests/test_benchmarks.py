@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -91,33 +92,25 @@ def tree_imagenet(root):
             write_image(root / f"val/n0{i}/ILSVRC_{n}.JPEG", name)
 
 
-def tree_of_tars(root, retrieval, split="test", lines=2):
-    """Write two tars in the layout of clip_benchmark's webdataset builder."""
-    write_text(root / split / "nshards.txt", "2")
+def write_tars(root, captions):
+    """Write two tars in the layout of clip_benchmark's webdataset builder; no captions: classes."""
+    write_text(root / "test/nshards.txt", "2")
     for shard in range(2):
-        with tarfile.open(root / split / f"{shard}.tar", "w") as tar:
+        with tarfile.open(root / f"test/{shard}.tar", "w") as tar:
             for n, name in list(enumerate(NAMES))[shard::2]:
                 image = io.BytesIO()
                 Image.new("RGB", (12, 9), COLORS[name]).save(image, "webp", lossless=True)
-                text = "\n".join(f"A {name} wall {i}." for i in range(lines)) if retrieval else str(n)
-                text_suffix = "txt" if retrieval else "cls"
+                text = "\n".join(f"A {name} wall {i}." for i in range(captions)) if captions else str(n)
+                text_suffix = "txt" if captions else "cls"
                 for suffix, data in {"webp": image.getvalue(), text_suffix: text.encode()}.items():
                     member = tarfile.TarInfo(f"s{n:07}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-    if retrieval:
+    if captions:
         write_text(root / "dataset_type.txt", "retrieval\n")
     else:
         write_text(root / "classnames.txt", "\n".join(NAMES) + "\n")
         write_text(root / "zeroshot_classification_templates.txt", "a photo of a {c}.\n{c}\n")
-
-
-def tree_coco(root):
-    tree_of_tars(root, retrieval=True, lines=7)
-
-
-def tree_food101(root):
-    tree_of_tars(root, retrieval=False)
 
 
 def tree_demo(root):
@@ -139,8 +132,8 @@ def tree_demo(root):
     write_text(root / "synonyms.tsv", f"object\tfirst\tsecond\n{synonyms}")
 
 
-TREES = {name.removeprefix("tree_"): tree for name, tree in globals().items()
-         if name.startswith("tree_") and name != "tree_of_tars"}
+TREES = {name.removeprefix("tree_"): tree for name, tree in globals().items() if name.startswith("tree_")}
+TREES |= {"coco": partial(write_tars, captions=7), "food101": partial(write_tars, captions=0)}
 PLAIN = [bench for bench in TREES if bench != "demo"]
 
 
@@ -213,7 +206,6 @@ def score(tmp_path, monkeypatch):
 
 
 def error_line(capsys):
-    """Return the only line on stderr."""
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("evaluate.py: ")
     return line
@@ -250,20 +242,17 @@ def test_readers_return_the_content_of_the_files(tmp_path):
     rows = [("", "p1", "a"), ("", "p2", "b"), ("", "p1", "c")]     # rows of an image need not be adjacent
     assert benchmarks.group_captions(rows, 1) == (["p1", "p2"], {"": (["a", "b"], [0, 1])})
     assert benchmarks.group_captions(rows) == (["p1", "p2"], {"": (["a", "b", "c"], [0, 1, 0])})
-
-
-def test_sharegpt4v_uses_the_first_thousand_entries(tmp_path):
     entry = {"image": "a.jpg", "conversations": [{"value": "?"}, {"value": "x"}, {"value": "no"}]}
-    path = tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json"
-    write_text(path, json.dumps([{**entry, "image": f"{n}.jpg"} for n in range(3000)]))
-    locations = [ImageLocation(f"{tmp_path}/{n}.jpg") for n in range(1000)]
-    assert benchmarks.read("sharegpt4v", tmp_path) == (locations, {"": (["x"] * 1000, list(range(1000)))})
+    many = json.dumps([{**entry, "image": f"{n}.jpg"} for n in range(3000)])
+    write_text(tmp_path / "many/share-captioner_coco_lcs_sam_1246k_1107.json", many)
+    assert benchmarks.read("sharegpt4v", tmp_path / "many") == (  # the first thousand entries
+        locations("many", range(1000)), {"": (["x"] * 1000, list(range(1000)))})
 
 
 @pytest.mark.parametrize("bench", ["flickr30k", "cifar10"])
 def test_tars_are_read_as_by_clip_benchmark(bench, tmp_path):
     from clip_benchmark.datasets.builder import build_wds_dataset
-    tree_of_tars(tmp_path, bench == "flickr30k")
+    write_tars(tmp_path, 2 if bench == "flickr30k" else 0)
     theirs = build_wds_dataset(bench, lambda image: np.array(image.convert("RGB")), "test", str(tmp_path))
     if bench == "flickr30k":
         images, data = benchmarks.read(bench, tmp_path)
@@ -277,7 +266,7 @@ def test_tars_are_read_as_by_clip_benchmark(bench, tmp_path):
         assert np.array_equal(image, our_image) and text == our_text
 
 
-def test_imagefolder_reads_names_and_templates(tmp_path):
+def test_names_and_templates_of_imagefolder_and_of_imagenet(tmp_path):
     tree_imagefolder(tmp_path)
     assert benchmarks.read("imagefolder", tmp_path)[3] == ["a photo of a {}."]
     write_text(tmp_path / "classnames.txt", "azure\nlime\nruby\nsnow\nlemon\n")
@@ -287,9 +276,6 @@ def test_imagefolder_reads_names_and_templates(tmp_path):
     write_text(tmp_path / "classnames.txt", "\ufeffazure\nlime\n")
     with pytest.raises(flame.InputError, match="5 class folders and 2 class names"):
         benchmarks.read("imagefolder", tmp_path)
-
-
-def test_imagenet_names_and_templates_are_complete():
     names, templates = benchmarks.names_and_templates(benchmarks.IMAGENET)
     assert len(names) == 1000 and names[0] == "tench" and names[-1] == "toilet paper"
     assert sorted(name for name in set(names) if names.count(name) > 1) == ["missile", "sunglasses"]
@@ -377,15 +363,14 @@ def zero_header(name):     # tarfile takes it for the end of the tar
 def test_other_layout_is_refused_in_one_line(bench, break_it, message, score, tmp_path, capsys):
     TREES[bench](tmp_path / "data" / bench)
     break_it(tmp_path / "data" / bench)
-    assert score(bench) == (2, None)
-    assert message in error_line(capsys) and not (tmp_path / "results").exists()
+    assert score(bench) == (2, None) and message in error_line(capsys) and not (tmp_path / "results").exists()
 
 
 # ---------------------------------------------------------------- groups
 
 def test_group_has_the_results_of_its_members_and_their_average(score, tmp_path, monkeypatch, capsys):
     for bench in ("coco", "flickr30k"):
-        tree_coco(tmp_path / "elsewhere" / bench)
+        TREES["coco"](tmp_path / "elsewhere" / bench)
     monkeypatch.setattr(ColorEncoder, "mistakes", {"red": "green"})
     (tmp_path / "elsewhere/flickr30k/test/1.tar").unlink()     # leaves red, blue and white
     code, group = score("short", "--data-root", "elsewhere")

@@ -1,11 +1,11 @@
 """Tests of data/corpus/clipart.py on a small tree with the layout of the Debian packages."""
-import csv
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data.benchmarks import read_tsv
 from data.corpus import clipart
 
 SVG = """<svg xmlns:dc="http://purl.org/dc"><title>not this</title><metadata><dc:title>{title}</dc:title>
@@ -20,8 +20,8 @@ def noise(seed, brighter=0):
 
 
 @pytest.fixture
-def make(tmp_path, capsys):
-    """Write the packages; return make() -> ({file: rows}, printed lines)."""
+def corpus(tmp_path, capsys):
+    """Write the packages and make the corpus. Return ({file: rows}, printed lines)."""
     share = tmp_path / "packages/usr/share"
 
     def draw(n, title, name=None, keywords=("fruit", "hash(0x85)"), brighter=0, description="HASH(0x85)"):
@@ -39,8 +39,8 @@ def make(tmp_path, capsys):
     for n in range(21):
         draw(2000 + n, "Set of things")
     draw(3000, "flat icons")
-    draw(3001, "Pear", keywords=(), name="one-word")
-    (share / "openclipart/svg/food/one-word.svg").rename(share / "openclipart/svg/pear.svg")
+    draw(3001, "Pear", keywords=())
+    (share / "openclipart/svg/food/3001.svg").rename(share / "openclipart/svg/3001.svg")
     draw(3002, "Lost pear")
     (share / "openclipart/png/food/3002.png").write_bytes(b"no image")
     folder = share / "tuxpaint/stamps/animals"
@@ -50,25 +50,19 @@ def make(tmp_path, capsys):
         (folder / f"{n}.txt").write_text("\n".join(lines))
         noise(4000 + n).save(folder / f"{n}.png")
 
-    def made():
-        clipart.main(tmp_path / "packages", tmp_path / "out")
-        tables = {}
-        for path in (tmp_path / "out").glob("*.tsv"):
-            with open(path, newline="") as file:
-                tables[path.stem] = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        return tables, capsys.readouterr().out.splitlines()
-    return made
+    clipart.main(tmp_path / "packages", tmp_path / "out")
+    tables = {path.stem: read_tsv(path) for path in (tmp_path / "out").glob("*.tsv")}
+    return tables, capsys.readouterr().out.splitlines()
 
 
 def correlations(folder, some, others):
-    def pixels(row):
-        gray = np.asarray(Image.open(folder / row["image"]).convert("L").resize((16, 16)), float)
-        return gray.ravel() - gray.mean()
-    return [np.corrcoef(pixels(a), pixels(b))[0, 1] for a in some for b in others]
+    grays = [[np.asarray(Image.open(folder / row["image"]).convert("L").resize((16, 16))).ravel()
+              for row in rows] for rows in (some, others)]
+    return [np.corrcoef(a, b)[0, 1] for a in grays[0] for b in grays[1]]
 
 
-def test_splits_share_no_title_sentence_or_image(make, tmp_path):
-    tables, printed = make()
+def test_splits_share_no_title_sentence_or_image(corpus, tmp_path):
+    tables, printed = corpus
     test, val = (tables[split] + tables[f"{split}-en"] for split in ("test", "val"))
     train = tables["train"]
     assert min(len(train), len(test), len(val)) > 5 and len(tables["test-en"]) > 3
@@ -77,7 +71,7 @@ def test_splits_share_no_title_sentence_or_image(make, tmp_path):
         stems = [{" ".join(re.findall("[a-z]+", row["raw"].lower())) for row in rows}
                  for rows in (some, others)]
         assert stems[0].isdisjoint(stems[1]) and len(stems[0]) == len(some)
-    removed = {line.split(": ", 1)[1]: int(line.split()[1][:-1]) for line in printed if "removed" in line}
+    removed = {line.split(": ")[1]: int(line.split()[1][:-1]) for line in printed if "removed" in line}
     assert removed["title of more than 20 files"] == 21 and removed["fewer than two words"] == 1
     assert removed["title is a file name, a number or a collection"] == 1
     assert removed["no image, or an empty one"] == 1 and removed["test image like one of train or val"] > 0
@@ -85,8 +79,8 @@ def test_splits_share_no_title_sentence_or_image(make, tmp_path):
     assert {Image.open(path).size for path in (tmp_path / "out/images").iterdir()} == {(96, 96)}
 
 
-def test_captions_and_translations(make):
-    tables, _ = make()
+def test_captions_and_translations(corpus):
+    tables, _ = corpus
     clipart_rows = [row for split in ("train", "val", "test") for row in tables[split]]
     row = next(row for row in clipart_rows if re.fullmatch(r"A \w+ 2", row["raw"]))
     assert row["short"] == f"{row['raw']}: fruit"

@@ -109,35 +109,22 @@ def test_hidden_states_equal_transformers(make_llm, kernels, name, layer):
     assert centered_error(encoder.encode(CAPTIONS), transformers_states(llm_dir, "long", layer or 3)) <= 1e-4
 
 
-@functools.lru_cache
-def cached_encoder(llm_dir, dtype):
-    return flame.TextEncoder(llm_dir, dtype=dtype)
-
-
-def load_encoder(llm_dir, dtype, kernels):
-    """Return a TextEncoder with these kernels. The weights are read only once."""
-    encoder = cached_encoder(llm_dir, dtype)
-    encoder.decoder = encoder.decoder._replace(kernels=kernels)
-    return encoder
-
-
 @pytest.mark.parametrize("prompts", ["raw", "long"])
 def test_smollm2_hidden_states_equal_transformers(llm, kernels, prompts):
     captions = tuple(CAPTIONS[:4])
-    ours = load_encoder(llm, torch.float32, kernels).encode(captions, prompts)
-    assert centered_error(ours, transformers_states(llm, prompts, 29, captions)) <= 1e-4
-
-
-@functools.lru_cache
-def float32_states(llm_dir, captions):
-    return cached_encoder(llm_dir, torch.float32).encode(captions, "long")
+    encoder = flame.TextEncoder(llm, dtype=torch.float32)
+    assert encoder.kernels == kernels.name
+    expected = transformers_states(llm, prompts, 29, captions)
+    assert centered_error(encoder.encode(captions, prompts), expected) <= 1e-4
 
 
 def test_bfloat16_preserves_centered_hidden_states(llm, kernels):
-    captions = tuple(f"A {size} {thing} {place}." for size in ("tiny", "huge") for thing in ("fox", "cake")
-                     for place in ("in the snow", "on a beach at night"))
-    rounded = load_encoder(llm, torch.bfloat16, kernels).encode(captions, "long")
-    assert centered_cosine(rounded, float32_states(llm, captions)).mean() >= 0.999
+    captions = [f"A {size} {thing} {place}." for size in ("tiny", "huge") for thing in ("fox", "cake")
+                for place in ("in the snow", "on a beach at night")]
+    encoders = [flame.TextEncoder(llm, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert encoders[0].kernels == kernels.name
+    rounded, expected = (encoder.encode(captions, "long") for encoder in encoders)
+    assert centered_cosine(rounded, expected).mean() >= 0.999
 
 
 def edit_json(file, **changes):
@@ -379,11 +366,12 @@ TEXTS = CAPTIONS[:7] + [
 
 
 @pytest.fixture(scope="module")
-def nemo_tokenizer(tmp_path_factory):
-    """Folder with Nemo's tokenizer.json: tekken.json as transformers converts it, plus BOS in front."""
+def nemo_llm(make_random_llm):
+    """Small random Mistral with Nemo's tokenizer.json: tekken.json as transformers converts it, and BOS."""
     from tokenizers.processors import TemplateProcessing
     from transformers.integrations.mistral.tokenizer import MistralConverter
-    folder = tmp_path_factory.mktemp("nemo-tokenizer")
+    folder = make_random_llm(
+        family="Mistral", head_dim=20, sliding_window=None, vocab_size=131072, hidden_size=32)
     converted = MistralConverter(str(mistral_common_file("tekken_240718.json"))).converted()
     converted.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     converted.save(str(folder / "tokenizer.json"))
@@ -414,13 +402,13 @@ def test_sentencepiece_tokenizer_equals_mistral_common(tmp_path, version, bos):
     assert_same_tokens(tmp_path, lambda text: reference.encode(text, bos=bos, eos=False), reference.decode)
 
 
-def test_nemo_tokenizer_equals_mistral_common(nemo_tokenizer):
+def test_nemo_tokenizer_equals_mistral_common(nemo_llm):
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
     reference = Tekkenizer.from_file(mistral_common_file("tekken_240718.json"))
     encode = functools.partial(reference.encode, bos=True, eos=False)
-    assert_same_tokens(nemo_tokenizer, encode, reference.decode)
+    assert_same_tokens(nemo_llm, encode, reference.decode)
     expected = encode("step , ") + encode(" this")  # a literal <s> is BOS
-    assert flame.load_tokenizer(nemo_tokenizer).encode("step , <s> this") == expected
+    assert flame.load_tokenizer(nemo_llm).encode("step , <s> this") == expected
 
 
 # --- the released code's text path, reimplemented from the description of the paper and the code
@@ -471,15 +459,6 @@ def released_states(llm_dir, prompts):
             states = model(ids[None], attention_mask=bias, output_hidden_states=True).hidden_states
         out.append(states[model.config.num_hidden_layers - 1][0, ends])
     return torch.stack(out)
-
-
-@pytest.fixture(scope="module")
-def nemo_llm(make_random_llm, nemo_tokenizer):
-    """Folder of a small random Mistral with Nemo's tokenizer."""
-    folder = make_random_llm(
-        family="Mistral", head_dim=20, sliding_window=None, vocab_size=131072, hidden_size=32)
-    shutil.copy(nemo_tokenizer / "tokenizer.json", folder)
-    return folder
 
 
 @pytest.mark.parametrize("prompts", flame.PROMPTS)

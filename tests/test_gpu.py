@@ -16,16 +16,16 @@ import torch._dynamo  # noqa: F401  once here: it takes two seconds, in each ste
 from torch.nn.attention import flex_attention as flex
 from torch.utils._python_dispatch import _disable_current_modes as without_shim
 
-import bench_store
 import flame
 import gpu
 import test_walk_on_a_gpu as walk
+from test_step import colors_of, make_store
 
 LLM = gpu.NEMO | dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
                       head_dim=8)
 VIT = dict(image_size=32, patch_size=8, width=16, layers=1, heads=1, projector_hidden=16)
 TINY = dict(NEMO=LLM, SMOLLM2=LLM, VITS=dict.fromkeys(gpu.VITS, VIT), IMAGES=4, SIDE=8, CAPTIONS=2, REPEATS=1,
-            SECONDS=0, STORE="--rows 16 --dims 16 --batches 1")
+            SECONDS=0)
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def test_dry_run_runs_every_step():
     expected = [step.__doc__ for step in gpu.STEPS]
     assert list(lines) == expected
     unsupported = [(step, line.split(": ")[-1]) for step, line in rows if "needs hardware" in line]
-    assert [expected.index(step) for step, _ in unsupported] == [1, 3, 7, 10], unsupported
+    assert [expected.index(step) for step, _ in unsupported] == [1, 3, 7, 9], unsupported
     times = re.findall(r"(\S+) (?:ms|TFLOP/s|images/s, \d)", " ".join(line for _, line in rows))
     assert len(times) == 23 and {*times} == {"nan"}
     assert [line for line in lines[gpu.attention.__doc__] if "no verdict" in line]
@@ -193,8 +193,7 @@ def test_compare_demos_reports_stores_and_scores(tmp_path):
     for n, name in enumerate(("GPU", "CPU")):
         folder = tmp_path / name
         (folder / "data/embeddings").mkdir(parents=True)
-        bench_store.make_files(folder / "data/embeddings", 20, 16)
-        (folder / "data/embeddings/store").rename(folder / "data/embeddings/demo-quick")
+        make_store(folder / "data/embeddings/demo-quick", colors_of(20))
         (folder / "results/quick").mkdir(parents=True)
         scores = {f"parts/{part}": np.full((1001, 1), 50.0 + 2 * n)
                   for part in ("long/text_to_image", "seen/top1", "seen/top5", "seen/languages/de/top1")}
