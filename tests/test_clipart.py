@@ -50,7 +50,7 @@ def corpus(tmp_path, capsys):
         (folder / f"{n}.txt").write_text("\n".join(lines))
         noise(4000 + n).save(folder / f"{n}.png")
 
-    clipart.main(tmp_path / "packages", tmp_path / "out")
+    assert clipart.main([str(tmp_path / "packages"), str(tmp_path / "out")]) == 0
     tables = {path.stem: read_tsv(path) for path in (tmp_path / "out").glob("*.tsv")}
     return tables, capsys.readouterr().out.splitlines()
 

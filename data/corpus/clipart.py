@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.common import progress_bar
+from data.common import Parser, progress_bar, run_stage
+from flame import InputError
 
 SIDE = 96
 MAX_REPEATS = 20         # a title of more files is the name of a collection
@@ -134,10 +135,14 @@ def assign_splits(rows, images, removed):
     return splits
 
 
-def main(packages, out):
+def make_corpus(packages, out):
+    """Write the corpus to the folder `out`. Raises InputError if the packages are not there."""
     share = Path(packages, "usr/share")
+    rows = [*clipart(share / "openclipart"), *stamps(share / "tuxpaint/stamps")]
+    if not rows:
+        raise InputError(f"{share}: no clip art or stamps; unpack the packages there with dpkg-deb -x")
     removed = Counter()
-    rows, images = usable_rows([*clipart(share / "openclipart"), *stamps(share / "tuxpaint/stamps")], removed)
+    rows, images = usable_rows(rows, removed)
     splits = assign_splits(rows, images, removed)
     (Path(out) / "images").mkdir(parents=True, exist_ok=True)
     tables = defaultdict(lambda: [("key", "image", "raw", "short", "long")])
@@ -158,5 +163,16 @@ def main(packages, out):
         print(f"removed {count}: {rule}")
 
 
+def main(argv=None):
+    def body():
+        parser = Parser(description=__doc__.split("\n")[0])
+        parser.add_argument("packages", help="folder of the unpacked packages")
+        parser.add_argument("out", help="folder of the corpus, such as data/clipart")
+        args = parser.parse_args(argv)
+        make_corpus(args.packages, args.out)
+
+    return run_stage("data/corpus/clipart.py", body, "run the same command again")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())
