@@ -94,15 +94,8 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, tars)]
     absolute = list(map(os.path.abspath, files))
     stamp = hashlib.sha256(json.dumps([keys, images, absolute, stats]).encode()).hexdigest()
-    if os.path.exists(index):
-        with reading(index, "delete it") as path, np.load(path) as saved:
-            if str(saved["stamp"]) == stamp:
-                rows, spans = (saved[name].astype(np.int64, casting="same_kind")
-                               for name in ("rows", "spans"))
-                spans = spans.reshape(len(rows), 3)
-                if not 0 <= rows.min() <= rows.max() < len(keys) or spans[:, 0].max() >= len(files):
-                    raise ValueError("not the images of these captions")
-                return rows, files, spans
+    if found := os.path.exists(index) and read_index(index, stamp, len(keys), len(files)):
+        return found[0], files, found[1]
     if folder or len(spans) < len(keys):  # e.g. if a sample's files are not neighbors in the tar
         paths = ["".join(split_member_name(image)) for image in images]
         spans, _ = search(paths, files) if any(paths) else ((), None)
@@ -123,6 +116,17 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         with suppress(InputError):  # the store may be read-only
             atomic_save(index, functools.partial(np.savez, stamp=stamp, rows=rows, spans=spans))
     return rows, files, spans
+
+
+def read_index(index, stamp, n_rows, n_files):
+    """Return the (rows, spans) that find_images saved, or None if they are of other captions or images."""
+    with reading(index, "delete it") as path, np.load(path) as saved:
+        if str(saved["stamp"]) == stamp:
+            rows, spans = (saved[name].astype(np.int64, casting="same_kind") for name in ("rows", "spans"))
+            spans = spans.reshape(len(rows), 3)
+            if not 0 <= rows.min() <= rows.max() < n_rows or spans[:, 0].max() >= n_files:
+                raise ValueError("not the images of these captions")
+            return rows, spans
 
 
 def place_to_search(captions, folder, spans):

@@ -6,8 +6,7 @@ Run `python data/demo.py` first, and again with --llm gemma3, for the LLMs, the 
     python tests/bench_clip.py                            # 3 seeds x 6 runs of 300 steps: hours on 2 cores
     python tests/bench_clip.py --corpus clipart           # on captions that people wrote
     python tests/bench_clip.py --pairs 625                # train on the first 625 of 2,500 pairs
-    python tests/bench_clip.py --lr 1e-3 --runs clip      # to choose a learning rate; then add
-                                                          # --table --split val
+    python tests/bench_clip.py --lr 1e-3 --runs clip      # to choose a rate; then --table --split val, too
     python tests/bench_clip.py --table                    # print the finished runs, on the test split
 
     smollm2, gemma3  train.py --preset demo: facets of a frozen LLM
@@ -19,8 +18,7 @@ Run `python data/demo.py` first, and again with --llm gemma3, for the LLMs, the 
     clip             open_clip's text transformer (77 tokens, width 192, 4 layers, 3 heads), trained from
                      scratch with the ViT and InfoNCE, on one caption per image and step
 
-Times are CPU seconds; those of the embedding are measured for --corpus clipart only. An interrupted
-command resumes.
+Times are CPU seconds; for the demo, without the embedding. An interrupted command resumes.
 """
 import argparse
 import functools
