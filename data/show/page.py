@@ -138,7 +138,7 @@ def callbacks(gradio, args, locations, image, encoders):
         return (f'<div class="patches" style="--side: {len(words)}">{image_html(location, 720)}'
                 f"{''.join(cells)}</div>{file_name(location)}"
                 "<small>The LLM's nearest word for each patch; fainter means a lower cosine. The words come "
-                "with training: after a short one, most of them make no sense.</small>")
+                "with training: after a short one, many of them make no sense.</small>")
     return by_text, by_image, by_click
 
 
