@@ -1024,11 +1024,12 @@ class Store:
             if min(sizes) < 1 or not isinstance(self.meta["captions"]["path"], str):
                 raise ValueError(f"invalid N, D, shard_size {sizes} or captions {self.meta['captions']}")
             check_prompts(self.meta["llm"]["prompts"], meta)
-        shards = {f"{i:06d}.npy" for i in range(-(-self.N // self.shard_size))}
-        missing = shards.difference(os.listdir(self.path))
-        if missing:
-            raise InputError(f"{self.path}: {min(missing)} is missing; run the same embed.py command again")
+        files = set(os.listdir(self.path))
+        for i in range(-(-self.N // self.shard_size)):  # stops at the first missing one, however large N is
+            if (name := f"{i:06d}.npy") not in files:
+                raise InputError(f"{self.path}: {name} is missing; run the same embed.py command again")
         self.shard = functools.lru_cache(8192)(self.open_shard)  # memory maps; Linux allows a process 65,000
+        self.shard(0)  # raises InputError if D is not that of the shards
 
     def __len__(self):
         return self.N
