@@ -2,7 +2,6 @@
 
     python embed.py --captions cc3m.tsv                 # -> data/embeddings/cc3m
     python embed.py --inspect data/embeddings/cc3m      # check a store and print statistics
-    python embed.py --draw "A red kite above a beach."  # draw a caption's segment forest and attention mask
     torchrun --nproc_per_node 8 embed.py --captions "cc3m/cc3m-train-{0000..0575}.tar"
 
 The LLM is frozen, so its facet embeddings are computed once, and training never runs it. All captions go into
@@ -33,7 +32,7 @@ from data import common
 from data.captions import UNPACKED, hash_sources, read_table, source_name, split_column, write_table
 from data.common import Parser, barrier, init_distributed, number, print0, progress_bar, rank, world_size
 from data.images import find_images, report_images, unpack_parquet
-from data.show import look
+from data.show.inspect import inspect_store
 from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
 # Rows per shard: a minute or two of work. A crash loses one or two shards per process.
@@ -358,7 +357,7 @@ def build_parser():
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", Path(__file__).parent / "data/demo/llm"),
         help="Hugging Face folder or Hub id (default: $FLAME_LLM, or data/demo/llm)")
     add("--out", metavar="DIR",
-        help="the store (default: data/embeddings/<name of the captions>); with --draw the image file")
+        help="the store (default: data/embeddings/<name of the captions>)")
     add("--layer", metavar="N", type=number(int, 1), help="LLM layers to run (default: all but the last)")
     add("--mask", choices=flame.MASKS, default="decoupled",
         help="decoupled (default), or causal as an ablation: each facet prompt also sees the earlier ones")
@@ -373,7 +372,6 @@ def build_parser():
         help="embed only every n-th shard, starting at i (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; into one "
         "shared folder, or into folders that you then copy together")
     add("--inspect", metavar="STORE", help="check a store and print statistics instead")
-    add("--draw", metavar="CAPTION", help="draw this caption's segment forest and mask instead")
     return parser
 
 
@@ -381,10 +379,8 @@ def run(argv):
     args = build_parser().parse_args(argv)
     args.llm_name = Path(args.llm).resolve().name if os.path.exists(args.llm) else args.llm  # or a Hub id
     args.llm = flame.resolve_folder(args.llm)
-    if args.draw is not None:
-        return look.draw(args)
     if args.inspect:
-        return look.inspect(args)
+        return inspect_store(args)
     if not args.captions:
         raise InputError("--captions FILE is missing; see --help")
     if args.overwrite and args.part[1] > 1:

@@ -8,7 +8,6 @@
     python evaluate.py --compare a/urban1k.json b/urban1k.json
     python evaluate.py --search "a red kite" --images DIR # rank the images of a folder -> results/search.png
     python evaluate.py --search --images DIR              # the same as an interactive page
-    python evaluate.py --vectors out.npy --images DIR     # image embeddings; their paths in out.txt
 
 data/README.md lists the benchmarks, their sources and layouts. Captions use the seven facets of the *long*
 prompt set, class names and XM3600 the single *raw* prompt. The demo's raw, short and long captions use the
@@ -398,8 +397,7 @@ PAPER_RESULTS = {
 
 def parse_arguments(argv):
     """Parse the command line and check what can be checked without reading files."""
-    parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT | "
-                          "--vectors NPY",
+    parser = Parser(usage="evaluate.py --bench NAME | --captions FILE | --compare A B | --search TEXT",
                     description="Evaluates a checkpoint; writes <out>/<bench>.json, .npz, .png. "
                                 f"NAME: {' '.join(BENCHMARKS)} (data/README.md).")
     mode = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -407,7 +405,6 @@ def parse_arguments(argv):
     mode("--captions", type=Path, metavar="FILE", help="your own images and captions, as for embed.py")
     mode("--compare", type=Path, nargs=2, metavar="JSON", help="paired difference of two results")
     mode("--search", metavar="TEXT", nargs="*", help="rank images by TEXT or an image; no TEXT: a web page")
-    mode("--vectors", type=Path, metavar="NPY", help="write the embeddings of the images in --images DIR")
     add = parser.add_argument
     add("--top", type=number(int, 1), default=10, metavar="N", help="images per --search query (default: 10)")
     add("--images", type=Path, metavar="DIR", help="the images to search, or those of --captions")
@@ -455,13 +452,13 @@ def main(argv=None):
 
 
 def read(args):
-    """Return {name: data of the benchmark}; {} for --search and --vectors."""
+    """Return {name: data of the benchmark}; {} for --search."""
     if args.captions:
         data = benchmarks.read_captions(args.captions, args.images, *args.prompt_sets)
         return {source_name(args.captions): data}
     if not args.bench:
         if not args.images:
-            raise InputError("--search and --vectors need --images DIR")
+            raise InputError("--search needs --images DIR")
         return {}
     members = args.benchmark.members
     root = args.data_root or Path("data", "" if members else args.bench)

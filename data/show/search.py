@@ -1,7 +1,6 @@
-"""evaluate.py --search and --vectors: rank the images of a folder by texts or an image; write embeddings."""
+"""evaluate.py --search: rank the images of a folder by texts or an image."""
 import os
 
-from data import common
 from data.encoders import encode_images, encode_texts
 from data.images import ImageLocation
 from data.show import page, sheet
@@ -11,19 +10,13 @@ from flame import InputError
 def search(args, locations, encoders):
     """Print and draw the args.top best images for each query in args.search; without queries, serve the page.
 
-    With args.vectors, write the image embeddings there, float32 [M, D], and their M paths beside it. args:
-    evaluate.py's command line. Raises InputError if there are no images or none can be read.
+    args: evaluate.py's command line. Raises InputError if there are no images or none can be read.
     """
     if not locations:
         raise InputError(f"{args.images}: no such folder, or no images in it; give another with --images")
     image, readable = encode_images(encoders, locations)
     unreadable = len(locations) - len(readable)
     locations = [locations[i] for i in readable]
-    if args.vectors:
-        name = str(args.vectors).removesuffix(".npy")
-        common.write_array(f"{name}.npy", image)
-        common.write_text(f"{name}.txt", "".join(one.path.replace("\n", " ") + "\n" for one in locations))
-        return print(f"-> {name}.npy: {image.shape}; paths in {name}.txt")
     if not args.search:
         return page.serve(args, locations, image, encoders, unreadable).block_thread()
     head = f"the best of {len(image)} images"

@@ -2,7 +2,7 @@
 
     apt-get download openclipart-png openclipart-svg tuxpaint-stamps-default
     for package in *.deb; do dpkg-deb -x $package packages; done
-    python data/corpus/clipart.py packages data/clipart    # prints how many rows each rule removes
+    python tests/clipart.py packages data/clipart    # prints how many rows each rule removes
 
 Clip art has a title, keywords and sometimes a description, in the metadata of its SVG file. A stamp of Tux
 Paint has a sentence in English, and its translations by volunteers. These files are made in data/clipart:
@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.common import Parser, progress_bar, run_stage
-from flame import InputError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.common import Parser, progress_bar, run_stage  # noqa: E402
+from flame import InputError  # noqa: E402
 
 SIDE = 96
 MAX_REPEATS = 20         # a title that more files have is the name of a collection
@@ -171,7 +171,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         make_corpus(args.packages, args.out)
 
-    return run_stage("data/corpus/clipart.py", body, "run the same command again")
+    return run_stage("tests/clipart.py", body, "run the same command again")
 
 
 if __name__ == "__main__":
