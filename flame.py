@@ -117,15 +117,11 @@ def build_forest(sequences):
 
 
 def shared_prefix(a, b):
-    """Return the length of the common prefix of two lists, by bisection: slices compare at C speed."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """Return the length of the common prefix of two lists."""
+    for n, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
 
 
 def token_depths(lengths, parents):
@@ -311,7 +307,7 @@ class TextEncoder:
     def __init__(self, llm_dir: str | Path, device="cpu", dtype=torch.bfloat16, layer: int | None = None,
                  mask: str = "decoupled", max_tokens: int | None = None):
         if mask not in MASKS:
-            raise ValueError(f"mask must be one of {', '.join(MASKS)}, not {mask!r}")
+            raise InputError(f"mask {mask!r} is unknown; choose one of {', '.join(MASKS)}")
         device = torch.device(device)
         if device.type == "cpu":
             keep_freed_memory()
@@ -321,7 +317,8 @@ class TextEncoder:
         self.kernels = self.decoder.kernels.name
         self.layer = len(self.decoder.layers)
         self.mask = mask
-        self.dim, self.context_length = (self.decoder.config[n] for n in ("hidden_size", "context_length"))
+        self.dim = self.decoder.config["hidden_size"]
+        self.context_length = self.decoder.config["context_length"]
         self.tokenize = tokenize  # data/compat.py replaces these two with the released code's versions
         self.caption_forest = functools.partial(caption_forest, mask=mask)
         self.max_tokens = max_tokens or MAX_TOKENS.get(device.type, 2048)
@@ -646,7 +643,7 @@ def resolve_folder(name):
 
     Raises InputError if the id cannot be downloaded.
     """
-    if Path(name).exists() or Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
     names = ["config.json", "model*.safetensors", "tokenizer*.json", "tokenizer.model"]
     try:
@@ -666,17 +663,17 @@ def llm_config(llm_dir):
     be implemented.
     """
     with reading(Path(llm_dir, "config.json"), LLM_FIX) as path:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_bytes())
         family = check_supported("model_type", entries["model_type"], *FAMILIES)
         gemma = family == "gemma3_text"
         activation = "gelu_pytorch_tanh" if gemma else "silu"
-        for name in ("hidden_act", "hidden_activation"):
-            check_supported(name, entries.get(name) or activation, activation)
+        used = entries.get("hidden_activation") or entries.get("hidden_act") or activation
+        check_supported("hidden_act", used, activation)
         if entries.get("use_bidirectional_attention"):
             raise ValueError("bidirectional attention is not supported")
         sizes = {name: int(entries[name]) for name in (
-            "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")}
-        layers, D, heads, _ = sizes.values()
+            "num_hidden_layers", "hidden_size", "num_attention_heads")}
+        layers, D, heads = sizes.values()
         head_dim = int(entries.get("head_dim") or D // heads)
         context_length = int(entries["max_position_embeddings"])
         if entries.get("use_sliding_window", family == "mistral" or gemma):
@@ -731,7 +728,10 @@ def rope_frequencies(rope, head_dim):
 
 
 def open_weights(llm_dir):
-    """Return (read(name) -> tensor, tensor names) for a folder's model*.safetensors."""
+    """Return (read(name) -> tensor, {tensor name: file}) for a folder's model*.safetensors.
+
+    read() removes the name from the dict.
+    """
     from safetensors import safe_open
     files = {}
     for file in sorted(Path(llm_dir).glob("model*.safetensors")):
@@ -743,12 +743,12 @@ def open_weights(llm_dir):
     def read(name):  # reopen the file each time, to release the pages of tensors that were copied
         if name not in files:
             raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; {LLM_FIX}")
-        with reading(files[name], LLM_FIX), safe_open(files[name], framework="pt") as opened:
+        with reading(files.pop(name), LLM_FIX) as file, safe_open(file, framework="pt") as opened:
             tensor = opened.get_tensor(name)
             if tensor.dtype.itemsize < 2:
                 raise ValueError(f"tensor {name} is {tensor.dtype}; quantized checkpoints are not supported")
             return tensor
-    return read, files.keys()
+    return read, files
 
 
 def llm_fingerprint(llm_dir):
@@ -787,28 +787,26 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     config = llm_config(llm_dir)
     n_layers = config["num_hidden_layers"]
     layer = n_layers - 1 if layer is None else layer
-    if not 1 <= layer <= n_layers:
+    if layer not in range(1, n_layers + 1):
         raise InputError(f"{llm_dir}: cannot run {layer} layers; choose 1 to {n_layers}")
-    read, names = open_weights(llm_dir)
-    tensors = LAYER_TENSORS | FAMILIES[config["model_type"]]
-    known = {"self_attn.rotary_emb.inv_freq"}.union(*tensors.values())
-    for name in sorted(names):  # ignoring a bias or another norm would silently change the hidden states
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
-        if match and int(match[1]) < layer and match[2] not in known:
-            raise InputError(f"{llm_dir}: tensor {name} is unknown in a {config['model_type']} layer")
+    read, unread = open_weights(llm_dir)
     embedding = read("model.embed_tokens.weight").to(device, dtype)
-    layers = [load_layer(config, tensors, read, i, device, dtype) for i in range(layer)]
+    layers = [load_layer(config, read, i, device, dtype) for i in range(layer)]
+    prefixes = tuple(f"model.layers.{i}." for i in range(layer))
+    for name in sorted(unread):  # ignoring a bias or another norm would silently change the hidden states
+        if name.startswith(prefixes) and not name.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{llm_dir}: tensor {name} is unknown in a {config['model_type']} layer")
     decoder = Decoder(config, embedding, layers, config["inv_freq"].float().to(device), TORCH_KERNELS)
     with reading(Path(llm_dir, "config.json"), LLM_FIX):  # fails if the weights have other sizes
         hidden_states(decoder, build_forest([[0]])).view(config["hidden_size"])
     return decoder._replace(kernels=choose_kernels(decoder))
 
 
-def load_layer(config, tensors, read, i, device, dtype):
+def load_layer(config, read, i, device, dtype):
     """Return layer i: {our name: tensor}, and the index of its RoPE variant under "rope_index"."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     layer = {"rope_index": config["rope_indices"][i]}
-    for ours, theirs in tensors.items():
+    for ours, theirs in (LAYER_TENSORS | FAMILIES[config["model_type"]]).items():
         tensor = torch.cat([read(f"model.layers.{i}.{name}") for name in theirs])
         if "norm" in ours:
             layer[ours] = tensor.to(device, torch.float32) + config["norm_offset"]
@@ -1019,17 +1017,15 @@ class Store:
     def __init__(self, path):
         self.path = Path(path)
         with reading(self.path / "meta.json", "make a store with embed.py") as meta:
-            self.meta = json.loads(meta.read_text(encoding="utf-8"))
+            self.meta = json.loads(meta.read_bytes())
             self.N, self.D, self.shard_size = sizes = [int(self.meta[n]) for n in ("N", "D", "shard_size")]
-            if min(sizes) < 1 or not isinstance(self.meta["captions"]["path"], str):
-                raise ValueError(f"invalid N, D, shard_size {sizes} or captions {self.meta['captions']}")
+            if min(sizes) < 1:
+                raise ValueError(f"invalid N, D, shard_size {sizes}")
+            os.fspath(self.meta["captions"]["path"])  # raises TypeError if it is not a str
             check_prompts(self.meta["llm"]["prompts"], meta)
-        files = set(os.listdir(self.path))
         for i in range(-(-self.N // self.shard_size)):  # stops at the first missing one, however large N is
-            if (name := f"{i:06d}.npy") not in files:
-                raise InputError(f"{self.path}: {name} is missing; run the same embed.py command again")
+            self.open_shard(i)
         self.shard = functools.lru_cache(8192)(self.open_shard)  # memory maps; Linux allows a process 65,000
-        self.shard(0)  # raises InputError if D is not that of the shards
 
     def __len__(self):
         return self.N
@@ -1039,7 +1035,8 @@ class Store:
 
     def open_shard(self, i):
         """Return shard i, float16 [rows, 11, D], memory-mapped."""
-        with reading(self.path / f"{i:06d}.npy", "delete it and run the same embed.py command again") as path:
+        fix = "delete it if it exists, and run the same embed.py command again"
+        with reading(self.path / f"{i:06d}.npy", fix) as path:
             shape = min(self.shard_size, self.N - i * self.shard_size), len(FACET_COLUMNS), self.D
             array = np.load(path, mmap_mode="r")
             if array.dtype != np.float16:
@@ -1049,15 +1046,12 @@ class Store:
     @functools.cached_property
     def table(self):
         """(N keys, N image paths as the source gives them, or "")"""
-        digest = hashlib.sha256()
         with reading(self.path / "captions.tsv", "make the store again") as path, open(path, "rb") as file:
-            rows = []
-            for line in file:
-                digest.update(line)
-                rows.append(line.decode().split("\t", 2)[:2])
-            if digest.hexdigest() != self.meta["table_sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.meta["table_sha256"]:
                 raise ValueError("not the table that the embeddings were made from")
-            keys, images = map(list, zip(*rows[1:]))
+            file.seek(0)
+            _, *rows = (line.decode().split("\t", 2)[:2] for line in file)
+            keys, images = map(list, zip(*rows))
             return keys, images
 
     keys = property(lambda store: store.table[0])
@@ -1066,12 +1060,10 @@ class Store:
     def read_float16(self, rows, columns) -> torch.Tensor:
         """Return vectors as stored, float16 [n, m, D]; rows int [n], columns [m] for all rows or [n, m]."""
         columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
-        if not np.isin(columns, range(len(FACET_COLUMNS))).all():
-            raise IndexError(f"a store has {len(FACET_COLUMNS)} columns")
         out = np.empty((*columns.shape, self.D), np.float16)
-        shards, offsets = (x.tolist() for x in np.divmod(rows, self.shard_size))
-        for n, (shard, row) in enumerate(zip(shards, offsets)):
-            np.take(self.shard(shard)[row], columns[n], axis=0, out=out[n], mode="clip")  # "raise" would copy
+        for n, row in enumerate(rows):
+            shard, offset = divmod(int(row), self.shard_size)
+            out[n] = self.shard(shard)[offset, columns[n]]
         return torch.from_numpy(out)
 
     def read(self, rows, columns) -> torch.Tensor:
@@ -1111,15 +1103,14 @@ def load(checkpoint: str | Path) -> Flame:
     with reading(checkpoint / "model.safetensors", fix) as file:
         tensors = load_file(file)
         # The sizes in config.json may be wrong, so allocate nothing, and not any number of layers.
-        if not saved["model"]["layers"] <= len(tensors):
-            raise ValueError(f"config.json has {saved['model']['layers']} layers")
+        layers = saved["model"]["layers"]
+        if not layers <= len(tensors):
+            raise ValueError(f"config.json has {layers} layers")
         with torch.device("meta"):
             model = Flame({"columns": FACET_COLUMNS} | saved["model"] | {"llm": saved["llm"]})
         model.load_state_dict(tensors, assign=True)
         check_prompts(saved["llm"]["prompts"], config_file)
         columns = model.config["columns"]
-        layer, mask, path = (saved["llm"].get(name) for name in ("layer", "mask", "path"))
-        typed = isinstance(layer, int | None) and isinstance(path, str | None)
-        if not columns or {*columns} - {*FACET_COLUMNS} or mask not in (None, *MASKS) or not typed:
-            raise ValueError(f"config.json has invalid columns {columns} or LLM {path} {layer} {mask}")
+        if not columns or {*columns} - {*FACET_COLUMNS}:
+            raise ValueError(f"config.json has invalid columns {columns}")
     return model.eval()
