@@ -544,8 +544,8 @@ class Executed:
     ({"module.mm.2.weight": torch.zeros(48, 41)}, "mm.2.weight"),
     ({"module.visual.conv1.weight": None}, "no 'visual.conv1.weight'"),
     ({"module.visual.ln_pre.weight": None}, "visual.ln_pre.weight"),
-    ({"module.text_projection.mean": torch.zeros(1)}, "written by train.py"),
-    ({"x": Executed()}, ": Unsupported .*print")])
+    ({"module.text_projection.mean": torch.zeros(1)}, "text_projection.mean"),
+    ({"x": Executed()}, "Weights only load failed")])
 def test_invalid_released_checkpoint_raises_error(released_checkpoint, capsys, tensors, message):
     """The error is one line that names the tensor. Nothing in the file is executed."""
     file, _, _ = released_checkpoint(**tensors)
