@@ -12,7 +12,6 @@ missing shards and ends with the same bytes.
 """
 import fcntl
 import hashlib
-import math
 import os
 import shutil
 import sys
@@ -37,6 +36,8 @@ from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
 # Rows per shard: a minute or two of work. A crash loses one or two shards per process.
 SHARD_SIZE = {"cpu": 256, "cuda": 8192}
+WRONG_EMBEDDINGS = ("equal, zero, NaN or infinite; use --dtype bfloat16 or float32, or download the weights "
+                    "again")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -53,8 +54,8 @@ def embed(args):
         made = write_table(path, args.captions, args.join, dict(args.field))
         if not made.inside:  # images inside Parquet are checked below, after unpack_parquet()
             check_images(args, path, out / "images.npz", args.images, made.spans, made.comparable)
-        check_encoder(encoder(), [row.long for row in read_table(path, max_rows=1000)])
-        return {"images": args.images and os.path.abspath(args.images), "comparable": made.comparable}
+        check_encoder(encoder(), [row.long for row in read_table(path, max_rows=8)])
+        return {"comparable": made.comparable}
 
     with common.output_folder(out), locked_store(out, args.overwrite) if rank() == 0 else nullcontext():
         if rank() == 0:
@@ -64,9 +65,6 @@ def embed(args):
         barrier(out / "meta.json")  # all ranks must see it
         part, parts = args.part
         meta = read_json(out / "meta.json")
-        if args.images and os.path.abspath(args.images) != meta["captions"]["images"]:
-            raise InputError(f"{out}: made with --images {meta['captions']['images']}; give the new folder "
-                             "to train.py instead")
         shards = [i for i in missing_shards(out, meta) if i % parts == part]
         barrier()  # no rank may write a shard while another one still makes its list
         if shards:
@@ -79,21 +77,23 @@ def embed(args):
 
 def store_settings(args):
     """Return everything that determines the bytes of a store, and where its inputs are, for meta.json."""
+    config = flame.llm_config(args.llm)
     return {
         "llm": {
             "name": args.llm_name,
             "path": os.path.abspath(args.llm),  # for evaluate.py
             "fingerprint": flame.llm_fingerprint(args.llm),
-            "layer": args.layer,
+            "layer": args.layer or config["num_hidden_layers"] - 1,
             "mask": args.mask,
             "prompts": flame.prompts_to_json(),
         },
         "captions": {
             "path": os.path.abspath(args.captions),
             "sha256": hash_sources([("", args.captions, " ".join(map("=".join, args.field))), *args.join]),
+            "images": args.images and os.path.abspath(args.images),
         },
         "columns": FACET_COLUMNS,
-        "D": flame.llm_config(args.llm)["hidden_size"],
+        "D": config["hidden_size"],
         "dtype": args.dtype,
         "device": args.device.type,
         "max_tokens": flame.MAX_TOKENS[args.device.type],
@@ -112,11 +112,10 @@ def check_images(args, table, index, folder, spans=(), comparable=False):
 
 
 def check_encoder(encoder, captions):
-    """Raise InputError if all embeddings are equal, as happens with corrupt weights."""
-    packed, forest = next(encoder.pack(captions, "long"))
-    units = launch(encoder, forest, len(packed))()
-    if (units - units[0, 0]).abs().max() < 1e-3:
-        raise InputError(f"{encoder.llm_dir}: all embeddings are equal; download the weights again")
+    """Raise InputError if all embeddings are equal or NaN, as happens with corrupt weights."""
+    units = normalize(encoder.encode(captions), dim=-1)
+    if not (units - units[0, 0]).abs().max() > 1e-3:  # also true for NaN
+        raise InputError(f"{encoder.llm_dir}: embeddings are {WRONG_EMBEDDINGS}")
 
 
 def embed_shards(out, meta, encoder, missing):
@@ -126,23 +125,25 @@ def embed_shards(out, meta, encoder, missing):
     shards.
     """
     shards = missing[rank()::world_size()]
-    n_rows = sum(min(meta["shard_size"], meta["N"] - i * meta["shard_size"]) for i in shards)
-    size = 2e-9 * meta["N"] * len(FACET_COLUMNS) * meta["D"]
-    print0(f"{out}: {size:.2f} GB; computing {len(missing)} of {len(meta['shard_starts'])} shards of "
+    n_rows = min(len(shards) * meta["shard_size"], meta["N"])  # or less, if the last shard is among them
+    print0(f"{out}: computing {len(missing)} of {len(meta['shard_starts'])} shards of "
            f"{meta['shard_size']} rows; layer {encoder.layer}, {meta['dtype']} on {world_size()} x "
            f"{meta['device']}, {encoder.kernels}")
     batches = shard_batches(out, meta, shards, encoder)
     if meta["device"] == "cuda":
         batches = prefetch(batches)
-    launched = ((launch(encoder, forest, len(rows_by_caption)), rows_by_caption, *target)
-                for forest, rows_by_caption, *target in batches)
+    launched = ((*launch(encoder, forest), *target) for forest, *target in batches)
     with ThreadPoolExecutor(1) as thread, progress_bar(
             total=n_rows * len(FACET_COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
             disable=rank() > 0) as bar:
         writing = None
-        # pairwise() advances the generator, so pack n + 1 is launched before wait() for pack n.
-        for (wait, rows_by_caption, view, finished), _ in pairwise(chain(launched, [None])):
-            for rows, facets in zip(rows_by_caption, wait()):
+        # pairwise() advances the generator, so pack n + 1 is launched before we wait for pack n.
+        for (units, copied, rows_by_caption, view, finished), _ in pairwise(chain(launched, [None])):
+            if copied:
+                copied.synchronize()
+            if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # NaN is not < 0.01
+                raise InputError(f"{encoder.llm_dir}: embeddings are {WRONG_EMBEDDINGS}")
+            for rows, facets in zip(rows_by_caption, units.view(len(rows_by_caption), -1, meta["D"])):
                 view[rows] = facets
                 bar.update(len(rows) * len(facets))
             if finished:
@@ -172,34 +173,26 @@ def shard_batches(out, meta, shards, encoder):
             rows_of = {}
             for n, row in enumerate(rows):
                 rows_of.setdefault(getattr(row, prompts), []).append(n)
-            captions = list(rows_of)
+            groups = list(rows_of.values())
             first = FACET_COLUMNS.index(f"{prompts}.0")
             view = array[:, first:first + len(PROMPTS[prompts].facets)]
-            batches += [(forest, [rows_of[captions[c]] for c in packed], view)
-                        for packed, forest in encoder.pack(captions, prompts)]
+            batches += [(forest, [groups[c] for c in packed], view)
+                        for packed, forest in encoder.pack(list(rows_of), prompts)]
         for n, batch in enumerate(batches, 1):
             yield *batch, (i, array) if n == len(batches) else None
 
 
-def launch(encoder, forest, n):
-    """Start encoding a pack of n captions; return wait() -> their unit vectors float16 [n, K, D]."""
-    states = flame.hidden_states(encoder.decoder, forest).view(n, -1, encoder.dim)
-    units = normalize(states, dim=-1).half()
-    copied = None
-    if units.is_cuda:
-        on_device, units = units, torch.empty(units.shape, dtype=units.dtype, pin_memory=True)
-        units.copy_(on_device, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-    def wait():
-        if copied:
-            copied.synchronize()
-        if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # NaN is not < 0.01
-            raise InputError(f"{encoder.llm_dir}: embeddings are zero, NaN or infinite; use --dtype bfloat16 "
-                             "or float32, or download the weights again")
-        return units
-    return wait
+def launch(encoder, forest):
+    """Start encoding a pack. Return (unit vectors float16 [strings, D] on the CPU, the event after which they
+    are valid, or None).
+    """
+    units = normalize(flame.hidden_states(encoder.decoder, forest), dim=-1).half()
+    if not units.is_cuda:
+        return units, None
+    units = units.to("cpu", non_blocking=True)  # into pinned memory
+    copied = torch.cuda.Event()
+    copied.record()
+    return units, copied
 
 
 def prefetch(items):
@@ -218,8 +211,8 @@ def prefetch(items):
 # bytes.
 
 # Settings that must not change. Captions and LLM may be moved, since their hashes are compared.
-FIXED = ("llm: fingerprint", "llm: layer", "llm: mask", "llm: prompts", "captions: sha256", "columns", "D",
-         "dtype", "device", "max_tokens", "shard_size")
+FIXED = ("llm: fingerprint", "llm: layer", "llm: mask", "llm: prompts", "captions: sha256",
+         "captions: images", "columns", "D", "dtype", "device", "max_tokens", "shard_size")
 STORE_FIX = "choose another --out, or use --overwrite"
 SHARD_PATTERN = "[0-9][0-9][0-9][0-9][0-9][0-9].npy"
 
@@ -266,21 +259,19 @@ def begin_store(out, settings, make_table, overwrite):
         recorded = check_settings(out, settings)
         if table.exists():
             with reading(table, STORE_FIX):
-                found = scan_table(table, settings["shard_size"])
-                if any(recorded[name] != value for name, value in found.items()):
+                if recorded | scan_table(table, settings["shard_size"]) != recorded:
                     raise ValueError("not the table that meta.json records")
             return
     with common.atomic_write(table) as temporary:
-        made = make_table(temporary)
-        found = scan_table(temporary, settings["shard_size"])
-        if begun and overwrite or not meta.exists():  # unpacked images are those of an older store
-            shutil.rmtree(out / UNPACKED, ignore_errors=True)
-        if begun and overwrite:
+        captions = settings["captions"] | make_table(temporary)
+        if meta.exists() and not overwrite:  # written by a run that was killed before it renamed its table,
+            check_settings(out, settings)    # or meanwhile
+        else:
+            shutil.rmtree(out / UNPACKED, ignore_errors=True)  # images of an older store
+        if overwrite:
             for path in (table, *out.glob(SHARD_PATTERN)):
                 path.unlink(missing_ok=True)
-        elif meta.exists():  # written by a run that was killed before it renamed its table, or meanwhile
-            check_settings(out, settings)
-        captions = settings["captions"] | made
+        found = scan_table(temporary, settings["shard_size"])
         common.write_json(meta, settings | {"captions": captions} | found)
 
 
@@ -302,15 +293,11 @@ def missing_shards(out, meta):
 
 def scan_table(table, shard_size):
     """Return {"N": number of rows, "shard_starts": byte offset of each shard's first row, "table_sha256"}."""
-    starts, offset, digest = [], 0, hashlib.sha256()
     with open(table, "rb") as file:
-        for N, line in enumerate(file):  # the end of line N is the start of row N
-            digest.update(line)
-            offset += len(line)
-            if N % shard_size == 0:
-                starts.append(offset)
-    n_shards = math.ceil(N / shard_size)
-    return {"N": N, "shard_starts": starts[:n_shards], "table_sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        ends = np.fromiter(map(len, file), np.int64).cumsum()  # the end of line n is the start of row n
+    return {"N": len(ends) - 1, "shard_starts": ends[:-1:shard_size].tolist(), "table_sha256": digest}
 
 
 def write_shard(out, meta, i, array):
@@ -367,8 +354,9 @@ def build_parser():
         help="dtype of the LLM's matrix products (default: bfloat16 if it is fast on the device)")
     add("--shard-size", metavar="ROWS", type=number(int, 1, 1 << 16),
         help="rows per shard; a crash loses one or two shards (default: 256 on a CPU, 8192 on a GPU)")
-    add("--overwrite", action="store_true", help="delete the store at --out and start over")
-    add("--part", metavar="i/n", type=part, default=(0, 1),
+    add_one = parser.add_mutually_exclusive_group().add_argument  # --overwrite would delete other parts' shards
+    add_one("--overwrite", action="store_true", help="delete the store at --out and start over")
+    add_one("--part", metavar="i/n", type=part, default=(0, 1),
         help="embed only every n-th shard, starting at i (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; into one "
         "shared folder, or into folders that you then copy together")
     add("--inspect", metavar="STORE", help="check a store and print statistics instead")
@@ -383,13 +371,9 @@ def run(argv):
         return inspect_store(args)
     if not args.captions:
         raise InputError("--captions FILE is missing; see --help")
-    if args.overwrite and args.part[1] > 1:
-        raise InputError("--overwrite cannot be used with --part: it would delete the other parts' shards. "
-                         "To start over, delete the store's folder")
     args.join = [(name, *split_column(source)) for name, source in args.join]
     args.device = init_distributed(args.device)
     args.dtype = args.dtype or str(common.default_dtype(args.device)).removeprefix("torch.")
-    args.layer = args.layer or flame.llm_config(args.llm)["num_hidden_layers"] - 1
     print0(f"LLM: {args.llm}")
     return embed(args)
 
