@@ -55,26 +55,18 @@ def tokenize(tokenizer, captions, prompts):
         first = "<s> " + first
     prefixes = []
     suffixes = []
-    for caption in clean_as_released(tokenizer, captions):
-        parts = [template.replace("{}", caption), first, *others]
-        ids = tokenizer.encode_batch(list(accumulate(parts, "{} {}".format)))  # each adds one facet prompt
-        cuts = [flame.shared_prefix(ids[-1], beginning) for beginning in ids]
-        prefixes.append(ids[-1][:cuts[0]])
-        suffixes.append([ids[-1][start:stop] for start, stop in zip(cuts, cuts[1:])])
-    return prefixes, suffixes
-
-
-def clean_as_released(tokenizer, captions):
-    """Return captions as the released code puts them into the template."""
-    texts = []
     for ids in tokenizer.encode_batch(list(captions)):
-        text = tokenizer.decode(ids[:CAPTION_TOKENS]).replace('"', "'")
-        if text.endswith("?"):
-            text = text[:-1] + "."
-        elif text and not text.endswith((".", "'")):
-            text += "."
-        texts.append(text)
-    return texts
+        caption = tokenizer.decode(ids[:CAPTION_TOKENS]).replace('"', "'")
+        if caption.endswith("?"):
+            caption = caption[:-1] + "."
+        elif caption and not caption.endswith((".", "'")):
+            caption += "."
+        parts = [template.replace("{}", caption), first, *others]
+        rows = tokenizer.encode_batch(list(accumulate(parts, "{} {}".format)))  # each adds one facet prompt
+        cuts = [flame.shared_prefix(rows[-1], beginning) for beginning in rows]
+        prefixes.append(rows[-1][:cuts[0]])
+        suffixes.append([rows[-1][start:stop] for start, stop in zip(cuts, cuts[1:])])
+    return prefixes, suffixes
 
 
 class ReleasedFlame(flame.Flame):
@@ -94,27 +86,18 @@ def load_released(path):
     with reading(path, "give a released .pt checkpoint, or a folder that train.py wrote"):
         weights = read_weights(path)
         llm = {"name": None, "fingerprint": None, "layer": None, "mask": "released"}
-        model = ReleasedFlame(vit_config(weights) | {
+        width, _, patch_size, _ = weights["visual.conv1.weight"].shape
+        if width % 64:
+            raise ValueError(f"a width of {width} is not a multiple of 64, the width of a head")
+        patches = len(weights["visual.positional_embedding"]) - 1
+        model = ReleasedFlame({
+            "image_size": patch_size * round(patches ** 0.5), "patch_size": patch_size, "width": width,
+            "layers": sum(name.endswith(".attn.in_proj_weight") for name in weights), "heads": width // 64,
             "projector_hidden": len(weights["mm.0.weight"]), "text_dim": len(weights["mm.2.weight"]),
             "pool_first": False, "text_rank": 0, "columns": flame.FACET_COLUMNS, "llm": llm})
         del model.text_projection  # a file with one is refused, because ignoring it would change the scores
         model.load_state_dict(weights)
     return model.eval()
-
-
-def vit_config(weights):
-    """Infer the config of an image tower from the shapes of its tensors. Heads have 64 dimensions."""
-    width, _, patch_size, _ = weights["visual.conv1.weight"].shape
-    patches = len(weights["visual.positional_embedding"]) - 1
-    if width % 64:
-        raise ValueError(f"a width of {width} is not a multiple of 64")
-    return {
-        "image_size": patch_size * round(patches ** 0.5),
-        "patch_size": patch_size,
-        "width": width,
-        "layers": sum(name.endswith(".attn.in_proj_weight") for name in weights),
-        "heads": width // 64,
-    }
 
 
 def read_weights(path):

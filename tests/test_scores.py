@@ -410,7 +410,7 @@ def test_weights_by_train_py_are_refused_as_a_released_checkpoint(real, byte_llm
     flags = "--data-root", tmp_path / "urban1k", "--llm", byte_llm, "--out", tmp_path, "--device", "cpu"
     weights = real / "out/tiny/model.safetensors"
     assert evaluate.main(["--bench", "urban1k", "--checkpoint", str(weights), *map(str, flags)]) == 2
-    assert "written by train.py; give a released .pt checkpoint, or a folder" in error_line(capsys)
+    assert "give a released .pt checkpoint, or a folder that train.py wrote" in error_line(capsys)
 
 
 @pytest.mark.parametrize("bench", ["urban1k", "xm3600", "food101", "imagefolder"])
