@@ -48,18 +48,9 @@ def embed(args):
     out = Path(args.out or Path("data/embeddings", source_name(args.captions)))
     dtype = getattr(torch, args.dtype)
     encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.mask))
-
-    def make_table(path):
-        (out / "images.npz").unlink(missing_ok=True)  # may belong to an earlier table with the same keys
-        made = write_table(path, args.captions, args.join, dict(args.field))
-        if not made.inside:  # images inside Parquet are checked below, after unpack_parquet()
-            check_images(args, path, out / "images.npz", args.images, made.spans, made.comparable)
-        check_encoder(encoder(), [row.long for row in read_table(path, max_rows=8)])
-        return {"comparable": made.comparable}
-
     with common.output_folder(out), locked_store(out, args.overwrite) if rank() == 0 else nullcontext():
         if rank() == 0:
-            begin_store(out, store_settings(args), make_table, args.overwrite)
+            begin_store(out, store_settings(args), partial(make_table, args, out, encoder), args.overwrite)
             if not args.no_images and unpack_parquet(args.captions, out / UNPACKED):
                 check_images(args, out / "captions.tsv", out / "images.npz", out / UNPACKED)
         barrier(out / "meta.json")  # all ranks must see it
@@ -73,6 +64,22 @@ def embed(args):
     missing = len(missing_shards(out, meta))
     print0(f"{out}: {meta['N']} x {len(FACET_COLUMNS)} embeddings of dimension {meta['D']}, "
            + (f"{missing} of {len(meta['shard_starts'])} shards missing" if missing else "finished"))
+
+
+def make_table(args, out, encoder, path):
+    """Write captions.tsv to `path`, and check the images and the LLM. Return what meta.json records of it.
+
+    Raises InputError if all embeddings are equal or NaN, as happens with corrupt weights.
+    """
+    (out / "images.npz").unlink(missing_ok=True)  # may belong to an earlier table with the same keys
+    made = write_table(path, args.captions, args.join, dict(args.field))
+    if not made.inside:  # images inside Parquet are checked in embed(), after unpack_parquet()
+        check_images(args, path, out / "images.npz", args.images, made.spans, made.comparable)
+    captions = [row.long for row in read_table(path, max_rows=8)]
+    units = normalize(encoder().encode(captions), dim=-1)
+    if not (units - units[0, 0]).abs().max() > 1e-3:  # also true for NaN
+        raise InputError(f"{args.llm}: embeddings are {WRONG_EMBEDDINGS}")
+    return {"comparable": made.comparable}
 
 
 def store_settings(args):
@@ -111,13 +118,6 @@ def check_images(args, table, index, folder, spans=(), comparable=False):
         report_images(len(keys), found)
 
 
-def check_encoder(encoder, captions):
-    """Raise InputError if all embeddings are equal or NaN, as happens with corrupt weights."""
-    units = normalize(encoder.encode(captions), dim=-1)
-    if not (units - units[0, 0]).abs().max() > 1e-3:  # also true for NaN
-        raise InputError(f"{encoder.llm_dir}: embeddings are {WRONG_EMBEDDINGS}")
-
-
 def embed_shards(out, meta, encoder, missing):
     """Compute and write this rank's share of the missing shards.
 
@@ -129,16 +129,14 @@ def embed_shards(out, meta, encoder, missing):
     print0(f"{out}: computing {len(missing)} of {len(meta['shard_starts'])} shards of "
            f"{meta['shard_size']} rows; layer {encoder.layer}, {meta['dtype']} on {world_size()} x "
            f"{meta['device']}, {encoder.kernels}")
-    batches = shard_batches(out, meta, shards, encoder)
-    if meta["device"] == "cuda":
-        batches = prefetch(batches)
-    launched = ((*launch(encoder, forest), *target) for forest, *target in batches)
+    batches = prefetch(shard_batches(out, meta, shards, encoder))
     with ThreadPoolExecutor(1) as thread, progress_bar(
             total=n_rows * len(FACET_COLUMNS), desc="embedding", unit=" embeddings", smoothing=0.05,
             disable=rank() > 0) as bar:
         writing = None
         # pairwise() advances the generator, so pack n + 1 is launched before we wait for pack n.
-        for (units, copied, rows_by_caption, view, finished), _ in pairwise(chain(launched, [None])):
+        for (units, copied, rows_by_caption, view, finished), _ in pairwise(
+                chain(launch(encoder, batches), [None])):
             if copied:
                 copied.synchronize()
             if not ((units.float().norm(dim=-1) - 1).abs() < 0.01).all():  # NaN is not < 0.01
@@ -182,17 +180,19 @@ def shard_batches(out, meta, shards, encoder):
             yield *batch, (i, array) if n == len(batches) else None
 
 
-def launch(encoder, forest):
-    """Start encoding a pack. Return (unit vectors float16 [strings, D] on the CPU, the event after which they
-    are valid, or None).
+def launch(encoder, batches):
+    """Start encoding packs. Yields (units, copied, *target) for each (forest, *target):
+        units: the unit vectors of its strings, float16 [n * K, D], on the CPU.
+        copied: the event after which they are valid, or None.
     """
-    units = normalize(flame.hidden_states(encoder.decoder, forest), dim=-1).half()
-    if not units.is_cuda:
-        return units, None
-    units = units.to("cpu", non_blocking=True)  # into pinned memory
-    copied = torch.cuda.Event()
-    copied.record()
-    return units, copied
+    for forest, *target in batches:
+        units = normalize(flame.hidden_states(encoder.decoder, forest), dim=-1).half()
+        copied = None
+        if units.is_cuda:
+            units = units.to("cpu", non_blocking=True)  # into pinned memory
+            copied = torch.cuda.Event()
+            copied.record()
+        yield units, copied, *target
 
 
 def prefetch(items):
@@ -251,15 +251,14 @@ def begin_store(out, settings, make_table, overwrite):
     meta = out / "meta.json"
     table = out / "captions.tsv"
     existing = [*out.glob(table.name), *out.glob(SHARD_PATTERN)]
-    begun = meta.exists()  # after the glob: a concurrent run writes meta.json before the other files
-    if existing and not begun:
+    if existing and not meta.exists():  # in this order: a concurrent run writes meta.json first
         raise InputError(f"{existing[0]}: exists without meta.json, so embed.py did not write it; choose "
                          "another --out")
-    if begun and not overwrite:
+    if meta.exists() and not overwrite:
         recorded = check_settings(out, settings)
         if table.exists():
             with reading(table, STORE_FIX):
-                if recorded | scan_table(table, settings["shard_size"]) != recorded:
+                if recorded != recorded | scan_table(table, settings["shard_size"]):
                     raise ValueError("not the table that meta.json records")
             return
     with common.atomic_write(table) as temporary:
