@@ -708,7 +708,7 @@ def rope_settings(entries, layers, gemma):
     local = {"rope_theta": entries.get("rope_local_base_freq", 1e4)} | settings.get("sliding_attention", {})
     names = ["full_attention", "sliding_attention"]
     period = int(entries.get("sliding_window_pattern") or 6)
-    types = entries.get("layer_types") or [names[i % period > 0] for i in range(1, layers + 1)]
+    types = entries.get("layer_types") or [*names[1:] * (period - 1), names[0]] * layers
     return [full, local], [names.index(types[i]) for i in range(layers)]
 
 
@@ -744,10 +744,7 @@ def open_weights(llm_dir):
         if name not in files:
             raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; {LLM_FIX}")
         with reading(files.pop(name), LLM_FIX) as file, safe_open(file, framework="pt") as opened:
-            tensor = opened.get_tensor(name)
-            if tensor.dtype.itemsize < 2:
-                raise ValueError(f"tensor {name} is {tensor.dtype}; quantized checkpoints are not supported")
-            return tensor
+            return opened.get_tensor(name)
     return read, files
 
 
@@ -793,7 +790,7 @@ def load_decoder(llm_dir, layer=None, device="cpu", dtype=torch.bfloat16):
     embedding = read("model.embed_tokens.weight").to(device, dtype)
     layers = [load_layer(config, read, i, device, dtype) for i in range(layer)]
     prefixes = tuple(f"model.layers.{i}." for i in range(layer))
-    for name in sorted(unread):  # ignoring a bias or another norm would silently change the hidden states
+    for name in sorted(unread):  # ignoring a bias, a norm or a scale would silently change the hidden states
         if name.startswith(prefixes) and not name.endswith("rotary_emb.inv_freq"):
             raise InputError(f"{llm_dir}: tensor {name} is unknown in a {config['model_type']} layer")
     decoder = Decoder(config, embedding, layers, config["inv_freq"].float().to(device), TORCH_KERNELS)
@@ -1023,6 +1020,7 @@ class Store:
                 raise ValueError(f"invalid N, D, shard_size {sizes}")
             os.fspath(self.meta["captions"]["path"])  # raises TypeError if it is not a str
             check_prompts(self.meta["llm"]["prompts"], meta)
+            content_hash(self)  # raises KeyError if an entry is missing
         for i in range(-(-self.N // self.shard_size)):  # stops at the first missing one, however large N is
             self.open_shard(i)
         self.shard = functools.lru_cache(8192)(self.open_shard)  # memory maps; Linux allows a process 65,000
@@ -1084,10 +1082,9 @@ open_store = Store  # open_store(path) -> store with .read(rows, columns), .keys
 
 def content_hash(store):
     """Return a SHA-256 over everything that determines a store's content, but not its location."""
-    with reading(store.path / "meta.json", "make it again with embed.py"):
-        meta = store.meta | {"captions": store.meta["captions"]["sha256"]}
-        meta["llm"] = {key: value for key, value in meta["llm"].items() if key not in ("name", "path")}
-        return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    meta = store.meta | {"captions": store.meta["captions"]["sha256"]}
+    meta["llm"] = {key: value for key, value in meta["llm"].items() if key not in ("name", "path")}
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def load(checkpoint: str | Path) -> Flame:
