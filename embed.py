@@ -353,7 +353,8 @@ def build_parser():
         help="dtype of the LLM's matrix products (default: bfloat16 if it is fast on the device)")
     add("--shard-size", metavar="ROWS", type=number(int, 1, 1 << 16),
         help="rows per shard; a crash loses one or two shards (default: 256 on a CPU, 8192 on a GPU)")
-    add_one = parser.add_mutually_exclusive_group().add_argument  # --overwrite would delete other parts' shards
+    # --overwrite would delete the other parts' shards
+    add_one = parser.add_mutually_exclusive_group().add_argument
     add_one("--overwrite", action="store_true", help="delete the store at --out and start over")
     add_one("--part", metavar="i/n", type=part, default=(0, 1),
         help="embed only every n-th shard, starting at i (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; into one "

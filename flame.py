@@ -92,25 +92,22 @@ class Forest(NamedTuple):
 
 def build_forest(sequences):
     """Return the trie of N token sequences (non-empty lists of ints) as a Forest; positions are depths."""
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    packed = []
     last_tokens = np.zeros(len(sequences), np.int64)
-    packed, lengths, parents = [], [], []
-    # Stack of (sorted sequences that agree on their first `depth` tokens, depth, segment that ends there).
-    stack = [(order, 0, -1)] if order else []
-    while stack:
-        group, depth, parent = stack.pop()
-        first = sequences[group[0]]
-        common = shared_prefix(first, sequences[group[-1]])  # of the whole group, because it is sorted
-        if common > depth:
-            packed += first[depth:common]
-            lengths.append(common - depth)
-            parents.append(parent)
-            parent = len(lengths) - 1
-        ended = [i for i in group if len(sequences[i]) == common]  # the shortest ones, which come first
-        last_tokens[ended] = len(packed) - 1
-        forks = groupby(group[len(ended):], key=lambda i: sequences[i][common])
-        stack += reversed([([*fork], common, parent) for _, fork in forks])  # the first fork is popped next
-    lengths, parents = np.array(lengths, np.int32), np.array(parents, np.int32)
+    branches = {}  # packed index of each branch's first token: that of the token it follows, -1 for a root
+    sequence, path = [], []  # the last sequence, and the packed indices of its tokens
+    for i in sorted(range(len(sequences)), key=sequences.__getitem__):
+        common = shared_prefix(sequence, sequences[i])
+        sequence, path = sequences[i], path[:common]
+        if common < len(sequence):
+            branches[len(packed)] = path[-1] if path else -1
+            path += range(len(packed), len(packed) + len(sequence) - common)
+            packed += sequence[common:]
+        last_tokens[i] = path[-1]
+    # A segment begins where a branch begins, and behind a token that a branch follows.
+    first = sorted({*branches, *(token + 1 for token in branches.values())})
+    parents = np.searchsorted(first, [branches.get(token, token - 1) for token in first], "right") - 1
+    lengths, parents = np.diff(first, append=len(packed)).astype(np.int32), parents.astype(np.int32)
     depths = torch.from_numpy(token_depths(lengths, parents))
     return Forest(torch.tensor(packed, dtype=torch.int64), depths, lengths, parents,
                   torch.from_numpy(last_tokens))
@@ -216,8 +213,7 @@ QUERY_CHUNK = {"cpu": 64, "cuda": 512}  # queries; larger on a GPU, to launch fe
 
 def chunked_attention(forest, device, group_size):
     """Attention in PyTorch: for each chunk of queries, gather only the keys that at least one of them sees.
-
-    Returns attend(q, k, v). group_size: query heads per key/value head.
+    Return attend(q, k, v). group_size: query heads per key/value head.
     """
     segment = np.repeat(np.arange(len(forest.lengths)), forest.lengths)  # [T]
     depth = token_depths(forest.lengths, forest.parents)
@@ -249,9 +245,8 @@ def add_and_norm(x, update, weight, eps, dtype):
 
 def norm_heads(qkv, weight, eps):
     """RMSNorm of the query and key heads in place (Qwen3, Gemma): qkv [T, all heads, d], weight [heads, d]"""
-    x = qkv[:, :len(weight)].float()
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    qkv[:, :len(weight)] = (x * scale * weight).to(qkv.dtype)
+    x = qkv[:, :len(weight)]
+    x.copy_(F.rms_norm(x.float(), x.shape[-1:], eps=eps) * weight)
 
 
 def rope(qkv, cos, sin, heads):  # rotates the pairs (i, i + d/2)
@@ -555,11 +550,8 @@ class InputError(Exception):
     """Bad input from outside. The message is one line: path, problem, fix."""
 
 
-DOWNLOAD_AGAIN = "download or create it again"
-
-
 @contextmanager
-def reading(path, fix=DOWNLOAD_AGAIN):
+def reading(path, fix):
     """Turn any error raised while reading an external file into one InputError: path, problem, fix.
 
     Parsers can raise any exception on a corrupt file, so read and convert values inside the block. Only
@@ -588,7 +580,7 @@ def describe_error(error):
     return " ".join(text.split())[:200]
 
 
-def read_json(path, fix=DOWNLOAD_AGAIN):
+def read_json(path, fix="download or create it again"):
     """Return the object in a JSON file as a dict."""
     with reading(path, fix):
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -639,9 +631,7 @@ LLM_FIX = ("give --llm or $FLAME_LLM a Hugging Face folder with config.json, *.s
 
 def resolve_folder(name):
     """Return a local path as it is. For a Hub id (owner/name), download it and return the cache folder. If
-    a folder `owner` exists, the name is taken as a path.
-
-    Raises InputError if the id cannot be downloaded.
+    a folder `owner` exists, the name is taken as a path. Raises InputError if it cannot be downloaded.
     """
     if Path(name).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
@@ -671,19 +661,16 @@ def llm_config(llm_dir):
         check_supported("hidden_act", used, activation)
         if entries.get("use_bidirectional_attention"):
             raise ValueError("bidirectional attention is not supported")
-        sizes = {name: int(entries[name]) for name in (
-            "num_hidden_layers", "hidden_size", "num_attention_heads")}
-        layers, D, heads = sizes.values()
+        layers, D, heads, context_length = (int(entries[name]) for name in (
+            "num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"))
         head_dim = int(entries.get("head_dim") or D // heads)
-        context_length = int(entries["max_position_embeddings"])
         if entries.get("use_sliding_window", family == "mistral" or gemma):
             context_length = min(context_length, int(entries.get("sliding_window", 4096) or context_length))
         ropes, rope_indices = rope_settings(entries, layers, gemma)
-        return sizes | {
-            "model_type": family,
+        return {
+            "model_type": family, "num_hidden_layers": layers, "hidden_size": D, "num_attention_heads": heads,
             "num_key_value_heads": int(entries.get("num_key_value_heads") or heads),
-            "head_dim": head_dim,
-            "rms_norm_eps": float(entries["rms_norm_eps"]),
+            "head_dim": head_dim, "rms_norm_eps": float(entries["rms_norm_eps"]),
             "gelu": gemma, "norm_offset": float(gemma), "embedding_scale": D ** 0.5 if gemma else 1.0,
             "query_scale": (head_dim / entries.get("query_pre_attn_scalar", head_dim)) ** 0.5,
             "inv_freq": torch.stack([rope_frequencies(rope, head_dim) for rope in ropes]),
@@ -728,10 +715,7 @@ def rope_frequencies(rope, head_dim):
 
 
 def open_weights(llm_dir):
-    """Return (read(name) -> tensor, {tensor name: file}) for a folder's model*.safetensors.
-
-    read() removes the name from the dict.
-    """
+    """Return (read(name) -> tensor, {name: file} of tensors not read yet) for a folder's safetensors."""
     from safetensors import safe_open
     files = {}
     for file in sorted(Path(llm_dir).glob("model*.safetensors")):
