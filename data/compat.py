@@ -123,12 +123,11 @@ class OpenClip(torch.nn.Module):
     def __init__(self, spec):
         super().__init__()
         name, _, weights = spec.partition(":")
-        if not weights:
-            raise InputError(f"--open-clip {spec}: no weights; give {spec}:WEIGHTS, or {spec}:random")
+        random = weights == "random"
         try:
             import open_clip
             self.clip, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=None if weights == "random" else weights)
+                name, pretrained=None if random else weights, require_pretrained=not random)
             self.tokenizer = open_clip.get_tokenizer(name)
             D = open_clip.get_model_config(name)["embed_dim"]
         except Exception as error:  # not installed, unknown model or weights, no network, a corrupt file
