@@ -139,7 +139,7 @@ def test_unfinished_or_corrupt_store_is_refused(run):
     with pytest.raises(flame.InputError, match="000003.npy: no such file; .* run the same embed.py command"):
         flame.open_store(STORE)
     (STORE / "000003.npy").write_bytes((STORE / "000002.npy").read_bytes()[:-41])  # 32 are the digest
-    with pytest.raises(flame.InputError, match="000003.npy: .*delete it if it exists, and run"):
+    with pytest.raises(flame.InputError, match="000003.npy: .*delete it if it exists, and run the same"):
         flame.open_store(STORE).read([17], [0])
     meta = json.loads((STORE / "meta.json").read_text())
     meta["llm"]["prompts"]["raw"]["facets"] = ["something else in one word:\""]
