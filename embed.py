@@ -56,6 +56,9 @@ def embed(args):
         barrier(out / "meta.json")  # all ranks must see it
         part, parts = args.part
         meta = read_json(out / "meta.json")
+        if args.images and os.path.abspath(args.images) != meta["captions"]["images"]:
+            raise InputError(f"{out}: made with --images {meta['captions']['images']}; give the new folder "
+                             "to train.py instead")
         shards = [i for i in missing_shards(out, meta) if i % parts == part]
         barrier()  # no rank may write a shard while another one still makes its list
         if shards:
@@ -211,8 +214,8 @@ def prefetch(items):
 # bytes.
 
 # Settings that must not change. Captions and LLM may be moved, since their hashes are compared.
-FIXED = ("llm: fingerprint", "llm: layer", "llm: mask", "llm: prompts", "captions: sha256",
-         "captions: images", "columns", "D", "dtype", "device", "max_tokens", "shard_size")
+FIXED = ("llm: fingerprint", "llm: layer", "llm: mask", "llm: prompts", "captions: sha256", "columns", "D",
+         "dtype", "device", "max_tokens", "shard_size")
 STORE_FIX = "choose another --out, or use --overwrite"
 SHARD_PATTERN = "[0-9][0-9][0-9][0-9][0-9][0-9].npy"
 

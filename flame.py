@@ -728,7 +728,10 @@ def open_weights(llm_dir):
         if name not in files:
             raise InputError(f"{llm_dir}: no tensor {name} in its safetensors; {LLM_FIX}")
         with reading(files.pop(name), LLM_FIX) as file, safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+            tensor = opened.get_tensor(name)
+            if tensor.dtype.itemsize < 2:
+                raise ValueError(f"tensor {name} is {tensor.dtype}; quantized checkpoints are not supported")
+            return tensor
     return read, files
 
 
@@ -1007,7 +1010,7 @@ class Store:
             content_hash(self)  # raises KeyError if an entry is missing
         for i in range(-(-self.N // self.shard_size)):  # stops at the first missing one, however large N is
             self.open_shard(i)
-        self.shard = functools.lru_cache(8192)(self.open_shard)  # memory maps; Linux allows a process 65,000
+        self.shard = functools.lru_cache(512)(self.open_shard)  # each holds a file; the usual limit is 1,024
 
     def __len__(self):
         return self.N

@@ -9,6 +9,7 @@ The released code differs from flame.py in these points:
 * Its padding masks let facets of a padded batch see each other. This module reproduces the result for one
   caption at a time.
 """
+import pickle
 from itertools import accumulate, count
 
 import numpy as np
@@ -104,8 +105,11 @@ def read_weights(path):
     """Return {name: tensor} of a .pt file, without those that FLAME does not use."""
     scalar = np.float64(0).__reduce__()[0]  # the optimizer state has a numpy learning rate
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    with torch.serialization.safe_globals([np.dtype, np.dtypes.Float64DType, *allowed]):
-        file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        with torch.serialization.safe_globals([np.dtype, np.dtypes.Float64DType, *allowed]):
+            file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:  # drop torch's advice to trust the file
+        raise ValueError(str(error).split("WeightsUnpickler error: ")[-1]) from None
     weights = {name.removeprefix("module."): x for name, x in file.get("state_dict", file).items()}
     return {name: x for name, x in weights.items() if not f"{name}=".startswith(UNUSED)}
 
