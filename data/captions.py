@@ -5,7 +5,6 @@ reads TSV, CSV, tars and text files row by row. DuckDB reads JSON and Parquet, j
 core. Without keys, the key is the row number in nine digits, as img2dataset names its samples. A bad row is
 skipped, counted and reported. A corrupt JSON list or Parquet file is refused as a whole.
 """
-import codecs
 import csv
 import glob
 import gzip
@@ -21,7 +20,7 @@ from collections import Counter, defaultdict
 from itertools import chain, groupby, islice, repeat
 from operator import itemgetter
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
@@ -46,8 +45,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "*/*.tar")
 UNPACKED = "parquet-images"  # in a store; --overwrite deletes it, so it is not called "images" as users' own
 SOURCE_FIX = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
-NOT_CAPTIONS = {"image_id", "license", ""}.union(
-    *(FIELD_ALIASES[name] for name in ("key", "uid", "image", "url")))
 MAX_TEXT_BYTES = 1 << 24  # read of a .txt or .json file; more than any LLM's context
 JOIN_SAMPLE = 200         # (own, joined) captions to compare: do both files' keys refer to the same images?
 READERS = min(16, len(os.sched_getaffinity(0)))  # processes that read tars
@@ -85,10 +82,10 @@ CREATE MACRO joined(name) AS TABLE
 # If more than 1% of the keys are repeated, each is preceded by its place: the tar's name and a folder in it.
 QUALIFY_KEYS = """UPDATE loaded SET key = place || key
 WHERE place IS NOT NULL AND (SELECT count(*) > 1.01 * count(DISTINCT key) FROM loaded)"""
-SOURCE_FACTS = """SELECT count(*), count(key) = 0 OR count(place) > 0 AS comparable, bool_or(inside)
+SOURCE_FACTS = """SELECT count(key) = 0 OR count(place) > 0 AS comparable, bool_or(inside)
 FROM loaded"""
 JOIN_MATCHES = """SELECT count(*) FROM recaption
-WHERE field = $1 AND {0} IN (SELECT {0} FROM source WHERE row % $2 = 0)"""
+WHERE field = $1 AND {0} IN (SELECT {0} FROM source)"""
 JOIN = """INSERT INTO pair SELECT row, field, min(id) FROM source JOIN recaption USING ({})
 WHERE field = $1 AND text IS NOT NULL GROUP BY row, field"""
 COMPLETE = """CREATE TABLE completed AS SELECT row, key, image, span, coalesce(r.text, raw) AS raw,
@@ -181,27 +178,27 @@ def write_table(path, captions, joins=(), chosen={}):
             database.execute(SCHEMA)
             columns = load(database, scratch, captions, skipped, chosen)
             database.execute(QUALIFY_KEYS)
-            rows, comparable, inside = database.execute(SOURCE_FACTS).fetchone()
+            comparable, inside = database.execute(SOURCE_FACTS).fetchone()
             for name, source, column in joins:
                 load(database, scratch, source, skipped, {name: column} if column else {}, name)
             # Rows are numbered by now. To keep 15 million in order, DuckDB would need more memory.
             database.execute("SET preserve_insertion_order = false")
             for name in {name: None for name, *_ in joins}:
-                join(database, captions, name, rows)
+                join(database, captions, name)
             database.execute(COMPLETE)
-            skipped |= {reason: entry for reason, *entry in database.execute(SKIPPED_ROWS).fetchall()}
-            report_skipped(captions, skipped)
             total, raw, short, long, others = database.execute(TABLE_COUNTS).fetchone()
+            files = [(reason, len(places), places) for reason, places in skipped.items()]
+            for reason, count, places in files + database.execute(SKIPPED_ROWS).fetchall():
+                report_skipped(captions, reason, count, places)
+                if reason == "repeated key" and count > (total + count) / 100:
+                    raise InputError(f"{captions}: {count} rows have the key of an earlier row, and would be "
+                                     "lost. Make the keys unique, or remove them: then row numbers are the "
+                                     "keys")
             if not total:
-                columns = [name for name in columns if not name.startswith("__")][:20]
-                raise InputError(f"{captions}: no captions found (columns: {columns}). Rename a column to "
-                                 "raw, short or long, or name it: --field raw=COLUMN. If there are no "
-                                 "columns, it is compressed, not UTF-8, or no line has as many fields as the "
-                                 "first one")
-            repeated = skipped.get("repeated key", (0,))[0]
-            if repeated > (total + repeated) / 100:
-                raise InputError(f"{captions}: {repeated} rows have the key of an earlier row, and would be "
-                                 "lost. Make the keys unique, or remove them: then row numbers are the keys")
+                raise InputError(f"{captions}: no captions found (columns: {[*columns][:20]}). Rename a "
+                                 "column to raw, short or long, or name it: --field raw=COLUMN. If there are no "
+                                 "columns, it is compressed, not UTF-8, JSON with a byte order mark, or no "
+                                 "line has as many fields as the first one")
             unused = f"; {others} further captions in lists are not used" if others else ""
             print(f"{captions}: {total} rows with {raw} raw, {short} short, {long} long captions; a row "
                   f"without one uses its best other caption{unused}")
@@ -213,16 +210,14 @@ def write_table(path, captions, joins=(), chosen={}):
         raise InputError(f"{path}: {describe_error(error)}; if the disk is full, free space there") from None
 
 
-def join(database, captions, field, n_rows):
+def join(database, captions, field):
     """Join the captions of a prompt set to the source's rows. Print how many rows have one, and five examples
     beside the rows' own captions.
 
-    Rows are joined by the first of URL, uid and key that has, in a sample of rows, at least 90% as many
-    matches as the best of them. Raises InputError if no row matches, or if the joined captions belong to
-    other images.
+    Rows are joined by the first of URL, uid and key that has at least 90% as many matches as the best of
+    them. Raises InputError if no row matches, or if the joined captions belong to other images.
     """
-    step = 1 + n_rows // 10_000
-    matches = {by: database.execute(JOIN_MATCHES.format(by), [field, step]).fetchone()[0]
+    matches = {by: database.execute(JOIN_MATCHES.format(by), [field]).fetchone()[0]
                for by in ("url", "uid", "key")}
     by = next(by for by, count in matches.items() if count >= 0.9 * max(matches.values()))
     database.execute(JOIN.format(by), [field])
@@ -234,12 +229,6 @@ def join(database, captions, field, n_rows):
     pairs = database.execute(JOIN_EXAMPLES, [field, JOIN_SAMPLE]).fetchall()
     for key, raw, text in pairs[:5]:
         print(f"  {key}: {raw[:60]!r} | {text[:60]!r}")
-    fix = f"choose another column: --join {field}=FILE:COLUMN"
-    if sum(raw == text for _, raw, text in pairs) >= 0.95 * len(pairs):
-        raise InputError(f"--join {field}: its captions equal the rows' own captions; {fix}")
-    ids = [text for *_, text in pairs if re.fullmatch(r"[\w-]{16,}", text, re.ASCII)]
-    if len(ids) > len(pairs) / 2:
-        raise InputError(f"--join {field}: its values are hashes or ids, not captions; {fix}")
     # A recaption shares more words (except frequent ones) with its own image's caption than with the next
     # image's. The check has no effect if the languages differ.
     words = [[set(re.findall(r"\w+", text.lower())) for text in pair] for _, *pair in pairs]
@@ -273,7 +262,7 @@ def load(database, scratch, source, skipped, chosen, field=""):
             rows = reader(source, files, skipped, fields)
             files = [f"{scratch}/rows.jsonl"]
             with open(files[0], "w") as spool:  # invalid UTF-8 becomes a broken row
-                spool.writelines(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+                spool.writelines(json.dumps(row) + "\n" for row in rows)
         relation, column_query = DUCKDB_FORMATS[kind]
         for file in files if kind == ".json" else ():
             check_json_list(file)
@@ -284,18 +273,14 @@ def load(database, scratch, source, skipped, chosen, field=""):
                 raise InputError(f"{source}: give one COCO file at a time")
             relation = COCO.format(relation)
             columns = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
-        for column in chosen.values():
-            if column not in columns:
-                raise InputError(f"{source}: no column {column} (columns: {', '.join(columns)})")
+        for name in [field] if field else chosen:
+            if columns.keys().isdisjoint(fields[name]):
+                raise InputError(f"{source}: no column {' or '.join(fields[name])} (columns: "
+                                 f"{', '.join([*columns][:20])}). Name one: --field {name}=COLUMN, or "
+                                 f"--join {name}=FILE:COLUMN")
         values = [f"'{field}' AS field"]
         if field:
             fields = {name: fields[name] for name in ("key", "uid", "url", field)}
-            if columns.keys().isdisjoint(fields[field]):
-                fields[field] = text_columns(database, relation, paths, columns)
-                if len(fields[field]) != 1:
-                    raise InputError(f"{source}: {len(fields[field])} columns have text "
-                                     f"({', '.join(fields[field])}). Choose one: "
-                                     f"--join {field}={source}:COLUMN")
         elif kind == ".parquet":
             images = database.execute(IMAGE_COLUMNS.format(relation), paths).fetchall()
             if len(images) > 1:
@@ -303,43 +288,29 @@ def load(database, scratch, source, skipped, chosen, field=""):
                 raise InputError(f"{source}: several columns have images ({names}). Remove those that the "
                                  "captions don't describe")
             values += [f"{image} IS NOT NULL AS inside" for image, in images]
-        used = {name: [alias for alias in aliases if alias in columns] for name, aliases in fields.items()}
-        for name, aliases in used.items():
+        used = []
+        for name, aliases in fields.items():
             macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"
-            if aliases:
-                present = ", ".join(f"{macro}({columns[alias]})" for alias in aliases)
-                values.append(f"coalesce({present}) AS {name}")
-        named = "; ".join(f"{name}: {', '.join(aliases)}" for name, aliases in used.items()
-                          if aliases and name not in ("place", "span"))
-        print(f"{f'--join {field}: ' if field else ''}{source}, columns {named}")
+            present = [alias for alias in aliases if alias in columns]
+            if present:
+                found = ", ".join(f"{macro}({columns[alias]})" for alias in present)
+                values.append(f"coalesce({found}) AS {name}")
+                used.append(f"{name}: {', '.join(present)}")
+        print(f"{f'--join {field}: ' if field else ''}{source}, columns {'; '.join(used)}")
         database.execute(f"INSERT INTO loaded BY NAME SELECT {', '.join(values)} FROM {relation}", paths)
         return columns
 
 
 def check_json_list(path):
-    """Raise InputError if a JSON list is cut off (after a comma, DuckDB does not notice it) or begins with a
-    byte order mark (DuckDB would take the whole list for a broken row).
-    """
-    with reading(path, "get the whole file, in UTF-8 without a byte order mark"), open(path, "rb") as file:
-        start = file.read(1 << 10)
-        if start.startswith(codecs.BOM_UTF8):
-            raise ValueError("begins with a byte order mark")
-        if start.lstrip()[:1] == b"[":
+    """Raise InputError if a JSON list is cut off. After a comma, DuckDB does not notice it."""
+    with reading(path, "get the whole file"), open(path, "rb") as file:
+        if file.read(1 << 10).lstrip()[:1] == b"[":
             file.seek(-min(1 << 10, os.path.getsize(path)), os.SEEK_END)
             if not file.read().rstrip().endswith(b"]"):
                 raise ValueError("the list does not end with ]")
 
 
-def text_columns(database, relation, paths, columns):
-    """Return the columns, apart from those for keys and images, that have text in the first 1,000 rows."""
-    names = [name for name, value in columns.items()
-             if name not in NOT_CAPTIONS and not value.endswith(".path)")][:20]
-    counts = ", ".join(f"count(captions_in({columns[name]}))" for name in names)
-    texts, = database.execute(f"SELECT [{counts}] FROM (FROM {relation} LIMIT 1000)", paths).fetchone()
-    return [name for name, count in zip(names, texts) if count]
-
-
-# Readers for what DuckDB does not read. They yield rows, dicts {name: value}; tar_rows yields JSON lines.
+# Readers for what DuckDB does not read. They yield rows, dicts {name: value}.
 
 def csv_rows(source, files, skipped, fields):
     """TSV (without quoting) and CSV. As in img2dataset, empty lines are not rows. A broken row yields {} for
@@ -379,8 +350,6 @@ def tar_rows(source, files, skipped, fields):
     """webdataset samples. .txt is the raw caption, .long.txt the long one; .json has captions, url or uid."""
     known = set(chain(*(fields[name] for name in ("uid", "url", *PROMPTS))))
     places = tar_names(files)
-    if any(fields[name] != FIELD_ALIASES[name] for name in ("key", "image")):
-        raise InputError(f"{source}: --field cannot set key or image in tars; they are the members' names")
 
     def read(n, skipped):
         rows = []
@@ -390,8 +359,6 @@ def tar_rows(source, files, skipped, fields):
                 images = [suffix for suffix in parts if is_image(suffix)]
                 if len(images) == 1:
                     row["__span__"] = [n, *parts[images[0]]]
-                elif images:
-                    count_skipped(skipped, "images of samples with several", f"{files[n]}:{folder}{key}")
                 for suffix in sorted(parts, key=lambda suffix: suffix.endswith(".txt")):  # .json, then .txt
                     offset, size = parts[suffix]
                     name, _, kind = suffix[1:].rpartition(".")
@@ -403,29 +370,27 @@ def tar_rows(source, files, skipped, fields):
                         entries = {name or "raw": text} if kind == "txt" else json.loads(text)
                         row |= {name: entries[name] for name in entries.keys() & known}
                     except (ValueError, AttributeError, RecursionError):
-                        place = f"{files[n]}:{folder}{key}{suffix}"
-                        count_skipped(skipped, "not UTF-8, or not a JSON object", place)
-                rows.append(json.dumps(row) + "\n")
-        return "".join(rows)
+                        skipped.setdefault("not UTF-8, or not a JSON object", []).append(
+                            f"{files[n]}:{folder}{key}{suffix}")
+                rows.append(row)
+        return rows
 
-    return in_processes(read, len(files), skipped, "reading tars")
+    return chain.from_iterable(in_processes(read, len(files), skipped, "reading tars"))
 
 
 def text_rows(folder, files, skipped, fields):
     """A folder with a.txt beside a.jpg. `image` is the path in the folder, `key` the same without suffix."""
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: give the folder that has the images, each with its .txt")
     images = defaultdict(list)
-    for path in files_below(folder, IMAGE_SUFFIXES):
-        images[os.path.splitext(os.path.normpath(path))[0]].append(os.path.relpath(path, folder))
+    for path in map(Path, files_below(folder, IMAGE_SUFFIXES)):
+        images[path.with_suffix("")].append(path.relative_to(folder))
     for file in files:
         try:
-            image, = images[os.path.normpath(file.with_suffix(""))]
+            image, = images[file.with_suffix("")]
             with open(file, encoding="utf-8-sig") as opened:
                 text = opened.read(MAX_TEXT_BYTES)
-            yield {"key": os.path.splitext(image)[0], "image": image, "raw": text}
+            yield {"key": str(image.with_suffix("")), "image": str(image), "raw": text}
         except ValueError:  # UnicodeDecodeError included
-            count_skipped(skipped, "text without an image beside it, with several, or not UTF-8", str(file))
+            skipped.setdefault("text with several images beside it, or not UTF-8", []).append(str(file))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -437,9 +402,10 @@ def source_files(path):
     span = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", str(path))
     if path.is_dir():
         here = glob.escape(str(path))
-        texts, tables = (files_below(path, suffix) for suffix in (".txt", ".parquet"))
-        kinds = [*(sorted(glob.iglob(f"{here}/{pattern}")) for pattern in FOLDER_PATTERNS),
-                 texts if any(image_beside(Path(text)) for text in texts) else [], tables]
+        images = {os.path.splitext(image)[0] for image in files_below(path, IMAGE_SUFFIXES)}
+        texts = [text for text in files_below(path, ".txt") if os.path.splitext(text)[0] in images]
+        kinds = [*(sorted(glob.iglob(f"{here}/{pattern}")) for pattern in FOLDER_PATTERNS), texts,
+                 files_below(path, ".parquet")]
         kinds = [[path for path in kind if Path(path).parent.name != UNPACKED] for kind in kinds]
         paths = next(filter(None, kinds), [])
     elif span:
@@ -452,9 +418,6 @@ def source_files(path):
         with reading(each, SOURCE_FIX) as file:
             files.append(file)
     if not files:
-        deeper = sorted(path.glob("*/metadata.*"))[:1]
-        if deeper:
-            raise InputError(f"{path}: no captions found here, but {deeper[0]}; give the folder of that file")
         raise InputError(f"{path}: no captions found; {SOURCE_FIX}, or a folder with metadata.csv. "
                          "Convert `save_to_disk` output with datasets.load_from_disk(DIR).to_parquet(FILE)")
     return files
@@ -500,20 +463,12 @@ def hash_sources(sources):
     for field, source, chosen in sources:
         digest.update((field + chosen).encode())
         for file in source_files(source):
-            if file.suffix == ".txt" and not image_beside(file):
-                continue  # not a caption; train.py may write its own .txt files into this folder
             name = os.path.relpath(file, Path(source).parent)
             digest.update(os.fsencode(f"{name} {file.stat().st_size}\n"))
             if file.suffix != ".tar":
                 with open(file, "rb") as opened:
                     digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
-
-
-def image_beside(file):
-    """Return the image next to a caption file, or None."""
-    names = (file.with_suffix(end) for suffix in IMAGE_SUFFIXES for end in (suffix, suffix.upper()))
-    return next(filter(Path.is_file, names), None)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -543,7 +498,7 @@ class _HeaderReader(io.BufferedReader):
 def tar_members(path, skipped):
     """Yield (folder, key, suffix, offset, size) of a tar's regular files, in order, without unpacking.
 
-    Stops where a tar is truncated or corrupt, and counts that as skipped[CORRUPT_TAR].
+    Stops where a tar is truncated or corrupt, and adds that place to skipped[CORRUPT_TAR].
     """
     try:
         if not os.path.isfile(path):
@@ -565,7 +520,7 @@ def tar_members(path, skipped):
             if not 512 <= size - tar.offset <= MAX_PADDING or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError(f"neither a file nor the end of the tar at byte {tar.offset}")
     except Exception as error:  # tarfile can raise any exception on corrupt bytes, MemoryError included
-        count_skipped(skipped, CORRUPT_TAR, f"{os.path.basename(path)}: {describe_error(error)}")
+        skipped.setdefault(CORRUPT_TAR, []).append(f"{os.path.basename(path)}: {describe_error(error)}")
 
 
 def tar_samples(path, skipped):
@@ -585,36 +540,24 @@ def tar_names(files):
     return [os.path.relpath(file, root).removesuffix(".tar") + "/" for file in files]
 
 
-class Calls(NamedTuple):
-    """A data set whose item n is (function(n, counts), counts)."""
-    function: Callable
-
-    def __getitem__(self, n):
-        counts = {}
-        return self.function(n, counts), counts
-
-
 def in_processes(function, n, skipped, description):
-    """Yield function(i, counts) for i in range(n), in order, with a progress bar, computed by processes that
-    torch ends if this one is killed. counts: what each call skips, for count_skipped(); added to `skipped`.
+    """Yield function(i, skipped) for i in range(n), in order, with a progress bar, computed by processes that
+    torch ends if this one is killed. skipped: {reason: places}, to which each call adds what it skips.
     """
+    def call(i):
+        places = {}
+        return function(i, places), places
+
     loader = torch.utils.data.DataLoader(
-        Calls(function), batch_size=None, sampler=range(n), collate_fn=lambda item: item,
-        num_workers=READERS if n > 3 else 0, multiprocessing_context="fork" if n > 3 else None)
-    for result, counts in progress_bar(loader, description, unit=" files", disable=n < 100):
-        for reason, (count, places) in counts.items():
-            before, first = skipped.get(reason, (0, []))
-            skipped[reason] = before + count, [*first, *places][:5]
+        range(n), batch_size=None, collate_fn=call, num_workers=READERS if n > 3 else 0,
+        multiprocessing_context="fork" if n > 3 else None)
+    for result, places in progress_bar(loader, description, unit=" files", disable=n < 100):
+        for reason in places:
+            skipped.setdefault(reason, []).extend(places[reason])
         yield result
 
 
-def count_skipped(skipped, reason, place):
-    """Add one to skipped[reason] = (count, first five places)."""
-    count, places = skipped.get(reason, (0, []))
-    skipped[reason] = count + 1, [*places, " ".join(place.split())][:5]  # a name may contain line breaks
-
-
-def report_skipped(source, skipped):
-    """Print a line per reason on stderr."""
-    for reason, (count, places) in skipped.items():
-        print(f"{source}: skipped {count}: {reason} ({', '.join(places)})", file=sys.stderr)
+def report_skipped(source, reason, count, places):
+    """Print a line on stderr, with the first five places. A name may contain line breaks."""
+    first = " ".join(", ".join(places[:5]).split())
+    print(f"{source}: skipped {count}: {reason} ({first})", file=sys.stderr)

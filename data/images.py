@@ -175,7 +175,8 @@ def search(names, files):
                 spans[row] = row, n, offset, size
             else:
                 repeated[names[row]] = files[n]
-    report_skipped("images", skipped)
+    for reason in skipped:
+        report_skipped("images", reason, len(skipped[reason]), skipped[reason])
     for row, n, *_ in [] if tars else list(spans.values())[::1 + len(spans) // SAMPLE]:
         if os.path.isfile(text := os.path.splitext(files[n])[0] + ".txt"):
             texts[row] = ImageLocation(text)

@@ -254,7 +254,7 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path, table, data):
 # --- joins
 
 def write_recaptions(path, rows):
-    path.write_text(json.dumps([{"__key__": key, "minicpm": text} for key, text in rows]))
+    path.write_text(json.dumps([{"__key__": key, "long": text} for key, text in rows]))
     return path
 
 
@@ -274,24 +274,20 @@ def test_join_by_key(tmp_path, table):
     assert "  0: 'raw 0' | 'Long 0.'\n" in out and "5 short, 3 long captions" in out
 
 
-def test_join_uses_the_only_column_with_text_or_the_named_one(tmp_path, table):
-    """Hashes, copies of the own captions, and a choice between several columns are refused (PixelProse)."""
+def test_join_uses_the_named_column(tmp_path, table):
     (tmp_path / "raw.tsv").write_text("raw\nA cat.\nA dog.\n")
     long = tmp_path / "long.json"
-    rows = [{"__key__": "000000000", "note": None, "minicpm": "Long."},
-            {"__key__": "000000001", "note": None, "minicpm": None}]  # no joined caption
+    rows = [{"__key__": "000000000", "minicpm": "Long."},
+            {"__key__": "000000001", "minicpm": None}]  # no joined caption
     long.write_text(json.dumps(rows))
-    made, out, _ = table(tmp_path / "raw.tsv", {"long": [long]})
+    made, out, _ = table(tmp_path / "raw.tsv", {"long": [f"{long}:minicpm"]})
     assert [row.long for row in made] == ["Long.", "A dog."] and "key: __key__; long: minicpm\n" in out
-    long.write_text(json.dumps([row | {"hash": f"{n:032x}", "web": ["A cat.", "A dog."][n]}
-                                for n, row in enumerate(rows)]))
-    for column, message in {"": "3 columns have text .minicpm, hash, web.", ":hash": "hashes or ids",
-                            ":web": "equal the rows' own captions", ":x": "no column x"}.items():
+    for column, message in {"": "no column long or .* .columns: __key__, minicpm.*--join long=FILE:COLUMN",
+                            ":x": "no column x "}.items():
         with pytest.raises(flame.InputError, match=message):
             table(tmp_path / "raw.tsv", {"long": [f"{long}{column}"]})
-    assert table(tmp_path / "raw.tsv", {"long": [f"{long}:minicpm"]})[0] == made
     long.write_text(json.dumps({f"{n:09d}": "Long." for n in range(3000)}))
-    with within(20), pytest.raises(flame.InputError, match="columns have text"):
+    with within(20), pytest.raises(flame.InputError, match="no column long"):
         table(tmp_path / "raw.tsv", {"long": [long]})
     with pytest.raises(flame.InputError, match=r"no captions found \(columns: .{,400}\)\. Rename"):
         table(long)
@@ -308,7 +304,7 @@ def test_ctrl_c_during_a_query_is_a_keyboard_interrupt(tmp_path, table, monkeypa
     monkeypatch.setattr(captions, "join", join)
     (tmp_path / "x.tsv").write_text("key\traw\nk\tx\n")
     with pytest.raises(KeyboardInterrupt):
-        table(tmp_path / "x.tsv", {"long": [tmp_path / "x.tsv"]})
+        table(tmp_path / "x.tsv", {"raw": [tmp_path / "x.tsv"]})
 
 
 DREAMLIP = ["Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions",
