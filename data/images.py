@@ -89,21 +89,23 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         rows = [row for row, image in enumerate(images) if image]
         return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
     example = (files or keys)[0]
-    root, tars = place_to_search(captions, folder, spans)
-    files = list(map(str, tars)) or [location.path for location in images_in(root)]
+    root, tars = place_to_search(captions, folder, root)
+    files = list(map(str, tars)) or files_below(root, IMAGE_SUFFIXES)
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, tars)]
     absolute = list(map(os.path.abspath, files))
     stamp = hashlib.sha256(json.dumps([keys, images, absolute, stats]).encode()).hexdigest()
-    if found := os.path.exists(index) and read_index(index, stamp, len(keys), len(files)):
-        return found[0], files, found[1]
+    if os.path.exists(index):
+        with reading(index, "delete it"), np.load(index) as saved:
+            if str(saved["stamp"]) == stamp:
+                return saved["rows"], files, saved["spans"]
     if folder or len(spans) < len(keys):  # e.g. if a sample's files are not neighbors in the tar
         paths = ["".join(split_member_name(image)) for image in images]
-        spans, _ = search(paths, files) if any(paths) else ((), None)
+        spans, _ = search(paths, files, bool(tars)) if any(paths) else ((), None)
         # Search by key only if no row's path says otherwise: each is empty, or the key with a suffix.
         paths_agree = all(split_member_name(image)[:2] in (("", ""), ("", split_member_name(key)[1]))
                           for key, image in zip(keys, images))
         if not len(spans) and paths_agree:
-            spans, texts = search(keys, files)
+            spans, texts = search(keys, files, bool(tars))
             if table:
                 check_captions(captions, table, texts)
     if not len(spans):
@@ -118,39 +120,27 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     return rows, files, spans
 
 
-def read_index(index, stamp, n_rows, n_files):
-    """Return the (rows, spans) that find_images saved, or None if they are of other captions or images."""
-    with reading(index, "delete it") as path, np.load(path) as saved:
-        if str(saved["stamp"]) == stamp:
-            rows, spans = (saved[name].astype(np.int64, casting="same_kind") for name in ("rows", "spans"))
-            spans = spans.reshape(len(rows), 3)
-            if not 0 <= rows.min() <= rows.max() < n_rows or spans[:, 0].max() >= n_files:
-                raise ValueError("not the images of these captions")
-            return rows, spans
-
-
-def place_to_search(captions, folder, spans):
-    """Return (folder, tars): where find_images looks for images."""
-    root = Path(folder or (captions if captions.is_dir() else captions.parent))
-    tars = []
+def place_to_search(captions, folder, root):
+    """Return (folder, tars): where find_images looks for images. root: the folder of the images' paths."""
     pattern = not captions.is_file() and not {*"*?[{"}.isdisjoint(captions.name)
     if not folder and (pattern or captions.is_dir() or captions.suffix.lower() == ".tar"):
-        tars = [file for file in source_files(captions) if len(spans) or file.suffix.lower() == ".tar"]
+        files = source_files(captions)
+        if files[0].suffix.lower() == ".tar":
+            return root, files
     elif not folder:
-        root = captions.parent / captions.name.split(".")[0]
-    return root, tars or sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
+        root = root / captions.name.split(".")[0]
+    return root, sorted(root.glob("*.tar")) or sorted(root.glob("*/*.tar"))
 
 
-def search(names, files):
+def search(names, files, tars):
     """Find images by name: the path in a tar or on disk, or the key, which the tar's name may precede.
 
-    files: tars, or else images.
-    Returns spans int64 [n, 4] (row, index into files, offset, size) and {row: location of the .txt beside the
-    image} for a sample of rows. A corrupt tar is used up to the corruption. A name that several images have
-    is not used. Raises InputError if there are more than 1% such names among those found.
+    files: tars, or images if `tars` is False.
+    Returns spans int64 [n, 4] (row, index into files, offset, size) and {name: location of the .txt beside
+    the image} for a sample of names. A corrupt tar is used up to the corruption. A name that several images
+    have is not used. Raises InputError if there are more than 1% such names among those found.
     """
-    row_of = {name: row for row, name in enumerate(names) if name}
-    tars = files[0].lower().endswith(".tar") if files else False
+    sampled = {name: row % (1 + len(names) // SAMPLE) == 0 for row, name in enumerate(names) if name}
     places = tar_names(files) if tars else [""] * len(files)
     skipped = {}
 
@@ -159,34 +149,34 @@ def search(names, files):
             (*split_member_name(files[n]), 0, MAX_IMAGE_BYTES)]
         return [member for member in members if member[2] == ".txt" or is_image(member[2])]
 
-    found = in_processes(members_of, len(files), skipped, "finding images") if tars else (
+    members = in_processes(members_of, len(files), skipped, "finding images") if tars else (
         members_of(n, skipped) for n in range(len(files)))
-    spans, repeated, texts = {}, {}, {}
-    for n, members in enumerate(found):
-        for folder, key, suffix, offset, size in members:
-            place = places[n] + folder
-            row = row_of.get(place + key, row_of.get(folder + key + suffix, row_of.get(key)))
-            if row is None:
+    found, repeated, texts = {}, {}, {}
+    for n, each in enumerate(members):
+        for folder, key, suffix, offset, size in each:
+            candidates = places[n] + folder + key, folder + key + suffix, key
+            name = next(filter(sampled.__contains__, candidates), None)
+            if name is None:
                 continue
             if suffix == ".txt":
-                if row % (1 + len(names) // SAMPLE) == 0:
-                    texts[row] = ImageLocation(files[n], offset, size)
-            elif row not in spans:
-                spans[row] = row, n, offset, size
+                if sampled[name]:
+                    texts[name] = ImageLocation(files[n], offset, size)
+            elif name in found:
+                repeated[name] = files[n]
             else:
-                repeated[names[row]] = files[n]
+                found[name] = n, offset, size
     for reason in skipped:
         report_skipped("images", reason, len(skipped[reason]), skipped[reason])
-    for row, n, *_ in [] if tars else list(spans.values())[::1 + len(spans) // SAMPLE]:
-        if os.path.isfile(text := os.path.splitext(files[n])[0] + ".txt"):
-            texts[row] = ImageLocation(text)
-    if len(repeated) > len(spans) / 100:
+    for name in [] if tars else list(found)[::1 + len(found) // SAMPLE]:
+        text = os.path.splitext(files[found[name][0]])[0] + ".txt"
+        if os.path.isfile(text):
+            texts[name] = ImageLocation(text)
+    if len(repeated) > len(found) / 100:
         name, file = next(iter(repeated.items()))
         raise InputError(f"{file}: {len(repeated)} keys belong to several images (the first: {name}); embed "
                          "the tars themselves, or give one folder with --images")
-    found = {names[span[0]]: span[1:] for span in spans.values() if names[span[0]] not in repeated}
     # Several rows may have the same image.
-    spans = [(row, *found[name]) for row, name in enumerate(names) if name in found]
+    spans = [(row, *found[name]) for row, name in enumerate(names) if name in found and name not in repeated]
     return np.array(spans, np.int64).reshape(-1, 4), texts
 
 
@@ -197,9 +187,9 @@ def check_captions(captions, table, texts):
     do. Tars may have changed since they were embedded. texts: from search().
     """
     differ = []
-    for row, entry in enumerate(read_table(table)):
-        if row in texts:
-            text = read_bytes(texts[row]).decode("utf-8-sig", errors="replace")
+    for entry in read_table(table):
+        if entry.key in texts:
+            text = read_bytes(texts[entry.key]).decode("utf-8-sig", errors="replace")
             if text.split() != entry.raw.split():
                 differ.append(entry.key)
     if len(differ) > max(1, len(texts) / 100):
