@@ -196,9 +196,9 @@ def write_table(path, captions, joins=(), chosen={}):
                                      "keys")
             if not total:
                 raise InputError(f"{captions}: no captions found (columns: {[*columns][:20]}). Rename a "
-                                 "column to raw, short or long, or name it: --field raw=COLUMN. If there are no "
-                                 "columns, it is compressed, not UTF-8, JSON with a byte order mark, or no "
-                                 "line has as many fields as the first one")
+                                 "column to raw, short or long, or name it: --field raw=COLUMN. If there are "
+                                 "no columns, it is compressed, not UTF-8, JSON with a byte order mark, or "
+                                 "no line has as many fields as the first one")
             unused = f"; {others} further captions in lists are not used" if others else ""
             print(f"{captions}: {total} rows with {raw} raw, {short} short, {long} long captions; a row "
                   f"without one uses its best other caption{unused}")

@@ -213,7 +213,7 @@ def report_images(total, images):
         with suppress(Exception):  # decoders can raise any exception on corrupt bytes
             open_image(location)
             return
-    raise InputError(f"{(existing or locations)[0].path}: no such file, or not an image, and no other one "
+    raise InputError(f"{locations[0].path}: no such file, or not an image, and no other one "
                      "could be opened; give --images DIR or --no-images")
 
 
