@@ -36,8 +36,8 @@ FIELD_ALIASES = {
     "image": ["image", "filepath", "file_name", "filename"],
     "url": ["url", "Image Path", "downloadurl"],
     "raw": ["raw", "title", "caption", "txt", "text", "blip_caption", "raw_caption"],
-    "short": ["short", "shortSV_captions"],
-    "long": ["long", "longSV_captions", "conversations"],
+    "short": ["short", "minicpm", "shortSV_captions"],
+    "long": ["long", "minicpm", "longSV_captions", "conversations"],
     "place": ["__place__"], "span": ["__span__"],  # where tar_rows found a sample
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -93,10 +93,14 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     files = list(map(str, tars)) or files_below(root, IMAGE_SUFFIXES)
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, tars)]
     absolute = list(map(os.path.abspath, files))
-    stamp = hashlib.sha256(json.dumps([keys, images, absolute, stats]).encode()).hexdigest()
+    searched = json.dumps([keys, images, absolute, stats]).encode()
+
+    def stamp(rows, spans):
+        return hashlib.sha256(searched + rows.tobytes() + spans.tobytes()).hexdigest()
+
     if os.path.exists(index):
         with reading(index, "delete it"), np.load(index) as saved:
-            if str(saved["stamp"]) == stamp:
+            if str(saved["stamp"]) == stamp(saved["rows"], saved["spans"]):
                 return saved["rows"], files, saved["spans"]
     if folder or len(spans) < len(keys):  # e.g. if a sample's files are not neighbors in the tar
         paths = ["".join(split_member_name(image)) for image in images]
@@ -116,7 +120,7 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     rows, spans = spans[:, 0].copy(), spans[:, 1:]
     if index:
         with suppress(InputError):  # the store may be read-only
-            atomic_save(index, functools.partial(np.savez, stamp=stamp, rows=rows, spans=spans))
+            atomic_save(index, functools.partial(np.savez, rows=rows, spans=spans, stamp=stamp(rows, spans)))
     return rows, files, spans
 
 

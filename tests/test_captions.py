@@ -277,12 +277,12 @@ def test_join_by_key(tmp_path, table):
 def test_join_uses_the_named_column(tmp_path, table):
     (tmp_path / "raw.tsv").write_text("raw\nA cat.\nA dog.\n")
     long = tmp_path / "long.json"
-    rows = [{"__key__": "000000000", "minicpm": "Long."},
-            {"__key__": "000000001", "minicpm": None}]  # no joined caption
+    rows = [{"__key__": "000000000", "note": "Long."},
+            {"__key__": "000000001", "note": None}]  # no joined caption
     long.write_text(json.dumps(rows))
-    made, out, _ = table(tmp_path / "raw.tsv", {"long": [f"{long}:minicpm"]})
-    assert [row.long for row in made] == ["Long.", "A dog."] and "key: __key__; long: minicpm\n" in out
-    for column, message in {"": "no column long or .* .columns: __key__, minicpm.*--join long=FILE:COLUMN",
+    made, out, _ = table(tmp_path / "raw.tsv", {"long": [f"{long}:note"]})
+    assert [row.long for row in made] == ["Long.", "A dog."] and "key: __key__; long: note\n" in out
+    for column, message in {"": "no column long or .* .columns: __key__, note.*--join long=FILE:COLUMN",
                             ":x": "no column x "}.items():
         with pytest.raises(flame.InputError, match=message):
             table(tmp_path / "raw.tsv", {"long": [f"{long}{column}"]})

@@ -178,6 +178,18 @@ def test_coco(run):
 
 # --- tars
 
+def test_damaged_index_of_images_is_made_again(run, tmp_path):
+    img2dataset_tar(Path("a/00000.tar"), range(N))
+    run("a/00000.tar")
+    store = flame.open_store("store")
+    saved = dict(np.load("store/images.npz"))
+    for change in ({"spans": saved["spans"][:, :2]}, {"rows": saved["rows"][::-1]},
+                   {"rows": saved["rows"].astype(str)}, {"spans": saved["spans"] + 1}):
+        np.savez("store/images.npz", **saved | change)
+        train.locate_images(store, None, tmp_path)
+        assert all(np.array_equal(x, saved[name]) for name, x in np.load("store/images.npz").items())
+
+
 def write_shards(sample, restart=False):
     with webdataset.ShardWriter("wds/%05d.tar", maxcount=20, verbose=0) as writer:
         for n in range(N):
