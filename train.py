@@ -38,7 +38,7 @@ from data import common
 from data.captions import UNPACKED
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
 from data.encoders import Encoders, compute_images, trained_facets
-from data.images import Batches, find_images, locations_of, patches_kept
+from data.images import Batches, find_images, locations_of
 from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
 from data.show import plots
 from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
@@ -144,7 +144,6 @@ SETTINGS = {
     "init_scale":       (14.0,      10.0,      real(1, 100),          "initial logit scale, not its log"),
     "crop_scale":       (0.5,       0.9,       real(0, 1, True),      "minimum area fraction of a crop"),
     "patch_dropout":    (0.5,       0.0,       real(0, 0.999),        "fraction of patches dropped per step"),
-    "compile":          (False,     False,     bool,                  "torch.compile the ViT"),
     "checkpoint_every": (200,       1000,      integer(0, 10**9),     "steps; 0: only at the end"),
     "val_every":        (0,         0,         integer(0, 10**9),     "steps; 0: an epoch, at least 100"),
     "workers":          (1,         8,         integer(0, 1024),      "loader processes per rank"),
@@ -197,8 +196,7 @@ def train(args, s):
             return False
         model, optimizer = build(store, columns, s, device, saved_step is None, images[0])
         start = 0 if saved_step is None else load_checkpoint(out, model, optimizer, s["steps"])
-        find_micro_batch(model, s, device)
-        encode = distribute(model, s["compile"])
+        encode = distribute(model)
         validation = open_validation(args.val, store, out) if args.val else ()
         print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
                f"{start}\nsettings that differ from --preset {args.preset}:")
@@ -254,6 +252,7 @@ def resolve_settings(s, n_images, n_columns, D):
     if s["batch"] % world_size() or not s["batch"]:
         raise InputError(f"--batch {s['batch']}: give a multiple of the {world_size()} ranks, at most "
                          f"{n_images} images")
+    s["micro_batch"] = min(s["micro_batch"], s["batch"] // world_size())
     s["positives"] = min(s["positives"], n_columns)
     s["projector_hidden"] = max(s["projector_hidden"], D)
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * (n_images // s["batch"])))
@@ -285,41 +284,13 @@ def build(store, columns, s, device, fit, rows=None):
     return model, torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, 0.95), fused=True)
 
 
-def find_micro_batch(model, s, device):
-    """Halve s["micro_batch"] until a forward and backward pass fits into GPU memory.
-
-    The trial uses a micro-batch a quarter larger, to leave room for AdamW's moments and the texts. The
-    gradient does not depend on its size. A CPU is not tested, because running out of its memory cannot be
-    caught.
-    """
-    s["micro_batch"] = min(s["micro_batch"], s["batch"] // world_size())
-    while device.type == "cuda":
-        try:
-            size = s["micro_batch"] * 5 // 4
-            pixels = torch.rand(size, 3, s["image_size"], s["image_size"], device=device)
-            kept = torch.arange(patches_kept(s), device=device).expand(size, -1)
-            with autocast(device):
-                model(pixels, kept).sum().backward()
-            break
-        except torch.OutOfMemoryError:
-            if s["micro_batch"] == 1:
-                raise
-            s["micro_batch"] //= 2
-        finally:
-            model.zero_grad(set_to_none=True)
-    # All ranks use the smallest one, since each micro-batch may involve collectives.
-    s["micro_batch"] = all_gather(torch.tensor(s["micro_batch"], device=device)).min().item()
-
-
 def autocast(device):
     fast = common.default_dtype(device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def distribute(model, compiled):
+def distribute(model):
     """Return the model, or DistributedDataParallel around it (rank 0's weights, mean gradient)."""
-    if compiled:
-        model.visual.compile()
     if world_size() == 1:
         return model
     encode = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)

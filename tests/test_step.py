@@ -27,7 +27,6 @@ import embed
 import evaluate
 import flame
 import train
-from cuda_shim import Gpus, patch_driver, patch_tensors
 from data import common, images as data_images, projection
 from data.images import CROP_DRAWS, Batches, crop_box, find_images, random_crop
 from data.show import plots
@@ -216,7 +215,7 @@ def one_step(store, kind, projected, micro_batch, step, rank=0, world=1, device=
     batches = batches_of(store, rank=(rank, world), batch=12)
     s = settings_for(loss=kind, text_projection=projected, micro_batch=micro_batch, **TOWER)
     model, _ = train.build(store, ALL_COLUMNS, s, torch.device(device), fit=True)
-    encode = train.distribute(model, compiled=False)
+    encode = train.distribute(model)
     loss = train.forward_backward(model, encode, batches[step][0], s, torch.device(device))
     return {name: p.grad.cpu() for name, p in model.named_parameters()} | {"loss": loss.cpu()}
 
@@ -229,9 +228,6 @@ def run_rank(folder):
     train.MAX_LOGITS = (40, 300)[rank]
     store = flame.open_store(folder / "data" / "store")
     torch.save([one_step(store, *case, rank, 2) for case in CASES], folder / f"rank{rank}.pt")
-    s = settings_for(batch=12, micro_batch=(6, 4)[rank])  # as if rank 1 had less memory
-    train.find_micro_batch(None, s, torch.device("cpu"))
-    assert s["micro_batch"] == 4
     torch.distributed.destroy_process_group()
 
 
@@ -265,27 +261,6 @@ def test_step_on_gpu_equals_cpu(store, monkeypatch, case):
     monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
     ours = one_step(store, *case, device="cuda")
     torch.testing.assert_close(ours, one_step(store, *case), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is available")
-def test_micro_batch_is_halved_until_it_fits(monkeypatch):
-    """On a simulated GPU with a maximum tensor size. On a CPU, the micro-batch stays as it is."""
-    s = settings_for(batch=40, micro_batch=30, image_size=32, patch_size=4)
-    sizes = TOWER | dict(image_size=32, patch_size=4, width=16) | projection.text_config("none", 24, [])
-    train.find_micro_batch(flame.Flame(sizes), s, torch.device("cpu"))
-    assert s["micro_batch"] == 30
-    monkeypatch.setattr(common, "default_dtype", lambda device: torch.float32)
-    shim = Gpus()
-    patch_driver(monkeypatch, shim)
-    patch_tensors(monkeypatch, shim)
-    with shim:
-        model = flame.Flame(sizes).to("cuda")
-        for size, room in ((30, 1e9), (15, 20 * 4096 * 3), (7, 10 * 4096 * 3)):  # 20 and 10 images
-            shim.room = room
-            fitted = s.copy()
-            train.find_micro_batch(model, fitted, torch.device("cuda"))
-            assert fitted["micro_batch"] == size
-        assert all(p.grad is None for p in model.parameters())
 
 
 def test_batch_not_divisible_by_ranks_is_refused(monkeypatch):
