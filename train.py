@@ -39,7 +39,7 @@ from data.captions import UNPACKED
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
 from data.encoders import Encoders, compute_images, trained_facets
 from data.images import Batches, find_images, locations_of
-from data.projection import captions_differ, fit_text_projection, parse_projection, text_config
+from data.projection import PROJECTIONS, captions_differ, fit_text_projection, text_config
 from data.show import plots
 from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
 
@@ -130,7 +130,7 @@ SETTINGS = {
     "projector_hidden": (0,         4096,      integer(0, 131_072),   "hidden width; raised to the LLM's D"),
     "pool_first":       (True,      False,     bool,                  "average the patches, then project"),
     "loss":             ("infonce", "sigmoid", tuple(LOSSES),         "multi-positive loss"),
-    "text_projection":  ("agree+linear", "none", str,                 "none, whiten or agree [+linear]"),
+    "text_projection":  ("agree+linear", "none", PROJECTIONS,         "map of the stored embeddings"),
     "positives":        (6,         6,         integer(1, N_COLUMNS),  "embeddings per image and step"),
     "raw_always":       (True,      False,     bool,                  "raw caption is always a positive"),
     "columns":          ("",        "",        str,                   "facet columns, such as raw.0,long.0"),
@@ -199,9 +199,7 @@ def train(args, s):
         encode = distribute(model)
         validation = open_validation(args.val, store, out) if args.val else ()
         print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
-               f"{start}\nsettings that differ from --preset {args.preset}:")
-        preset = preset_settings(args.preset)
-        print0("\n".join(f"  {name:18}{value}" for name, value in s.items() if value != preset.get(name)))
+               f"{start}")
         batches = Batches(store, columns, images, s, rank(), world_size())
         run = Run(s, out, batches, device, model, encode, optimizer, validation)
         return training_loop(run, start)
@@ -210,9 +208,8 @@ def train(args, s):
 def parse_columns(names):
     """Return the indices of the facet columns to train on."""
     names = names.split(",") if names else FACET_COLUMNS
-    for name in names:
-        if name not in FACET_COLUMNS:
-            raise InputError(f"--columns: unknown column {name!r}; choose from {','.join(FACET_COLUMNS)}")
+    if not {*names} <= {*FACET_COLUMNS}:
+        raise InputError(f"--columns {','.join(names)}: choose from {','.join(FACET_COLUMNS)}")
     return [c for c, name in enumerate(FACET_COLUMNS) if name in names]
 
 
@@ -307,67 +304,57 @@ def training_loop(run, start):
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=ignore_sigterm, pin_memory=run.device.type == "cuda")
-    if start == s["steps"] and rank() == 0:  # was killed after it wrote training.pt, before config.json
-        save_checkpoint(run, start, describe([{}, *read_log(out)][-1]))
-    loaded = enumerate(loader, start)
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    waited, stop, failures, listed, best, entry = 0.0, False, [], None, 0.0, {}
+    entries, listed, waited, done = read_log(out, start), set(), 0.0, start
     begin = clock = time.time()
     with common.progress_bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
                              disable=rank() > 0) as bar:
-        for step, (batch, failed) in loaded:
+        for done, (batch, failed) in enumerate(loader, start + 1):
             waited += time.time() - clock
-            loss, norm, stop = train_step(run, step, batch)
-            failures += failed
-            last = step + 1 == s["steps"]
-            due = stop or last or (step + 1) % (s["checkpoint_every"] or s["steps"]) == 0
-            # Until a step could read an image, an earlier run's files are untouched, and `listed` is None.
-            if listed is None and (start or loss is not None):
+            loss, norm, stop = train_step(run, done - 1, batch)
+            if done == start + 1:  # until here, an earlier run's files are untouched
+                if loss is None and not start:
+                    raise InputError(f"{out}: no image of the first batch could be read (key "
+                                     f"{': '.join(failed[0])}); give --images DIR")
                 if rank() == 0:
-                    best = max((recall(entry) for entry in begin_log(out, start)), default=0.0)
+                    begin_log(out, start, entries)
                 barrier()
-                listed = read_skipped(out)
-            if listed is not None:
-                log_skipped(out, failures, listed)
-                failures.clear()
-            elif due:
-                raise InputError(f"{out}: no image of the first {step + 1} steps could be read (key "
-                                 f"{': '.join(failures[0])}); give --images DIR")
+            log_skipped(out, failed, listed)
             bar.update()
             if rank() == 0 and loss is not None:
                 elapsed = time.time() - begin
-                entry = {"step": step, "loss": loss, "lr": learning_rate(step, s), "gradient_norm": norm,
-                         "images_per_s": (step + 1 - start) * s["batch"] / elapsed,
+                entry = {"step": done - 1, "loss": loss, "lr": learning_rate(done - 1, s),
+                         "gradient_norm": norm, "images_per_s": (done - start) * s["batch"] / elapsed,
                          "waited": waited / elapsed}
-                if run.validation and (last or (step + 1) % s["val_every"] == 0):
-                    best = keep_best(run, entry, best)
+                if run.validation and (done == s["steps"] or done % s["val_every"] == 0):
+                    keep_best(run, entry, entries)
                 log_step(run, entry, bar)
-            if rank() == 0 and due:
-                save_checkpoint(run, step + 1, describe(entry))
-                plots.draw_curve(out)
-            stop = stop and not last
-            if stop:
+                entries.append(entry)
+            if stop or done == s["steps"]:
                 break
+            if rank() == 0 and done % (s["checkpoint_every"] or s["steps"]) == 0:
+                save_checkpoint(run, done, entries)
             clock = time.time()
+    stopped = done < s["steps"]
     if rank() == 0:
-        print_summary(out)
-        stopped = "; stopped by SIGTERM, run the same command to resume (without --overwrite)" if stop else ""
-        print(f"{out}: {bar.n} steps, {bar.postfix or 'no steps left'}{stopped}")
-    return stop
+        save_checkpoint(run, done, entries)
+        print_summary(out, entries)
+        advice = "; stopped by SIGTERM, run the same command to resume (without --overwrite)"
+        print(f"{out}: {done} steps, {bar.postfix or 'no steps left'}{advice * stopped}")
+    return stopped
 
 
-def print_summary(out):
+def print_summary(out, entries):
     """Print the number of skipped images on stderr, and the best and last validation recall."""
-    skipped = [*read_skipped(out).values()]
+    skipped = {line.split("\t")[0] for line in read_lines(out / "skipped.txt")}
     if skipped:
-        print(f"skipped {len(skipped)} unreadable images, listed in {out}/skipped.txt; the first: "
-              f"{skipped[0].strip()}", file=sys.stderr)
-    entries = [entry for entry in read_log(out) if "val" in entry]
-    if entries:
-        best = max(entries, key=recall)
+        print(f"skipped {len(skipped)} unreadable images, listed in {out}/skipped.txt", file=sys.stderr)
+    measured = [entry for entry in entries if "val" in entry]
+    if measured:
+        best = max(measured, key=recall)
         print(f"{out}/best: step {best['step'] + 1}, validation R@1 {describe(best)}; the last step has "
-              f"{describe(entries[-1])}")
+              f"{describe(measured[-1])}")
 
 
 def train_step(run, step, batch):
@@ -458,14 +445,13 @@ def validate(run):
             for direction, axis in (("text_to_image", 1), ("image_to_text", 0))}
 
 
-def keep_best(run, entry, best):
-    """Validate, add the recall to a log entry, and save the model in best/ if it exceeds `best`. Return the
-    best recall.
+def keep_best(run, entry, entries):
+    """Validate, add the recall to a log entry, and save the model in best/ if it exceeds that of all
+    earlier entries.
     """
     entry["val"] = validate(run)
-    if recall(entry) > best:
+    if recall(entry) > max(map(recall, entries), default=0.0):
         save_model(run, run.out / "best", entry["step"] + 1, describe(entry))
-    return max(best, recall(entry))
 
 
 def recall(entry):
@@ -514,14 +500,17 @@ def kill_loaders():
 RESUME_FIX = "choose another --name, or start over with --overwrite"
 
 
-def save_checkpoint(run, step, validation):
-    """Save the state after `step` steps. Raises InputError if a weight is NaN or infinite."""
+def save_checkpoint(run, step, entries):
+    """Save the state after `step` steps, and draw the log entries. Raises InputError if a weight is NaN or
+    infinite.
+    """
     if not all(p.isfinite().all() for p in run.model.parameters()):
         raise InputError(f"{run.out}: weights are NaN or infinite after {step} steps; lower --lr; the "
                          "last checkpoint is kept")
     training = {"step": step, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     common.atomic_save(run.out / "training.pt", functools.partial(torch.save, training))
-    save_model(run, run.out, step, validation)
+    save_model(run, run.out, step, describe(entries[-1] if entries else {}))
+    plots.draw_curve(run.out, run.s, entries)
 
 
 def save_model(run, folder, step, validation):
@@ -581,27 +570,25 @@ def load_checkpoint(out, model, optimizer, steps):
         return int(saved["step"])
 
 
-def begin_log(out, start):
-    """Truncate log.jsonl to the steps before `start`, and return these entries; delete an earlier run's files
-    if start is 0.
+def begin_log(out, start, entries):
+    """Write the entries of the steps before `start` to log.jsonl; delete an earlier run's files if start is
+    0.
     """
-    entries = [entry for entry in read_log(out) if entry["step"] < start]
     with common.disk_errors(out):
         if not start:
             shutil.rmtree(out / "best", ignore_errors=True)
             for name in ("config.json", "training.pt", "model.safetensors", "skipped.txt"):
                 (out / name).unlink(missing_ok=True)
     common.write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
-    return entries
 
 
-def read_log(out):
-    """Return the entries of log.jsonl. A damaged line only leaves a gap in the curve."""
+def read_log(out, start):
+    """Return the entries of log.jsonl before step `start`. A damaged line only leaves a gap in the curve."""
     entries = []
     for line in read_lines(out / "log.jsonl"):
         with suppress(Exception):
             entry = json.loads(line)
-            if entry["step"] >= 0 and entry["loss"] < 1e9:  # not NaN
+            if 0 <= entry["step"] < start and entry["loss"] < 1e9:  # not NaN
                 entries.append(entry)
     return entries
 
@@ -619,23 +606,15 @@ def log_step(run, entry, bar):
 
 
 def read_lines(path):
-    return path.read_text("utf-8", "surrogateescape").splitlines(keepends=True) if path.is_file() else []
-
-
-def read_skipped(out):
-    """Return {key: its line in skipped.txt}."""
-    return {line.split("\t")[0]: line for line in read_lines(out / "skipped.txt")}
+    return path.read_text("utf-8", "surrogateescape").splitlines() if path.is_file() else []
 
 
 def log_skipped(out, failed, listed):
-    """Append [(key, reason)] to skipped.txt, each key once per rank.
-
-    listed: the lines so far, from read_skipped(); updated here, because rereading a long file would be slow.
-    """
+    """Append [(key, reason)] to skipped.txt, except the keys in `listed`, which are added to it."""
     for key, reason in failed:
         if key not in listed:
-            listed[key] = f"{key}\t{reason}\n"
-            common.append_text(out / "skipped.txt", listed[key])
+            listed.add(key)
+            common.append_text(out / "skipped.txt", f"{key}\t{reason}\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -671,7 +650,6 @@ def parse_arguments(argv):
     for part, size in (("heads", "width"), ("patch_size", "image_size")):
         if s[size] % s[part]:
             raise InputError(f"--{part} {s[part]} must divide --{size} {s[size]}".replace("_", "-"))
-    parse_projection(s["text_projection"])
     return args, s
 
 

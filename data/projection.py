@@ -7,30 +7,21 @@ fixed linear map, computed from the store, lets the image tower learn several ti
 """
 import math
 from collections import Counter
-from itertools import islice
 
 import torch
 
 import flame
 from data.captions import read_table
 
+PROJECTIONS = "none", "whiten", "agree", "none+linear", "whiten+linear", "agree+linear"
 RIDGE = 0.01     # regularization, as a fraction of the largest standard deviation or eigenvalue
 RANK = 1024      # of a closed-form map
 SAMPLE = 32_768  # rows, spread over the store: several per dimension; 7 GB at D = 5120
 
 
-def parse_projection(spec):
-    """"agree+linear" -> ("agree", True): the closed form, and whether a second map is trained."""
-    kind, linear, rest = spec.partition("+linear")
-    if kind not in ("none", "whiten", "agree") or rest:
-        raise flame.InputError(f"--text-projection: unknown value {spec!r}; give none, whiten or agree, "
-                               "optionally followed by +linear")
-    return kind, bool(linear)
-
-
 def text_config(spec, D, columns):
     """Return the entries of flame.Flame's config about texts. columns: names of the trained facet columns."""
-    kind, linear = parse_projection(spec)
+    kind, _, linear = spec.partition("+")
     # The raw column gets no trained map: raw captions have few words and are shared between images, and a map
     # trained on them costs a third of the recall in words that training never had (tests/RESULTS.md).
     mapped = [name for name in columns if linear and not name.startswith("raw")]
@@ -45,20 +36,19 @@ def fit_text_projection(projection, store, spec, columns, device="cpu", rows=Non
     For each column, with unit embeddings u and their mean mu: "whiten" maps u to W (u - mu), see `whitening`;
     "agree" maps u to A (u - mu), see `agreement`. Computes in float64 on `device`, one column at a time.
     """
-    kind, _ = parse_projection(spec)
-    if kind == "none":
+    if spec.startswith("none"):
         return
     rows = range(len(store)) if rows is None else rows
     units = store.read(rows[::math.ceil(len(rows) / SAMPLE)], columns)  # [n, K, D]
     if not units.isfinite().all():
         raise flame.InputError(f"{store.path}: embeddings are NaN or infinite; make the store again")
     projection.to(device)
-    for k, c in enumerate(columns):
-        fit_column(projection, c, units[:, k], whitening)
-    if kind == "agree":
+    for c, u in zip(columns, units.unbind(1)):
+        fit_column(projection, c, u, whitening)
+    if spec.startswith("agree"):
         others = means_of_others(projection, units, columns)
-        for k, c in enumerate(columns):
-            fit_column(projection, c, units[:, k], agreement, others[set_of(c)])
+        for c, u in zip(columns, units.unbind(1)):
+            fit_column(projection, c, u, agreement, others[set_of(c)])
 
 
 def fit_column(projection, c, u, closed_form, *others):
@@ -99,7 +89,7 @@ def set_of(c):
 
 def captions_differ(store, columns):
     """Return whether the prompt sets of these columns have different captions in any of the first rows."""
-    rows = islice(read_table(store.path / "captions.tsv"), 1000)
+    rows = read_table(store.path / "captions.tsv", max_rows=1000)
     return any(len({getattr(row, set_of(c)) for c in columns}) > 1 for row in rows)
 
 

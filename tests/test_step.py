@@ -545,10 +545,8 @@ def test_loss_curve_shows_chance(tmp_path, monkeypatch, loss, bias):
     monkeypatch.setattr(plots.common, "atomic_save", lambda path, save: figures.append(save.__self__))
     entries = [{"step": 0, "loss": 9.0, "lr": 0.1},
                {"step": 1, "loss": 2.5, "lr": 0.2, "val": {"text_to_image": 30, "image_to_text": 50}}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     settings = {"loss": loss, "batch": 64, "positives": 3, "images": 5000}
-    (tmp_path / "config.json").write_text(json.dumps({"training": settings}))
-    plots.draw_curve(tmp_path)
+    plots.draw_curve(tmp_path, settings, entries)
     axes, below, *right = figures[0].axes
     chance = train.LOSSES[loss](torch.ones(64, 1), torch.ones(64, 3, 1), 0, bias).item()
     drawn = axes.lines[1].get_ydata()
@@ -835,7 +833,7 @@ def test_unreadable_images_are_skipped_and_counted_once(fit, copied, tmp_path, m
         (tmp_path / "data" / f"{key}.png").unlink(missing_ok=True)
     (tmp_path / "data" / "p000.png").write_text("not an image")
     done = fit(copied[0], "--steps 3 --name bad")
-    assert_error(done, "no image of the first 3 steps could be read", "--images")
+    assert_error(done, "no image of the first batch could be read", "--images")
     assert not (tmp_path / "out/bad").exists()
 
 

@@ -1,7 +1,6 @@
 """Figures drawn with matplotlib, which only the extra [demo] installs. Without it, a figure is skipped with a
 line on stderr. pyplot is avoided because its state is global.
 """
-import json
 import math
 import sys
 from operator import itemgetter
@@ -22,13 +21,11 @@ def new_figure(width, height):
     return Figure((width, height), dpi=100, layout="constrained")
 
 
-def draw_curve(out):
-    """Write curve.png from log.jsonl and config.json: loss, validation recall, learning rate."""
+def draw_curve(out, s, entries):
+    """Write curve.png from the settings and log entries of a run: loss, validation recall, learning rate."""
     figure = new_figure(10, 5.5)
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     if figure is None or not entries:
         return
-    s = json.loads((out / "config.json").read_text())["training"]
     # The loss if all pairs get the same score. InfoNCE: log(batch * positives) / 2 + log(batch) / 2. Sigmoid:
     # with the best bias, -log(batch - 1), it is log(batch) + 1 minus about 1 / (2 batch).
     chance = math.log(s["batch"]) + (math.log(s["positives"]) / 2 if s["loss"] == "infonce" else 1)
