@@ -657,18 +657,14 @@ def preset_settings(preset):
     return {name: row[0 if preset == "demo" else 1] for name, row in SETTINGS.items()}
 
 
-def newest_store(val=None):
+def newest_store(val):
     """Return the finished store under data/embeddings that was begun last, except `val`. Raises InputError if
     there is none.
     """
     def is_finished(folder):
-        with suppress(InputError):
-            return folder.resolve() != Path(val or "").resolve() and flame.open_store(folder)
+        return folder.resolve() != Path(val or "").resolve() and flame.open_store(folder)
 
-    folder = common.newest_folder("data/embeddings", "meta.json", is_finished)
-    if not folder:
-        raise InputError("data/embeddings: no finished store; make one with embed.py")
-    return folder
+    return common.newest_folder("data/embeddings", "meta.json", is_finished, "make a store with embed.py")
 
 
 def main(argv=None):

@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,9 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradients
 from tqdm import tqdm
 
-from flame import InputError, describe_error
+from flame import InputError, describe_error, reading
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes and devices
@@ -45,24 +45,19 @@ def init_distributed(name):
 
     Raises InputError if several processes were started that do not know of each other.
     """
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
-    numbers = [os.environ.get(name, "0") for name in names]
-    group_fix = ("these processes are not a group; start them with torchrun, or with "
-                 "srun --ntasks-per-node 1 torchrun")
-    several = os.environ.get("SLURM_NTASKS", "1") != "1" or "WORLD_SIZE" in os.environ
-    valid = (all(map(str.isdecimal, numbers)) and rank() < world_size()
-             and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 0)
-    if several and "RANK" not in os.environ or not valid:
-        raise InputError(f"{', '.join(names)} are {', '.join(numbers)}: {group_fix}")
-    if world_size() == 1:
-        return get_device(name)
-    device = get_device(f"cuda:{numbers[2]}" if name == "cuda" else name)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    local_rank = os.environ.get("LOCAL_RANK", "0")
     try:
+        several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        if several and "RANK" not in os.environ or not 0 <= rank() < world_size():
+            raise ValueError("RANK or WORLD_SIZE is missing or wrong")
+        if world_size() == 1:
+            return get_device(name)
+        device = get_device(f"cuda:{local_rank}" if name == "cuda" else name)
         # A long timeout: rank 0 may join captions and unpack images for hours while the others wait.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
-    except ValueError as error:  # MASTER_ADDR or MASTER_PORT
-        raise InputError(f"{describe_error(error)}: {group_fix}") from None
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    except ValueError as error:  # from int(), or from torch if MASTER_ADDR or MASTER_PORT is wrong
+        raise InputError(f"{describe_error(error)}: these processes are not a group; start them with "
+                         "torchrun, or with srun --ntasks-per-node 1 torchrun") from None
     atexit.register(dist.destroy_process_group)  # without it, its threads sometimes crash at exit
     return device
 
@@ -109,25 +104,9 @@ def barrier(written=None):
                          "run embed.py --part i/n on each node")
 
 
-class AllGather(torch.autograd.Function):
-    """all_gather whose backward pass sums the gradients of all ranks."""
-
-    @staticmethod
-    def forward(ctx, x):
-        out = x.new_empty(world_size(), *x.shape)
-        dist.all_gather(list(out), x.contiguous())
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad[rank()]
-
-
 def all_gather(x):
-    """Return the tensors [b, ...] of all ranks as [ranks, b, ...], with gradients."""
-    return AllGather.apply(x) if world_size() > 1 else x[None]
+    """Return the tensors [b, ...] of all ranks as [ranks, b, ...], with gradients summed over the ranks."""
+    return torch.stack(all_gather_with_gradients(x)) if world_size() > 1 else x[None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,14 +203,13 @@ def disk_errors(path, fix="free space or choose another folder, then run the sam
 def output_folder(path):
     """Create a folder, and remove it and its new parents afterwards if they are still empty.
 
-    Raises InputError if it cannot be created or written to.
+    Raises InputError if it cannot be created.
     """
     path = Path(path)
     created = [one for one in (path, *path.parents) if not one.exists()]
     try:
         with disk_errors(path, "choose another folder"):
             path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
         yield
     finally:
         with suppress(OSError):  # rmdir refuses a folder that is not empty
@@ -270,12 +248,9 @@ def atomic_write(path):
         try:
             for old in path.parent.glob(f"{glob.escape(prefix)}*"):
                 writer = old.name.removeprefix(prefix).split(".")[0]
-                with suppress(PermissionError, ValueError):
-                    try:
-                        os.kill(int(writer), 0)
-                    except ProcessLookupError:  # its writer is no longer running
-                        # a folder is the scratch folder of captions.write_table
-                        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+                if not Path("/proc", writer).exists():  # its writer is no longer running
+                    # a folder is the scratch folder of captions.write_table
+                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -324,7 +299,13 @@ def append_text(path, text):
         file.write(text)
 
 
-def newest_folder(root, file, is_finished):
-    """Return the folder below root whose `file` was written last among those with is_finished(folder)."""
-    paths = sorted(Path(root).glob(f"*/**/{file}"), key=os.path.getmtime, reverse=True)
-    return next((path.parent for path in paths if is_finished(path.parent)), None)
+def newest_folder(root, file, is_finished, fix):
+    """Return the folder below root whose `file` was written last among those with is_finished(folder).
+
+    A folder whose files cannot be read is not finished. Raises InputError if there is none.
+    """
+    for path in sorted(Path(root).glob(f"*/**/{file}"), key=os.path.getmtime, reverse=True):
+        with suppress(InputError), reading(path):
+            if is_finished(path.parent):
+                return path.parent
+    raise InputError(f"{root}: nothing finished found; {fix}")

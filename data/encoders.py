@@ -88,17 +88,13 @@ def encode_images(encoders, locations):
     key = [encoders.image_key, [image_stamp(location) for location in locations]]
     shape = len(locations), encoders.model.config["text_dim"]
     embeddings = cached(encoders, key, shape, lambda: compute_images(encoders, locations))
-    bad = ~embeddings.any(1)
-    if bad.any():  # try once more, in case the disk failed temporarily
-        embeddings = np.array(embeddings)
-        embeddings[bad] = compute_images(encoders, [*compress(locations, bad)])
     readable = embeddings.any(1)
     unreadable = [location.path for location in compress(locations, ~readable)]
     report = f"{len(unreadable)} of {len(locations)} images cannot be read ({', '.join(unreadable[:3])} ...)"
     if not readable.any():
         raise InputError(f"{report}; see data/README.md for the layout")
     if unreadable:
-        print(f"{report}; skipped", file=sys.stderr)
+        print(f"{report}; skipped. To try them again, delete {encoders.cache}", file=sys.stderr)
     return embeddings[readable], np.flatnonzero(readable).tolist()
 
 
@@ -215,12 +211,7 @@ def local_paths(checkpoint):
 def newest_checkpoint():
     """Return the finished checkpoint under out/ that was written last. Raises InputError if there is none."""
     def is_finished(folder):
-        fix = "repair it, remove its folder, or give another checkpoint with --checkpoint"
-        with flame.reading(folder / "config.json", fix) as path:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return record["step"] == record["training"]["steps"]  # false if it is still training
+        record = flame.read_json(folder / "config.json")
+        return record["step"] == record["training"]["steps"]  # false if it is still training
 
-    folder = common.newest_folder("out", "config.json", is_finished)
-    if not folder:
-        raise InputError("out: no finished checkpoint; run train.py, or give one with --checkpoint")
-    return folder
+    return common.newest_folder("out", "config.json", is_finished, "run train.py, or give --checkpoint")

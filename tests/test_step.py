@@ -749,7 +749,7 @@ def test_concurrent_run_in_same_folder_is_refused(fit, copied, tmp_path, monkeyp
 
 @pytest.mark.parametrize("environment", [
     "SLURM_NTASKS=8", "WORLD_SIZE=2", "RANK=x WORLD_SIZE=2", "RANK=-1", "RANK=1", "WORLD_SIZE=x",
-    "SLURM_NTASKS=x", "LOCAL_WORLD_SIZE=0", "RANK=0 WORLD_SIZE=2",
+    "SLURM_NTASKS=x", "RANK=0 WORLD_SIZE=2",
     "RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x"])
 def test_processes_without_group_are_refused(fit, copied, tmp_path, monkeypatch, capfd, environment):
     for setting in environment.split():
