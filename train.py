@@ -199,7 +199,9 @@ def train(args, s):
         encode = distribute(model)
         validation = open_validation(args.val, store, out) if args.val else ()
         print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
-               f"{start}")
+               f"{start}\nsettings that differ from --preset {args.preset}:")
+        preset = preset_settings(args.preset)
+        print0("\n".join(f"  {name:18}{value}" for name, value in s.items() if value != preset.get(name)))
         batches = Batches(store, columns, images, s, rank(), world_size())
         run = Run(s, out, batches, device, model, encode, optimizer, validation)
         return training_loop(run, start)
@@ -306,7 +308,7 @@ def training_loop(run, start):
         worker_init_fn=ignore_sigterm, pin_memory=run.device.type == "cuda")
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    entries, listed, waited, done = read_log(out, start), set(), 0.0, start
+    entries, waited, done = read_log(out, start), 0.0, start
     begin = clock = time.time()
     with common.progress_bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
                              disable=rank() > 0) as bar:
@@ -320,6 +322,7 @@ def training_loop(run, start):
                 if rank() == 0:
                     begin_log(out, start, entries)
                 barrier()
+                listed = read_skipped(out)
             log_skipped(out, failed, listed)
             bar.update()
             if rank() == 0 and loss is not None:
@@ -347,7 +350,7 @@ def training_loop(run, start):
 
 def print_summary(out, entries):
     """Print the number of skipped images on stderr, and the best and last validation recall."""
-    skipped = {line.split("\t")[0] for line in read_lines(out / "skipped.txt")}
+    skipped = read_skipped(out)
     if skipped:
         print(f"skipped {len(skipped)} unreadable images, listed in {out}/skipped.txt", file=sys.stderr)
     measured = [entry for entry in entries if "val" in entry]
@@ -607,6 +610,11 @@ def log_step(run, entry, bar):
 
 def read_lines(path):
     return path.read_text("utf-8", "surrogateescape").splitlines() if path.is_file() else []
+
+
+def read_skipped(out):
+    """Return the set of keys in skipped.txt."""
+    return {line.split("\t")[0] for line in read_lines(out / "skipped.txt")}
 
 
 def log_skipped(out, failed, listed):

@@ -48,8 +48,9 @@ def init_distributed(name):
     local_rank = os.environ.get("LOCAL_RANK", "0")
     try:
         several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
-        if several and "RANK" not in os.environ or not 0 <= rank() < world_size():
-            raise ValueError("RANK or WORLD_SIZE is missing or wrong")
+        valid = 0 <= rank() < world_size() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 0
+        if several and "RANK" not in os.environ or not valid:
+            raise ValueError("RANK, WORLD_SIZE or LOCAL_WORLD_SIZE is missing or wrong")
         if world_size() == 1:
             return get_device(name)
         device = get_device(f"cuda:{local_rank}" if name == "cuda" else name)
@@ -248,9 +249,12 @@ def atomic_write(path):
         try:
             for old in path.parent.glob(f"{glob.escape(prefix)}*"):
                 writer = old.name.removeprefix(prefix).split(".")[0]
-                if not Path("/proc", writer).exists():  # its writer is no longer running
-                    # a folder is the scratch folder of captions.write_table
-                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+                with suppress(PermissionError, ValueError):
+                    try:
+                        os.kill(int(writer), 0)
+                    except ProcessLookupError:  # its writer is no longer running
+                        # a folder is the scratch folder of captions.write_table
+                        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -305,7 +309,7 @@ def newest_folder(root, file, is_finished, fix):
     A folder whose files cannot be read is not finished. Raises InputError if there is none.
     """
     for path in sorted(Path(root).glob(f"*/**/{file}"), key=os.path.getmtime, reverse=True):
-        with suppress(InputError), reading(path):
+        with suppress(InputError), reading(path, fix):
             if is_finished(path.parent):
                 return path.parent
     raise InputError(f"{root}: nothing finished found; {fix}")

@@ -88,13 +88,17 @@ def encode_images(encoders, locations):
     key = [encoders.image_key, [image_stamp(location) for location in locations]]
     shape = len(locations), encoders.model.config["text_dim"]
     embeddings = cached(encoders, key, shape, lambda: compute_images(encoders, locations))
+    bad = ~embeddings.any(1)
+    if bad.any():  # try once more, in case the disk failed temporarily
+        embeddings = np.array(embeddings)
+        embeddings[bad] = compute_images(encoders, [*compress(locations, bad)])
     readable = embeddings.any(1)
     unreadable = [location.path for location in compress(locations, ~readable)]
     report = f"{len(unreadable)} of {len(locations)} images cannot be read ({', '.join(unreadable[:3])} ...)"
     if not readable.any():
         raise InputError(f"{report}; see data/README.md for the layout")
     if unreadable:
-        print(f"{report}; skipped. To try them again, delete {encoders.cache}", file=sys.stderr)
+        print(f"{report}; skipped", file=sys.stderr)
     return embeddings[readable], np.flatnonzero(readable).tolist()
 
 
