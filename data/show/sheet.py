@@ -12,13 +12,10 @@ from data.images import open_image
 GREEN = "#00a850"
 GREY = "#d0d0d0"
 INK = "#202020"
-QUERIES = 8
 
-# Layout in pixels: the text column (TEXT_CHARS per line), its line height; an image, its frame, a cell with
-# both and a line of text, and the number of cells per row.
+# Layout in pixels: the text column; an image, its frame, a cell with both and a line of text, and the number
+# of cells per row.
 TEXT_WIDTH = 400
-TEXT_CHARS = 46
-LINE_HEIGHT = 18
 SIDE = 128
 FRAME = 6
 CELL = SIDE + 2 * FRAME + 18
@@ -47,7 +44,7 @@ def draw_sheet(examples, title, path):
     The correct image is marked. If it is not among the five, it is added as a sixth.
     """
     rows = [draw_row(f"{title}\nticked: the correct image, last if it is not among the best", "", [])]
-    for query in np.random.default_rng(0).permutation(len(examples.texts))[:QUERIES]:
+    for query in np.random.default_rng(0).permutation(len(examples.texts))[:8]:
         _, order = best_of(examples.image, examples.text[query])
         correct = examples.image_of_text[query]
         label = f"correct: rank {(order == correct).argmax() + 1}"
@@ -61,8 +58,8 @@ def draw_row(head, text, tiles):
     """Return uint8 [height, width, 3]: a heading and a text, and beside them tiles (ImageLocation, label,
     whether it is correct). A correct tile has a green frame and a tick, for readers who cannot see green.
     """
-    lines = [head, "", *textwrap.wrap(printable(text), TEXT_CHARS, max_lines=14, placeholder=" ...")]
-    height = max(CELL * -(-len(tiles) // CELLS_PER_ROW), LINE_HEIGHT * (len(lines) + 1))
+    lines = [head, "", *textwrap.wrap(printable(text), 46, max_lines=14, placeholder=" ...")]
+    height = max(CELL * -(-len(tiles) // CELLS_PER_ROW), 18 * (len(lines) + 1))  # a line takes 18 pixels
     row = Image.new("RGB", (TEXT_WIDTH + CELLS_PER_ROW * CELL, height), "white")
     draw = ImageDraw.Draw(row)
     draw.multiline_text((0, 0), "\n".join(lines), INK, load_font(), spacing=4)
@@ -91,7 +88,7 @@ def thumbnail(location, side):
 
 def printable(text):
     """Replace control characters, and bytes of file names that are not UTF-8."""
-    return "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
+    return "".join(c if c.isprintable() else " " for c in text.encode("utf-8", "replace").decode())
 
 
 @functools.cache
