@@ -32,10 +32,10 @@ import torch
 import flame
 from data import benchmarks, common
 from data.captions import read_table, source_name
-from data.common import Parser, number, progress_bar
+from data.common import Parser, number
 from data.encoders import (
     encode_facets, encode_images, encode_texts, local_paths, open_encoders, trained_facets)
-from data.show import search, table
+from data.show import search
 from data.show.sheet import Examples, draw_sheet
 from flame import InputError, content_hash
 
@@ -125,7 +125,7 @@ def ablate_facets(facets, trained, examples):
     every = tuple(range(len(trained)))
     subsets = [every[:n + 1] for n in every] + [*combinations(every, len(every) - 1), *zip(every)]
     scores = {}
-    for subset in progress_bar(dict.fromkeys(filter(None, subsets)), "facets", unit=" subsets"):
+    for subset in filter(None, subsets):
         numbers = ",".join(str(trained[k]) for k in subset)
         hits = retrieval_hits(facets[:, subset].mean(1), examples.image, examples.image_of_text)
         scores[f"{examples.prompts} facets {numbers}"] = make_metrics(hits)
@@ -185,6 +185,12 @@ def interval(samples):
     return np.nanpercentile(samples[1:], [2.5, 97.5], axis=0).T.tolist()
 
 
+def cells(samples):
+    """Format F percentages with their intervals as a list of F strings."""
+    return ["{:7.1f} [{:5.1f}, {:5.1f}]   ".format(percent, *ends)
+            for percent, ends in zip(samples[0], interval(samples))]
+
+
 def by_cutoff(columns):
     """Three columns -> {"R@1", "R@5", "R@10"}; a single one -> its value."""
     return dict(zip([f"R@{k}" for k in RECALL_AT], columns)) if len(columns) > 1 else columns[0]
@@ -210,30 +216,24 @@ def with_intervals(scores, arrays, path=""):
     return result | ({"ci95": ci95} if ci95 else {})
 
 
-def compare(*paths):
+def compare(first, second):
     """Print each metric of two results and the paired difference (of Recall@K, only R@1).
 
-    paths: the .json files; the .npz beside each is read.
+    first, second: the .json files; the .npz beside each is read.
     """
-    results = []
-    for path in paths:
-        with flame.reading(path.with_suffix(".npz"), "evaluate it again") as file:
-            result = dict(np.load(file))
-            result["queries"] = str(result["queries"])
-            for name in result.keys() - {"queries"}:
-                samples = result[name].astype(float, casting="same_kind")
-                if "hits of" not in name and samples.shape != (1 + RESAMPLES, samples.shape[-1]):
-                    raise ValueError(f"{name} has the shape {samples.shape}")
-            results.append(result)
-    first, second = results
-    if first.pop("queries") != second.pop("queries"):
-        raise InputError("{} and {}: their queries differ; evaluate both on the same data".format(*paths))
-    print("{:36}{!s:26}{!s:26}first - second".format("R@1 or accuracy", *paths))
-    for name, samples in first.items():
-        if "hits of" not in name and name in second:  # skip what only one has
-            rows = samples, second[name], samples - second[name]
-            cells = ["{:7.1f} [{:5.1f}, {:5.1f}]   ".format(row[0, 0], *interval(row)[0]) for row in rows]
-            print(f"{name:36}{''.join(cells)}")
+    with flame.reading(first.with_suffix(".npz"), "evaluate it again") as path:
+        ours = dict(np.load(path))
+    with flame.reading(second.with_suffix(".npz"), "evaluate it again") as path:
+        theirs = dict(np.load(path))
+        if str(ours.pop("queries")) != str(theirs.pop("queries")):
+            raise InputError(f"{first} and {second}: their queries differ; evaluate both on the same data")
+        lines = ["{:36}{!s:26}{!s:26}first - second".format("R@1 or accuracy", first, second)]
+        for name, samples in ours.items():
+            if "hits of" not in name and name in theirs:  # skip what only one has
+                pair = np.stack([samples, theirs[name]])  # refuses different shapes
+                columns = [cells(rows)[0] for rows in (*pair, np.subtract(*pair))]
+                lines.append(f"{name:36}{''.join(columns)}")
+    print(*lines, sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -242,16 +242,14 @@ def compare(*paths):
 # then used together. A scorer returns a pair: a result (a dict with Metrics), and Examples for the contact
 # sheet or None. score_names helps score_demo.
 
-def merge_languages(results):
-    """Return the mean of {language: result}, with the results as "languages"; or the only result."""
+def summarize(locations, image, prompts, chance, results):
+    """Return a scorer's result for {language: result}: the only one, or their mean and "languages"; also the
+    fields that all scorers have. image: embeddings of the images that could be read.
+    """
     only, *others = results.values()
-    return average_metrics(results.values()) | {"languages": results} if others else only
-
-
-def common_fields(locations, image, prompts, chance):
-    """Return the fields that all results begin with. image: embeddings of the images that could be read."""
+    merged = average_metrics(results.values()) | {"languages": results} if others else only
     return {"n_images": len(image), "skipped_images": len(locations) - len(image), "prompts": prompts,
-            "chance": chance}
+            "chance": chance, **merged}
 
 
 def score_captions(encoders, prompts, locations, languages):
@@ -267,17 +265,15 @@ def score_captions(encoders, prompts, locations, languages):
     for language, (texts, image_of_text) in languages.items():
         pairs = [(text, row_of[i]) for text, i in zip(texts, image_of_text) if text and i in row_of]
         if len(pairs) < 2:
-            raise InputError(f"{len(pairs)} of {len(texts)} {language} texts can be scored; at least "
-                             f"2 are needed; {benchmarks.FIX}")
+            raise InputError(f"fewer than 2 {language} texts can be scored; {benchmarks.FIX}")
         queries, rows = zip(*pairs)
         text = encode_texts(encoders, queries, prompts)
         results[language] = {"n_texts": len(queries), **make_metrics(retrieval_hits(text, image, rows))}
         if not examples or language == "en":
             examples = Examples(queries, text, gallery, image, np.array(rows), prompts)
     n_texts = sum(result["n_texts"] for result in results.values())
-    skipped = sum(len(texts) for texts, _ in languages.values()) - n_texts
-    return {**common_fields(locations, image, prompts, 100 / len(image)), "n_texts": n_texts,
-            "skipped_texts": skipped, **merge_languages(results)}, examples
+    return {**summarize(locations, image, prompts, 100 / len(image), results), "n_texts": n_texts,
+            "skipped_texts": sum(len(texts) for texts, _ in languages.values()) - n_texts}, examples
 
 
 def score_classes(encoders, prompts, locations, labels, names, templates):
@@ -286,15 +282,15 @@ def score_classes(encoders, prompts, locations, labels, names, templates):
     templates: with {} for the name (benchmarks.py has converted CLIP_benchmark's {c}).
     """
     image, readable = encode_images(encoders, locations)
-    labels = np.array(labels)[readable]
     texts = [template.replace("{}", name) for name in names for template in templates]
     text = encode_texts(encoders, texts, prompts)
     text /= np.linalg.norm(text, axis=-1, keepdims=True)
     classes = text.reshape(len(names), len(templates), -1).mean(1)
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
-    hits = classification_hits(image, classes, labels, names)
-    return {**common_fields(locations, image, prompts, 100 / len(names)), "n_classes": len(names),
-            **make_metrics({name: (hit, np.arange(len(hit)), len(hit)) for name, hit in hits.items()})}, None
+    hits = classification_hits(image, classes, np.array(labels)[readable], names)
+    metrics = make_metrics({name: (hit, np.arange(len(hit)), len(hit)) for name, hit in hits.items()})
+    return {**summarize(locations, image, prompts, 100 / len(names), {"": metrics}),
+            "n_classes": len(names)}, None
 
 
 def score_demo(encoders, raw, short, long, scenes, captions, objects, names, synonyms):
@@ -313,22 +309,23 @@ def score_demo(encoders, raw, short, long, scenes, captions, objects, names, syn
     """
     parts = {}
     sheets = {}
-    all_sets = " ".join(dict.fromkeys((raw, short, long)))  # for reworded captions, better than one set
-    for kind, prompts in {"long": long, "short": short, "raw": raw, "reworded": all_sets}.items():
+    prompts_of = {"long": long, "short": short, "raw": raw,
+                  "reworded": " ".join(dict.fromkeys((raw, short, long)))}  # better than one set
+    for kind, prompts in prompts_of.items():
         data = {kind: (captions[kind], range(len(scenes)))}
         parts[kind], sheets[kind] = score_captions(encoders, prompts, scenes, data)
     seen, unseen = ([(location, thing) for location, thing, group in objects if group == wanted]
                     for wanted in ("seen", "unseen"))
     things = list(dict.fromkeys(thing for _, thing in unseen))
     n = max(1, len(things) // GALLERY)
-    galleries = {f"gallery {i + 1} of {n}": {thing: names["en"][thing] for thing in things[i::n]}
+    translations = dict(names)
+    english = translations.pop("en")
+    galleries = {f"gallery {i + 1} of {n}": {thing: english[thing] for thing in things[i::n]}
                  for i in range(n)}
-    translations = {language: names[language] for language in names if language != "en"}
-    parts["seen"] = score_names(encoders, raw, seen, {"en": names["en"]})
-    parts["unseen"] = score_names(encoders, raw, unseen, galleries)
-    if translations:  # the quick demo has none
-        parts["multilingual"] = score_names(encoders, raw, seen, translations)
-    parts["synonyms"] = score_names(encoders, raw, seen, synonyms)
+    for part, images, languages in (("seen", seen, {"en": english}), ("unseen", unseen, galleries),
+                                    ("multilingual", seen, translations), ("synonyms", seen, synonyms)):
+        if languages:  # the quick demo has no translations
+            parts[part] = score_names(encoders, raw, images, languages)
     return {**parts["long"], "parts": parts}, sheets["long"]  # the headline is that of long captions
 
 
@@ -354,8 +351,8 @@ def score_names(encoders, prompts, images, languages):
         hits = {f"top{k}": (ranks < k, groups[rows], len(unique)) for k in (1, 5)}
         results[language] = {"n_images": len(rows), "n_classes": len(choices), **make_metrics(hits)}
     sizes = np.array([result["n_classes"] for result in results.values()])
-    return {**common_fields(images, image, prompts, float(np.mean(100 / sizes))),
-            "n_classes": int(sizes.max()), **merge_languages(results)}
+    return {**summarize(images, image, prompts, float(np.mean(100 / sizes)), results),
+            "n_classes": int(sizes.max())}
 
 
 class Benchmark(NamedTuple):
@@ -380,15 +377,6 @@ BENCHMARKS = {
     "long": Benchmark(score_captions, members=LONG),
     "short": Benchmark(score_captions, max_captions=5, members=SHORT),
     "classification10": Benchmark(score_classes, "raw", members=TEN),
-}
-# The paper's results, by training set; more in data/README.md.
-PAPER_RESULTS = {
-    "urban1k": "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0",
-    "sharegpt4v": "R@1 text to image 80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1",
-    "dci": "R@1 text to image 49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1",
-    "docci": "R@1 text to image 51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8",
-    "xm3600": "R@1 text to image 49.0, image to text 51.7 (YFCC15M, 36 languages)",
-    "classification10": "top1 40.3 (CC3M)",
 }
 
 
@@ -454,8 +442,8 @@ def main(argv=None):
 def read(args):
     """Return {name: data of the benchmark}; {} for --search."""
     if args.captions:
-        data = benchmarks.read_captions(args.captions, args.images, *args.prompt_sets)
-        return {source_name(args.captions): data}
+        return {source_name(args.captions):
+                benchmarks.read_captions(args.captions, args.images, *args.prompt_sets)}
     if not args.bench:
         if not args.images:
             raise InputError("--search needs --images DIR")
@@ -472,21 +460,26 @@ def evaluate(args, name, encoders, *data):
     columns = [f"{prompts}.{k}" for prompts in dict.fromkeys(args.prompt_sets)
                for k in trained_facets(encoders.model, prompts)]
     scores, examples = args.benchmark.score(encoders, *args.prompt_sets, *data)
-    scores |= {"columns": columns}
+    scores["columns"] = columns
     if args.captions:
         scores["trained_texts"] = count_trained(examples.texts, args.checkpoint)
     if args.facets:
         facets = encode_facets(encoders, examples.texts, examples.prompts)
-        trained = trained_facets(encoders.model, examples.prompts)
-        scores["facets"] = ablate_facets(facets, trained, examples)
+        scores["facets"] = ablate_facets(facets, trained_facets(encoders.model, examples.prompts), examples)
     # In the repr of an ImageLocation, drop the folder: it may differ between machines.
     queries = re.sub(r"path=(['\"]).*?([^/]*)\1, offset", r"\2",
                      repr([name, args.split, data, scores["skipped_images"], examples and examples.images]))
     return report(args, name, queries, scores, examples)
 
 
+def heading(name, scores):
+    """Return a result's name, counts and chance as a line."""
+    counts = [f"{key} {value:g}" for key, value in scores.items() if isinstance(value, (int, float))]
+    return f"{name}: {', '.join(counts)}"
+
+
 def report(args, name, queries, scores, examples=None):
-    """Print a result and the paper's; write its JSON, contact sheet, and .npz for --compare.
+    """Print a result; write its JSON, contact sheet, and .npz for --compare.
 
     An open_clip model's files are named <bench>-<model>-<weights>. queries: text that identifies the queries,
     to be hashed. Returns scores with bench, checkpoint, split and the hash of queries added.
@@ -494,16 +487,20 @@ def report(args, name, queries, scores, examples=None):
     queries = hashlib.sha256(queries.encode("utf-8", "replace")).hexdigest()
     scores = {"bench": name, "checkpoint": str(args.checkpoint), "split": args.split, "queries": queries,
               **scores}
-    arrays = {"queries": queries}
+    arrays = {}
     result = with_intervals(scores, arrays)
-    print(*table.table(name, result), sep="\n")
-    if args.bench and name in PAPER_RESULTS:
-        print(f"    paper: {PAPER_RESULTS[name]} (Cao, Wei, Ma, CVPR 2025)")
+    for part in scores.get("parts", {name: scores}).items():
+        print(heading(*part))
+    print("R@1, R@5 and R@10, or accuracy, with 95% intervals")
+    for metric, samples in arrays.items():
+        if "hits of" not in metric:
+            print(f"    {metric:48}{''.join(cells(samples))}")
     model = [Path(part).stem for part in args.open_clip.split(":")] if args.open_clip else []
     path = args.out / "-".join([name, *model])
     if examples:
-        draw_sheet(examples, f"{table.heading(name, result)}; {args.checkpoint}", f"{path}.png")
-    common.atomic_save(f"{path}.npz", lambda temporary: np.savez_compressed(temporary, **arrays))
+        draw_sheet(examples, f"{heading(name, scores)}; {args.checkpoint}", f"{path}.png")
+    common.atomic_save(f"{path}.npz", lambda temporary: np.savez_compressed(temporary, queries=queries,
+                                                                            **arrays))
     common.write_json(f"{path}.json", result)
     print(f"-> {path}.json, .npz")
     return scores
@@ -512,9 +509,9 @@ def report(args, name, queries, scores, examples=None):
 def count_trained(texts, checkpoint):
     """Return how many of the texts are also training captions, or None if that store is not found."""
     with suppress(Exception):
-        recorded = flame.read_json(Path(checkpoint, "config.json"))["store"]
         store = flame.open_store(local_paths(checkpoint)["store"])
-        if content_hash(store) == recorded["content_hash"]:  # otherwise the store was replaced
+        record = flame.read_json(Path(checkpoint, "config.json"))
+        if record["store"]["content_hash"] == content_hash(store):  # otherwise the store was replaced
             trained = set(texts).intersection(chain.from_iterable(read_table(store.path / "captions.tsv")))
             return sum(text in trained for text in texts)
 
