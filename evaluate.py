@@ -187,8 +187,9 @@ def interval(samples):
 
 def cells(samples):
     """Format F percentages with their intervals as a list of F strings."""
-    return ["{:7.1f} [{:5.1f}, {:5.1f}]   ".format(percent, *ends)
-            for percent, ends in zip(samples[0], interval(samples))]
+    names = [f"R@{k}" for k in RECALL_AT] if samples.shape[1] > 1 else [""]
+    return ["{:5}{:5.1f} [{:5.1f}, {:5.1f}]   ".format(name, percent, *ends)
+            for name, percent, ends in zip(names, samples[0], interval(samples))]
 
 
 def by_cutoff(columns):
@@ -231,7 +232,7 @@ def compare(first, second):
         for name, samples in ours.items():
             if "hits of" not in name and name in theirs:  # skip what only one has
                 pair = np.stack([samples, theirs[name]])  # refuses different shapes
-                columns = [cells(rows)[0] for rows in (*pair, np.subtract(*pair))]
+                columns = [cells(rows[:, :1])[0] for rows in (*pair, np.subtract(*pair))]
                 lines.append(f"{name:36}{''.join(columns)}")
     print(*lines, sep="\n")
 
@@ -378,6 +379,15 @@ BENCHMARKS = {
     "short": Benchmark(score_captions, max_captions=5, members=SHORT),
     "classification10": Benchmark(score_classes, "raw", members=TEN),
 }
+# The paper's results, by training set; more in data/README.md.
+PAPER_RESULTS = {
+    "urban1k": "R@1 text to image 66.6 (CC3M), 87.9 (YFCC15M), image to text 65.3, 84.0",
+    "sharegpt4v": "R@1 text to image 80.0 (CC3M), 93.2 (YFCC15M), image to text 85.6, 94.1",
+    "dci": "R@1 text to image 49.3 (CC3M), 68.1 (YFCC15M), image to text 50.8, 66.1",
+    "docci": "R@1 text to image 51.9 (CC3M), 76.2 (YFCC15M), image to text 54.5, 75.8",
+    "xm3600": "R@1 text to image 49.0, image to text 51.7 (YFCC15M, 36 languages)",
+    "classification10": "top1 40.3 (CC3M)",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -462,7 +472,7 @@ def evaluate(args, name, encoders, *data):
     scores, examples = args.benchmark.score(encoders, *args.prompt_sets, *data)
     scores["columns"] = columns
     if args.captions:
-        scores["trained_texts"] = count_trained(examples.texts, args.checkpoint)
+        scores["texts_in_training"] = count_trained(examples.texts, args.checkpoint)
     if args.facets:
         facets = encode_facets(encoders, examples.texts, examples.prompts)
         scores["facets"] = ablate_facets(facets, trained_facets(encoders.model, examples.prompts), examples)
@@ -473,13 +483,28 @@ def evaluate(args, name, encoders, *data):
 
 
 def heading(name, scores):
-    """Return a result's name, counts and chance as a line."""
-    counts = [f"{key} {value:g}" for key, value in scores.items() if isinstance(value, (int, float))]
-    return f"{name}: {', '.join(counts)}"
+    """Return a line of a result's name, counts and chance."""
+    counts = [f"{key.removeprefix('n_').replace('_', ' ')} {round(value, 1)}"
+              for key, value in scores.items() if isinstance(value, (int, float)) and value]
+    return f"{name}: {', '.join(counts) or 'mean'}"
+
+
+def print_result(name, scores, arrays):
+    """Print a result, or each of its parts: the counts, then the metrics (arrays, from with_intervals()). The
+    languages of a part are only in the JSON file.
+    """
+    parts = scores.get("parts", {})
+    for part, result in (parts or {name: scores}).items():
+        print(heading(part, result))
+        prefix = f"parts/{part}/" if parts else ""
+        for path, samples in arrays.items():
+            metric = path.removeprefix(prefix)
+            if path.startswith(prefix) and "hits of" not in metric and not (parts and "/" in metric):
+                print(f"    {metric:26} {''.join(cells(samples))}")
 
 
 def report(args, name, queries, scores, examples=None):
-    """Print a result; write its JSON, contact sheet, and .npz for --compare.
+    """Print a result and the paper's; write its JSON, contact sheet, and .npz for --compare.
 
     An open_clip model's files are named <bench>-<model>-<weights>. queries: text that identifies the queries,
     to be hashed. Returns scores with bench, checkpoint, split and the hash of queries added.
@@ -489,12 +514,9 @@ def report(args, name, queries, scores, examples=None):
               **scores}
     arrays = {}
     result = with_intervals(scores, arrays)
-    for part in scores.get("parts", {name: scores}).items():
-        print(heading(*part))
-    print("R@1, R@5 and R@10, or accuracy, with 95% intervals")
-    for metric, samples in arrays.items():
-        if "hits of" not in metric:
-            print(f"    {metric:48}{''.join(cells(samples))}")
+    print_result(name, scores, arrays)
+    if args.bench and name in PAPER_RESULTS:
+        print(f"    paper: {PAPER_RESULTS[name]} (Cao, Wei, Ma, CVPR 2025)")
     model = [Path(part).stem for part in args.open_clip.split(":")] if args.open_clip else []
     path = args.out / "-".join([name, *model])
     if examples:

@@ -669,6 +669,7 @@ def llm_config(llm_dir):
         ropes, rope_indices = rope_settings(entries, layers, gemma)
         return {
             "model_type": family, "num_hidden_layers": layers, "hidden_size": D, "num_attention_heads": heads,
+            "intermediate_size": entries["intermediate_size"],
             "num_key_value_heads": int(entries.get("num_key_value_heads") or heads),
             "head_dim": head_dim, "rms_norm_eps": float(entries["rms_norm_eps"]),
             "gelu": gemma, "norm_offset": float(gemma), "embedding_scale": D ** 0.5 if gemma else 1.0,

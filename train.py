@@ -306,13 +306,14 @@ def training_loop(run, start):
     loader = torch.utils.data.DataLoader(
         run.batches, batch_size=None, sampler=range(start, s["steps"]), num_workers=s["workers"],
         worker_init_fn=ignore_sigterm, pin_memory=run.device.type == "cuda")
+    loaded = enumerate(loader, start + 1)  # starts the loader processes
     # If a loader dies, torch's handler raises in whatever line is running; without it, next() reports it.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     entries, waited, done = read_log(out, start), 0.0, start
     begin = clock = time.time()
     with common.progress_bar(total=s["steps"], initial=start, desc="training", unit=" steps", smoothing=0.05,
                              disable=rank() > 0) as bar:
-        for done, (batch, failed) in enumerate(loader, start + 1):
+        for done, (batch, failed) in loaded:
             waited += time.time() - clock
             loss, norm, stop = train_step(run, done - 1, batch)
             if done == start + 1:  # until here, an earlier run's files are untouched

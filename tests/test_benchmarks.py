@@ -383,8 +383,8 @@ def test_group_has_the_results_of_its_members_and_their_average(score, tmp_path,
     assert group["text_to_image"]["R@1"] == pytest.approx(np.mean(each))
     low, high = group["ci95"]["text_to_image"]["R@1"]
     assert 30 <= low < 73 < high <= 100
-    rows = [row.split()[0] for row in printed.split("short: \n")[1].splitlines()]
-    assert [rows[n] for n in (1, 2, 3, 5)] == ["text_to_image", "image_to_text", *(
+    rows = [row.split()[0] for row in printed.split("short: mean\n")[1].splitlines()]
+    assert [rows[n] for n in (0, 1, 2, 4)] == ["text_to_image", "image_to_text", *(
         f"benchmarks/{member}/text_to_image" for member in ("coco", "flickr30k"))]
     assert score("", "--compare", "results/short.json", "results/short.json")[0] == 0
     printed = capsys.readouterr().out

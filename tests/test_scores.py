@@ -306,7 +306,7 @@ def test_all_parts_of_the_demo(score, tmp_path, monkeypatch, capsys):
     assert french["ci95"]["top1"] == [0, 100]       # over 3 objects; over their 6 images it would be narrower
     assert [parts["synonyms"][name] for name in ("n_images", "n_classes", "top1", "top5")] == [6, 3, 100, 100]
     out = capsys.readouterr().out
-    assert "unseen: n_images 4, skipped_images 0, chance 50, n_classes 2\n" in out
+    assert "unseen: images 4, chance 50.0, classes 2\n" in out
     monkeypatch.setattr(evaluate, "GALLERY", 1)     # each unseen object is a gallery
     monkeypatch.setattr(evaluate, "DEMO_TEMPLATE", "a white {}")    # all names are white: ties
     result = score("demo", "--split", "val")[1]
@@ -374,12 +374,12 @@ def test_own_captions(score, tmp_path, monkeypatch, capsys):
     assert code == 0 and result["text_to_image"]["R@1"] == result["image_to_text"]["R@1"] == 100
     assert (result["n_images"], result["n_texts"], result["skipped_images"]) == (5, 10, 2)
     assert "2 of 7 images cannot be read (no image for 000000010, mine/gone.png ...)" in err
-    assert titles == [f"{out.splitlines()[-5]}; out/run"] and titles[0].startswith(
-        "ours: n_images 5, skipped_images 2, chance 20, n_texts 10, skipped_texts 2, trained_texts 2")
-    assert result["trained_texts"] == 2
+    assert titles == [f"{out.splitlines()[-4]}; out/run"] and titles[0].startswith(
+        "ours: images 5, skipped images 2, chance 20.0, texts 10, skipped texts 2, texts in training 2")
+    assert result["texts_in_training"] == 2
     store["content_hash"] = "before"
     write_text(tmp_path / "out/run/config.json", json.dumps(FINISHED | {"store": store}))
-    assert score("ours", "--captions", "ours.tsv", "--images", "mine")[1]["trained_texts"] is None
+    assert score("ours", "--captions", "ours.tsv", "--images", "mine")[1]["texts_in_training"] is None
 
 
 # ---------------------------------------------------------------- real encoders

