@@ -77,7 +77,7 @@ def make_table(args, out, encoder, path):
     (out / "images.npz").unlink(missing_ok=True)  # may belong to an earlier table with the same keys
     made = write_table(path, args.captions, args.join, dict(args.field))
     if not made.inside:  # images inside Parquet are checked in embed(), after unpack_parquet()
-        check_images(args, path, out / "images.npz", args.images, made.spans, made.comparable)
+        check_images(args, path, out / "images.npz", args.images, made.comparable)
     captions = [row.long for row in read_table(path, max_rows=8)]
     units = normalize(encoder().encode(captions), dim=-1)
     if not (units - units[0, 0]).abs().max() > 1e-3:  # also true for NaN
@@ -111,13 +111,13 @@ def store_settings(args):
     }
 
 
-def check_images(args, table, index, folder, spans=(), comparable=False):
+def check_images(args, table, index, folder, comparable=False):
     """Look for the images, which training needs, unless --no-images is given. Raises InputError if there are
     none. comparable: see captions.Written; the other arguments are find_images'.
     """
     if not args.no_images:
         keys, images = zip(*((row.key, row.image) for row in read_table(table)))
-        found = find_images(keys, images, args.captions, folder, index, spans, table if comparable else None)
+        found = find_images(keys, images, args.captions, folder, index, table if comparable else None)
         report_images(len(keys), found)
 
 

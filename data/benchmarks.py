@@ -211,7 +211,7 @@ def read_captions(captions, folder, prompts):
         made = write_table(table, captions)
         rows = list(read_table(table))
         keys, images, *_ = zip(*rows)
-        numbers, files, spans = find_images(keys, images, captions, folder, "", made.spans,
+        numbers, files, spans = find_images(keys, images, captions, folder, "",
                                             table if made.comparable else None)
     location_of = dict(zip(numbers.tolist(), locations_of(files, spans)))
     return group_captions(

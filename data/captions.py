@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import duckdb
-import numpy as np
 import torch
 
 from data.common import progress_bar
@@ -38,7 +37,7 @@ FIELD_ALIASES = {
     "raw": ["raw", "title", "caption", "txt", "text", "blip_caption", "raw_caption"],
     "short": ["short", "minicpm", "shortSV_captions"],
     "long": ["long", "minicpm", "longSV_captions", "conversations"],
-    "place": ["__place__"], "span": ["__span__"],  # where tar_rows found a sample
+    "place": ["__place__"],  # the tar and the folder in it where tar_rows found a sample
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What a folder is searched for, then .txt beside images, then Parquet. Only the first that matches is read.
@@ -65,15 +64,13 @@ CREATE MACRO captions_in(x) AS nullif(list_filter(
 CREATE MACRO name_in(x) AS nullif(regexp_replace(coalesce(x->>'$.path',
     nullif(regexp_extract(x->>'$', '^\{{''bytes'': .*''path'': ''(.*)''\}}$', 1), ''), -- pandas' to_csv
     x->>'$'), '[\x00\t\r\n]', ' ', 'g'), '');
-CREATE MACRO span_in(x) AS from_json(x, '["BIGINT"]');
 CREATE TABLE loaded (field VARCHAR, key VARCHAR, uid VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR[],
-    short VARCHAR[], long VARCHAR[], place VARCHAR, span BIGINT[],
-    inside BOOLEAN); -- the image is inside Parquet
+    short VARCHAR[], long VARCHAR[], place VARCHAR, inside BOOLEAN); -- inside: the image is inside Parquet
 CREATE VIEW source AS SELECT rowid AS row,
     coalesce(key, format(if((SELECT count(key) = 0 FROM loaded WHERE field = ''), '{{:09d}}',
         'no key {{}}'), rowid)) AS key, -- among other keys, a number could be the key of another row or image
     uid, url, if(inside, format('{{:09d}}.jpg', rowid), image) AS image, raw[1] AS raw, short[1] AS short,
-    long[1] AS long, span FROM loaded WHERE field = '';
+    long[1] AS long FROM loaded WHERE field = '';
 CREATE VIEW recaption AS SELECT rowid AS id, field, key, uid, url, coalesce(raw, short, long)[1] AS text
     FROM loaded WHERE field <> '';
 CREATE TABLE pair (row BIGINT, field VARCHAR, id BIGINT);
@@ -88,7 +85,7 @@ JOIN_MATCHES = """SELECT count(*) FROM recaption
 WHERE field = $1 AND {0} IN (SELECT {0} FROM source)"""
 JOIN = """INSERT INTO pair SELECT row, field, min(id) FROM source JOIN recaption USING ({})
 WHERE field = $1 AND text IS NOT NULL GROUP BY row, field"""
-COMPLETE = """CREATE TABLE completed AS SELECT row, key, image, span, coalesce(r.text, raw) AS raw,
+COMPLETE = """CREATE TABLE completed AS SELECT row, key, image, coalesce(r.text, raw) AS raw,
     coalesce(s.text, short) AS short, coalesce(l.text, long) AS long,
     coalesce(r.text, raw, s.text, short, l.text, long) IS NULL AS no_caption,
     image IS NULL AND (SELECT bool_or(inside) FROM loaded) IS TRUE AS no_image
@@ -112,8 +109,6 @@ WRITE_TABLE = """COPY (SELECT key, image, coalesce(raw, long, short) AS raw,
     coalesce(short, long, raw) AS short, coalesce(long, short, raw) AS long
     FROM completed SEMI JOIN first_of_key USING (row) ORDER BY row)
 TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
-SPANS = """SELECT * FROM (SELECT row_number() OVER (ORDER BY row) - 1, span[1], span[2], span[3]
-    FROM completed SEMI JOIN first_of_key USING (row)) WHERE #2 IS NOT NULL ORDER BY #1"""
 # Images in Parquet are structs of bytes and path (Hugging Face), or bytes (img2dataset, column jpg).
 IMAGE_STRUCT = r"regexp_full_match(column_type, 'STRUCT\((\S+ \S+, )*.?bytes.? BLOB(, \S+ \S+)*\)')"
 COLUMNS = """(SELECT *, '"' || replace(column_name, '"', '""') || '"' AS quoted FROM (DESCRIBE FROM {}))"""
@@ -148,9 +143,8 @@ class Row(NamedTuple):
 
 class Written(NamedTuple):
     """What write_table found out about a source."""
-    comparable: bool   # keys are row numbers or from tars, so the .txt beside an image is its raw caption
-    inside: bool       # images are inside Parquet (see unpack_parquet)
-    spans: np.ndarray  # int64 [n, 4], images in tars: row of the table, index of source_files(), offset, size
+    comparable: bool  # keys are row numbers or from tars, so the .txt beside an image is its raw caption
+    inside: bool      # images are inside Parquet (see unpack_parquet)
 
 
 def read_table(path, start=len("\t".join(Row._fields)) + 1, max_rows=None):
@@ -203,9 +197,8 @@ def write_table(path, captions, joins=(), chosen={}):
             print(f"{captions}: {total} rows with {raw} raw, {short} short, {long} long captions; a row "
                   f"without one uses its best other caption{unused}")
             database.execute(WRITE_TABLE, {"path": str(path)})
-            spans = database.execute(SPANS).fetchnumpy().values()
             comparable &= 2 * raw > total and "raw" not in [*chosen, *(name for name, *_ in joins)]
-            return Written(comparable, bool(inside), np.stack(list(spans), axis=1).astype(np.int64))
+            return Written(comparable, bool(inside))
     except (duckdb.Error, RuntimeError) as error:
         raise InputError(f"{path}: {describe_error(error)}; if the disk is full, free space there") from None
 
@@ -290,7 +283,7 @@ def load(database, scratch, source, skipped, chosen, field=""):
             values += [f"{image} IS NOT NULL AS inside" for image, in images]
         used = []
         for name, aliases in fields.items():
-            macro = "captions_in" if name in PROMPTS else "span_in" if name == "span" else "name_in"
+            macro = "captions_in" if name in PROMPTS else "name_in"
             present = [alias for alias in aliases if alias in columns]
             if present:
                 found = ", ".join(f"{macro}({columns[alias]})" for alias in present)
@@ -356,9 +349,6 @@ def tar_rows(source, files, skipped, fields):
         with open(files[n], "rb") as file:
             for folder, key, parts in tar_samples(files[n], skipped):
                 row = {"key": key, "__place__": places[n] + folder}
-                images = [suffix for suffix in parts if is_image(suffix)]
-                if len(images) == 1:
-                    row["__span__"] = [n, *parts[images[0]]]
                 for suffix in sorted(parts, key=lambda suffix: suffix.endswith(".txt")):  # .json, then .txt
                     offset, size = parts[suffix]
                     name, _, kind = suffix[1:].rpartition(".")

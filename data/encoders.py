@@ -73,7 +73,7 @@ def image_stamp(location):
     """Return what identifies an image in the cache; it changes if the file is replaced."""
     with suppress(OSError):
         status = os.stat(location.path)
-        return [*location, status.st_size, status.st_mtime_ns]
+        return [*location, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 # ------------------------------------------------------------------------------------------------------------

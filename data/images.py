@@ -25,7 +25,6 @@ from data.common import atomic_save, progress_bar
 from flame import FACET_COLUMNS, InputError, describe_error, reading, to_rgb
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
-CACHE_BYTES = 1 << 28      # decoded images that a loader process keeps; the demo's need 70 MB
 SAMPLE = 1000              # rows whose paths or captions are checked
 SHUFFLE_BUFFER = 50_000    # images: mixes several tars, while each is still read nearly in order
 CROP_DRAWS = 22            # random numbers per crop: two for its position, two for each of ten attempts
@@ -60,7 +59,7 @@ def images_in(folder):
     return [ImageLocation(path) for path in files_below(folder, IMAGE_SUFFIXES)]
 
 
-def find_images(keys, images, captions, folder=None, index="", spans=(), table=None):
+def find_images(keys, images, captions, folder=None, index="", table=None):
     """Find the images of a table's rows.
 
     The paths in `images`, relative to `folder` or, without it, to the captions, are used if a sample shows
@@ -72,7 +71,6 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
     Args:
         keys, images: of the table made from the source `captions`.
         index: .npz file that caches the result of a search.
-        spans: what write_table found in the tars of the source. If every row has one, there is no search.
         table: captions.tsv, if its raw captions should equal those in the tars or beside the images. If the
             search is by key, a sample is compared.
 
@@ -102,16 +100,15 @@ def find_images(keys, images, captions, folder=None, index="", spans=(), table=N
         with reading(index, "delete it"), np.load(index) as saved:
             if str(saved["stamp"]) == stamp(saved["rows"], saved["spans"]):
                 return saved["rows"], files, saved["spans"]
-    if folder or len(spans) < len(keys):  # e.g. if a sample's files are not neighbors in the tar
-        paths = ["".join(split_member_name(image)) for image in images]
-        spans, _ = search(paths, files, bool(tars)) if any(paths) else ((), None)
-        # Search by key only if no row's path says otherwise: each is empty, or the key with a suffix.
-        paths_agree = all(split_member_name(image)[:2] in (("", ""), ("", split_member_name(key)[1]))
-                          for key, image in zip(keys, images))
-        if not len(spans) and paths_agree:
-            spans, texts = search(keys, files, bool(tars))
-            if table:
-                check_captions(captions, table, texts)
+    paths = ["".join(split_member_name(image)) for image in images]
+    spans, _ = search(paths, files, bool(tars)) if any(paths) else ((), None)
+    # Search by key only if no row's path says otherwise: each is empty, or the key with a suffix.
+    paths_agree = all(split_member_name(image)[:2] in (("", ""), ("", split_member_name(key)[1]))
+                      for key, image in zip(keys, images))
+    if not len(spans) and paths_agree:
+        spans, texts = search(keys, files, bool(tars))
+        if table:
+            check_captions(captions, table, texts)
     if not len(spans):
         raise InputError(f"{root}: no images found for {captions} (looked for {example} ...; in the "
                          f"folder: {(files or ['none'])[0]} ...). Give --images DIR, or embed the tars "
@@ -321,7 +318,6 @@ class Batches:
         self.settings = settings
         self.batch = settings["batch"]
         self.own = slice(rank * self.batch // world_size, (rank + 1) * self.batch // world_size)
-        self.decoded = {}
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
@@ -358,26 +354,13 @@ class Batches:
         failed = []
         for i, location in enumerate(locations_of(self.files, self.spans[batch])):
             try:
-                pixels[i] = random_crop(self.open(location), size, s["crop_scale"], draws[i])
+                pixels[i] = random_crop(open_image(location), size, s["crop_scale"], draws[i])
                 readable[i] = True
             except Exception as error:  # decoders can raise any exception on corrupt bytes
                 key = self.store.keys[self.rows[batch[i]]]
                 failed.append((key, f"{type(error).__name__} {describe_error(error)}: {location.path}"))
         facets = self.store.read_float16(self.rows[batch], columns)
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
-
-    def open(self, location):
-        """Return a PIL image. Decode it only once if it is small and as many images of its size as there are
-        rows fit into CACHE_BYTES. The pixels are the same, because random_crop never reduces a small image.
-        """
-        if location in self.decoded:
-            return self.decoded[location]
-        image = open_image(location)
-        small = min(image.size) < 2 * self.settings["image_size"]
-        if small and 3 * math.prod(image.size) * len(self.rows) <= CACHE_BYTES:
-            image.load()
-            self.decoded[location] = image
-        return image
 
     def sample(self, rng, n, k, always=()):
         """Return k of n indices for each image of this rank, without replacement, including `always`."""
