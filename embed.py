@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial, reduce
 from itertools import chain, pairwise
 from operator import getitem
@@ -48,7 +48,9 @@ def embed(args):
     out = Path(args.out or Path("data/embeddings", source_name(args.captions)))
     dtype = getattr(torch, args.dtype)
     encoder = cache(partial(flame.TextEncoder, args.llm, args.device, dtype, args.layer, args.mask))
-    with common.output_folder(out), locked_store(out, args.overwrite) if rank() == 0 else nullcontext():
+    # Several runs may write shards at the same time, but not during --overwrite.
+    mode = fcntl.LOCK_EX if args.overwrite else fcntl.LOCK_SH
+    with common.locked_folder(out, mode) if rank() == 0 else nullcontext():
         if rank() == 0:
             begin_store(out, store_settings(args), partial(make_table, args, out, encoder), args.overwrite)
             if not args.no_images and unpack_parquet(args.captions, out / UNPACKED):
@@ -220,25 +222,6 @@ STORE_FIX = "choose another --out, or use --overwrite"
 SHARD_PATTERN = "[0-9][0-9][0-9][0-9][0-9][0-9].npy"
 
 
-@contextmanager
-def locked_store(out, overwrite):
-    """Lock a store's folder. Several runs may write shards at the same time, but not during --overwrite.
-    Raises InputError if another run on this machine prevents that.
-    """
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, (fcntl.LOCK_EX if overwrite else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another embed.py is writing to this store, and one of the two has "
-                             "--overwrite; wait for the other one, or stop it") from None
-        except OSError:
-            pass  # this file system has no locks
-        yield
-    finally:
-        os.close(folder)
-
-
 def shard_file(out, i):
     return out / f"{i:06d}.npy"
 
@@ -362,7 +345,7 @@ def build_parser():
     add_one("--part", metavar="i/n", type=part, default=(0, 1),
         help="embed only every n-th shard, starting at i (from 0), e.g. $SLURM_ARRAY_TASK_ID/16; into one "
         "shared folder, or into folders that you then copy together")
-    add("--inspect", metavar="STORE", help="check a store and print statistics instead")
+    add("--inspect", metavar="STORE", help="check a store instead")
     return parser
 
 

@@ -3,7 +3,6 @@
     python evaluate.py --bench demo                       # all parts of the demo -> results/demo.json, .png
     python evaluate.py --bench urban1k                    # data/urban1k, with the newest checkpoint
     python evaluate.py --bench long                       # urban1k sharegpt4v dci docci, and their average
-    python evaluate.py --bench demo --facets              # also with subsets of the facets
     python evaluate.py --captions mine.tsv                # your own images and captions -> results/mine.json
     python evaluate.py --compare a/urban1k.json b/urban1k.json
     python evaluate.py --search "a red kite" --images DIR # rank the images of a folder -> results/search.png
@@ -22,7 +21,7 @@ import hashlib
 import re
 import sys
 from contextlib import suppress
-from itertools import chain, combinations
+from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -33,8 +32,7 @@ import flame
 from data import benchmarks, common
 from data.captions import read_table, source_name
 from data.common import Parser, number
-from data.encoders import (
-    encode_facets, encode_images, encode_texts, local_paths, open_encoders, trained_facets)
+from data.encoders import encode_images, encode_texts, local_paths, open_encoders, trained_facets
 from data.show import search
 from data.show.sheet import Examples, draw_sheet
 from flame import InputError, content_hash
@@ -114,22 +112,6 @@ def classification(image, classes, labels):
     """
     hits = classification_hits(image, classes, np.asarray(labels), range(len(classes)))
     return {name: 100 * float(column.mean()) for name, column in hits.items()}
-
-
-def ablate_facets(facets, trained, examples):
-    """Score retrieval of Examples with subsets of the facets [N, K, D]: the first n, all but one, one only.
-
-    trained: the indices of the K facets in the prompt set. Only inference changes, not the checkpoint.
-    Returns {"long facets 0,1,3": {direction: Metric}}, with facets numbered as in FACET_COLUMNS.
-    """
-    every = tuple(range(len(trained)))
-    subsets = [every[:n + 1] for n in every] + [*combinations(every, len(every) - 1), *zip(every)]
-    scores = {}
-    for subset in filter(None, subsets):
-        numbers = ",".join(str(trained[k]) for k in subset)
-        hits = retrieval_hits(facets[:, subset].mean(1), examples.image, examples.image_of_text)
-        scores[f"{examples.prompts} facets {numbers}"] = make_metrics(hits)
-    return scores
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -416,15 +398,10 @@ def parse_arguments(argv):
         help="prompt set; with --captions, also which captions are scored (default: see data/README.md)")
     add("--all-captions", action="store_true",
         help="use all captions per image (default: the first 5 of coco and flickr30k, the first of xm3600)")
-    add("--facets", action="store_true", help="also score subsets of the facets (retrieval only)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available")
 
     args = parser.parse_args(argv)
     args.benchmark = BENCHMARKS.get(args.bench, CAPTIONS)
-    # The authors' released checkpoint is a file, ours are folders.
-    foreign = args.open_clip or args.checkpoint and args.checkpoint.is_file()
-    if args.facets and (foreign or args.benchmark.score == score_classes):
-        parser.error("--facets needs a retrieval benchmark and a checkpoint of train.py")
     common.get_device(args.device)
     args.prompt_sets = [args.prompts or prompts for prompts in args.benchmark.prompts.split()]
     return args
@@ -473,9 +450,6 @@ def evaluate(args, name, encoders, *data):
     scores["columns"] = columns
     if args.captions:
         scores["texts_in_training"] = count_trained(examples.texts, args.checkpoint)
-    if args.facets:
-        facets = encode_facets(encoders, examples.texts, examples.prompts)
-        scores["facets"] = ablate_facets(facets, trained_facets(encoders.model, examples.prompts), examples)
     # In the repr of an ImageLocation, drop the folder: it may differ between machines.
     queries = re.sub(r"path=(['\"]).*?([^/]*)\1, offset", r"\2",
                      repr([name, args.split, data, scores["skipped_images"], examples and examples.images]))

@@ -543,7 +543,7 @@ def find_earlier_run(out, store, s):
     path = out / "config.json"
     if not path.exists():
         for name in ("training.pt", "model.safetensors"):
-            if (out / name).exists() and not (out / "log.jsonl").exists():
+            if (out / name).exists() and not any("waited" in entry for entry in read_log(out, math.inf)):
                 raise InputError(f"{out / name}: not written by train.py; {RESUME_FIX}")
         return None
     with reading(path, RESUME_FIX):

@@ -219,11 +219,13 @@ def output_folder(path):
 
 
 @contextmanager
-def locked_folder(path):
-    """An output_folder that one process at a time can hold. Raises InputError if another process holds it."""
+def locked_folder(path, mode=fcntl.LOCK_EX):
+    """An output_folder that one process at a time can hold, or several with fcntl.LOCK_SH. Raises InputError
+    if another process holds it.
+    """
     with output_folder(path), open(Path(path, ".lock"), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, mode | fcntl.LOCK_NB)
             if not os.fstat(lock.fileno()).st_nlink:  # the last holder deleted it before we got the lock
                 raise BlockingIOError
         except BlockingIOError:
@@ -232,7 +234,9 @@ def locked_folder(path):
         try:
             yield
         finally:
-            os.unlink(lock.name)
+            with suppress(BlockingIOError):  # it is still shared
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(lock.name)
 
 
 @contextmanager

@@ -378,7 +378,12 @@ def test_ranges_globs_and_folders(tmp_path, table):
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a cat\n")
     changed = [hash_sources([(name, tmp_path / "photos", column)])
                for name, column in (("", ""), ("long", ""), ("", "raw=x"))]
-    assert len({before, *changed}) == 4
+    for text in ("a fox", "a cat"):  # tars of equal size
+        with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+            (tmp_path / "a.txt").write_text(text)
+            tar.add(tmp_path / "a.txt", "a.txt")
+        changed.append(hash_sources([("", tmp_path / "photos.tar", "")]))
+    assert len({before, *changed}) == 6
     names = {"cc3m.tsv.gz": "cc3m", "cc3m/": "cc3m", "a/cc3m-{0000..0575}.tar": "cc3m", "x-*.parquet": "x"}
     assert {source: source_name(source) for source in names} == names
 

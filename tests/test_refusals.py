@@ -357,16 +357,11 @@ def test_invalid_setting_is_refused_by_name(folder, command, setting):
     assert_refused(f"{command} --{flag}={value}", expected)
 
 
-FACETS = "--facets needs a retrieval benchmark"
-
-
 @pytest.mark.parametrize("command, expected", [
     *((command, "") for command in ("embed.py", "train.py", "evaluate.py", "embed.py --caption captions.tsv",
                                     "train.py --lr", f"{EMBED} --llm 'caf\udce9'", f"{SCORE} --search kite")),
     (f"{EMBED} --llm no", "$FLAME_LLM"), (f"{EMBED} --llm no", "data/demo.py --make-only"),
-    ("evaluate.py --bench imagenet --facets", FACETS), ("evaluate.py --search red", "needs --images DIR"),
-    ("evaluate.py --bench coco --facets --checkpoint captions.tsv", FACETS),
-    ("evaluate.py --bench coco --facets --open-clip ViT-B-32", FACETS),
+    ("evaluate.py --search red", "needs --images DIR"),
     ("evaluate.py --compare a.json b.json", "a.npz: no")])
 def test_invalid_command_is_refused(folder, command, expected):
     assert_refused(command, expected)

@@ -704,8 +704,9 @@ def test_finished_run_can_be_trained_longer_but_not_overwritten_by_a_different_o
         theirs = tmp_path / "out" / name.split(".")[0]
         theirs.mkdir()
         (theirs / name).write_bytes(b"theirs")
+        (theirs / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
         assert_error(fit(store, f"{flags} --name {theirs.name}"), name, "not written by train.py")
-        assert [path.read_bytes() for path in theirs.iterdir()] == [b"theirs"]
+        assert (theirs / name).read_bytes() == b"theirs"
     for n, other in enumerate(("without-last", "without-first")):  # 23 images each, found by key
         for key in [*colors][n:n + 23]:
             (tmp_path / other / "deeper").mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Tests of embed.py (stage 1) and of flame.Store. The same bytes result from several ranks, --part,
 concurrent runs, and runs that are killed and restarted. test_refusals.py tests a full disk.
 """
+import fcntl
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from torch.nn.functional import normalize
 
 import embed
 import flame
+from data import common
 from data.common import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,11 +246,11 @@ def test_run_stops_if_another_run_has_begun_another_store(run, monkeypatch, name
 
 def test_overwrite_needs_the_store_alone(run):
     run("--out", "store")
-    with embed.locked_store("store", overwrite=False):
+    with common.locked_folder("store", fcntl.LOCK_SH):
         assert "finished" in run("--out", "store")
-        assert "another embed.py" in run("--out", "store", "--overwrite", code=2)
-    with embed.locked_store("store", overwrite=True):
-        assert "another embed.py" in run("--out", "store", code=2)
+        assert "another process" in run("--out", "store", "--overwrite", code=2)
+    with common.locked_folder("store"):
+        assert "another process" in run("--out", "store", code=2)
     assert "finished" in run("--out", "store", "--overwrite")
 
 

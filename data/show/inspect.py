@@ -1,4 +1,4 @@
-"""embed.py --inspect: checks a store and prints the similarity of its facets."""
+"""embed.py --inspect: checks a finished store."""
 import json
 import os
 from pathlib import Path
@@ -10,13 +10,12 @@ import flame
 from data import captions, common
 from flame import FACET_COLUMNS, InputError
 
-SAMPLE = 1000    # rows used for statistics; means are then within a few percent
 AGAIN_ROWS = 30  # rows that are encoded again
 AGAIN = "delete it and run the same embed.py command again"
 
 
 def inspect_store(args):
-    """Check a store, and print the similarity of its facets. args: embed.py's command line.
+    """Print a store's meta.json and check its files. args: embed.py's command line.
 
     Raises InputError if it is not a finished store, if --llm is not the LLM that it was made with, if its
     table or a shard was changed, or if captions encoded again have other embeddings.
@@ -47,12 +46,3 @@ def inspect_store(args):
             raise InputError(f"{args.inspect}/{n // store.shard_size:06d}.npy: row {n} has other embeddings "
                              f"than its captions (cosine {cosine:.3f}); {AGAIN}")
     print(f"all {store.N} rows are complete; {len(sample)} were encoded again and agree")
-
-    step = store.N // SAMPLE + 1
-    states = store.read(range(0, store.N, step), columns)  # [n, 11, D]
-    states -= states.mean(0)
-    units = normalize(states, dim=-1)
-
-    print("\nmean cosine between the facets of a caption, after subtracting the mean; rows and columns: "
-          f"{' '.join(FACET_COLUMNS)}")
-    print((torch.einsum("nad,nbd->ab", units, units) / len(units)).numpy().round(2))
