@@ -1,7 +1,7 @@
 """Stage 1: captions + frozen LLM -> embedding store.
 
     python embed.py --captions cc3m.tsv                 # -> data/embeddings/cc3m
-    python embed.py --inspect data/embeddings/cc3m      # check a store and print statistics
+    python embed.py --inspect data/embeddings/cc3m      # check the files of a store
     torchrun --nproc_per_node 8 embed.py --captions "cc3m/cc3m-train-{0000..0575}.tar"
 
 The LLM is frozen, so its facet embeddings are computed once, and training never runs it. All captions go into

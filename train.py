@@ -179,7 +179,6 @@ def train(args, s):
     """
     device = args.device
     store = flame.open_store(args.embeddings)
-    content_hash(store)  # fail now if meta.json is incomplete, and not at the first checkpoint
     columns = parse_columns(s["columns"])
     out = Path("out") / (args.name or store.path.resolve().name)
     with common.locked_folder(out) if rank() == 0 else contextlib.nullcontext():
@@ -578,11 +577,10 @@ def begin_log(out, start, entries):
     """Write the entries of the steps before `start` to log.jsonl; delete an earlier run's files if start is
     0.
     """
-    with common.disk_errors(out):
-        if not start:
-            shutil.rmtree(out / "best", ignore_errors=True)
-            for name in ("config.json", "training.pt", "model.safetensors", "skipped.txt"):
-                (out / name).unlink(missing_ok=True)
+    if not start:
+        shutil.rmtree(out / "best", ignore_errors=True)
+        for name in ("config.json", "training.pt", "model.safetensors", "skipped.txt"):
+            (out / name).unlink(missing_ok=True)
     common.write_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 

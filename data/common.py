@@ -135,19 +135,11 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-class LineBar(tqdm):
-    """A progress bar that prints a line per update, for log files."""
-
-    @staticmethod
-    def status_printer(file):
-        return functools.partial(print, file=file)
-
-
 def progress_bar(*items, **settings):
     """Return a tqdm bar; without a terminal, one that prints a line every 30 seconds."""
     if sys.stderr.isatty():
         return tqdm(*items, **settings)
-    return LineBar(*items, bar_format="{l_bar}{bar:10}{r_bar}", mininterval=30, maxinterval=30, **settings)
+    return tqdm(*items, bar_format="{l_bar}{bar:10}{r_bar}\n", mininterval=30, maxinterval=30, **settings)
 
 
 def run_stage(script, body, resume):

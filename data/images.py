@@ -25,6 +25,7 @@ from data.common import atomic_save, progress_bar
 from flame import FACET_COLUMNS, InputError, describe_error, reading, to_rgb
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
+CACHE_BYTES = 1 << 28      # decoded images that a loader process keeps; the demo's need 70 MB
 SAMPLE = 1000              # rows whose paths or captions are checked
 SHUFFLE_BUFFER = 50_000    # images: mixes several tars, while each is still read nearly in order
 CROP_DRAWS = 22            # random numbers per crop: two for its position, two for each of ten attempts
@@ -200,16 +201,15 @@ def check_captions(captions, table, texts):
 
 
 def report_images(total, images):
-    """Print how many of a table's rows have an image. Raises InputError if none of up to ten can be opened.
+    """Print how many of a table's rows have an image, estimated from SAMPLE of those found. Raises InputError
+    if none of up to ten can be opened.
 
     images: what find_images returns.
     """
     rows, files, spans = images
-    step = 1 + len(spans) // SAMPLE
-    locations = locations_of(files, spans[::step])
+    locations = locations_of(files, spans[::1 + len(spans) // SAMPLE])
     existing = [location for location in locations if os.path.isfile(location.path)]
-    print(f"images: {'about ' if step > 1 else ''}{len(rows) * len(existing) // len(locations)} of {total} "
-          f"found ({locations[0].path})")
+    print(f"images: {len(rows) * len(existing) // len(locations)} of {total} found ({locations[0].path})")
     for location in existing[::1 + len(existing) // 10]:
         with suppress(Exception):  # decoders can raise any exception on corrupt bytes
             open_image(location)
@@ -318,6 +318,7 @@ class Batches:
         self.settings = settings
         self.batch = settings["batch"]
         self.own = slice(rank * self.batch // world_size, (rank + 1) * self.batch // world_size)
+        self.decoded = {}
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
@@ -354,13 +355,24 @@ class Batches:
         failed = []
         for i, location in enumerate(locations_of(self.files, self.spans[batch])):
             try:
-                pixels[i] = random_crop(open_image(location), size, s["crop_scale"], draws[i])
+                pixels[i] = random_crop(self.open(location), size, s["crop_scale"], draws[i])
                 readable[i] = True
             except Exception as error:  # decoders can raise any exception on corrupt bytes
                 key = self.store.keys[self.rows[batch[i]]]
                 failed.append((key, f"{type(error).__name__} {describe_error(error)}: {location.path}"))
         facets = self.store.read_float16(self.rows[batch], columns)
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
+
+    def open(self, location):
+        """Return a PIL image. Keep a decoded one if it is small. Its pixels are the same, because random_crop
+        never reduces an image of less than twice the result's size.
+        """
+        image = self.decoded.get(location) or open_image(location)
+        size = 2 * self.settings["image_size"]
+        if max(image.size) < size and len(self.decoded) < CACHE_BYTES // (3 * size ** 2):
+            image.load()
+            self.decoded[location] = image
+        return image
 
     def sample(self, rng, n, k, always=()):
         """Return k of n indices for each image of this rank, without replacement, including `always`."""

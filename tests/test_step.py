@@ -326,6 +326,24 @@ def test_jpeg_decoded_at_reduced_scale_gives_similar_crop(mode):
     assert max(reduced) > 3  # some were reduced to a quarter
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_cached_images_give_the_same_batches(copied, monkeypatch, suffix):
+    """Images of 32 x 24 pixels are cached for size 24, but not for 8, which draft() may decode reduced."""
+    store = flame.open_store(copied[0])
+    rows, files, spans = images_of(store)
+    for file in files:
+        Image.open(file).save(file.replace(".png", suffix))
+    images = rows, [file.replace(".png", suffix) for file in files], spans
+    for size, count in ((24, 24), (8, 0)):
+        batches, pixels = [], []
+        for cache_bytes in (1 << 28, 0):
+            monkeypatch.setattr(data_images, "CACHE_BYTES", cache_bytes)
+            s = settings_for(image_size=size, patch_size=8, crop_scale=0.3)
+            batches.append(Batches(store, ALL_COLUMNS, images, s))
+            pixels.append(torch.stack([batches[-1][step][0][0] for step in range(6)]))
+        assert pixels[0].equal(pixels[1]) and [len(one.decoded) for one in batches] == [count, 0]
+
+
 # --- batches
 
 def test_batches_depend_on_seed_and_step_and_cover_an_epoch(copied):
