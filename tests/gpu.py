@@ -5,7 +5,6 @@
     python tests/gpu.py --dry-run                 # without a GPU: tiny steps on a simulated one, no times
 """
 import argparse
-import math
 import multiprocessing
 import os
 import shutil
@@ -38,7 +37,6 @@ from evaluate import compare  # noqa: E402
 from flame import EXT_KERNELS, TORCH_KERNELS  # noqa: E402
 
 GPU = torch.device("cuda")
-MIN_SAVING = 0.05  # of a Nemo layer's time, or FlexAttention should replace our attention kernel
 REPEATS = 12       # per measurement; the first two warm up
 CAPTIONS = 74      # per packed row: 16,394 tokens
 SIDE = 8192        # of the square matrices that are multiplied
@@ -131,16 +129,6 @@ def flex_attention(forest, device, group_size):
     return attend
 
 
-def verdict(ext_ms, flex_ms, layer_ms):
-    """Return a line: keep or replace cuda.cu's attention. layer_ms: time of a layer with cuda.cu."""
-    saving = (flex_ms - ext_ms) / layer_ms
-    if math.isnan(saving):
-        return "no verdict on cuda.cu's attention: it needs the times of all three"
-    least, action = ("at least", "keep") if saving >= MIN_SAVING else ("less than", "replace")
-    return (f"verdict: a Nemo layer would take {saving:.1%} longer with FlexAttention, {least} "
-            f"{MIN_SAVING:.0%}: {action} cuda.cu's attention")
-
-
 # ---------------------------------------------------------------- the steps, which yield their lines
 
 def device():
@@ -231,7 +219,8 @@ def attention():
         spent[name] = milliseconds(lambda: attend(*qkv), calls=5)
         yield f"{spent[name]:.2f} ms {name}, {shape[0]} tokens; preparation {preparation:.1f} ms per row"
     whole = layer_ms(random_decoder(NEMO), forest, EXT_KERNELS)
-    yield verdict(spent["cuda.cu"], spent["FlexAttention"], whole)
+    saving = (spent["FlexAttention"] - spent["cuda.cu"]) / whole
+    yield f"{saving:.1%} of a Nemo layer's time saved by cuda.cu (below 5%, FlexAttention should replace it)"
 
 
 def training():

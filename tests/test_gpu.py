@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch._dynamo  # noqa: F401  once here: it takes two seconds, in each step's process
 from torch.nn.attention import flex_attention as flex
-from torch.utils._python_dispatch import _disable_current_modes as without_shim
 
 import flame
 import gpu
@@ -61,30 +60,12 @@ def simulated_gpu():
     make_photos = gpu.bench_train.make_photos
     patch.setattr(gpu.bench_train, "make_photos", lambda n, *format: make_photos(2, *format))
     patch.setattr(gpu, "make_demo_llm", needs_hardware("two runs of the demo take minutes"))
-    patch.setattr(gpu, "flex_attention", on_cpu(gpu.flex_attention, flame.flame_ext))
+    patch.setattr(gpu, "flex_attention", flame.chunked_attention)  # it does not support the shim's tensors
     for name, value in TINY.items():
         patch.setattr(gpu, name, value)
     patch.setattr(flame, "flame_ext", walk.fake_extension())
     with shim:
         yield
-
-
-def on_cpu(prepare, extension):
-    """Return FlexAttention, not compiled, for the shim's tensors, which it does not support."""
-    def attention(forest, device, group_size):
-        fake, flame.flame_ext = flame.flame_ext, extension
-        with without_shim():
-            attend = prepare(forest, torch.device("cpu"), group_size)
-        flame.flame_ext = fake
-
-        def attend_on_cpu(*qkv):
-            qkv = [x.cpu() for x in qkv]
-            with without_shim():
-                out = attend(*qkv)
-            return out.to(device)
-        return attend_on_cpu
-    flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-    return attention
 
 
 def test_dry_run_runs_every_step():
@@ -105,16 +86,7 @@ def test_dry_run_runs_every_step():
     assert [expected.index(step) for step, _ in unsupported] == [1, 3, 9], unsupported
     times = re.findall(r"(\S+) (?:ms|TFLOP/s|images/s, \d)", " ".join(line for _, line in rows))
     assert len(times) == 23 and {*times} == {"nan"}
-    assert [line for line in lines[gpu.attention.__doc__] if "no verdict" in line]
-
-
-def test_every_step_has_a_time_limit_and_help(monkeypatch, capsys):
-    assert sum(gpu.STEPS.values()) < 13 * 60
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--help"])
-    with pytest.raises(SystemExit):
-        gpu.main()
-    shown = capsys.readouterr().out
-    assert all(f"{step.__name__} " in shown and step.__doc__ in shown for step in gpu.STEPS)
+    assert lines[gpu.attention.__doc__][-1].startswith("nan% of a Nemo layer's time saved")
 
 
 # --- steps that fail
@@ -176,16 +148,6 @@ def test_flex_attention_mask_is_the_visibility_rule(monkeypatch):
     q, k, v = (torch.randn(T, heads, 16) for heads in (4, 2, 2))
     out = gpu.flex_attention(forest, q.device, 2)(q, k, v)
     torch.testing.assert_close(out, flame.chunked_attention(forest, q.device, 2)(q, k, v))
-
-
-def test_verdict_needs_all_times_and_at_least_5_percent():
-    for ext_ms, flex_ms, layer_ms, words in [
-            (0.3, 1.3, 20, "5.0% longer with FlexAttention, at least 5%: keep cuda.cu's attention"),
-            (0.3, 1.2, 20, "4.5% longer with FlexAttention, less than 5%: replace cuda.cu's attention"),
-            (1.3, 0.3, 20, "-5.0% longer with FlexAttention, less than 5%: replace cuda.cu's attention"),
-            (0.3, math.nan, 20, "no verdict"), (math.nan, 1, 20, "no verdict"),
-            (0.3, 1, math.nan, "no verdict")]:
-        assert words in gpu.verdict(ext_ms, flex_ms, layer_ms)
 
 
 def test_compare_demos_reports_stores_and_scores(tmp_path):

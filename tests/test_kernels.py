@@ -440,21 +440,6 @@ def test_emulator_finds_mistakes_in_attention(tmp_path, code, mistake, message):
         check_attention(emulated(tmp_path, source.replace(code, mistake)), "captions", 64, 2, 1)
 
 
-def test_emulator_finds_mistakes_in_element_wise_kernels(tmp_path):
-    source = CUDA_SOURCE.read_text()
-    for code, mistake in [
-        ("put(at + half, turned)", "put(at + N, turned)"),  # rope: threads write the same elements
-        ("__syncthreads();  // the warps' sums", "// the warps' sums"),
-        ("i < g.width; i += THREADS * N", "i < g.width; i += THREADS"),  # swiglu: the same
-    ]:
-        assert code in source
-        source = source.replace(code, mistake)
-    kernels = emulated(tmp_path, source)
-    for check, sizes in [(check_rope, (2, 2, 64)), (check_rmsnorm, (2, 576)), (check_swiglu, (2, 2048))]:
-        with pytest.raises(AssertionError, match="race|never written"):
-            check(kernels, torch.bfloat16, *sizes)
-
-
 def test_cuda_kernels_compile_without_register_spills(tmp_path):
     folders = os.environ.get("CUDA_HOME", "") + "/bin", os.environ["PATH"], "/usr/local/cuda/bin"
     nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))

@@ -335,11 +335,9 @@ SETTINGS = {
            "layers=9999 loss=softmax text-projection=whitening text-projection=agree:0.1 "
            "text-projection=raw=agree text-projection=whiten+linear:8 init=zeros pool-first=y positives=0 "
            "positives=12 columns=long.9 batch=-4 batch=0 micro-batch=0 epochs=inf epochs=-1 steps=1e3 "
-           "lr=1e400 "
-           "lr=nan lr=-1 lr=much init-scale=0 crop-scale=1.1 patch-dropout=1 patch-dropout=nan workers=-1 "
-           "seed=-1 seed=1.0 preset=huge device=cuda:99 device=foo embeddings=nowhere embeddings=images "
-           "images=nowhere image-tower=captions.tsv image-tower=nowhere image-tower=llm/model.safetensors "
-           "no-such=1",
+           "lr=1e400 lr=nan lr=-1 lr=much init-scale=0 crop-scale=1.1 patch-dropout=1 patch-dropout=nan "
+           "workers=-1 seed=-1 seed=1.0 preset=huge device=cuda:99 device=foo embeddings=nowhere "
+           "embeddings=images images=nowhere no-such=1",
     EMBED: "captions=nowhere.tsv captions=images/x-{5..2}.tar captions=/dev/zero join=foo=captions.tsv "
            "join=long= join=long=nowhere.json llm=nowhere layer=99 dtype=int8 device=mps device=meta "
            "device=cuda:99 shard-size=0 part=3/2 part=x inspect=nowhere out=captions.tsv",
