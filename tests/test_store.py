@@ -317,3 +317,16 @@ def test_corrupt_weights_are_refused_before_the_old_store_is_deleted(run, byte_l
     assert "none.tsv: no such file" in run("--out", "store", "--overwrite", captions="none.tsv", code=2)
     assert "cannot run 9 layers" in run("--out", "store", "--overwrite", "--layer", 9, code=2)
     assert read_files("store") == before
+
+
+def test_single_invalid_embedding_stops_the_run(run, monkeypatch):
+    run("--out", "store")
+    os.remove("store/000002.npy")
+    original = flame.hidden_states
+
+    def overflow(decoder, forest):  # in one state, as may happen in float16
+        *states, last = original(decoder, forest)
+        return torch.stack([*states, last * float("inf")])
+    monkeypatch.setattr(flame, "hidden_states", overflow)
+    assert "embeddings are equal, zero, NaN or infinite" in run("--out", "store", code=2)
+    assert not Path("store/000002.npy").exists()
