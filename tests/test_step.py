@@ -536,6 +536,9 @@ def test_validation_finds_best_checkpoint_and_changes_nothing(fit, copied, tmp_p
         assert (out / "part/best" / name).read_bytes() == (out / "whole/best" / name).read_bytes()
     other = make_store(tmp_path / "data" / "other", copied[1], llm="another")
     assert_error(fit(copied[0], f"--val {other} --name other"), "data/other: made with another LLM")
+    meta = other / "meta.json"
+    meta.write_text(meta.read_text().replace("another", "tiny").replace('"layer": 3', '"layer": 2'))
+    assert_error(fit(copied[0], f"--val {other} --name other"), "data/other: made with another LLM")
 
 
 @pytest.mark.parametrize("loss, bias", [("infonce", 0.0), ("sigmoid", -math.log(63))])
