@@ -632,8 +632,9 @@ def test_preprocessing_rejects_extremely_thin_image():
 
 @pytest.mark.parametrize("pool_first", [False, True])
 def test_projector_and_pooling(pool_first):
-    """Patch tokens are projected, then averaged. pool_first averages before projecting."""
+    """Patch tokens are projected (with exact GELU), then averaged. pool_first averages before projecting."""
     model = flame.Flame(CONFIG | {"pool_first": pool_first})
+    assert isinstance(model.mm[1], torch.nn.GELU) and model.mm[1].approximate == "none"
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     pixels = torch.randn(2, 3, 32, 32)
