@@ -1044,12 +1044,16 @@ class Store:
     images = property(lambda store: store.table[1])
 
     def read_float16(self, rows, columns) -> torch.Tensor:
-        """Return vectors as stored, float16 [n, m, D]; rows int [n], columns [m] for all rows or [n, m]."""
+        """Return vectors as stored, float16 [n, m, D]; rows int [n] or [n, m], columns int [m] or [n, m]."""
         columns = np.broadcast_to(columns, (len(rows), np.shape(columns)[-1]))
+        rows = np.asarray(rows)
+        rows = rows.reshape(len(rows), *rows.shape[1:] or [1])  # [n, 1] or [n, m]
         out = np.empty((*columns.shape, self.D), np.float16)
-        for n, row in enumerate(rows):
-            shard, offset = divmod(int(row), self.shard_size)
-            out[n] = self.shard(shard)[offset, columns[n]]
+        for n in range(len(rows)):
+            for row in set(rows[n].tolist()):
+                shard, offset = divmod(row, self.shard_size)
+                own = np.broadcast_to(rows[n] == row, columns.shape[1:])
+                out[n, own] = self.shard(shard)[offset, columns[n, own]]
         return torch.from_numpy(out)
 
     def read(self, rows, columns) -> torch.Tensor:

@@ -38,7 +38,7 @@ from data import common
 from data.captions import UNPACKED
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
 from data.encoders import Encoders, compute_images, trained_facets
-from data.images import Batches, find_images, locations_of
+from data.images import Batches, find_images, group_by_image, locations_of
 from data.projection import PROJECTIONS, captions_differ, fit_text_projection, text_config
 from data.show import plots
 from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
@@ -116,7 +116,7 @@ def map_text_blocks(function, image, text):
 # --width 1024 --layers 24 --heads 16. Text projections (data/projection.py): whiten evens out the variance;
 # agree keeps what an image's captions have in common; +linear trains a second map.
 
-SMALL_DATASET = 20_000  # rows; below it the default preset is demo, because a large ViT would overfit
+SMALL_DATASET = 20_000  # images; below it the default preset is demo, because a large ViT would overfit
 N_COLUMNS = len(FACET_COLUMNS)
 integer = functools.partial(common.number, int)  # (low, high)
 real = functools.partial(common.number, float)   # (low, high, exclude low)
@@ -182,10 +182,10 @@ def train(args, s):
     columns = parse_columns(s["columns"])
     out = Path("out") / (args.name or store.path.resolve().name)
     with common.locked_folder(out) if rank() == 0 else contextlib.nullcontext():
-        images = locate_images(store, args.images, out)
-        resolve_settings(s, len(images[0]), len(columns), store.meta["D"])
-        s["images_crc32"] = zlib.crc32(images[0])  # a run cannot be resumed if not the same rows have images
-        if s["text_projection"].startswith("agree") and not captions_differ(store, columns):
+        images = group_by_image(*locate_images(store, args.images, out))
+        resolve_settings(s, len(images.spans), len(columns), store.meta["D"])
+        s["images_crc32"] = zlib.crc32(images.rows)  # the same when a run is resumed
+        if s["text_projection"].startswith("agree") and not captions_differ(store, columns, images):
             print0("text projection: whiten instead of agree, because each image has only one caption")
             s["text_projection"] = s["text_projection"].replace("agree", "whiten")
         saved_step = None if args.overwrite else find_earlier_run(out, store, s)
@@ -193,12 +193,13 @@ def train(args, s):
             flame.load(out)  # raises InputError if it is damaged
             print0(f"{out}: already finished; give more --steps to continue, or --overwrite to train again")
             return False
-        model, optimizer = build(store, columns, s, device, saved_step is None, images[0])
+        model, optimizer = build(store, columns, s, device, saved_step is None and images)
         start = 0 if saved_step is None else load_checkpoint(out, model, optimizer, s["steps"])
         encode = distribute(model)
         validation = open_validation(args.val, store, out) if args.val else ()
-        print0(f"{s['images']} images x {len(columns)} embeddings -> {out}, {world_size()} ranks, from step "
-               f"{start}\nsettings that differ from --preset {args.preset}:")
+        captions = f", {len(images.rows)} captions" if len(images.rows) > s["images"] else ""
+        print0(f"{s['images']} images{captions} x {len(columns)} embeddings -> {out}, {world_size()} ranks, "
+               f"from step {start}\nsettings that differ from --preset {args.preset}:")
         preset = preset_settings(args.preset)
         print0("\n".join(f"  {name:18}{value}" for name, value in s.items() if value != preset.get(name)))
         batches = Batches(store, columns, images, s, rank(), world_size())
@@ -259,12 +260,12 @@ def resolve_settings(s, n_images, n_columns, D):
     s["workers"] = min(s["workers"], os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def build(store, columns, s, device, fit, rows=None):
+def build(store, columns, s, device, images):
     """Return the model and the optimizer as at the start of a run.
 
     Args:
-        fit: fit the text projection. A resumed run has it in its checkpoint; other ranks get rank 0's.
-        rows: int [n], the rows of the store that are trained on, or None for all.
+        images: Images, to fit the text projection to their captions, or False for a resumed run, which has it
+            in its checkpoint. Other ranks get rank 0's.
     """
     torch.manual_seed(s["seed"])
     sizes = "image_size patch_size width layers heads projector_hidden pool_first"
@@ -272,8 +273,8 @@ def build(store, columns, s, device, fit, rows=None):
     config |= text_config(s["text_projection"], store.meta["D"], [FACET_COLUMNS[c] for c in columns])
     model = flame.Flame(config, s["init"])
     torch.nn.init.constant_(model.logit_scale, math.log(s["init_scale"]))
-    if fit and rank() == 0:
-        fit_text_projection(model.text_projection, store, s["text_projection"], columns, device, rows)
+    if images and rank() == 0:
+        fit_text_projection(model.text_projection, store, s["text_projection"], columns, images, device)
     model.to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]  # biases, norms and vectors are not decayed
@@ -437,15 +438,16 @@ def validate(run):
     evaluate.py's.
     """
     locations, facets = run.validation
+    number = {location: n for n, location in enumerate(dict.fromkeys(locations))}
+    image_of = np.array([number[location] for location in locations])  # an image may have several captions
     model = run.model.eval()
-    image = compute_images(Encoders(model, None, run.device, None, None, None), locations)
+    image = compute_images(Encoders(model, None, run.device, None, None, None), [*number])
     text = [model.encode_text(part.to(run.device), "long")[:, trained_facets(model, "long")].mean(1).cpu()
             for part in facets.split(256)]
     model.train()
     scores = torch.cat(text).numpy() @ image.T
-    _, image_of = np.unique([str(location) for location in locations], return_inverse=True)  # may repeat
-    return {direction: 100 * np.mean(image_of[scores.argmax(axis)] == image_of)
-            for direction, axis in (("text_to_image", 1), ("image_to_text", 0))}
+    return {"text_to_image": 100 * np.mean(scores.argmax(1) == image_of),
+            "image_to_text": 100 * np.mean(image_of[scores.argmax(0)] == np.arange(len(image)))}
 
 
 def keep_best(run, entry, entries):
@@ -635,7 +637,7 @@ def parse_arguments(argv):
     add("--embeddings", metavar="DIR", help="the store (default: newest finished one under data/embeddings)")
     add("--images", metavar="DIR", help="root of images or tars (default: see data/README.md)")
     add("--val", metavar="STORE", help="store of held-out captions; out/NAME/best has the best R@1 on it")
-    add("--preset", choices=("demo", "cc3m"), help=f"default: demo below {SMALL_DATASET:,} rows, else cc3m")
+    add("--preset", choices=("demo", "cc3m"), help=f"default: demo below {SMALL_DATASET:,} images, else cc3m")
     add("--name", help="write the checkpoint to out/NAME (default: the store's name)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--overwrite", action="store_true", help="delete the run in out/NAME and start over")
@@ -650,8 +652,9 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     args.device = init_distributed(args.device)
     args.embeddings = args.embeddings or newest_store(args.val)
-    small = len(flame.open_store(args.embeddings)) < SMALL_DATASET
-    args.preset = args.preset or ("demo" if small else "cc3m")
+    store = flame.open_store(args.embeddings)
+    n_images = len({image or key for key, image in zip(store.keys, store.images)})
+    args.preset = args.preset or ("demo" if n_images < SMALL_DATASET else "cc3m")
     s = preset_settings(args.preset)
     s |= {name: value for name, value in vars(args).items() if name in s and value is not None}
     for part, size in (("heads", "width"), ("patch_size", "image_size")):

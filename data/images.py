@@ -63,11 +63,11 @@ def images_in(folder):
 def find_images(keys, images, captions, folder=None, index="", table=None):
     """Find the images of a table's rows.
 
-    The paths in `images`, relative to `folder` or, without it, to the captions, are used if a sample shows
-    that some exist. Otherwise one place is searched: `folder`, or else the captions if they are tars or a
-    folder, or else the folder with the name of the captions file. Its tars, which are never unpacked, or
-    without tars its image files, are matched by path, or if that finds nothing by key. Images are returned in
-    the order of the table.
+    The paths in `images`, relative to `folder` or, without it, to the captions or a folder beside them, are
+    used if a sample shows that some exist. Otherwise one place is searched: `folder`, or else the captions if
+    they are tars or a folder, or else the folder with the name of the captions file. Its tars, which are
+    never unpacked, or without tars its image files, are matched by path, or if that finds nothing by key.
+    Images are returned in the order of the table.
 
     Args:
         keys, images: of the table made from the source `captions`.
@@ -83,10 +83,12 @@ def find_images(keys, images, captions, folder=None, index="", table=None):
     """
     captions = Path(captions)
     root = Path(folder or (captions if captions.is_dir() else captions.parent))
-    files = [os.path.join(root, image) for image in images if image]
-    if any(map(os.path.isfile, files[::1 + len(files) // SAMPLE])):
+    number = {image: n for n, image in enumerate(dict.fromkeys(filter(None, images)))}
+    paths = folder_of_paths([*number][::1 + len(number) // SAMPLE], root, search=not folder)
+    files = [os.path.join(paths or root, image) for image in number]
+    if paths:
         rows = [row for row, image in enumerate(images) if image]
-        return np.array(rows), files, np.array([(n, 0, MAX_IMAGE_BYTES) for n in range(len(files))])
+        return np.array(rows), files, np.array([(number[images[row]], 0, MAX_IMAGE_BYTES) for row in rows])
     example = (files or keys)[0]
     root, tars = place_to_search(captions, folder, root)
     files = list(map(str, tars)) or files_below(root, IMAGE_SUFFIXES)
@@ -120,6 +122,22 @@ def find_images(keys, images, captions, folder=None, index="", table=None):
         with suppress(InputError):  # the store may be read-only
             atomic_save(index, functools.partial(np.savez, rows=rows, spans=spans, stamp=stamp(rows, spans)))
     return rows, files, spans
+
+
+def folder_of_paths(images, root, search):
+    """Return the folder that some image paths are relative to, or None: root or, with search=True, one of its
+    subfolders, such as Images or train2017. Raises InputError if several have the images.
+    """
+    def has(folder, paths):
+        return any(os.path.isfile(os.path.join(folder, path)) for path in paths)
+
+    if has(root, images) or not (search and images):
+        return root if has(root, images) else None
+    found = [folder for folder in sorted(root.glob("[!.]*/")) if has(folder, images[:10])]
+    if len(found) > 1:
+        raise InputError(f"{images[0]} is in several folders ({', '.join(map(str, found[:3]))}); "
+                         "give --images DIR")
+    return found[0] if found else None
 
 
 def place_to_search(captions, folder, root):
@@ -192,7 +210,8 @@ def check_captions(captions, table, texts):
     for entry in read_table(table):
         if entry.key in texts:
             text = read_bytes(texts[entry.key]).decode("utf-8-sig", errors="replace")
-            if text.split() != entry.raw.split():
+            raw = entry.raw.split()
+            if raw != text.split() and raw not in map(str.split, text.split("\n")):  # each line is a caption
                 differ.append(entry.key)
     if len(differ) > max(1, len(texts) / 100):
         raise InputError(f"{captions}: {len(differ)} of {len(texts)} captions are not those beside the "
@@ -216,6 +235,26 @@ def report_images(total, images):
             return
     raise InputError(f"{locations[0].path}: no such file, or not an image, and no other one "
                      "could be opened; give --images DIR or --no-images")
+
+
+class Images(NamedTuple):
+    """The images of a table, in the order of their first rows. The rows of an image are its captions."""
+    rows: np.ndarray    # int64 [n], sorted by image
+    starts: np.ndarray  # int64 [m + 1]: rows[starts[i]:starts[i + 1]] are those of image i
+    files: list         # of str, images or tars
+    spans: np.ndarray   # int64 [m, 3]: index into files, offset, size at most
+
+
+def group_by_image(rows, files, spans):
+    """Return the Images of what find_images returns: rows with the same file and offset are one image."""
+    order = np.lexsort((spans[:, 1], spans[:, 0]))  # stable, so the first row of an image comes first
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = (np.diff(spans[order, :2], axis=0) != 0).any(1)
+    first = order[is_first]
+    image_of = np.empty_like(order)
+    image_of[order] = first.argsort().argsort()[is_first.cumsum() - 1]
+    starts = np.concatenate([[0], np.bincount(image_of).cumsum()])
+    return Images(rows[image_of.argsort(kind="stable")], starts, files, spans[np.sort(first)])
 
 
 def locations_of(files, spans):
@@ -301,20 +340,22 @@ def random_crop(image, size, min_scale, draws):
 class Batches:
     """Item t is this rank's part of the batch of step t, a pure function of the seed and t.
 
+    An epoch has each image once, so a batch has no image twice. Each positive is drawn from all captions of
+    its image, and negatives are the texts of the batch's other images. So no caption of an image is ever a
+    negative for it.
+
     An item is a pair: the batch, and a list of (key, reason) of images that could not be read. A batch has
         pixels    uint8 [b, 3, S, S], 0 for unreadable images
         facets    float16 [b, P, D], the positives
         columns   int64 [b, P], their facet columns
         readable  bool [b]
         kept      int64 [b, n], the patches to encode, or None for all
-
-    images: what find_images returns.
     """
 
     def __init__(self, store, columns, images, settings, rank=0, world_size=1):
         self.store = store
         self.columns = np.array(columns)
-        self.rows, self.files, self.spans = images
+        self.images = images
         self.settings = settings
         self.batch = settings["batch"]
         self.own = slice(rank * self.batch // world_size, (rank + 1) * self.batch // world_size)
@@ -326,15 +367,21 @@ class Batches:
         buffer.
         """
         rng = np.random.default_rng([self.settings["seed"], 1, epoch])
-        file_order = rng.permutation(len(self.files))
-        order = np.argsort(file_order[self.spans[:, 0]], kind="stable")
+        file_order = rng.permutation(len(self.images.files))
+        order = np.argsort(file_order[self.images.spans[:, 0]], kind="stable")
         delayed = np.arange(len(order)) + SHUFFLE_BUFFER * rng.random(len(order))
         return order[np.argsort(delayed, kind="stable")]
 
     def indices(self, step):
-        """Return the whole batch of a step, as indices into rows."""
-        epoch, n = divmod(step, len(self.rows) // self.batch)  # drops the last incomplete batch
+        """Return the images of a step's whole batch, int64 [batch]."""
+        epoch, n = divmod(step, len(self.images.spans) // self.batch)  # drops the last incomplete batch
         return self.order(epoch)[n * self.batch:(n + 1) * self.batch]
+
+    def captions(self, step, n):
+        """Return random captions of each image of a step's whole batch, as rows of the store [batch, n]."""
+        draws = np.random.default_rng([self.settings["seed"], 3, step]).random((self.batch, n))
+        first, end = (self.images.starts[self.indices(step) + i][:, None] for i in (0, 1))
+        return self.images.rows[first + (draws * (end - first)).astype(int)]
 
     def __getitem__(self, step):
         s = self.settings
@@ -353,14 +400,15 @@ class Batches:
         pixels = torch.zeros(len(batch), 3, size, size, dtype=torch.uint8)
         readable = torch.zeros(len(batch), dtype=torch.bool)
         failed = []
-        for i, location in enumerate(locations_of(self.files, self.spans[batch])):
+        rows = self.captions(step, s["positives"])[self.own]
+        for i, location in enumerate(locations_of(self.images.files, self.images.spans[batch])):
             try:
                 pixels[i] = random_crop(self.open(location), size, s["crop_scale"], draws[i])
                 readable[i] = True
             except Exception as error:  # decoders can raise any exception on corrupt bytes
-                key = self.store.keys[self.rows[batch[i]]]
+                key = self.store.keys[rows[i, 0]]
                 failed.append((key, f"{type(error).__name__} {describe_error(error)}: {location.path}"))
-        facets = self.store.read_float16(self.rows[batch], columns)
+        facets = self.store.read_float16(rows, columns)
         return (pixels, facets, torch.from_numpy(columns), readable, kept), failed
 
     def open(self, location):

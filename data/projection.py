@@ -8,6 +8,7 @@ fixed linear map, computed from the store, lets the image tower learn several ti
 import math
 from collections import Counter
 
+import numpy as np
 import torch
 
 import flame
@@ -30,23 +31,24 @@ def text_config(spec, D, columns):
 
 
 @torch.no_grad()
-def fit_text_projection(projection, store, spec, columns, device="cpu", rows=None):
-    """Compute the closed form of a flame.TextProjection for some columns, from rows of a store (or all).
+def fit_text_projection(projection, store, spec, columns, images, device="cpu"):
+    """Compute the closed form of a flame.TextProjection for some columns, from the captions of Images.
 
     For each column, with unit embeddings u and their mean mu: "whiten" maps u to W (u - mu), see `whitening`;
     "agree" maps u to A (u - mu), see `agreement`. Computes in float64 on `device`, one column at a time.
     """
     if spec.startswith("none"):
         return
-    rows = range(len(store)) if rows is None else rows
-    units = store.read(rows[::math.ceil(len(rows) / SAMPLE)], columns)  # [n, K, D]
+    sample = range(0, len(images.spans), math.ceil(len(images.rows) / SAMPLE))
+    rows = [images.rows[images.starts[i]:images.starts[i + 1]] for i in sample]
+    units = store.read(np.concatenate(rows), columns)  # [n, K, D]
     if not units.isfinite().all():
         raise flame.InputError(f"{store.path}: embeddings are NaN or infinite; make the store again")
     projection.to(device)
     for c, u in zip(columns, units.unbind(1)):
         fit_column(projection, c, u, whitening)
     if spec.startswith("agree"):
-        others = means_of_others(projection, units, columns)
+        others = means_of_others(projection, units, columns, torch.tensor(list(map(len, rows))))
         for c, u in zip(columns, units.unbind(1)):
             fit_column(projection, c, u, agreement, others[set_of(c)])
 
@@ -87,16 +89,21 @@ def set_of(c):
     return flame.FACET_COLUMNS[c].split(".")[0]
 
 
-def captions_differ(store, columns):
-    """Return whether the prompt sets of these columns have different captions in any of the first rows."""
+def captions_differ(store, columns, images):
+    """Return whether images have several rows, or the prompt sets of these columns have different captions in
+    any of the first rows.
+    """
     rows = read_table(store.path / "captions.tsv", max_rows=1000)
-    return any(len({getattr(row, set_of(c)) for c in columns}) > 1 for row in rows)
+    return len(images.rows) > len(images.spans) or any(
+        len({getattr(row, set_of(c)) for c in columns}) > 1 for row in rows)
 
 
-def means_of_others(projection, units, columns):
-    """Return {prompt set: mean over the row's other sets [n, D]}, from unit embeddings [n, K, D] of columns.
+def means_of_others(projection, units, columns, counts_of_images):
+    """Return {prompt set: mean over the image's other captions [n, D]}, from unit embeddings [n, K, D].
 
-    Each set counts once: as the mean over its columns of the projected embeddings.
+    These are the captions of the image's other rows or, if it has one row, of the row's other sets. Each set
+    counts once: as the mean over its columns of the projected embeddings. counts_of_images: int [m], the
+    number of rows of each image, which are adjacent.
     """
     counts = Counter(set_of(c) for c in columns)  # the columns of a set are adjacent
     means = []
@@ -104,15 +111,20 @@ def means_of_others(projection, units, columns):
         views = projection(part.to(projection.mean.device), columns).split([*counts.values()], dim=1)
         means.append(torch.stack([view.mean(1) for view in views]))
     means = torch.cat(means, 1)  # [sets, n, D]
-    return dict(zip(counts, (means.sum(0) - means) / (len(counts) - 1)))
+    own = means.sum(0)
+    image = torch.arange(len(counts_of_images)).repeat_interleave(counts_of_images).to(own.device)
+    total = own.new_zeros(len(counts_of_images), own.shape[1]).index_add_(0, image, own)[image]
+    rows = counts_of_images.to(own.device)[image][:, None]
+    of_other_rows = (total - own) / (len(counts) * (rows - 1))
+    return dict(zip(counts, torch.where(rows > 1, of_other_rows, (own - means) / (len(counts) - 1))))
 
 
 def agreement(x, rank, others):
     """Return (rest, basis [D, rank], gain [rank]) that predict `others` from x [n, D] by ridge regression.
 
-    `others` [n, D] is the mean of the row's other prompt sets. These describe the same image in other words,
-    so the predictable part of a column is what it says about the image, and the remainder is wording. The
-    regression is (C + RIDGE c_1 I)^-1 P, with the covariance C of x, its largest eigenvalue c_1, and the
+    `others` [n, D] is the mean of the image's other captions. These describe it in other words, so the
+    predictable part of a column is what it says about the image, and the remainder is wording. The regression
+    is (C + RIDGE c_1 I)^-1 P, with the covariance C of x, its largest eigenvalue c_1, and the
     cross-covariance P. Only its symmetric part with positive eigenvalues is kept. It learns as fast as
     whitening and keeps more of the meaning of words that training never had (tests/RESULTS.md). It is related
     to generalized canonical correlation analysis (Kettenring 1971).
@@ -120,7 +132,8 @@ def agreement(x, rank, others):
     covariance = x.T @ x / len(x)
     largest = torch.linalg.eigvalsh(covariance)[-1].clamp_min(1e-24)
     covariance.diagonal().add_(RIDGE * largest)
-    regression = torch.linalg.solve(covariance, x.T @ others.double() / len(x))
+    others = others.double().nan_to_num(0)  # NaN: an image with one row of a single set has no other caption
+    regression = torch.linalg.solve(covariance, x.T @ others / len(x))
     values, vectors = torch.linalg.eigh((regression + regression.T) / 2)  # ascending
     gain = values.flip(0)[:rank].clamp_min(0) / values[-1].clamp_min(1e-24)
     return 0.0, vectors.flip(1)[:, :rank], gain

@@ -21,7 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flame  # noqa: E402
 import train  # noqa: E402
-from data.images import CROP_DRAWS, Batches, random_crop  # noqa: E402
+from data.images import CROP_DRAWS, Batches, group_by_image, random_crop  # noqa: E402
 
 SIZES = "image_size", "patch_size", "width", "layers", "heads"
 
@@ -58,7 +58,7 @@ def bench_step(args, synchronize):
     text = F.normalize(torch.randn(args.batch, 6, 576, device=args.device), dim=-1)
     for dtype in (torch.bfloat16, torch.float32):
         store = SimpleNamespace(meta={"D": 576})
-        ours, _ = train.build(store, range(11), preset_settings(1), torch.device("cpu"), fit=False)
+        ours, _ = train.build(store, range(11), preset_settings(1), torch.device("cpu"), False)
         theirs = copy.deepcopy(ours)
         theirs.visual = open_clip_tower(ours.visual, {name: ours.config[name] for name in SIZES})
         works, losses = [], []
@@ -123,7 +123,7 @@ def bench_images(args, synchronize):
             facets = torch.randn(64, 6, 576).half()
             store = SimpleNamespace(keys=paths, read_float16=lambda rows, columns: facets)
             s = preset_settings(preset, batch=64)
-            batches = Batches(store, range(11), (np.arange(64), paths, spans), s)
+            batches = Batches(store, range(11), group_by_image(np.arange(64), paths, spans), s)
             spent, = median_times(lambda: batches[0], seconds=args.seconds / 4, synchronize=synchronize)
         yield f"a loader process, {side}-px {format}", f"{64 / spent:.0f} images/s", "", ""
 

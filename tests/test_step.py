@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import evaluate
 import flame
 import train
 from data import common, images as data_images, projection
-from data.images import CROP_DRAWS, Batches, crop_box, find_images, random_crop
+from data.images import CROP_DRAWS, Batches, crop_box, find_images, group_by_image, random_crop
 from data.show import plots
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40),
@@ -149,7 +150,7 @@ def batches_of(store, columns=ALL_COLUMNS, rank=(), **changes):
 
 
 def images_of(store):
-    return find_images(store.keys, store.images, store.meta["captions"]["path"])
+    return group_by_image(*find_images(store.keys, store.images, store.meta["captions"]["path"]))
 
 
 # --- losses
@@ -214,7 +215,7 @@ def one_step(store, kind, projected, micro_batch, step, rank=0, world=1, device=
     """Return {parameter: gradient} and the loss of a step on 12 of 24 images; some cannot be read."""
     batches = batches_of(store, rank=(rank, world), batch=12)
     s = settings_for(loss=kind, text_projection=projected, micro_batch=micro_batch, **TOWER)
-    model, _ = train.build(store, ALL_COLUMNS, s, torch.device(device), fit=True)
+    model, _ = train.build(store, ALL_COLUMNS, s, torch.device(device), images_of(store))
     encode = train.distribute(model)
     loss = train.forward_backward(model, encode, batches[step][0], s, torch.device(device))
     return {name: p.grad.cpu() for name, p in model.named_parameters()} | {"loss": loss.cpu()}
@@ -330,10 +331,10 @@ def test_jpeg_decoded_at_reduced_scale_gives_similar_crop(mode):
 def test_cached_images_give_the_same_batches(copied, monkeypatch, suffix):
     """Images of 32 x 24 pixels are cached for size 24, but not for 8, which draft() may decode reduced."""
     store = flame.open_store(copied[0])
-    rows, files, spans = images_of(store)
-    for file in files:
+    images = images_of(store)
+    for file in images.files:
         Image.open(file).save(file.replace(".png", suffix))
-    images = rows, [file.replace(".png", suffix) for file in files], spans
+    images = images._replace(files=[file.replace(".png", suffix) for file in images.files])
     for size, count in ((24, 24), (8, 0)):
         batches, pixels = [], []
         for cache_bytes in (1 << 28, 0):
@@ -379,12 +380,48 @@ def test_positives_are_drawn_uniformly_and_raw_always_if_set(copied, positives, 
     assert (shares - torch.tensor([raw] + [others] * 10)).abs().max() < 0.06
 
 
+def test_captions_of_an_image_are_its_positives_and_never_its_negatives(tmp_path):
+    """24 images have 1 to 5 rows each, in random order. Vectors name their row and column."""
+    rng = np.random.default_rng(0)
+    image_of = rng.permutation(np.repeat(np.arange(24), rng.integers(1, 6, 24)))
+    names = [f"p{image:03d}" for image in image_of]
+    assert len(set(names)) < len(names)
+    x = rng.normal(size=(len(names), 11, 24))
+    store = flame.open_store(write_store(tmp_path / "store", names, x))
+    for name in {*names}:
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    stored = store.read_float16(range(len(names)), range(11)).numpy()
+    images = images_of(store)
+    for i, (first, end) in enumerate(zip(images.starts, images.starts[1:])):  # the slow, obvious grouping
+        name = os.path.basename(images.files[images.spans[i, 0]]).removesuffix(".png")
+        assert images.rows[first:end].tolist() == [n for n, each in enumerate(names) if each == name]
+    assert [*dict.fromkeys(names)] == [names[images.rows[first]] for first in images.starts[:-1]]
+    s = settings_for(batch=8, positives=4)
+    batches = Batches(store, ALL_COLUMNS, images, s)
+    seen = set()
+    for epoch in range(12):
+        shown = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            (_, facets, columns, readable, _), _ = batches[step]
+            assert readable.all()
+            drawn = [[{n for n in range(len(names)) if (stored[n, column] == facet.numpy()).all()}
+                      for facet, column in zip(*of_image)] for of_image in zip(facets, columns)]
+            rows = [{*chain.from_iterable(of_image)} for of_image in drawn]
+            owners = [{image_of[row] for row in of_image} for of_image in rows]
+            assert all(len(owner) == 1 for owner in owners)
+            assert len({*chain.from_iterable(owners)}) == 8  # no image twice, so no other text is its own
+            shown += chain.from_iterable(owners)
+            seen |= {*chain.from_iterable(rows)}
+        assert sorted(shown) == list(range(24))  # an epoch has each image once
+    assert seen == set(range(len(names)))  # all captions count
+
+
 def test_tars_are_read_nearly_in_order(store, monkeypatch):
     """Each epoch has its own order of tars; an image moves by at most SHUFFLE_BUFFER."""
     monkeypatch.setattr(data_images, "SHUFFLE_BUFFER", 8)
     tar = np.repeat(range(3), (50, 40, 30))
     spans = np.stack([tar, np.arange(120), np.arange(120)], axis=1)
-    batches = Batches(store, [0], (np.arange(120), ["a", "b", "c"], spans), settings_for())
+    batches = Batches(store, [0], group_by_image(np.arange(120), ["a", "b", "c"], spans), settings_for())
     for epoch in range(3):
         order = batches.order(epoch)
         assert sorted(order) == list(range(120))
@@ -398,12 +435,17 @@ def test_tars_are_read_nearly_in_order(store, monkeypatch):
 
 # --- the text projection
 
+def one_row_each(store):
+    n = np.arange(len(store))
+    return group_by_image(n, [], np.stack([n, 0 * n, 0 * n], axis=1))
+
+
 def projected(store, spec, column):
     """Return a column's vectors before and after its fitted projection, float64 numpy [N, D] each."""
     config = projection.text_config(spec, store.meta["D"], flame.FACET_COLUMNS)
     mapped = [flame.FACET_COLUMNS.index(name) for name in config["text_mapped"]]
     text = flame.TextProjection(store.meta["D"], config["text_rank"], mapped)
-    projection.fit_text_projection(text, store, spec, ALL_COLUMNS)
+    projection.fit_text_projection(text, store, spec, ALL_COLUMNS, one_row_each(store))
     u = store.read(range(len(store)), [column])
     return u[:, 0].double().numpy(), text(u, [column])[:, 0].detach().double().numpy()
 
@@ -520,9 +562,9 @@ def test_validation_finds_best_checkpoint_and_changes_nothing(fit, copied, tmp_p
     config = json.loads((out / "whole/best/config.json").read_text())
     assert config["step"] == top + 1 and f"out/whole/best: step {top + 1}, validation R@1 " in done.stdout
     store, model = flame.open_store(copied[0]), flame.load(out / "whole/best")
-    rows, files, _ = images_of(store)
-    image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in files]))
-    text = model.encode_text(store.read(rows, range(4, 11)), "long").mean(1)
+    images = images_of(store)
+    image = model.encode_image(torch.stack([model.preprocess(Image.open(file)) for file in images.files]))
+    text = model.encode_text(store.read(images.rows, range(4, 11)), "long").mean(1)
     expected = evaluate.retrieval(text.numpy(), image.numpy(), range(24))
     for direction, recall in vals[top].items():
         assert recall == pytest.approx(expected[direction]["R@1"])
@@ -577,7 +619,7 @@ def test_learning_rate_schedule_and_weight_decay_of_matrices_only(store):
     rates = [train.learning_rate(step, dict(lr=2.0, warmup=4, steps=24)) for step in (0, 1, 2, 3, 14, 24)]
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.0, 0.0], abs=1e-9)
     s = settings_for(width=32, layers=1, heads=2, projector_hidden=24)
-    model, optimizer = train.build(store, ALL_COLUMNS, s, torch.device("cpu"), fit=False)
+    model, optimizer = train.build(store, ALL_COLUMNS, s, torch.device("cpu"), False)
     shapes = {group["weight_decay"]: [tuple(p.shape) for p in group["params"]]
               for group in optimizer.param_groups}
     decayed, others = shapes[0.5], shapes[0]
@@ -779,6 +821,21 @@ def test_text_projection_of_single_captions_and_of_rows_without_images(fit, copi
     torch.testing.assert_close(flame.load(tmp_path / "out/rows").text_projection.mean, units.mean(0))
 
 
+def test_agreement_is_with_the_other_captions_of_an_image(long_store):
+    """Compare with a loop over captions. Images of one row agree with the row's other prompt sets."""
+    counts = [1, 3, 2, 1]
+    columns = [0, 4, 5, 6]
+    units = long_store.read(range(7), columns)
+    text = flame.TextProjection(24, 0)
+    means = projection.means_of_others(text, units, columns, torch.tensor(counts))
+    views = {"raw": text(units, columns)[:, 0], "long": text(units, columns)[:, 1:].mean(1)}
+    owner = np.repeat(range(4), counts)
+    for row, name in itertools.product(range(7), views):
+        others = [views[each][n] for n in range(7) for each in views if owner[n] == owner[row] and (
+            n != row if counts[owner[row]] > 1 else each != name)]
+        torch.testing.assert_close(means[name][row], torch.stack(others).mean(0))
+
+
 def test_agreement_depends_on_trained_columns_only(long_store, tmp_path):
     maps = []
     columns = [1, 2, 5]
@@ -787,7 +844,7 @@ def test_agreement_depends_on_trained_columns_only(long_store, tmp_path):
     for name in ("original", "changed"):
         text = flame.TextProjection(24, 24)
         store = flame.open_store(write_store(tmp_path / name, long_store.keys, x))
-        projection.fit_text_projection(text, store, "agree", columns)
+        projection.fit_text_projection(text, store, "agree", columns, one_row_each(store))
         maps.append(text.state_dict())
         x[:, others] = np.random.default_rng(0).normal(size=(96, 8, 24))
     assert all(maps[0][name].equal(maps[1][name]) for name in maps[0])
