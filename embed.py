@@ -77,7 +77,7 @@ def make_table(args, out, encoder, path):
     Raises InputError if all embeddings are equal or NaN, as happens with corrupt weights.
     """
     (out / "images.npz").unlink(missing_ok=True)  # may belong to an earlier table with the same keys
-    made = write_table(path, args.captions, args.join, dict(args.field))
+    made = write_table(path, args.captions, args.join, dict(args.field), args.split)
     if not made.inside:  # images inside Parquet are checked in embed(), after unpack_parquet()
         check_images(args, path, out / "images.npz", args.images, made.comparable)
     captions = [row.long for row in read_table(path, max_rows=8)]
@@ -90,6 +90,7 @@ def make_table(args, out, encoder, path):
 def store_settings(args):
     """Return everything that determines the bytes of a store, and where its inputs are, for meta.json."""
     config = flame.llm_config(args.llm)
+    chosen = args.field + [("split", args.split)] * (args.split != "train")
     return {
         "llm": {
             "name": args.llm_name,
@@ -101,7 +102,7 @@ def store_settings(args):
         },
         "captions": {
             "path": os.path.abspath(args.captions),
-            "sha256": hash_sources([("", args.captions, " ".join(map("=".join, args.field))), *args.join]),
+            "sha256": hash_sources([("", args.captions, " ".join(map("=".join, chosen))), *args.join]),
             "images": args.images and os.path.abspath(args.images),
         },
         "columns": FACET_COLUMNS,
@@ -324,6 +325,8 @@ def build_parser():
         help="take key, image, url, raw, short or long from this column: long=description")
     add("--join", metavar="SET=FILE[:COLUMN]", type=assignment(*PROMPTS), **several,
         help="captions of a prompt set from another file, joined by URL, uid or key: long=long.parquet")
+    add("--split", choices=("train", "val"), default="train",
+        help="split to read if the captions have several (default: train, which includes restval)")
     add("--images", metavar="DIR", help="root of images or tars (default: see data/README.md)")
     add("--no-images", action="store_true", help="don't look for the images of the captions")
     add("--llm", metavar="DIR", default=os.environ.get("FLAME_LLM", Path(__file__).parent / "data/demo/llm"),

@@ -41,6 +41,8 @@ def read(name, root, split="test", max_captions=None):
             return demo(root, split)
     if any((root / split).glob("*.tar")):
         data = webdataset(root, split)
+    elif name == "flickr8k" and (root / f"{split}.tsv").exists():
+        data = flickr8k(root, split)
     elif split != "test" or name not in READERS or not root.is_dir():
         raise InputError(f"{root}: no such folder, or it has no {split} split; {FIX}")
     else:
@@ -132,6 +134,15 @@ def xm3600(root):
                     yield from ((language, location, text) for text in value["caption"])
 
 
+def flickr8k(root, split):
+    """Flickr8k as tests/flickr8k.py writes it: test.tsv, val.tsv, and test-zh.tsv ... in other languages."""
+    for path in [root / f"{split}.tsv", *sorted(root.glob(f"{split}-*.tsv"))]:
+        language = path.stem.removeprefix(split).removeprefix("-") or "en"
+        with reading(path, FIX):
+            for row in read_tsv(path):
+                yield language, ImageLocation(str(root / row["image"])), row["raw"]
+
+
 def imagefolder(root, metadata=None):
     """<class>/<image>. Class names and templates are in the folder `metadata`, by default root, in the files
     that webdataset() reads. Without classnames.txt, the folder names are the class names.
@@ -200,7 +211,7 @@ def webdataset(root, split):
 # ------------------------------------------------------------------------------------------------------------
 # Your own captions, and the demo
 
-def read_captions(captions, folder, prompts):
+def read_captions(captions, folder, split, prompts):
     """Read captions in any format that embed.py reads, with the captions of one prompt set, as read() does.
 
     Rows with the same image are its captions. A row without an image counts as an unreadable image. folder:
@@ -208,7 +219,7 @@ def read_captions(captions, folder, prompts):
     """
     with tempfile.TemporaryDirectory() as temporary:
         table = Path(temporary, "captions.tsv")
-        made = write_table(table, captions)
+        made = write_table(table, captions, split=split)
         rows = list(read_table(table))
         keys, images, *_ = zip(*rows)
         numbers, files, spans = find_images(keys, images, captions, folder, "",

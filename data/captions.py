@@ -32,19 +32,24 @@ from flame import InputError, PROMPTS, describe_error, reading
 FIELD_ALIASES = {
     "key": ["key", "__key__", "id"],
     "uid": ["uid"],
-    "image": ["image", "filepath", "file_name", "filename"],
+    "image": ["image", "filepath", "file_name", "filename", "image_name"],
     "url": ["url", "Image Path", "downloadurl"],
-    "raw": ["raw", "title", "caption", "txt", "text", "blip_caption", "raw_caption"],
+    "raw": ["raw", "title", "caption", "txt", "text", "blip_caption", "raw_caption", "captions", "sentences",
+            "comment"],
     "short": ["short", "minicpm", "shortSV_captions"],
     "long": ["long", "minicpm", "longSV_captions", "conversations"],
+    "split": ["split"],
     "place": ["__place__"],  # the tar and the folder in it where tar_rows found a sample
 }
+# Rows of another split than the one that is read are left out. Other values of a column "split" don't count.
+SPLITS = {"train": ["train", "restval"], "val": ["val", "valid", "validation", "dev"], "test": ["test"]}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What a folder is searched for, then .txt beside images, then Parquet. Only the first that matches is read.
-FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "*/*.tar")
+FOLDER_PATTERNS = ("*.tar", "metadata.jsonl", "metadata.csv", "captions.txt", "*/*.tar")
 UNPACKED = "parquet-images"  # in a store; --overwrite deletes it, so it is not called "images" as users' own
 SOURCE_FIX = "give a TSV, CSV, JSON, JSONL or Parquet file, or tars"
 MAX_TEXT_BYTES = 1 << 24  # read of a .txt or .json file; more than any LLM's context
+TOKEN_LINE = re.compile(r"(\S+\.\w+)#(?:\w+#)?\d+[\t ](.*)")  # as in Flickr8k.token.txt: a.jpg#0<TAB>caption
 JOIN_SAMPLE = 200         # (own, joined) captions to compare: do both files' keys refer to the same images?
 READERS = min(16, len(os.sched_getaffinity(0)))  # processes that read tars
 DUCKDB = {"memory_limit": "4GB",  # above it, spills to disk
@@ -57,20 +62,22 @@ WHITESPACE = r"\x00-\x1f\x7f-\xa0" + "\u1680\u2000-\u200a\u2028\u2029\u202f\u205
 # a conversation). `loaded` has the rows of the source (field = '') and of each join (field = its prompt set).
 SCHEMA = rf"""
 CREATE MACRO caption_in(x) AS nullif(trim(regexp_replace(
-    CASE WHEN json_type(x) = 'VARCHAR' THEN x->>'$' WHEN (x->>'from') = 'gpt' THEN x->>'value' END,
+    CASE WHEN json_type(x) = 'VARCHAR' THEN x->>'$' WHEN (x->>'from') = 'gpt' THEN x->>'value'
+        WHEN json_type(json_extract(x, '$.raw')) = 'VARCHAR' THEN x->>'raw' END, -- Karpathy's sentences
     ' *[{WHITESPACE}][ {WHITESPACE}]*|  +', ' ', 'g')), '');
 CREATE MACRO captions_in(x) AS nullif(list_filter(
-    [caption_in(t) FOR t IN list_prepend(x, json_extract(x, '$[*]'))], lambda t: t IS NOT NULL), []);
+    [caption_in(t) FOR t IN list_prepend(x, json_extract(x, '$[*]'))], lambda t: t IS NOT NULL)
+    [:if(json_exists(x, '$[0].from'), 1, 1000000)], []); -- of a conversation, the first answer
 CREATE MACRO name_in(x) AS nullif(regexp_replace(coalesce(x->>'$.path',
     nullif(regexp_extract(x->>'$', '^\{{''bytes'': .*''path'': ''(.*)''\}}$', 1), ''), -- pandas' to_csv
     x->>'$'), '[\x00\t\r\n]', ' ', 'g'), '');
 CREATE TABLE loaded (field VARCHAR, key VARCHAR, uid VARCHAR, image VARCHAR, url VARCHAR, raw VARCHAR[],
-    short VARCHAR[], long VARCHAR[], place VARCHAR, inside BOOLEAN); -- inside: the image is inside Parquet
+    short VARCHAR[], long VARCHAR[], split VARCHAR, place VARCHAR, inside BOOLEAN); -- image is inside Parquet
 CREATE VIEW source AS SELECT rowid AS row,
     coalesce(key, format(if((SELECT count(key) = 0 FROM loaded WHERE field = ''), '{{:09d}}',
         'no key {{}}'), rowid)) AS key, -- among other keys, a number could be the key of another row or image
-    uid, url, if(inside, format('{{:09d}}.jpg', rowid), image) AS image, raw[1] AS raw, short[1] AS short,
-    long[1] AS long FROM loaded WHERE field = '';
+    uid, url, if(inside, format('{{:09d}}.jpg', rowid), image) AS image, raw, short, long, place
+    FROM loaded WHERE field = '';
 CREATE VIEW recaption AS SELECT rowid AS id, field, key, uid, url, coalesce(raw, short, long)[1] AS text
     FROM loaded WHERE field <> '';
 CREATE TABLE pair (row BIGINT, field VARCHAR, id BIGINT);
@@ -85,29 +92,35 @@ JOIN_MATCHES = """SELECT count(*) FROM recaption
 WHERE field = $1 AND {0} IN (SELECT {0} FROM source)"""
 JOIN = """INSERT INTO pair SELECT row, field, min(id) FROM source JOIN recaption USING ({})
 WHERE field = $1 AND text IS NOT NULL GROUP BY row, field"""
-COMPLETE = """CREATE TABLE completed AS SELECT row, key, image, coalesce(r.text, raw) AS raw,
-    coalesce(s.text, short) AS short, coalesce(l.text, long) AS long,
-    coalesce(r.text, raw, s.text, short, l.text, long) IS NULL AS no_caption,
+# The n-th row of an image has the n-th caption of each list.
+COMPLETE = """CREATE TABLE completed AS SELECT row, n, key, image, place, coalesce(r.text, raw[n]) AS raw,
+    coalesce(s.text, short[n]) AS short, coalesce(l.text, long[n]) AS long,
+    coalesce(r.text, raw[n], s.text, short[n], l.text, long[n]) IS NULL AS no_caption,
     image IS NULL AND (SELECT bool_or(inside) FROM loaded) IS TRUE AS no_image
-    FROM source LEFT JOIN joined('raw') r USING (row)
-    LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row);
-CREATE TABLE first_of_key AS
-    SELECT min(row) AS row FROM completed WHERE NOT (no_caption OR no_image) GROUP BY key"""
+    FROM (SELECT *, unnest(range(1, 1 + coalesce(greatest(len(raw), len(short), len(long)), 1))) AS n
+        FROM source) LEFT JOIN joined('raw') r USING (row)
+    LEFT JOIN joined('short') s USING (row) LEFT JOIN joined('long') l USING (row)"""
+# A key names an image. So rows with the same key are its captions, unless they have different images, or come
+# from tars, where one key may name several images.
+REPEATED_KEYS = """CREATE TABLE repeated AS
+WITH usable AS (FROM completed WHERE NOT (no_caption OR no_image)),
+    firsts AS (SELECT key, min(row) AS first FROM usable GROUP BY key HAVING count(*) > 1)
+SELECT DISTINCT usable.row FROM usable JOIN firsts USING (key) JOIN source ON source.row = first
+WHERE usable.row > first AND (usable.image IS DISTINCT FROM source.image OR usable.place IS NOT NULL);
+CREATE VIEW written AS FROM completed ANTI JOIN repeated USING (row) WHERE NOT (no_caption OR no_image)"""
 JOIN_COUNTS = """SELECT count(text), (SELECT count(*) FROM pair WHERE field = $1), count(*) - count(text)
 FROM recaption WHERE field = $1"""
-JOIN_EXAMPLES = """SELECT source.key, coalesce(raw, short, long, ''), text
+JOIN_EXAMPLES = """SELECT source.key, coalesce(raw[1], short[1], long[1], ''), text
 FROM (SELECT row, id FROM pair WHERE field = $1 ORDER BY hash(row) LIMIT $2) JOIN source USING (row)
 JOIN recaption USING (id) ORDER BY row"""
 SKIPPED_ROWS = """SELECT CASE WHEN no_caption THEN 'no caption, or a broken row'
     WHEN no_image THEN 'no image' ELSE 'repeated key' END AS reason,
     count(*), list_transform(min(row + 1, 5), lambda n: 'row ' || n)
-FROM completed ANTI JOIN first_of_key USING (row) GROUP BY reason ORDER BY reason"""
-TABLE_COUNTS = """SELECT count(*), count(raw), count(short), count(long),
-    (SELECT sum(len(list_concat(raw[2:], short[2:], long[2:]))) FROM loaded)
-FROM completed SEMI JOIN first_of_key USING (row)"""
+FROM completed WHERE no_caption OR no_image OR row IN (FROM repeated) GROUP BY reason ORDER BY reason"""
+TABLE_COUNTS = "SELECT count(*), count(raw), count(short), count(long), max(n) FROM written"
 WRITE_TABLE = """COPY (SELECT key, image, coalesce(raw, long, short) AS raw,
     coalesce(short, long, raw) AS short, coalesce(long, short, raw) AS long
-    FROM completed SEMI JOIN first_of_key USING (row) ORDER BY row)
+    FROM written ORDER BY row, n)
 TO $path (HEADER, DELIMITER '\t', QUOTE '', ESCAPE '', NULL '')"""
 # Images in Parquet are structs of bytes and path (Hugging Face), or bytes (img2dataset, column jpg).
 IMAGE_STRUCT = r"regexp_full_match(column_type, 'STRUCT\((\S+ \S+, )*.?bytes.? BLOB(, \S+ \S+)*\)')"
@@ -120,8 +133,8 @@ WHERE {IMAGE_STRUCT} OR column_type = 'BLOB' AND column_name IN ('jpg', 'jpeg', 
 JSON_COLUMNS = r"""SELECT name, '(json->''$."' || name || '"'')' FROM (
     SELECT name, row_number() OVER () AS n FROM (SELECT unnest(json_keys(json)) AS name FROM {}))
 WHERE NOT regexp_matches(name, '[''"\\]') GROUP BY name ORDER BY min(n)"""
-# A list of objects, one object per line (a broken line is a row of NULL), or COCO's single object of 100 MB.
-JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=134217728)"
+# A list of objects, one object per line (a broken line is a row of NULL), or COCO's single object of 145 MB.
+JSON = "read_json_objects($files, format='{}', ignore_errors=true, maximum_object_size=201326592)"
 DUCKDB_FORMATS = {  # suffix: (relation of $files, query for its columns and the JSON value of each)
     ".parquet": ("read_parquet($files, union_by_name=true)", PARQUET_COLUMNS),
     ".json": (JSON.format("auto"), JSON_COLUMNS),
@@ -131,6 +144,9 @@ COCO = """(SELECT text, image->'file_name' AS path
     FROM (SELECT *, row_number() OVER () AS n FROM (SELECT unnest(json->'$.annotations[*]') AS text FROM {0}))
     LEFT JOIN (SELECT unnest(json->'$.images[*]') AS image FROM {0}) ON image->>'id' = text->>'image_id'
     ORDER BY n)"""
+# Karpathy's splits: an object with a list of images, each with its captions.
+KARPATHY = "(SELECT unnest(json->'$.images[*]') AS json FROM {})"
+KARPATHY_IMAGE = "to_json(concat_ws('/', json->>'filepath', json->>'filename'))"
 
 
 class Row(NamedTuple):
@@ -155,12 +171,13 @@ def read_table(path, start=len("\t".join(Row._fields)) + 1, max_rows=None):
             yield Row(*line.decode()[:-1].split("\t"))
 
 
-def write_table(path, captions, joins=(), chosen={}):
+def write_table(path, captions, joins=(), chosen={}, split="train"):
     """Write captions.tsv from a source; print the counts, and report skipped rows on stderr. Return Written.
 
     joins: [(prompt set, source, column or "")], captions from other files, joined by image URL, uid or key. A
-    row without a caption for a set uses its best one (long before short before raw). chosen: {field: column},
-    where FIELD_ALIASES are not right.
+    row without a caption for a set uses its best one (long before short before raw). If a field is a list of
+    captions, each makes a row. chosen: {field: column}, where FIELD_ALIASES are not right. split: rows that a
+    column `split` assigns to another one of SPLITS are left out.
 
     Raises InputError if a file is missing or has an unknown format, if no row has a caption, if many rows
     have the same key, if a join's captions belong to other images, or if the disk is full.
@@ -171,6 +188,10 @@ def write_table(path, captions, joins=(), chosen={}):
               duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database):
             database.execute(SCHEMA)
             columns = load(database, scratch, captions, skipped, chosen)
+            others = sum((names for name, names in SPLITS.items() if name != split), [])
+            left_out, = database.execute("DELETE FROM loaded WHERE lower(split) IN $1", [others]).fetchone()
+            if left_out:
+                print(f"{captions}: {left_out} images or rows of other splits than {split} are left out")
             database.execute(QUALIFY_KEYS)
             comparable, inside = database.execute(SOURCE_FACTS).fetchone()
             for name, source, column in joins:
@@ -180,7 +201,8 @@ def write_table(path, captions, joins=(), chosen={}):
             for name in {name: None for name, *_ in joins}:
                 join(database, captions, name)
             database.execute(COMPLETE)
-            total, raw, short, long, others = database.execute(TABLE_COUNTS).fetchone()
+            database.execute(REPEATED_KEYS)
+            total, raw, short, long, most = database.execute(TABLE_COUNTS).fetchone()
             files = [(reason, len(places), places) for reason, places in skipped.items()]
             for reason, count, places in files + database.execute(SKIPPED_ROWS).fetchall():
                 report_skipped(captions, reason, count, places)
@@ -193,9 +215,9 @@ def write_table(path, captions, joins=(), chosen={}):
                                  "column to raw, short or long, or name it: --field raw=COLUMN. If there are "
                                  "no columns, it is compressed, not UTF-8, JSON with a byte order mark, or "
                                  "no line has as many fields as the first one")
-            unused = f"; {others} further captions in lists are not used" if others else ""
+            lists = f"; up to {most} rows per image, from its lists of captions" if most > 1 else ""
             print(f"{captions}: {total} rows with {raw} raw, {short} short, {long} long captions; a row "
-                  f"without one uses its best other caption{unused}")
+                  f"without one uses its best other caption{lists}")
             database.execute(WRITE_TABLE, {"path": str(path)})
             comparable &= 2 * raw > total and "raw" not in [*chosen, *(name for name, *_ in joins)]
             return Written(comparable, bool(inside))
@@ -251,6 +273,8 @@ def load(database, scratch, source, skipped, chosen, field=""):
     with reading(files[0], SOURCE_FIX):
         if kind not in DUCKDB_FORMATS:
             reader = {".tar": tar_rows, ".txt": text_rows}.get(kind, csv_rows)
+            if kind == ".txt" and (not Path(source).is_dir() or files[0].name == "captions.txt"):
+                reader = csv_rows
             kind = ".jsonl"
             rows = reader(source, files, skipped, fields)
             files = [f"{scratch}/rows.jsonl"]
@@ -266,6 +290,10 @@ def load(database, scratch, source, skipped, chosen, field=""):
                 raise InputError(f"{source}: give one COCO file at a time")
             relation = COCO.format(relation)
             columns = {"key": "text->'id'", "image": "path", "raw": "text->'caption'"}
+        elif "images" in columns and kind == ".json":
+            relation = KARPATHY.format(relation)
+            columns = dict(database.execute(JSON_COLUMNS.format(relation), paths).fetchall())
+            columns["image"] = KARPATHY_IMAGE
         for name in [field] if field else chosen:
             if columns.keys().isdisjoint(fields[name]):
                 raise InputError(f"{source}: no column {' or '.join(fields[name])} (columns: "
@@ -285,9 +313,13 @@ def load(database, scratch, source, skipped, chosen, field=""):
         for name, aliases in fields.items():
             macro = "captions_in" if name in PROMPTS else "name_in"
             present = [alias for alias in aliases if alias in columns]
+            found = [f"{macro}({columns[alias]})" for alias in present]
+            if not present and name in PROMPTS:  # caption_0, caption_1 ...
+                present = [column for alias in aliases for column in columns
+                           if re.fullmatch(re.escape(alias) + r"_?\d+", column)]
+                found = [f"list_concat({', '.join(f'captions_in({columns[column]})' for column in present)})"]
             if present:
-                found = ", ".join(f"{macro}({columns[alias]})" for alias in present)
-                values.append(f"coalesce({found}) AS {name}")
+                values.append(f"coalesce({', '.join(found)}) AS {name}")
                 used.append(f"{name}: {', '.join(present)}")
         print(f"{f'--join {field}: ' if field else ''}{source}, columns {'; '.join(used)}")
         database.execute(f"INSERT INTO loaded BY NAME SELECT {', '.join(values)} FROM {relation}", paths)
@@ -306,8 +338,8 @@ def check_json_list(path):
 # Readers for what DuckDB does not read. They yield rows, dicts {name: value}.
 
 def csv_rows(source, files, skipped, fields):
-    """TSV (without quoting) and CSV. As in img2dataset, empty lines are not rows. A broken row yields {} for
-    each of its lines, as it may have swallowed other rows.
+    """Lines as in Flickr8k.token.txt; TSV (without quoting); CSV, also as .txt. As in img2dataset, empty
+    lines are not rows. A broken row yields {} for each of its lines, as it may have swallowed other rows.
     """
     csv.field_size_limit(MAX_TEXT_BYTES)  # beyond it, csv would read on inside the field
     for path in files:
@@ -315,10 +347,15 @@ def csv_rows(source, files, skipped, fields):
         with (reading(path, SOURCE_FIX),
               opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file):
             header = file.readline()
+            if TOKEN_LINE.match(header):
+                for line in chain([header], file):
+                    match = TOKEN_LINE.match(line)
+                    yield dict(zip(("image", "raw"), match.groups())) if match else {}
+                continue
             form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            if ".csv" in path.name.lower():
-                form = {"delimiter": max("\t,;", key=header.count), "strict": True}
-            names = next(csv.reader([header], **form))
+            if ".csv" in path.name.lower() or "\t" not in header and ".tsv" not in path.name.lower():
+                form = {"delimiter": max("\t,;|", key=header.count), "strict": True}
+            names = list(map(str.strip, next(csv.reader([header], **form))))
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: two columns have the same name ({', '.join(names)}); rename one")
             lines = file
@@ -365,22 +402,50 @@ def tar_rows(source, files, skipped, fields):
                 rows.append(row)
         return rows
 
-    return chain.from_iterable(in_processes(read, len(files), skipped, "reading tars"))
+    return split_lines(source, chain.from_iterable(in_processes(read, len(files), skipped, "reading tars")))
 
 
 def text_rows(folder, files, skipped, fields):
-    """A folder with a.txt beside a.jpg. `image` is the path in the folder, `key` the same without suffix."""
+    """Yield rows of a folder with a.txt beside a.jpg. `image` is the path in the folder, `key` the same
+    without its suffix.
+    """
     images = defaultdict(list)
     for path in map(Path, files_below(folder, IMAGE_SUFFIXES)):
         images[path.with_suffix("")].append(path.relative_to(folder))
-    for file in files:
-        try:
-            image, = images[file.with_suffix("")]
-            with open(file, encoding="utf-8-sig") as opened:
-                text = opened.read(MAX_TEXT_BYTES)
-            yield {"key": str(image.with_suffix("")), "image": str(image), "raw": text}
-        except ValueError:  # UnicodeDecodeError included
-            skipped.setdefault("text with several images beside it, or not UTF-8", []).append(str(file))
+
+    def read():
+        for file in files:
+            try:
+                image, = images[file.with_suffix("")]
+                with open(file, encoding="utf-8-sig") as opened:
+                    text = opened.read(MAX_TEXT_BYTES)
+                yield {"key": str(image.with_suffix("")), "image": str(image), "raw": text}
+            except ValueError:  # UnicodeDecodeError included
+                skipped.setdefault("text with several images beside it, or not UTF-8", []).append(str(file))
+
+    return split_lines(folder, read())
+
+
+def split_lines(source, rows):
+    """Make each line of a .txt a caption if most of the first 1,000 files have several lines, as in
+    CLIP_benchmark's. Otherwise a file is one caption: web alt texts may contain line breaks. Print which it
+    was.
+    """
+    def lines(row):
+        return list(filter(None, map(str.strip, (row.get("raw") or "").split("\n"))))
+
+    first = list(islice(rows, 1000))
+    each = 2 * sum(len(lines(row)) > 1 for row in first) > len(first)
+    count = total = 0
+    for row in chain(first, rows):
+        total += 1
+        if len(lines(row)) > 1:
+            count += 1
+            row = row | {"raw": lines(row)} if each else row
+        yield row
+    if count:
+        print(f"{source}: {count} of {total} .txt files have several lines; "
+              + ("each line is a caption" if each else "each file is one caption"))
 
 
 # ------------------------------------------------------------------------------------------------------------

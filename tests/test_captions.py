@@ -130,7 +130,8 @@ LAYOUTS = {  # file name: (content, expected [(key, image, long caption)])
     "openclip.csv": ("filepath\ttitle\n1.jpg\tA, b.\n", [("000000000", "1.jpg", "A, b.")]),
     "excel.csv": ('image;raw\na.jpg;"a fox; asleep"\n', [("000000000", "a.jpg", "a fox; asleep")]),
     "blip.jsonl": ('{"image": "a.jpg", "blip_caption": "a fox"}', [("000000000", "a.jpg", "a fox")]),
-    "lists.jsonl": ('{"image": "a.jpg", "caption": ["a fox", "asleep"]}', [("000000000", "a.jpg", "a fox")]),
+    "lists.jsonl": ('{"image": "a.jpg", "caption": ["a fox", "asleep"]}',
+                    [("000000000", "a.jpg", "a fox"), ("000000000", "a.jpg", "asleep")]),
     "yfcc15m_clean_open_data.json": (  # DeCLIP's: one object per line, although the suffix is .json
         '{"filename": "2b/a.jpg", "caption": "a fox", "url": "http://x/1.jpg"}\n'
         '{"filename": "2b/b.jpg", "caption": "a bee", "url": "http://x/2.jpg"}\n',
@@ -150,16 +151,17 @@ def test_common_layouts(tmp_path, table, name):
     assert [(row.key, row.image, row.long) for row in table(tmp_path / name)[0]] == expected
 
 
-def test_first_caption_of_a_list_is_used_and_others_are_counted(tmp_path, table):
-    texts = [["a", "b", "c"], ["d"], ["e", "f", None], None, []]
-    rows = [{"key": f"{n}", "raw": captions, "long": f"l {n}"} for n, captions in enumerate(texts)]
+def test_each_caption_of_a_list_is_a_row(tmp_path, table):
+    texts = [["a", "b", "c"], ["d"], ["e", "f", None], None, [], [5, 6], "g"]
+    rows = [{"key": f"{n}", "image": f"{n}.jpg", "raw": captions} for n, captions in enumerate(texts)]
+    rows[1]["long"] = ["h", "i"]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made, out, _ = table(tmp_path / "x.jsonl")
-    assert raw_by_key(made) == {"0": "a", "1": "d", "2": "e", "3": "l 3", "4": "l 4"}
-    assert "; 3 further captions in lists are not used\n" in out
-    (tmp_path / "y.tsv").write_text("key\tlong\n" + "".join(f"{n}\tx\n" for n in range(5)))
-    assert "not used" not in table(tmp_path / "y.tsv")[1]
-    assert "; 3 further captions in lists" in table(tmp_path / "y.tsv", {"raw": [tmp_path / "x.jsonl"]})[1]
+    made, out, err = table(tmp_path / "x.jsonl")
+    assert [(row.key, row.raw, row.long) for row in made] == [
+        ("0", "a", "a"), ("0", "b", "b"), ("0", "c", "c"), ("1", "d", "h"), ("1", "i", "i"), ("2", "e", "e"),
+        ("2", "f", "f"), ("6", "g", "g")]
+    assert "up to 3 rows per image, from its lists" in out
+    assert "skipped 3: no caption, or a broken row (row 4, row 5, row 6)" in err
 
 
 # --- skipped rows
@@ -196,12 +198,14 @@ def test_bad_rows_are_skipped_and_reported(tmp_path, table, name):
     assert err == line * bool(skipped)
 
 
-def test_first_row_of_a_repeated_key_is_kept(tmp_path, table):
-    others = "".join(f"{n}\tx\n" for n in range(200))
-    (tmp_path / "twice.tsv").write_text(f"key\traw\na\t\na\tfirst\nb\tx\na\tsecond\na\tthird\n{others}")
-    rows, _, err = table(tmp_path / "twice.tsv")
-    assert raw_by_key(rows[:2]) == {"a": "first", "b": "x"} and "2: repeated key (row 4, row 5)" in err
-    (tmp_path / "twice.tsv").write_text("key\traw\na\tfirst\nb\tx\na\tsecond\n")
+def test_rows_with_the_same_key_must_have_the_same_image(tmp_path, table):
+    others = "".join(f"{n}\t{n}.jpg\tx\n" for n in range(200))
+    rows = "key\timage\traw\na\ta.jpg\t\na\ta.jpg\tfirst\nb\tb.jpg\tx\na\ta.jpg\tsecond\na\tc.jpg\tthird\n"
+    (tmp_path / "twice.tsv").write_text(rows + others)
+    made, _, err = table(tmp_path / "twice.tsv")
+    assert [(row.key, row.raw) for row in made[:3]] == [("a", "first"), ("b", "x"), ("a", "second")]
+    assert "1: repeated key (row 5)" in err
+    (tmp_path / "twice.tsv").write_text(rows)
     with pytest.raises(flame.InputError, match="1 rows have the key of an earlier row"):
         table(tmp_path / "twice.tsv")
 

@@ -22,7 +22,7 @@ import embed
 import flame
 import train
 from data.captions import read_table
-from data.images import locations_of, open_image, unpack_parquet
+from data.images import group_by_image, locations_of, open_image, unpack_parquet
 
 N = 60
 COLORS = np.random.default_rng(0).integers(0, 256, (N, 3)).tolist()
@@ -80,7 +80,7 @@ def run(tmp_path, monkeypatch, byte_llm, capsys):
         for _ in range(2):  # by embed.py's index, then by train.py's own search
             rows, files, spans = train.locate_images(store, None, tmp_path)
             for row, location in zip(rows, locations_of(files, spans)):
-                color = [int(number) for number in re.findall(r"\d+", texts[row])]
+                color = [int(number) for number in re.findall(r"\d+", texts[row])[:3]]
                 assert list(open_image(location).convert("RGB").getpixel((0, 0))) == color, texts[row]
             if indexed:
                 assert indexed.pop() == os.stat("store/images.npz").st_ino  # was used, not written again
@@ -174,6 +174,110 @@ def test_coco(run):
     texts += [{"id": N, "image_id": 1, "caption": "No image."}, {"id": N + 1, "image_id": 1000, "caption": 5}]
     Path("coco/captions.json").write_text(json.dumps({"images": images, "annotations": texts[::-1]}))
     assert run("coco/captions.json", "--images", "coco/train2017")[:2] == (N + 1, N)
+
+
+# --- several captions of each image, in the forms of Flickr8k, Flickr30k and COCO
+
+PHOTOS = [f"p{n:04d}.png" for n in range(N)]
+FIVE = [[f"{text[:-1]}, view {c}." for c in range(5)] for text in TEXTS]
+PAIRS_OF_FIVE = [(photo, text) for photo, texts in zip(PHOTOS, FIVE) for text in texts]
+
+
+def karpathy(folder=None):
+    splits = ["train", "restval", "test", "val"]
+    images = [{"filename": photo, "imgid": n, "split": splits[n % 4],
+               "sentences": [{"raw": text} for text in FIVE[n]]} | ({"filepath": folder} if folder else {})
+              for n, photo in enumerate(PHOTOS)]
+    Path("dataset.json").write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
+
+
+def coco():
+    images = [{"id": 1000 - n, "file_name": photo} for n, photo in enumerate(PHOTOS)]
+    texts = [{"id": 5 * n + c, "image_id": 1000 - n, "caption": FIVE[n][c]}
+             for c in range(5) for n in range(N)]
+    Path("captions.json").write_text(json.dumps({"images": images, "annotations": texts}))
+
+
+def lines(file, form, header=""):
+    Path(file).write_text(header + "".join(
+        form.format(photo, n % 5, text) + "\n" for n, (photo, text) in enumerate(PAIRS_OF_FIVE)))
+
+
+def kaggle():
+    pandas.DataFrame(PAIRS_OF_FIVE, columns=["image", "caption"]).to_csv("captions.txt", index=False)
+
+
+FIVE_FORMS = {  # name: (function that writes the set, its captions file)
+    "kaggle": (kaggle, "captions.txt"),
+    "kaggle's folder": (kaggle, "."),
+    "flickr30k": (lambda: lines("results.csv", "{}| {}| {}", "image_name| comment_number| comment\n"),
+                  "results.csv"),
+    "token": (lambda: lines("Flickr8k.token.txt", "{}#{}\t{}"), "Flickr8k.token.txt"),
+    "Chinese token": (lambda: lines("zhc.txt", "{}#zhc#{} {}"), "zhc.txt"),
+    "parquet list": (lambda: pandas.DataFrame({"image": PHOTOS, "caption": FIVE}).to_parquet("x.parquet"),
+                     "x.parquet"),
+    "parquet columns": (lambda: pandas.DataFrame({"image": PHOTOS} | {
+        f"caption_{c}": [each[c] for each in FIVE] for c in range(5)}).to_parquet("x.parquet"), "x.parquet"),
+    "coco": (coco, "captions.json"),
+    "tar": (lambda: write_tar(Path("0.tar"), chain(*(
+        [(PHOTOS[n], png(n)), (f"p{n:04d}.txt", "\n".join(FIVE[n]).encode())] for n in range(N)))), "0.tar"),
+    "lines": (lambda: [Path(f"Images/p{n:04d}.txt").write_text("\n".join(FIVE[n])) for n in range(N)],
+              "Images"),
+}
+
+
+@pytest.mark.parametrize("form", FIVE_FORMS)
+def test_all_captions_of_an_image_are_found(run, form):
+    write, source = FIVE_FORMS[form]
+    write_images(Path("Images"))
+    write()
+    result = run(source)
+    assert len(result) == 3, result
+    rows, found, out = result
+    assert (rows, found) == (5 * N, 5 * N), out
+    assert captions_of_images() == {n: set(texts) for n, texts in enumerate(FIVE)}
+    if form in ("tar", "lines"):
+        assert f"{N} of {N} .txt files have several lines; each line is a caption" in out
+
+
+def captions_of_images():
+    """Return {number of the color: captions}, from the groups that training uses."""
+    store = flame.open_store("store")
+    texts = [row.raw for row in read_table("store/captions.tsv")]
+    images = group_by_image(*train.locate_images(store, None, Path.cwd()))
+    found = {}
+    for n, location in enumerate(locations_of(images.files, images.spans)):
+        color = list(open_image(location).convert("RGB").getpixel((0, 0)))
+        rows = images.rows[images.starts[n]:images.starts[n + 1]]
+        found[COLORS.index(color)] = {texts[row] for row in rows}
+    return found
+
+
+@pytest.mark.parametrize("folder", [None, "val2014"])
+def test_karpathy_splits_keep_test_out_of_training(run, folder):
+    write_images(Path(folder or "Images"))
+    karpathy(folder)
+    for flags, kept in (((), (0, 1)), (("--split", "val"), (3,))):
+        rows, _, out = run("dataset.json", *flags)
+        assert rows == 5 * len(kept) * N // 4 and f"{N - rows // 5} images or rows of other splits" in out
+        assert captions_of_images() == {n: {*FIVE[n]} for n in range(N) if n % 4 in kept}
+
+
+def test_few_texts_with_several_lines_stay_one_caption(run):
+    """Web alt texts may contain line breaks."""
+    write_images(Path("album"))
+    for n, text in enumerate(TEXTS):
+        Path(f"album/{NAMES[n]}.txt").write_text(text.replace(", ", ",\n") if n < 10 else text)
+    rows, _, out = run("album")
+    assert rows == N and f"10 of {N} .txt files have several lines; each file is one caption" in out
+
+
+def test_images_in_two_folders_are_refused(run):
+    for folder in ("Images", "resized"):
+        write_images(Path(folder))
+    kaggle()
+    assert "p0000.png is in several folders (Images, resized)" in run("captions.txt")
+    assert run("captions.txt", "--images", "resized")[:2] == (5 * N, 5 * N)
 
 
 # --- tars
