@@ -348,13 +348,14 @@ class Benchmark(NamedTuple):
 
 CAPTIONS = Benchmark(score_captions)
 LONG = "urban1k", "sharegpt4v", "dci", "docci"
-SHORT = "coco", "flickr30k"
+SHORT = "coco", "flickr30k"  # the paper's short captions
 TEN = ("food101", "cifar10", "cifar100", "sun397", "cars", "aircraft", "dtd", "pets", "caltech101",
        "flowers102")  # the paper's average
 BENCHMARKS = {
     "demo": Benchmark(score_demo, "raw short long"),
     **dict.fromkeys(LONG, CAPTIONS),
     **dict.fromkeys(SHORT, Benchmark(score_captions, max_captions=5)),
+    "flickr8k": Benchmark(score_captions, "raw", 5),
     "xm3600": Benchmark(score_captions, "raw", 1),
     **dict.fromkeys(("imagenet", "imagefolder", *TEN), Benchmark(score_classes, "raw")),
     "long": Benchmark(score_captions, members=LONG),
@@ -430,7 +431,7 @@ def read(args):
     """Return {name: data of the benchmark}; {} for --search."""
     if args.captions:
         return {source_name(args.captions):
-                benchmarks.read_captions(args.captions, args.images, *args.prompt_sets)}
+                benchmarks.read_captions(args.captions, args.images, args.split, *args.prompt_sets)}
     if not args.bench:
         if not args.images:
             raise InputError("--search needs --images DIR")
