@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tarfile
+import zipfile
 from itertools import chain
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from PIL import Image
 
 import embed
 import flame
+import flickr8k
 import train
+from data import benchmarks
+from data.benchmarks import read_tsv
 from data.captions import read_table
 from data.images import group_by_image, locations_of, open_image, unpack_parquet
 
@@ -183,12 +187,12 @@ FIVE = [[f"{text[:-1]}, view {c}." for c in range(5)] for text in TEXTS]
 PAIRS_OF_FIVE = [(photo, text) for photo, texts in zip(PHOTOS, FIVE) for text in texts]
 
 
-def karpathy(folder=None):
+def karpathy(folder=None, file="dataset.json"):
     splits = ["train", "restval", "test", "val"]
     images = [{"filename": photo, "imgid": n, "split": splits[n % 4],
                "sentences": [{"raw": text} for text in FIVE[n]]} | ({"filepath": folder} if folder else {})
               for n, photo in enumerate(PHOTOS)]
-    Path("dataset.json").write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
+    Path(file).write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
 
 
 def coco():
@@ -278,6 +282,79 @@ def test_images_in_two_folders_are_refused(run):
     kaggle()
     assert "p0000.png is in several folders (Images, resized)" in run("captions.txt")
     assert run("captions.txt", "--images", "resized")[:2] == (5 * N, 5 * N)
+
+
+# --- tests/flickr8k.py makes the same corpus of each download
+
+SPLIT_OF = ["train", "train", "test", "val"]  # of photo n: SPLIT_OF[n % 4]
+
+
+def name_lists():
+    for split, name in flickr8k.NAME_LISTS.items():
+        Path(name).write_text("\n".join(photo for n, photo in enumerate(PHOTOS) if SPLIT_OF[n % 4] == split))
+
+
+def zips():
+    lines("Flickr8k.token.txt", "{}#{}\t{}")
+    name_lists()
+    with zipfile.ZipFile("text.zip", "w") as texts, zipfile.ZipFile("photos.zip", "w") as photos:
+        for path in [*Path(".").glob("*.txt")]:
+            texts.write(path, f"Flickr8k_text/{path}")
+            path.unlink()
+        for n, photo in enumerate(PHOTOS):
+            photos.writestr(f"Images/{photo}", png(n))
+            photos.writestr(f"__MACOSX/._{photo}", b"")
+    shutil.rmtree("Images")
+
+
+def parquet_of_splits():
+    for split in ("train", "validation", "test"):
+        rows = [{"image": {"bytes": png(n), "path": None}, "caption": FIVE[n]}
+                for n in range(N) if split.startswith(SPLIT_OF[n % 4])]
+        pandas.DataFrame(rows).to_parquet(f"{split}-00000-of-00001.parquet")
+    shutil.rmtree("Images")
+
+
+DOWNLOADS = {"zips": zips, "karpathy": lambda: karpathy(file="dataset_flickr8k.json"),
+             "kaggle": lambda: (kaggle(), name_lists()), "parquet": parquet_of_splits}
+
+
+@pytest.mark.parametrize("form", DOWNLOADS)
+def test_flickr8k_from_each_download(tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("Images"))
+    DOWNLOADS[form]()
+    lines("flickr8kzhc.caption.txt", "{}#zhc#{} zh {}")
+    assert flickr8k.main([".", "out"]) == 0
+    for split in ("train", "val", "test"):
+        wanted = {n: FIVE[n] for n in range(N) if SPLIT_OF[n % 4] == split}
+        for zh in ("", "-zh") if split != "train" and form != "parquet" else ("",):
+            found = {}
+            for row in read_tsv(Path(f"out/{split}{zh}.tsv")):
+                image = Image.open(Path("out", row["image"]))
+                assert image.size == (128, 128)
+                color = np.array(image.convert("RGB").getpixel((0, 0)))
+                n = np.abs(COLORS - color).sum(1).argmin()  # JPEG is not exact
+                found.setdefault(n, []).append(row["raw"].removeprefix("zh "))
+            assert found == wanted and list(found) != sorted(found)
+    locations, languages = benchmarks.read("flickr8k", Path("out"), "val")
+    assert len(locations) == N // 4 and set(languages) == ({"en", "zh"} if form != "parquet" else {"en"})
+
+
+def test_flickr8k_without_photos_or_splits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("Images"))
+    kaggle()
+    assert flickr8k.main([".", "out"]) == 2
+    assert "have no split; add Flickr_8k.trainImages.txt" in capsys.readouterr().err
+    assert not Path("out").exists()
+    name_lists()
+    Path("Images/p0000.png").unlink()
+    Path("Images/p0004.png").write_bytes(b"no image")
+    assert flickr8k.main([".", "out"]) == 0
+    error = capsys.readouterr().err
+    assert "skipped 1: no photo (p0000.png)" in error and "skipped 1: broken photo (p0004.png)" in error
+    assert len(read_tsv(Path("out/train.tsv"))) == 5 * (N // 2 - 2)
 
 
 # --- tars
