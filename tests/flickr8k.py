@@ -149,7 +149,8 @@ def make_corpus(folder, out):
                 rows = [(f"images/{name}", text) for name in names if name not in missing
                         for text in texts.get(name, ())]
                 if rows and file != "train-zh.tsv":
-                    write_text(out / file, "".join("\t".join(row) + "\n" for row in [("image", "raw"), *rows]))
+                    lines = ["\t".join(row) + "\n" for row in [("image", "raw"), *rows]]
+                    write_text(out / file, "".join(lines))
                     print(f"-> {out / file}: {len(rows)} captions")
     for reason, names in skipped.items():
         report_skipped(folder, reason, len(names), names)
