@@ -28,10 +28,11 @@ from torch.nn.functional import normalize
 
 import flame
 from data import common
-from data.captions import UNPACKED, hash_sources, read_table, source_name, split_column, write_table
+from data.captions import read_table, write_table
 from data.common import Parser, barrier, init_distributed, number, print0, progress_bar, rank, world_size
-from data.images import find_images, report_images, unpack_parquet
+from data.images import find_images, report_images
 from data.show.inspect import inspect_store
+from data.sources import UNPACKED, hash_sources, source_name, split_column, unpack_parquet
 from flame import FACET_COLUMNS, InputError, PROMPTS, read_json, reading
 
 # Rows per shard: a minute or two of work. A crash loses one or two shards per process.

@@ -30,11 +30,12 @@ import torch
 
 import flame
 from data import benchmarks, common
-from data.captions import read_table, source_name
+from data.captions import read_table
 from data.common import Parser, number
 from data.encoders import encode_images, encode_texts, local_paths, open_encoders, trained_facets
 from data.show import search
 from data.show.sheet import Examples, draw_sheet
+from data.sources import source_name
 from flame import InputError, content_hash
 
 RECALL_AT = (1, 5, 10)

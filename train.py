@@ -35,12 +35,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import flame
 from data import common
-from data.captions import UNPACKED
 from data.common import all_gather, barrier, init_distributed, print0, rank, world_size
 from data.encoders import Encoders, compute_images, trained_facets
 from data.images import Batches, find_images, group_by_image, locations_of
 from data.projection import PROJECTIONS, captions_differ, fit_text_projection, text_config
 from data.show import plots
+from data.sources import UNPACKED
 from flame import FACET_COLUMNS, InputError, content_hash, read_json, reading
 
 # ------------------------------------------------------------------------------------------------------------

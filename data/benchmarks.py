@@ -18,8 +18,10 @@ from pathlib import Path
 
 import duckdb
 
-from data.captions import DUCKDB, IMAGE_SUFFIXES, read_table, tar_samples, write_table
+from data.captions import read_table, write_table
 from data.images import ImageLocation, find_images, images_in, locations_of
+from data.sources import DUCKDB
+from data.tars import IMAGE_SUFFIXES, tar_samples
 from flame import InputError, read_json, reading
 
 FIX = "see data/README.md for the source and the layout"

@@ -142,6 +142,12 @@ def progress_bar(*items, **settings):
     return tqdm(*items, bar_format="{l_bar}{bar:10}{r_bar}\n", mininterval=30, maxinterval=30, **settings)
 
 
+def report_skipped(source, reason, count, places):
+    """Print a line on stderr, with the first five places. A name may contain line breaks."""
+    first = " ".join(", ".join(places[:5]).split())
+    print(f"{source}: skipped {count}: {reason} ({first})", file=sys.stderr)
+
+
 def run_stage(script, body, resume):
     """Run body() and return the exit code.
 

@@ -1,27 +1,23 @@
 """Finds the images of a table's rows (data/README.md), and makes the batches of a training run."""
 import functools
-import glob
 import hashlib
 import io
 import json
 import math
 import os
-import tarfile
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import duckdb
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image
 
-from data.captions import (
-    DUCKDB, IMAGE_COLUMNS, IMAGE_SUFFIXES, SOURCE_FIX, files_below, in_processes, is_image, read_table,
-    report_skipped, source_files, split_member_name, tar_members, tar_names)
-from data.common import atomic_save, progress_bar
+from data.captions import read_table
+from data.common import atomic_save, report_skipped
+from data.sources import files_below, source_files
+from data.tars import IMAGE_SUFFIXES, in_processes, is_image, split_member_name, tar_members, tar_names
 from flame import FACET_COLUMNS, InputError, describe_error, reading, to_rgb
 
 MAX_IMAGE_BYTES = 1 << 30  # a larger file is truncated, and then no decoder accepts it
@@ -260,43 +256,6 @@ def group_by_image(rows, files, spans):
 def locations_of(files, spans):
     """Return the ImageLocations of spans int64 [n, 3]."""
     return [ImageLocation(files[file], offset, size) for file, offset, size in spans.tolist()]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Images inside Parquet files
-
-def unpack_parquet(captions, folder):
-    """Write images that are inside Parquet to tars, one per Parquet file. Return whether there are any.
-
-    Members are named by row number, as write_table sets the column image. Existing tars are kept.
-    """
-    files = [file for file in source_files(captions) if file.suffix.lower() == ".parquet"]
-    first = 0  # row number of a file's first row
-    with duckdb.connect(config=DUCKDB) as database:
-        for n, file in enumerate(progress_bar(files, "images", unit=" files", disable=not files)):
-            with reading(file, SOURCE_FIX):
-                table = "read_parquet($file, file_row_number=true)"
-                path = {"file": glob.escape(os.path.abspath(file))}
-                tar = folder / f"{n:05d}.tar"
-                for column, in database.execute(IMAGE_COLUMNS.format(table), path).fetchmany(1):
-                    rows = database.execute(f"""SELECT format('{{:09d}}.jpg', {first} + file_row_number),
-                        {column} FROM {table} WHERE {column} IS NOT NULL""", path)
-                    member = None if tar.exists() else rows.fetchone()
-                    if member:
-                        folder.mkdir(exist_ok=True)
-                        members = chain([member], iter(rows.fetchone, None))
-                        atomic_save(tar, functools.partial(write_tar, members))
-                first += database.execute(f"SELECT count(*) FROM {table}", path).fetchone()[0]
-    return folder.is_dir()
-
-
-def write_tar(members, path):
-    """Write (name, bytes) pairs to a tar."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)  # decoders look at the bytes, not at the suffix
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
 
 
 # ------------------------------------------------------------------------------------------------------------

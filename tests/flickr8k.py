@@ -39,9 +39,10 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.captions import SPLITS, read_table, report_skipped, write_table  # noqa: E402
-from data.common import Parser, atomic_save, output_folder, progress_bar, run_stage, write_text  # noqa: E402
-from data.images import unpack_parquet  # noqa: E402
+from data.captions import SPLITS, read_table, write_table  # noqa: E402
+from data.common import (  # noqa: E402
+    Parser, atomic_save, output_folder, progress_bar, report_skipped, run_stage, write_text)
+from data.sources import unpack_parquet  # noqa: E402
 from flame import InputError, reading  # noqa: E402
 
 SIZE = 128, 128

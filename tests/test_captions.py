@@ -12,14 +12,17 @@ from contextlib import contextmanager
 
 import duckdb
 import numpy as np
+import pandas
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image, UnidentifiedImageError
 
 import flame
-from data import captions, images as data_images
-from data.captions import hash_sources, read_table, source_name, split_column, tar_members, write_table
+from data import captions, images as data_images, sources, tars
+from data.captions import read_table, write_table
 from data.images import ImageLocation, find_images, locations_of, open_image
+from data.sources import hash_sources, source_name, split_column
+from data.tars import tar_members
 
 
 @contextmanager
@@ -115,10 +118,14 @@ def test_any_text_becomes_one_line_in_all_formats(tmp_path, table, texts):
     best = [long or short or raw for *_, raw, short, long in clean]
     expected = [(key, image, *(text or fallback for text in three))
                 for (key, image, *three), fallback in zip(clean, best) if fallback]
-    for kind in ("csv", "tsv", "json", "jsonl", "parquet"):
-        source = write_rows(tmp_path / f"x.{kind}", rows, kind)
+    nested = pandas.DataFrame(rows, columns=["key", "image", *flame.PROMPTS])
+    for field in flame.PROMPTS:  # not a text or a list of texts, so DuckDB does not read it alone
+        nested[field] = [[{"raw": text}] for text in nested[field]]
+    nested.to_parquet(tmp_path / "nested.parquet")
+    files = [write_rows(tmp_path / f"x.{kind}", rows, kind) for kind in FORMATS]
+    for source in (*files, tmp_path / "nested.parquet"):
         if expected:
-            assert [tuple(row) for row in table(source)[0]] == expected, kind
+            assert [tuple(row) for row in table(source)[0]] == expected, source
         else:
             with pytest.raises(flame.InputError, match=r"no captions .*: \[.*'raw', 'short', 'long'\]\)\. "):
                 table(source)
@@ -265,17 +272,27 @@ def write_recaptions(path, rows):
 def test_join_by_key(tmp_path, table):
     rows = [{"__key__": f"{n}", "raw": f"raw {n}", "short": f"old {n}"} for n in range(5)]
     (tmp_path / "raw.json").write_text(json.dumps(rows))
-    files = [write_recaptions(tmp_path / f"long{n}.json", pairs) for n, pairs in enumerate((
-        [("3", "Long  3."), ("0", "Long  0."), ("9", "Long  9."), ("0", "second")],
-        [("2", "Long\n2."), ("3", "later"), ("4", " "), ("8", "x")]))]
+    def files(repeated, *others):
+        return [write_recaptions(tmp_path / f"long{n}.json", pairs) for n, pairs in enumerate((
+            [("3", "Long  3."), ("0", "Long  0."), ("9", "Long  9."), *others],
+            [("2", "Long\n2."), ("4", " "), ("8", "x"), *repeated]))]
+
     (tmp_path / "s1.tsv").write_text("short\tnote\tkey\n" + "".join(f"Short {n}.\tx\t{n}\n" for n in "0123"))
-    joins = {"long": files, "short": [tmp_path / "s*.tsv"]}
+    joins = {"long": files([("3", "Long 3.")]), "short": [tmp_path / "s*.tsv"]}
     rows, out, err = table(tmp_path / "raw.json", joins)
     assert [row[2:] for row in rows] == [
         ("raw 0", "Short 0.", "Long 0."), ("raw 1", "Short 1.", "Short 1."),
         ("raw 2", "Short 2.", "Long 2."), ("raw 3", "Short 3.", "Long 3."), ("raw 4", "old 4", "old 4")]
-    assert "--join long: 3 rows match one of 7 captions by key; empty or broken captions: 1\n" in out
+    assert "--join long: 3 rows match one of 6 captions by key; empty or broken captions: 1\n" in out
     assert "  0: 'raw 0' | 'Long 0.'\n" in out and "5 short, 3 long captions" in out
+    files([("3", "later")], ("0", "second"))
+    with pytest.raises(flame.InputError, match="--join long: 2 texts have the key of another one, and would"):
+        table(tmp_path / "raw.json", joins)
+    lists = [{"__key__": f"{n}", "minicpm": [f"Long {n}.", f"Also {n}."]} for n in range(5)]
+    (tmp_path / "lists.json").write_text(json.dumps(lists))
+    rows, _, _ = table(tmp_path / "raw.json", {"long": [tmp_path / "lists.json"]})
+    assert [(row.key, row.long) for row in rows] == [
+        (f"{n}", f"{text} {n}.") for n in range(5) for text in ("Long", "Also")]
 
 
 def test_join_uses_the_named_column(tmp_path, table):
@@ -453,7 +470,7 @@ def test_hostile_tar_is_used_up_to_the_corruption(tmp_path, table, case):
     with within(10):
         rows, _, err = table(tmp_path / "a-{0..1}.tar")
     assert raw_by_key(rows) == {"good": "before", "next": "another"}
-    assert f"1: {captions.CORRUPT_TAR} (a-0.tar: " in err
+    assert f"1: {tars.CORRUPT_TAR} (a-0.tar: " in err
 
 
 def test_truncated_tar_yields_its_complete_members(tmp_path):
@@ -463,7 +480,7 @@ def test_truncated_tar_yields_its_complete_members(tmp_path):
         skipped = {}
         keys = [key for _, key, _, _, _ in tar_members(tmp_path / "a.tar", skipped)]
         assert keys == [key for key, end in (("1", 812), ("2", 2136), ("3", 3972)) if end <= cut]
-        assert (captions.CORRUPT_TAR in skipped) == (cut < len(whole) - 512)
+        assert (tars.CORRUPT_TAR in skipped) == (cut < len(whole) - 512)
 
 
 def test_zeros_in_the_middle_of_a_tar_are_reported(tmp_path, table):
@@ -473,12 +490,12 @@ def test_zeros_in_the_middle_of_a_tar_are_reported(tmp_path, table):
     tar(tmp_path / "3.tar", member("3.txt", b"A"), bytes(hole))  # a long end is valid, a very long one not
     tar(tmp_path / "4.tar", member("4.txt", b"A"), bytes(1_100_000))
     rows, _, err = table(tmp_path / "{0..4}.tar")
-    assert raw_by_key(rows) == dict.fromkeys("01234", "A") and f"skipped 4: {captions.CORRUPT_TAR}" in err
+    assert raw_by_key(rows) == dict.fromkeys("01234", "A") and f"skipped 4: {tars.CORRUPT_TAR}" in err
 
 
 def test_webdataset_samples(tmp_path, table):
     entries = {column: f"{column}." for column in DREAMLIP[1:]} | {"url": "http://x/1.jpg", "key": "no"}
-    large = b"x" * (captions.MAX_TEXT_BYTES + 1)
+    large = b"x" * (sources.MAX_TEXT_BYTES + 1)
     files = {"x/a.large.jpg": b"?", "x/a.json": json.dumps(entries).encode(), "x/a.txt": b"the\n.txt",
              "x/._a.txt": b"no key", "b.txt": b"\xff", "c.json": b'{"caption": "C"}', "d.json": b"[1]",
              "e.txt": large, "f\ng.txt": b"F", "h.json": b'{"caption": "' + large + b'"}'}
@@ -548,7 +565,7 @@ def test_tars_are_indexed_once(tmp_path, monkeypatch, capsys):
     (folder / "3.tar").mkdir()
     with within(10):
         assert find_values(tmp_path, ["a", "c"], **where) == {"a": 0, "c": 2}   # another tar: a new index
-    assert f"skipped 2: {captions.CORRUPT_TAR} (2.tar: ReadError not a regular" in capsys.readouterr().err
+    assert f"skipped 2: {tars.CORRUPT_TAR} (2.tar: ReadError not a regular" in capsys.readouterr().err
     where["index"].write_bytes(b"damaged")
     with pytest.raises(flame.InputError, match="tars.npz: .*; delete it"):
         find_values(tmp_path, ["a", "c"], **where)
