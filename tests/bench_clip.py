@@ -182,6 +182,10 @@ def train_flame(args, run, seed):
                *FLAGS.get(run, []), *args.flags.split()]
     subprocess.run(list(map(str, command)), cwd=args.out, check=True)
     seconds = cpu_seconds() - start
+    earlier = args.out / "out" / name / "seconds.json"  # if the training ended, and then the scoring did not
+    if earlier.exists():
+        seconds += json.loads(earlier.read_text())
+    common.write_json(earlier, seconds)
     model = flame.load(args.out / "out" / name)
 
     def text_encoder():
