@@ -193,7 +193,7 @@ def train(args, s):
             flame.load(out)  # raises InputError if it is damaged
             print0(f"{out}: already finished; give more --steps to continue, or --overwrite to train again")
             return False
-        model, optimizer = build(store, columns, s, device, saved_step is None and images)
+        model, optimizer = build(store, columns, s, device, images if saved_step is None else None)
         start = 0 if saved_step is None else load_checkpoint(out, model, optimizer, s["steps"])
         encode = distribute(model)
         validation = open_validation(args.val, store, out) if args.val else ()
@@ -264,7 +264,7 @@ def build(store, columns, s, device, images):
     """Return the model and the optimizer as at the start of a run.
 
     Args:
-        images: Images, to fit the text projection to their captions, or False for a resumed run, which has it
+        images: Images, to fit the text projection to their captions, or None for a resumed run, which has it
             in its checkpoint. Other ranks get rank 0's.
     """
     torch.manual_seed(s["seed"])

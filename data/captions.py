@@ -61,7 +61,7 @@ def write_table(path, captions, joins=(), chosen={}, split="train"):
               duckdb.connect(f"{scratch}/duckdb", config=DUCKDB) as database):
             spool = f"{scratch}/rows.jsonl"
             create_tables(database)
-            columns = load(database, spool, captions, skipped, chosen)
+            load(database, spool, captions, skipped, chosen)
             leave_out_splits(database, captions, split)
             comparable, inside = qualify_keys(database)
             for name, source, column in joins:
@@ -71,7 +71,7 @@ def write_table(path, captions, joins=(), chosen={}, split="train"):
             for name in {name: None for name, *_ in joins}:
                 join(database, captions, name)
             complete(database)
-            total, raw = report(database, captions, columns, skipped)
+            total, raw = report(database, captions, skipped)
             write_rows(database, path)
             comparable &= 2 * raw > total and "raw" not in [*chosen, *(name for name, *_ in joins)]
             return Written(comparable, bool(inside))
@@ -141,7 +141,7 @@ def complete(database):
         FROM completed ANTI JOIN repeated USING (row) WHERE NOT (no_caption OR no_image)""")
 
 
-def report(database, captions, columns, skipped):
+def report(database, captions, skipped):
     """Print how many rows and captions there are, and what was skipped. Return (rows, rows with a raw one).
 
     Raises InputError if there are none, or if more than 1% of the rows have the key of another image.
@@ -160,10 +160,8 @@ def report(database, captions, columns, skipped):
             raise InputError(f"{captions}: {count} rows have the key of an earlier row, and would be lost. "
                              "Make the keys unique, or remove them: then row numbers are the keys")
     if not total:
-        raise InputError(f"{captions}: no captions found (columns: {[*columns][:20]}). Rename a column to "
-                         "raw, short or long, or name it: --field raw=COLUMN. If there are no columns, it is "
-                         "compressed, not UTF-8, JSON with a byte order mark, or no line has as many fields "
-                         "as the first one")
+        raise InputError(f"{captions}: no captions found. A row is broken if it is not UTF-8, or has more or "
+                         "fewer fields than the first line: in a CSV, put quotes around captions with commas")
     lists = f"; up to {most} rows per image, from its lists of captions" if most > 1 else ""
     print(f"{captions}: {total} rows with {raw} raw, {short} short, {long} long captions; a row "
           f"without one uses its best other caption{lists}")

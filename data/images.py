@@ -83,6 +83,8 @@ def find_images(keys, images, captions, folder=None, index="", table=None):
     paths = folder_of_paths([*number][::1 + len(number) // SAMPLE], root, search=not folder)
     files = [os.path.join(paths or root, image) for image in number]
     if paths:
+        if folder and os.path.isabs([*number][0]):
+            print(f"the images have whole paths ({files[0]} ...), so --images {folder} is not used")
         rows = [row for row, image in enumerate(images) if image]
         return np.array(rows), files, np.array([(number[images[row]], 0, MAX_IMAGE_BYTES) for row in rows])
     example = (files or keys)[0]
@@ -109,10 +111,12 @@ def find_images(keys, images, captions, folder=None, index="", table=None):
         if table:
             check_captions(captions, table, texts)
     if not len(spans):
-        raise InputError(f"{root}: no images found for {captions} (looked for {example} ...; in the "
-                         f"folder: {(files or ['none'])[0]} ...). Give --images DIR, or embed the tars "
-                         "themselves. Without a key column, keys are row numbers, which match img2dataset's "
-                         "names only with 10,000 samples per shard")
+        names = "" if any(images) else (" Without paths, images are found by keys. Row numbers match "
+                                        "img2dataset's names only with 10,000 samples per shard.")
+        beside = "" if folder else f", beside {captions.name} and in the folders there"
+        raise InputError(f"{captions}: no images found. Looked for {example} in {root}{beside}. {root} has: "
+                         f"{', '.join(files[:3]) or 'no images'}.{names} Name the folder of the images or "
+                         "tars, --images DIR, or embed without them, --no-images")
     rows, spans = spans[:, 0].copy(), spans[:, 1:]
     if index:
         with suppress(InputError):  # the store may be read-only
@@ -158,11 +162,13 @@ def search(names, files, tars):
     """
     sampled = {name: row % (1 + len(names) // SAMPLE) == 0 for row, name in enumerate(names) if name}
     places = tar_names(files) if tars else [""] * len(files)
+    stems = [None if tars else Path(file).stem for file in files]  # a file's name may have dots: v1.0.jpg
     skipped = {}
 
     def members_of(n, skipped):
-        members = tar_members(files[n], skipped) if tars else [
-            (*split_member_name(files[n]), 0, MAX_IMAGE_BYTES)]
+        if not tars:
+            return [(*split_member_name(files[n]), 0, MAX_IMAGE_BYTES)]
+        members = tar_members(files[n], skipped)
         return [member for member in members if member[2] == ".txt" or is_image(member[2])]
 
     members = in_processes(members_of, len(files), skipped, "finding images") if tars else (
@@ -170,7 +176,7 @@ def search(names, files, tars):
     found, repeated, texts = {}, {}, {}
     for n, each in enumerate(members):
         for folder, key, suffix, offset, size in each:
-            candidates = places[n] + folder + key, folder + key + suffix, key
+            candidates = places[n] + folder + key, folder + key + suffix, key, stems[n]
             name = next(filter(sampled.__contains__, candidates), None)
             if name is None:
                 continue

@@ -13,6 +13,7 @@
 
 A value is a caption, a list of captions, or a conversation (its first answer). FIELDS has the columns' names.
 """
+import codecs
 import csv
 import glob
 import gzip
@@ -21,6 +22,7 @@ import json
 import os
 import re
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -76,7 +78,7 @@ class Source(NamedTuple):
 # Entries -> rows
 
 def load(database, spool, name, skipped, chosen, field=""):
-    """Append the rows of a source to the table `loaded`, in order. Return the names of its columns.
+    """Append the rows of a source to the table `loaded`, in order, and print the columns that are used.
 
     chosen: {field: column} for any field of FIELDS. field: the prompt set that a join fills, or "".
     """
@@ -94,16 +96,20 @@ def load(database, spool, name, skipped, chosen, field=""):
             relation = parquet_relation(database, source, columns, spool)
         else:
             relation = spooled_relation(ENTRIES.get(kind, table_entries)(source), source, columns, spool)
+        used = used_columns(fields, columns)
+        names = f"(columns: {', '.join([*columns][:20])})"
         for each in [field] if field else chosen:
-            if columns.keys().isdisjoint(fields[each]):
-                raise InputError(f"{name}: no column {' or '.join(fields[each])} (columns: "
-                                 f"{', '.join([*columns][:20])}). Name one: --field {each}=COLUMN, or "
-                                 f"--join {each}=FILE:COLUMN")
-        used = [f"{each}: {', '.join(found)}" for each, found in used_columns(fields, columns).items()
-                if found and each != "inside"]
-        print(f"{f'--join {field}: ' if field else ''}{name}, columns {'; '.join(used)}")
+            if not used[each]:
+                raise InputError(f"{name}: no column {' or '.join(fields[each])} {names}. Name one: --field "
+                                 f"{each}=COLUMN, or --join {each}=FILE:COLUMN")
+        if columns and not any(map(used.get, PROMPTS)):
+            raise InputError(f"{name}: no column for captions {names}. Name the one that has them: --field "
+                             "raw=COLUMN. If the first line is a row, put names above it, such as "
+                             "image<TAB>raw. Columns are separated by commas in a .csv, by tabs in a .tsv")
+        named = "; ".join(f"{each}: {', '.join(found)}" for each, found in used.items()
+                          if found and each != "inside")
+        print(f"{f'--join {field}: ' if field else ''}{name}, columns {named}")
         database.execute(f"INSERT INTO loaded BY NAME SELECT '{field}' AS field, * FROM {relation}")
-    return columns
 
 
 def spooled_relation(entries, source, columns, spool):
@@ -187,9 +193,7 @@ def table_entries(source):
     """
     csv.field_size_limit(MAX_TEXT_BYTES)  # beyond it, csv would read on inside the field
     for path in source.files:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with (reading(path, SOURCE_FIX),
-              opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file):
+        with open_text(path) as file:
             header = file.readline()
             if TOKEN_LINE.match(header):
                 for line in chain([header], file):
@@ -218,6 +222,21 @@ def table_entries(source):
                     row = next(reader, None)
                 except csv.Error:
                     row = ["broken"] * (len(names) + 1)  # not the length of a row
+
+
+@contextmanager
+def open_text(path):
+    """Open a text file, gzipped or not. Raises InputError if it is a zip."""
+    with reading(path, SOURCE_FIX), open(path, "rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        raise InputError(f"{path}: a zip or an Excel file. Unzip it and give the file or folder inside, or "
+                         "save the table as CSV UTF-8")
+    opener = gzip.open if start == b"\x1f\x8b" else open
+    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with (reading(path, SOURCE_FIX),
+          opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as file):
+        yield file
 
 
 def has_swallowed_rows(row, form):
@@ -457,8 +476,10 @@ def source_files(path):
         with reading(each, SOURCE_FIX) as file:
             files.append(file)
     if not files:
-        raise InputError(f"{path}: no captions found; {SOURCE_FIX}, or a folder with metadata.csv. "
-                         "Convert `save_to_disk` output with datasets.load_from_disk(DIR).to_parquet(FILE)")
+        found = ", ".join(sorted(os.listdir(path))[:3]) if path.is_dir() else "none"
+        raise InputError(f"{path}: no captions found (files: {found} ...); {SOURCE_FIX}, or put the "
+                         "caption of a.jpg into a.txt beside it. Convert `save_to_disk` output with "
+                         "datasets.load_from_disk(DIR).to_parquet(FILE)")
     return files
 
 

@@ -43,14 +43,18 @@ def tar_members(path, skipped):
             raise tarfile.ReadError("not a regular file")
         size = os.path.getsize(path)
         with _HeaderReader(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            spans = {}
             while member := tar.next():
                 tar.members.clear()  # tarfile would keep them all
                 # A negative size would make tarfile read the same members forever.
                 if member.issparse() or not 0 <= member.size <= size - member.offset_data:
                     raise tarfile.ReadError(f"{member.name} is sparse or truncated")
                 folder, key, suffix = split_member_name(member.name)
-                if member.isfile() and key and suffix:
-                    yield folder, key, suffix, member.offset_data, member.size
+                if member.isfile():
+                    spans[member.name] = member.offset_data, member.size
+                span = spans.get(member.linkname if member.islnk() else member.name)  # hard links count
+                if span and key and suffix:
+                    yield folder, key, suffix, *span
             # tarfile stops at any block of zeros. It is the end only if everything after it is zero too, and
             # not more than padding: a tar of reserved size that was not written to its end has many zeros.
             file.seek(tar.offset)

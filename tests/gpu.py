@@ -229,7 +229,7 @@ def training():
     for name, vit in VITS.items():
         s = bench_train.preset_settings(1, **vit)
         train.resolve_settings(s, IMAGES, 11, D)
-        model, optimizer = train.build(SimpleNamespace(meta={"D": D}), range(11), s, GPU, fit=False)
+        model, optimizer = train.build(SimpleNamespace(meta={"D": D}), range(11), s, GPU, images=None)
         n, side, positives = s["micro_batch"], s["image_size"], s["positives"]
         pixels = torch.randint(256, (n, 3, side, side), dtype=torch.uint8).pin_memory()
         facets = F.normalize(torch.randn(n, positives, D), dim=-1).half().pin_memory()

@@ -30,7 +30,7 @@ def test_logit_scale_is_clamped_and_adamw_has_the_papers_constants(monkeypatch):
     store = SimpleNamespace(meta={"D": 16})
     s = config | dict(seed=0, init="pytorch", init_scale=10.0, text_projection="none", weight_decay=0.5,
                       lr=0.0, warmup=1, steps=10)
-    model, optimizer = train.build(store, range(11), s, torch.device("cpu"), fit=False)
+    model, optimizer = train.build(store, range(11), s, torch.device("cpu"), images=None)
     assert model.logit_scale.item() == pytest.approx(math.log(10))
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
 

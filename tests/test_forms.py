@@ -1,6 +1,7 @@
 """Tests that captions meet their images, in every form that data/README.md names. Each image has one color,
 which its caption names. pandas, datasets and webdataset write the sets; img2dataset's layouts are copied.
 """
+import gzip
 import io
 import json
 import os
@@ -108,7 +109,7 @@ def test_pandas(run, kind):
     assert (rows, found) == (N, N) and f"images: {N} of {N} found (./photos/p0000.png)" in out
     os.rename("photos", "moved")
     error = run(f"mine.{kind}", "--field", "long=description")
-    assert "no images found for mine." in error and "photos/p0000.png" in error
+    assert ": no images found. Looked for" in error and "photos/p0000.png" in error
 
 
 # --- Hugging Face datasets
@@ -358,6 +359,91 @@ def test_flickr8k_without_photos_or_splits(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "skipped 1: no photo (p0000.png)" in error and "skipped 1: broken photo (p0004.png)" in error
     assert len(read_tsv(Path("out/train.tsv"))) == 5 * (N // 2 - 2)
+
+
+# --- the first minute: what a newcomer gets wrong
+
+LINES = "".join(f"{photo},{text}\n" for photo, text in zip(PHOTOS, (text.replace(",", "") for text in TEXTS)))
+ROWS = "image,caption\n" + LINES
+
+
+def zipped():
+    with zipfile.ZipFile("archive.zip", "w") as archive:
+        archive.writestr("captions.txt", ROWS)
+
+
+MISTAKES = {  # name: (function that writes files, the captions, what embed.py answers)
+    "zip": (zipped, "archive.zip", "archive.zip: a zip or an Excel file. Unzip it"),
+    "other names": (lambda: Path("x.csv").write_text("photo,words\n" + LINES), "x.csv",
+                    "no column for captions (columns: photo, words). Name the one that has them: --field"),
+    "no header": (lambda: Path("x.csv").write_text(LINES), "x.csv",
+                  "If the first line is a row, put names above it"),
+    "commas in a TSV": (lambda: Path("x.tsv").write_text(ROWS), "x.tsv", "(columns: image,caption)"),
+    "folder of images": (lambda: None, "Images",
+                         "Images: no captions found (files: p0000.png, p0001.png, p0002.png ...)"),
+    "no such file": (lambda: None, "x.csv", "x.csv: no such file; give a TSV, CSV,"),
+    "not UTF-8": (lambda: Path("x.csv").write_bytes(ROWS.replace("red", "r\xf6t").encode("latin-1")), "x.csv",
+                  "no captions found. A row is broken if it is not UTF-8"),
+    "commas in captions": (lambda: Path("x.csv").write_text(ROWS.replace(" red", ", red")), "x.csv",
+                           "in a CSV, put quotes around captions with commas"),
+    "a quote that is not closed": (lambda: Path("x.csv").write_text(ROWS.replace(",A", ',"A')), "x.csv",
+                                   "no captions found. A row is broken"),
+    "images elsewhere": (lambda: Path("x.csv").write_text(ROWS.replace(".png", ".jpg")), "x.csv",
+                         "Looked for ./p0000.jpg in x, beside x.csv and in the folders there. x has: "
+                         "no images. Name the folder of the images or tars, --images DIR"),
+    "empty folder of images": (lambda: Path("x.csv").write_text(ROWS), ("x.csv", "--images", "empty"),
+                               "Looked for empty/p0000.png in empty. empty has: no images. Name"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_the_first_minute(run, mistake):
+    write, source, answer = MISTAKES[mistake]
+    write_images(Path("Images"))
+    write()
+    result = run(*([source] if isinstance(source, str) else source))
+    assert isinstance(result, str) and answer in result
+
+
+def test_tables_that_are_nearly_right_are_read(run):
+    write_images(Path("Images"))
+    files = {"utf16.csv": ROWS.replace(",", "\t").encode("utf-16"),
+             "zipped.csv": gzip.compress(ROWS.encode()), "mark.csv": ROWS.encode("utf-8-sig"),
+             "semicolon.csv": ROWS.replace(",", ";").encode()}
+    for file, data in files.items():
+        Path(file).write_bytes(data)
+        result = run(file)
+        assert result[:2] == (N, N), result
+    header, *lines = ROWS.splitlines(keepends=True)
+    lines[3] = lines[3].replace("\n", '"\n')
+    Path("quote.csv").write_text("".join([header, 'x.png,"A kite\n', *lines]))  # swallows four rows
+    result = run("quote.csv")
+    assert result[:2] == (N - 4, N - 4), result
+
+
+def test_images_by_names_with_dots_and_by_whole_paths(run, capsys):
+    write_images(Path("dots"), [f"v1.{n}" for n in range(N)])
+    frame = pandas.DataFrame({"key": [f"v1.{n}" for n in range(N)], "raw": TEXTS})
+    frame.to_csv("dots.csv", index=False)
+    result = run("dots.csv")
+    assert result[:2] == (N, N), result
+    frame["image"] = [os.path.abspath(f"dots/v1.{n}.png") for n in range(N)]
+    frame.to_csv("whole.csv", index=False)
+    Path("other").mkdir()
+    rows, found, out = run("whole.csv", "--images", "other")
+    assert (rows, found) == (N, N) and "so --images other is not used" in out
+
+
+def test_hard_links_in_tars_are_images(run):
+    img2dataset_tar(Path("a/00000.tar"), range(N))
+    with tarfile.open("a/00000.tar", "a") as tar:
+        member = tarfile.TarInfo("000000099.png")
+        member.type, member.linkname = tarfile.LNKTYPE, "000000000.jpg"
+        tar.addfile(member)
+        text = tarfile.TarInfo("000000099.txt")
+        text.size = len(TEXTS[0])
+        tar.addfile(text, io.BytesIO(TEXTS[0].encode()))
+    assert run("a/00000.tar")[:2] == (N + 1, N + 1)
 
 
 # --- tars
