@@ -176,7 +176,9 @@ def search(names, files, tars):
     found, repeated, texts = {}, {}, {}
     for n, each in enumerate(members):
         for folder, key, suffix, offset, size in each:
-            candidates = places[n] + folder + key, folder + key + suffix, key, stems[n]
+            candidates = [folder + key + suffix, stems[n]]
+            if suffix == ".txt" or is_image(suffix):
+                candidates += [places[n] + folder + key, key]
             name = next(filter(sampled.__contains__, candidates), None)
             if name is None:
                 continue

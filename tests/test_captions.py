@@ -391,7 +391,7 @@ def test_ranges_globs_and_folders(tmp_path, table):
         table(tmp_path / "empty.tsv")
     (tmp_path / "made").mkdir(exist_ok=True)
     (tmp_path / "photos").mkdir()
-    with pytest.raises(flame.InputError, match="made: no captions found.*put the caption of a.jpg into a.txt.*to_pa"):
+    with pytest.raises(flame.InputError, match="made: no captions found.*of a.jpg into a.txt.*to_pa"):
         table(tmp_path / "made")
     (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.jpg,a fox\n")
     assert table(tmp_path / "photos")[0][0][:3] == ("000000000", "a.jpg", "a fox")
