@@ -138,7 +138,7 @@ CORPORA = {
     "flickr8k": Corpus(
         6000, "flickr8k/train.tsv",
         {"smollm2": 1e-3, "gemma3": 1e-3, "mean": 1e-3, "last": 1e-3, "minilm": 1e-3, "paper": 2e-3,
-         "clip": 1e-3},
+         "clip": 5e-4},
         {**{f"any of five captions R@{k}": ("any", f"R@{k}") for k in (1, 10)},
          **{f"all five joined R@{k}": ("joined", f"R@{k}") for k in (1, 10)},
          **{f"image to text R@{k}": ("any", f"image R@{k}") for k in (1, 10)},
